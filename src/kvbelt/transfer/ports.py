@@ -1,0 +1,136 @@
+"""The seams of the belt: what it is given (copying, moving bytes, time) and what it gives (the belt's face).
+
+``Channel`` and ``PagedCopy`` are implemented outside this room; ``Sending``, ``Receiving`` and their
+outcomes are what an engine's side sees. Everything an engine's side calls may come from any thread;
+callbacks run on the belt's thread and must return quickly.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Registered memory of this process: where a peer may write, or a write may start from."""
+
+    address: int
+    num_bytes: int
+    device: str  #: ``"cpu"`` or ``"cuda"``
+    device_index: int = 0
+
+
+class Fence(Protocol):
+    """A copy under way."""
+
+    def done(self) -> bool:
+        """Whether its bytes are in place. Never blocks."""
+
+
+class PagedCopy(Protocol):
+    """Copies whole blocks between an engine's paged KV and a contiguous staging buffer.
+
+    ``offset`` is in bytes from the start of the staging buffer; block *i* of the call lies at
+    ``offset + i * layout.block_bytes``.
+    """
+
+    def gather(self, layer: int, block_ids: Sequence[int], offset: int, ready: Any) -> Fence:
+        """Paged blocks to staging, after ``ready`` (an engine's event, or None)."""
+
+    def scatter(self, layer: int, block_ids: Sequence[int], offset: int) -> Fence:
+        """Staging to paged blocks."""
+
+
+class WriteHandle(Protocol):
+    """One posted write."""
+
+    def done(self) -> bool:
+        """Whether it has completed. Never blocks.
+
+        Raises:
+            ChannelError: it failed; the reason is in the message.
+        """
+
+    def release(self) -> None:
+        """Free what the vendor holds for it. Idempotent; a write that is not done is aborted where possible."""
+
+
+class Channel(Protocol):
+    """Moves bytes between registered regions of two processes. All calls come from the belt's thread."""
+
+    name: str
+
+    def register(self, region: Region) -> None:
+        """Make a region reachable. Once a region, before ``local_metadata``."""
+
+    def local_metadata(self) -> bytes:
+        """What a peer needs to reach this process's regions."""
+
+    def add_peer(self, metadata: bytes) -> str:
+        """Learn a peer. Returns its agent name."""
+
+    def remove_peer(self, agent: str) -> None:
+        """Forget a peer and everything posted to it."""
+
+    def write(self, agent: str, spans: Sequence[tuple[int, int, int]], device: str, peer_device: str) -> WriteHandle:
+        """Post one write of ``(local address, remote address, bytes)`` spans; returns at once."""
+
+    def progress(self) -> None:
+        """Let the vendor work (handshakes of its own, incoming traffic). Never blocks."""
+
+    def close(self) -> None:
+        """Deregister and end."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransferOutcome:
+    """How one transfer ended, as the sending side saw it."""
+
+    ok: bool
+    reason: str  #: ``"done"``, or a low-cardinality cause such as ``"refused_layout"``, ``"deadline"``, ``"peer_lost"``
+    detail: str  #: for people: what happened, with values
+    num_bytes: int
+    num_writes: int
+    seconds: float  #: first write posted to last completed
+    exposed_seconds: float  #: end of the prompt's computation to the acknowledged commit
+
+
+class Sending(Protocol):
+    """One outgoing transfer, as a prefill engine's side sees it."""
+
+    def blocks_written(self, layer: int, first: int, block_ids: Sequence[int], ready: Any) -> None:
+        """These blocks of this layer are final; take them along. The caller keeps them until ``on_blocks_free``."""
+
+    def computed(self) -> None:
+        """Every block of every layer has been handed over."""
+
+    def cancel(self, reason: str) -> None:
+        """The request is over without a complete prompt. Idempotent."""
+
+    @property
+    def failure(self) -> str | None:
+        """The reason, if it has already failed."""
+
+
+class ReceivedKV(Protocol):
+    """A committed slot on a decode worker."""
+
+    num_tokens: int
+
+    def scatter(self, block_ids: Sequence[int]) -> None:
+        """Copy every layer into these blocks; returns when they are in place. Thread of the caller.
+
+        Raises:
+            SlotGoneError: the slot is no longer this transfer's.
+        """
+
+    def release(self) -> None:
+        """Free the slot. Idempotent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The KV will not come."""
+
+    reason: str  #: low cardinality, as in TransferOutcome
+    detail: str
