@@ -5,6 +5,7 @@ A tree, so that a caller can catch as widely as it means to::
     KVBeltError
     ├── SettingsError        a setting, a flag or a file is wrong: one line, exit status 2
     ├── RequestError         a client's request is wrong or cannot be served: an HTTP status
+    ├── ChannelError         bytes could not be moved: the peer is gone, the vendor refused
     └── StartError           a process could not start (port taken, model unreadable): exit status 2
 
 Rooms that stand alone (http, wire, engine, channels) raise errors of their own; the room that
@@ -42,3 +43,7 @@ class RequestError(KVBeltError):
         self.message = message
         self.kind = kind
         self.param = param
+
+
+class ChannelError(KVBeltError):
+    """Memory could not be registered or bytes could not be moved. The message carries the vendor's text."""

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 
+class SlotGoneError(Exception):
+    """A received slot was released, or the belt was closed, before it was read."""
+
+
 @dataclass(frozen=True, slots=True)
 class Region:
     """Registered memory of this process: where a peer may write, or a write may start from."""

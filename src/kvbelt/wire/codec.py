@@ -1,0 +1,86 @@
+"""Frames: a magic, a version, and one msgpack message of a closed set.
+
+Parsing never executes anything: msgspec builds the structs of one union, or raises. A frame is two bytes of
+magic, one byte of protocol version, then msgpack. The version is readable whatever follows it, so two
+versions can tell each other what they are.
+"""
+
+from typing import Generic, TypeVar
+
+import msgspec
+
+from kvbelt.wire.handshake import PROTOCOL_VERSION, HandshakeMessage
+from kvbelt.wire.reservation import FromReceiver, FromSender
+
+MAGIC = b"KB"
+
+#: A handshake carries an agent's metadata (some KiB with UCX); reservations are far smaller.
+MAX_HANDSHAKE_BYTES = 1 << 20
+MAX_RESERVATION_BYTES = 1 << 14
+
+_HEADER_BYTES = len(MAGIC) + 1
+
+MessageT = TypeVar("MessageT")
+
+
+class FrameError(ValueError):
+    """A frame that is not a message of this protocol. The message says why."""
+
+
+class VersionError(FrameError):
+    """A frame of another protocol version."""
+
+    def __init__(self, theirs: int) -> None:
+        super().__init__(f"protocol version {theirs}; this side speaks {PROTOCOL_VERSION}")
+        self.theirs = theirs
+
+
+class Codec(Generic[MessageT]):
+    """Encodes and decodes one union of messages, with a limit on size.
+
+    ``union`` is what may be received. Any message of the protocol may be encoded.
+    """
+
+    def __init__(self, union: object, max_bytes: int) -> None:
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[MessageT] = msgspec.msgpack.Decoder(union)  # type: ignore[arg-type]
+        self._header = MAGIC + bytes([PROTOCOL_VERSION])
+        self._max_bytes = max_bytes
+
+    def encode(self, message: msgspec.Struct) -> bytes:
+        """One frame."""
+        return self._header + self._encoder.encode(message)
+
+    def decode(self, frame: bytes) -> MessageT:
+        """The message in a frame.
+
+        Raises:
+            VersionError: the frame is of another protocol version.
+            FrameError: it is too large, or not a message of this union.
+        """
+        if len(frame) > self._max_bytes:
+            raise FrameError(f"a frame of {len(frame)} bytes; at most {self._max_bytes} are accepted")
+        if len(frame) < _HEADER_BYTES or frame[: len(MAGIC)] != MAGIC:
+            raise FrameError(f"a frame that begins with {frame[:_HEADER_BYTES]!r} is not kvbelt's")
+        version = frame[len(MAGIC)]
+        if version != PROTOCOL_VERSION:
+            raise VersionError(version)
+        try:
+            return self._decoder.decode(memoryview(frame)[_HEADER_BYTES:])
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise FrameError(f"a malformed message: {error}") from None
+
+
+def handshakes() -> Codec[HandshakeMessage]:
+    """The codec of the init port, both directions."""
+    return Codec(HandshakeMessage, MAX_HANDSHAKE_BYTES)
+
+
+def from_sender() -> Codec[FromSender]:
+    """What a receiver takes on its alloc port."""
+    return Codec(FromSender, MAX_RESERVATION_BYTES)
+
+
+def from_receiver() -> Codec[FromReceiver]:
+    """What a sender takes from a receiver's alloc port."""
+    return Codec(FromReceiver, MAX_RESERVATION_BYTES)
