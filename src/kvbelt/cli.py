@@ -1,0 +1,130 @@
+"""The command line: ``kvbelt worker | proxy | up | demo``.
+
+What is wrong with a command line or a settings file is one line on standard error and exit status 2.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from kvbelt import __version__
+from kvbelt.errors import KVBeltError
+from kvbelt.settings import Role, resembling
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line and a hint at the option that was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        prefix = "unrecognized arguments: "
+        if message.startswith(prefix):
+            option = message.removeprefix(prefix).split()[0].split("=")[0]
+            known = [flag for action in self._actions for flag in action.option_strings]
+            message += resembling(option, known)
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port; give a number between 1 and 65535")
+    return int(text)
+
+
+def _ports(text: str) -> list[int]:
+    return [_port(item) for item in text.split(",")]
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _positive_number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def _add_worker(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    worker = commands.add_parser("worker", help="one prefill or decode worker with the embedded engine")
+    worker.set_defaults(run=_run_worker)
+    worker.add_argument("--role", required=True, choices=[role.value for role in Role])
+    worker.add_argument("--config", type=Path, metavar="FILE.yaml", help="default: $LMCACHE_CONFIG_FILE")
+    worker.add_argument("--model", required=True, help="a Hugging Face folder, or 'demo'")
+    worker.add_argument("--served-model-name", help="default: the folder's name")
+    worker.add_argument("--host", default="127.0.0.1")
+    worker.add_argument("--port", type=_port, default=None, help="default: 7100 prefill, 7200 decode")
+    worker.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    worker.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    worker.add_argument("--kv-gb", type=_positive_number, help="memory for KV blocks, in GB")
+    worker.add_argument("--block-size", type=_positive, default=16, help="tokens a block")
+    worker.add_argument("--max-model-len", type=_positive, help="default: the model's")
+    worker.add_argument("--max-batch-tokens", type=_positive, help="tokens a step, prefill chunks included")
+    worker.add_argument("--max-running", type=_positive, help="requests a step")
+    worker.add_argument("--threads", type=_positive, help="CPU threads of the model")
+    worker.add_argument("--log-json", action="store_true")
+
+
+def _run_worker(args: argparse.Namespace) -> int:
+    from kvbelt.settings import WorkerSettings, belt_for
+
+    role = Role(args.role)
+    belt = belt_for(role, args.config)
+    from kvbelt.ops.model_dir import find_model
+
+    model_dir = find_model(args.model)
+    from kvbelt.worker.main import run_worker
+
+    run_worker(
+        WorkerSettings(
+            role=role,
+            model_dir=model_dir,
+            host=args.host,
+            port=args.port or (7200 if role is Role.DECODE else 7100),
+            belt=belt,
+            served_model_name=args.served_model_name,
+            device=args.device,
+            dtype=args.dtype,
+            kv_gb=args.kv_gb,
+            block_size=args.block_size,
+            max_model_len=args.max_model_len,
+            max_batch_tokens=args.max_batch_tokens,
+            max_running=args.max_running,
+            threads=args.threads,
+            log_json=args.log_json,
+        )
+    )
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(prog="kvbelt", description="Disaggregated prefill for LLM serving.")
+    parser.add_argument("--version", action="version", version=f"kvbelt {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_worker(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status."""
+    args = build_parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+    except KVBeltError as error:
+        sys.stderr.write(f"kvbelt: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

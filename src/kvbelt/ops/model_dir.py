@@ -1,0 +1,31 @@
+"""From ``--model`` to a folder."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from kvbelt.errors import SettingsError
+from kvbelt.ops.demo_model import demo_model_dir
+
+
+def find_model(name: str, progress: Callable[[str], None] = lambda _: None) -> Path:
+    """The Hugging Face folder that ``--model`` names; ``demo`` is made on first use.
+
+    Raises:
+        SettingsError: there is no such folder, or it does not look like a model's.
+    """
+    if name == "demo":
+        return demo_model_dir(progress)
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise SettingsError(
+            f"--model {name!r} is not a folder; give a local Hugging Face folder of a causal language model, or 'demo'"
+        )
+    config = folder / "config.json"
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"--model {name!r} has no config.json; give a Hugging Face model folder") from None
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--model {name!r}: config.json cannot be read: {error}") from None
+    return folder.resolve()

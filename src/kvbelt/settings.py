@@ -1,0 +1,169 @@
+"""Settings: the belt's YAML file and what a worker process is told. Frozen and strict.
+
+The file has the keys of LMCache's disaggregated prefill configuration, so that a file written for it loads
+unchanged. A key that does not exist is an error that names the key it resembles; a value of the wrong
+type is an error that names the key, the value's type and the type it should have.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import yaml
+
+from kvbelt.errors import SettingsError
+
+#: Where a worker looks for its file when no ``--config`` is given.
+CONFIG_VARIABLE = "LMCACHE_CONFIG_FILE"
+
+
+class Role(StrEnum):
+    """What a worker does."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    BOTH = "both"
+
+
+#: The file's word for a role.
+_PD_ROLE = {Role.PREFILL: "sender", Role.DECODE: "receiver"}
+
+
+class BeltFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The YAML file, key by key. Defaults are those of the file format's origin where it has one."""
+
+    local_cpu: bool = True
+    max_local_cpu_size: float = 5.0  #: GB
+    enable_pd: bool = False
+    transfer_channel: Literal["nixl", "mooncake"] | None = None
+    pd_role: Literal["sender", "receiver"] | None = None
+    pd_proxy_host: str | None = None
+    pd_proxy_port: int | None = None
+    pd_peer_host: str | None = None
+    pd_peer_init_port: int | list[int] | None = None  #: a list has one port a tensor-parallel rank
+    pd_peer_alloc_port: int | list[int] | None = None
+    pd_buffer_size: int | None = None  #: bytes
+    pd_buffer_device: Literal["cpu", "cuda"] = "cpu"
+    nixl_backends: list[str] = msgspec.field(default_factory=lambda: ["UCX"])
+
+
+def resembling(word: str, known: Sequence[str]) -> str:
+    """`` (did you mean X?)`` if ``word`` looks like one of ``known``, else nothing."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def parse_belt_file(content: Mapping[str, Any], *, source: str) -> BeltFile:
+    """Check a loaded YAML mapping.
+
+    Raises:
+        SettingsError: an unknown key, a wrong type, or keys that contradict each other.
+    """
+    known = [field.name for field in msgspec.structs.fields(BeltFile)]
+    for key in content:
+        if key not in known:
+            raise SettingsError(f"{source}: unknown key {key!r}{resembling(str(key), known)}")
+    try:
+        parsed = msgspec.convert(dict(content), BeltFile)
+    except msgspec.ValidationError as error:
+        raise SettingsError(f"{source}: {error}") from None
+    _check(parsed, source)
+    return parsed
+
+
+def _check(file: BeltFile, source: str) -> None:
+    def need(key: str, why: str) -> None:
+        if getattr(file, key) is None:
+            raise SettingsError(f"{source}: {key} is missing; {why}")
+
+    if file.max_local_cpu_size < 0:
+        raise SettingsError(f"{source}: max_local_cpu_size is {file.max_local_cpu_size}; it cannot be negative")
+    for key in ("pd_proxy_port", "pd_peer_init_port", "pd_peer_alloc_port"):
+        value = getattr(file, key)
+        for port in value if isinstance(value, list) else [value]:
+            if port is not None and not 0 < port < 65536:
+                raise SettingsError(f"{source}: {key} is {port}; a port lies between 1 and 65535")
+    if file.pd_buffer_size is not None and file.pd_buffer_size <= 0:
+        raise SettingsError(f"{source}: pd_buffer_size is {file.pd_buffer_size}; it must be a positive number of bytes")
+    if not file.enable_pd:
+        return
+    need("transfer_channel", "with enable_pd it must be 'nixl'")
+    need("pd_role", "with enable_pd it must be 'sender' (prefill) or 'receiver' (decode)")
+    need("pd_buffer_size", "with enable_pd it is the size in bytes of the staging buffer")
+    if file.pd_role == "receiver":
+        for key in ("pd_peer_host", "pd_peer_init_port", "pd_peer_alloc_port"):
+            need(key, "a receiver listens there for its senders")
+    elif (file.pd_proxy_host is None) != (file.pd_proxy_port is None):
+        raise SettingsError(f"{source}: pd_proxy_host and pd_proxy_port belong together; one of them is missing")
+
+
+def load_belt_file(path: Path) -> BeltFile:
+    """Read and check a YAML file.
+
+    Raises:
+        SettingsError: it cannot be read, is not YAML, or is wrong.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"cannot read the configuration file {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path} must hold keys and values, not a {type(content).__name__}")
+    return parse_belt_file(content, source=str(path))
+
+
+class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """One embedded worker process."""
+
+    role: Role
+    model_dir: Path
+    host: str = "127.0.0.1"
+    port: int = 7100
+    belt: BeltFile | None = None
+    served_model_name: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    kv_gb: float | None = None
+    block_size: int = 16
+    max_batch_tokens: int | None = None
+    max_running: int | None = None
+    max_model_len: int | None = None
+    threads: int | None = None
+    log_json: bool = False
+
+
+def belt_for(role: Role, config: Path | None) -> BeltFile | None:
+    """The belt's file for a worker of this role: ``--config``, else ``LMCACHE_CONFIG_FILE``, else none.
+
+    Raises:
+        SettingsError: the file is wrong, or says another role than the command line.
+    """
+    if config is None and (named := os.environ.get(CONFIG_VARIABLE)):
+        config = Path(named)
+    if config is None:
+        if role is not Role.BOTH:
+            raise SettingsError(
+                f"--role {role} needs a configuration file: give --config FILE.yaml or set {CONFIG_VARIABLE}"
+            )
+        return None
+    file = load_belt_file(config)
+    if not file.enable_pd:
+        if role is not Role.BOTH:
+            raise SettingsError(f"{config}: enable_pd is off, but --role {role} needs it; set enable_pd: True")
+        return None
+    if _PD_ROLE.get(role) != file.pd_role:
+        expected = f"pd_role {_PD_ROLE[role]!r}" if role in _PD_ROLE else "no enable_pd"
+        raise SettingsError(f"{config}: pd_role is {file.pd_role!r}, but --role {role} needs {expected}")
+    if file.transfer_channel == "mooncake":
+        raise SettingsError(f"{config}: transfer_channel 'mooncake' is not available yet; use 'nixl'")
+    if file.nixl_backends != ["UCX"]:
+        raise SettingsError(f"{config}: nixl_backends is {file.nixl_backends}; only ['UCX'] is supported")
+    return file

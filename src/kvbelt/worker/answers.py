@@ -1,0 +1,194 @@
+"""OpenAI's answer shapes: whole answers and stream events, for completions and chat.
+
+An answer's choices are numbered prompt by prompt: choice ``c`` of prompt ``p`` has index ``p * n + c``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from kvbelt.engine.api import Output, TokenLogprob
+
+_encode = msgspec.json.Encoder().encode
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(body: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + _encode(body) + b"\n\n"
+
+
+@dataclass(slots=True)
+class Choice:
+    """What one choice has produced so far."""
+
+    index: int
+    prompt_token_ids: tuple[int, ...]
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    last: Output | None = None
+
+    def add(self, output: Output) -> None:
+        """Take in one step's output."""
+        self.text += output.text
+        self.token_ids.extend(output.token_ids)
+        self.logprobs.extend(output.logprobs)
+        self.last = output
+
+
+def usage_of(choices: Sequence[Choice], n: int) -> dict[str, int]:
+    """Token counts; a prompt with ``n`` choices is counted once."""
+    prompt = sum(len(choice.prompt_token_ids) for choice in choices[::n])
+    completion = sum(len(choice.token_ids) for choice in choices)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerShape:
+    """What every part of one answer has in common."""
+
+    answer_id: str
+    created: int
+    model: str
+    wants_logprobs: bool
+    wants_token_ids: bool
+    include_usage: bool
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.answer_id, "object": kind, "created": self.created, "model": self.model}
+
+    def _chunk(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        chunk = {**self._head(kind), "choices": choices}
+        if self.include_usage:
+            chunk["usage"] = None
+        return chunk
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionShape(AnswerShape):
+    """``text_completion``."""
+
+    def whole(self, choices: Sequence[Choice], echoes: Sequence[str], usage: dict[str, int]) -> dict[str, Any]:
+        """The non-streaming answer; ``echoes`` has one text a choice."""
+        bodies = []
+        for choice, echo in zip(choices, echoes, strict=True):
+            assert choice.last is not None
+            body = self._choice(choice.index, echo + choice.text, choice.last, choice.logprobs, offset=0)
+            if self.wants_token_ids:
+                body["prompt_token_ids"] = choice.prompt_token_ids
+                body["token_ids"] = choice.token_ids
+            bodies.append(body)
+        return {**self._head("text_completion"), "choices": bodies, "usage": usage}
+
+    def opening(self, index: int, echo: str) -> list[dict[str, Any]]:
+        """Events before a choice's first output."""
+        if not echo:
+            return []
+        choice = {"index": index, "text": echo, "logprobs": None, "finish_reason": None}
+        return [self._chunk("text_completion", [choice])]
+
+    def chunk(self, choice: Choice, output: Output) -> dict[str, Any]:
+        """One step's event; ``choice`` has taken the output in already."""
+        offset = len(choice.text) - len(output.text)
+        body = self._choice(choice.index, output.text, output, output.logprobs, offset=offset)
+        if self.wants_token_ids:
+            body["prompt_token_ids"] = None
+            body["token_ids"] = output.token_ids
+        return self._chunk("text_completion", [body])
+
+    def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
+        """The last event before ``[DONE]`` with ``include_usage``."""
+        return {**self._head("text_completion"), "choices": [], "usage": usage}
+
+    def _choice(
+        self, index: int, text: str, last: Output, logprobs: Sequence[TokenLogprob], *, offset: int
+    ) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": _completion_logprobs(logprobs, offset) if self.wants_logprobs else None,
+            "finish_reason": last.finish_reason,
+            "stop_reason": last.stop_reason,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ChatShape(AnswerShape):
+    """``chat.completion``."""
+
+    def whole(self, choices: Sequence[Choice], echoes: Sequence[str], usage: dict[str, int]) -> dict[str, Any]:
+        """The non-streaming answer (chat has no echo)."""
+        del echoes
+        bodies: list[dict[str, Any]] = []
+        for choice in choices:
+            assert choice.last is not None
+            body: dict[str, Any] = {
+                "index": choice.index,
+                "message": {"role": "assistant", "content": choice.text},
+                "logprobs": _chat_logprobs(choice.logprobs) if self.wants_logprobs else None,
+                "finish_reason": choice.last.finish_reason,
+                "stop_reason": choice.last.stop_reason,
+            }
+            if self.wants_token_ids:
+                body["token_ids"] = choice.token_ids
+            bodies.append(body)
+        answer = {**self._head("chat.completion"), "choices": bodies, "usage": usage}
+        if self.wants_token_ids:
+            answer["prompt_token_ids"] = choices[0].prompt_token_ids
+        return answer
+
+    def opening(self, index: int, echo: str) -> list[dict[str, Any]]:
+        """The event that names the role."""
+        del echo
+        delta = {"role": "assistant", "content": ""}
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return [self._chunk("chat.completion.chunk", [choice])]
+
+    def chunk(self, choice: Choice, output: Output) -> dict[str, Any]:
+        """One step's event; ``choice`` has taken the output in already."""
+        body: dict[str, Any] = {
+            "index": choice.index,
+            "delta": {"content": output.text} if output.text else {},
+            "logprobs": _chat_logprobs(output.logprobs) if self.wants_logprobs and output.logprobs else None,
+            "finish_reason": output.finish_reason,
+        }
+        if output.finish_reason is not None:
+            body["stop_reason"] = output.stop_reason
+        if self.wants_token_ids:
+            body["token_ids"] = output.token_ids
+        return self._chunk("chat.completion.chunk", [body])
+
+    def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
+        """The last event before ``[DONE]`` with ``include_usage``."""
+        return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage}
+
+
+def _completion_logprobs(logprobs: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
+    offsets = []
+    for entry in logprobs:
+        offsets.append(offset)
+        offset += len(entry.token)
+    return {
+        "tokens": [entry.token for entry in logprobs],
+        "token_logprobs": [entry.logprob for entry in logprobs],
+        "top_logprobs": [
+            {**{text: logprob for _, text, logprob in entry.top}, entry.token: entry.logprob} for entry in logprobs
+        ],
+        "text_offset": offsets,
+    }
+
+
+def _chat_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+    def one(token: str, logprob: float) -> dict[str, Any]:
+        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+
+    return {
+        "content": [
+            {**one(entry.token, entry.logprob), "top_logprobs": [one(text, value) for _, text, value in entry.top]}
+            for entry in logprobs
+        ]
+    }

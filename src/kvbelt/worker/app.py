@@ -1,0 +1,294 @@
+"""The worker's HTTP face: OpenAI's endpoints, health and metrics, on Starlette.
+
+An answer's headers leave with the first output (or the error that came instead of it), so that an engine's
+refusal is an HTTP status and the headers can say what became of the request's KV. A client that goes away
+ends its generation at once, whether it was streaming, waiting or still being read.
+"""
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from kvbelt.engine.api import Output, SamplingParams
+from kvbelt.errors import RequestError
+from kvbelt.telemetry import get_logger
+from kvbelt.worker.answers import DONE, ChatShape, Choice, CompletionShape, event, usage_of
+from kvbelt.worker.generation import Generation
+from kvbelt.worker.requests import (
+    MAX_BODY_BYTES,
+    ChatRequest,
+    CompletionRequest,
+    Handoff,
+    parse_chat,
+    parse_completion,
+    parse_handoff,
+)
+from kvbelt.worker.sampling import sampling_of
+from kvbelt.worker.service import Service
+
+log = get_logger(__name__)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
+
+
+def error_response(error: RequestError) -> Response:
+    """OpenAI's error shape."""
+    headers = {"retry-after": "1"} if error.status == 503 else None
+    return Response(error_body(error), status_code=error.status, media_type="application/json", headers=headers)
+
+
+def error_body(error: RequestError) -> bytes:
+    """OpenAI's error object, as JSON."""
+    body = {"message": error.message, "type": error.kind, "param": error.param, "code": error.status}
+    return msgspec.json.encode({"error": body})
+
+
+class _ClientGoneError(Exception):
+    """The client closed its connection."""
+
+
+async def _body_of(receive: Receive) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _ClientGoneError
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > MAX_BODY_BYTES:
+            raise RequestError(f"the request body is larger than {MAX_BODY_BYTES} bytes; send less", status=413)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class GenerateEndpoint:
+    """``POST /v1/completions`` or ``/v1/chat/completions``, as an ASGI application."""
+
+    def __init__(self, service: Service, *, chat: bool) -> None:
+        self._service = service
+        self._chat = chat
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        request_id = Request(scope).headers.get("x-request-id", "")
+        if not _REQUEST_ID.match(request_id):
+            request_id = uuid.uuid4().hex
+        try:
+            body = await _body_of(receive)
+        except RequestError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        except _ClientGoneError:
+            return
+        answering = asyncio.create_task(self._answer(scope, receive, send, body, request_id))
+        leaving = asyncio.create_task(_gone(receive))
+        try:
+            await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (answering, leaving):
+                task.cancel()
+        with suppress(asyncio.CancelledError):
+            await answering
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, body: bytes, request_id: str) -> None:
+        try:
+            await self._serve(scope, receive, send, body, request_id)
+        except RequestError as error:
+            if error.status >= 500:
+                log.error("request failed", request_id=request_id, reason=error.message)
+            await error_response(error)(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, body: bytes, request_id: str) -> None:
+        service = self._service
+        service.require_ready()
+        request = parse_chat(body) if self._chat else parse_completion(body)
+        service.require_model(request.model)
+        handoff = parse_handoff(request.kv_transfer_params)
+        samplings = [sampling_of(request, choice) for choice in range(request.n or 1)]
+        if isinstance(request, ChatRequest):
+            prompts = [await service.prompts.of_chat(request)]
+        else:
+            prompts = await service.prompts.of_completion(request)
+        echoes = [""] * len(prompts)
+        if isinstance(request, CompletionRequest) and request.echo:
+            echoes = await service.prompts.texts_of(prompts)
+        shape = self._shape(request, request_id)
+        generation = self._generation(request_id, prompts, samplings, handoff)
+        run = _Run(service, generation, shape, prompts, echoes, n=len(samplings))
+        try:
+            await generation.start()
+            if request.stream:
+                await run.stream(send)
+            else:
+                await (await run.whole())(scope, receive, send)
+        finally:
+            generation.cancel()
+
+    def _generation(
+        self,
+        request_id: str,
+        prompts: Sequence[tuple[int, ...]],
+        samplings: Sequence[SamplingParams],
+        handoff: Handoff | None,
+    ) -> Generation:
+        return Generation(
+            self._service.engine,
+            self._service.belt,
+            request_id=request_id,
+            prompts=prompts,
+            samplings=samplings,
+            handoff=handoff,
+        )
+
+    def _shape(self, request: CompletionRequest | ChatRequest, request_id: str) -> CompletionShape | ChatShape:
+        make = ChatShape if isinstance(request, ChatRequest) else CompletionShape
+        prefix = "chatcmpl" if isinstance(request, ChatRequest) else "cmpl"
+        wants = request.logprobs if isinstance(request, ChatRequest) else request.logprobs is not None
+        return make(
+            answer_id=f"{prefix}-{request_id}",
+            created=int(time.time()),
+            model=self._service.model_name,
+            wants_logprobs=bool(wants),
+            wants_token_ids=bool(request.return_token_ids),
+            include_usage=bool(request.stream_options and request.stream_options.include_usage),
+        )
+
+
+class _Run:
+    """Turns one generation's outputs into one answer."""
+
+    def __init__(
+        self,
+        service: Service,
+        generation: Generation,
+        shape: CompletionShape | ChatShape,
+        prompts: Sequence[tuple[int, ...]],
+        echoes: Sequence[str],
+        *,
+        n: int,
+    ) -> None:
+        self._service = service
+        self._generation = generation
+        self._shape = shape
+        self._n = n
+        self._echoes = [echo for echo in echoes for _ in range(n)]
+        self._choices = [Choice(i * n + c, prompt) for i, prompt in enumerate(prompts) for c in range(n)]
+        self._first: Output | None = None
+
+    async def whole(self) -> Response:
+        """The non-streaming answer."""
+        async for _ in self._outputs():
+            pass
+        usage = usage_of(self._choices, self._n)
+        answer = self._shape.whole(self._choices, self._echoes, usage)
+        if (state := self._generation.handoff_state()) is not None:
+            answer["kv_transfer_params"] = msgspec.to_builtins(state)
+        return Response(msgspec.json.encode(answer), media_type="application/json", headers=self._headers())
+
+    async def stream(self, send: Send) -> None:
+        """The streaming answer. Headers leave with the first output; an error before it is an HTTP status."""
+        outputs = self._outputs()
+        index, output = await anext(outputs)
+        headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", **self._headers()}
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": raw})
+        opened: set[int] = set()
+        tail = b""
+        try:
+            await _write(send, self._events(index, output, opened))
+            async for index, output in outputs:
+                await _write(send, self._events(index, output, opened))
+            if self._shape.include_usage:
+                tail = event(self._shape.usage_chunk(usage_of(self._choices, self._n)))
+        except RequestError as error:
+            log.error("stream failed", answer_id=self._shape.answer_id, reason=error.message)
+            tail = b"data: " + error_body(error) + b"\n\n"
+        await send({"type": "http.response.body", "body": tail + DONE})
+
+    async def _outputs(self) -> AsyncIterator[tuple[int, Output]]:
+        async for index, output in self._generation.outputs():
+            if self._first is None:
+                self._first = output
+            self._choices[index].add(output)
+            yield index, output
+
+    def _events(self, index: int, output: Output, opened: set[int]) -> bytes:
+        events = []
+        if index not in opened:
+            opened.add(index)
+            events += self._shape.opening(index, self._echoes[index])
+        says_more = output.text or output.logprobs or output.finish_reason is not None
+        if says_more or (self._shape.wants_token_ids and output.token_ids):
+            events.append(self._shape.chunk(self._choices[index], output))
+        return b"".join(map(event, events))
+
+    def _headers(self) -> dict[str, str]:
+        timing = self._first.timing if self._first is not None else None
+        spans: dict[str, float] = {}
+        headers: dict[str, str] = {}
+        if timing is not None:
+            spans = {"queue": timing.queue, "load": timing.load, "prefill": timing.prefill}
+        if (fate := self._generation.kv_fate) is not None:
+            spans["kv"] = fate.waited_seconds
+            received = fate.received and timing is not None and timing.loaded_tokens > 0
+            reason = fate.reason or "expired_before_load"
+            headers["x-kvbelt-kv"] = "received" if received else f"recomputed; reason={reason}"
+        headers["server-timing"] = ", ".join(f"{name};dur={seconds * 1e3:.3f}" for name, seconds in spans.items())
+        return headers
+
+
+async def _write(send: Send, body: bytes) -> None:
+    if body:
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+def make_app(service: Service) -> Starlette:
+    """The ASGI application over one worker's parts."""
+
+    async def health(_: Request) -> Response:
+        status, body = service.health()
+        return Response(msgspec.json.encode(body), status_code=status, media_type="application/json")
+
+    async def models(_: Request) -> Response:
+        return Response(msgspec.json.encode(service.models()), media_type="application/json")
+
+    async def metrics(_: Request) -> Response:
+        return Response(service.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def http_error(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return error_response(RequestError(str(error.detail), status=error.status_code))
+
+    async def internal_error(request: Request, error: Exception) -> Response:
+        log.error("internal error", path=request.url.path, exc_info=error)
+        return error_response(RequestError("internal error; see the worker's log", status=500, kind="internal_error"))
+
+    handlers: dict[Any, Any] = {HTTPException: http_error, Exception: internal_error}
+    return Starlette(
+        routes=[
+            Route("/v1/completions", GenerateEndpoint(service, chat=False), methods=["POST"]),
+            Route("/v1/chat/completions", GenerateEndpoint(service, chat=True), methods=["POST"]),
+            Route("/v1/models", models, methods=["GET"]),
+            Route("/health", health, methods=["GET"]),
+            Route("/metrics", metrics, methods=["GET"]),
+        ],
+        exception_handlers=handlers,
+    )

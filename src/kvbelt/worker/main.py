@@ -1,0 +1,170 @@
+"""The life of one worker process: listen, load, serve, drain, end.
+
+The HTTP port is taken first, so that a busy port is an error within a moment and not after the model has loaded,
+and so that ``/health`` can say ``loading``. The model loads off the event loop.
+"""
+
+import asyncio
+import signal
+import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+import uvloop
+
+from kvbelt.engine.api import ModelError
+from kvbelt.engine.engine import Engine, EngineSettings
+from kvbelt.errors import StartError
+from kvbelt.settings import WorkerSettings
+from kvbelt.telemetry import configure_logging, get_logger
+from kvbelt.transfer.belt import Belt
+from kvbelt.wire.ids import EngineId
+from kvbelt.worker.app import make_app
+from kvbelt.worker.belt_setup import make_belt
+from kvbelt.worker.prompts import Prompts
+from kvbelt.worker.service import Service, State
+
+log = get_logger(__name__)
+
+#: Requests under way get this long to end when the process is told to stop.
+DRAIN_SECONDS = 2
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise StartError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
+    return listener
+
+
+def _engine_settings(settings: WorkerSettings) -> EngineSettings:
+    given = {
+        "kv_bytes": None if settings.kv_gb is None else int(settings.kv_gb * 1e9),
+        "max_batch_tokens": settings.max_batch_tokens,
+        "max_running": settings.max_running,
+    }
+    return EngineSettings(
+        model_dir=settings.model_dir,
+        device=settings.device,
+        dtype=settings.dtype,
+        block_size=settings.block_size,
+        max_model_len=settings.max_model_len,
+        threads=settings.threads,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: the worker decides when to stop."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals alone."""
+        yield
+
+
+class Worker:
+    """One worker process, from its settings."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        self._engine: Engine | None = None
+        self._belt: Belt | None = None
+        self._prompts: Prompts | None = None
+        self._service = Service(
+            role=settings.role,
+            engine_id=EngineId(uuid.uuid4().hex),
+            model_name=settings.served_model_name or settings.model_dir.name,
+            aliases=(str(settings.model_dir), settings.model_dir.name),
+        )
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT.
+
+        Raises:
+            StartError: a port is taken or the model cannot be served.
+        """
+        settings = self._settings
+        listener = _listen(settings.host, settings.port)
+        server = _Server(
+            uvicorn.Config(
+                make_app(self._service),
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                http="httptools",
+                timeout_keep_alive=75,
+                timeout_graceful_shutdown=DRAIN_SECONDS,
+                h11_max_incomplete_event_size=None,
+            )
+        )
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        loading = asyncio.create_task(asyncio.to_thread(self._load))
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait({loading, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                await loading
+                self._become_ready()
+                await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._service.state = State.DRAINING
+            stopping.cancel()
+            server.should_exit = True
+            await serving
+            listener.close()
+            # A thread that is loading a model cannot be interrupted; it ends with the process.
+            self._close()
+
+    def _load(self) -> None:
+        settings = self._settings
+        log.info("loading", model=str(settings.model_dir), role=settings.role)
+        try:
+            engine = Engine(_engine_settings(settings))
+        except ModelError as error:
+            raise StartError(str(error)) from error
+        self._engine = engine
+        if settings.belt is not None:
+            self._belt = make_belt(settings, settings.belt, engine, self._service.engine_id, self._service.model_name)
+            self._belt.start()
+        engine.start()
+
+    def _become_ready(self) -> None:
+        assert self._engine is not None
+        self._prompts = Prompts(self._engine.tokenizer)
+        self._service.become_ready(self._engine, self._prompts, self._belt)
+        log.info(
+            "ready",
+            role=self._settings.role,
+            port=self._settings.port,
+            engine_id=self._service.engine_id,
+            max_model_len=self._engine.max_model_len,
+            blocks=self._engine.load().blocks_total,
+        )
+
+    def _close(self) -> None:
+        # The engine first: its thread may be inside a forward pass that hands blocks to the belt.
+        for part in (self._prompts, self._engine, self._belt):
+            if part is not None:
+                part.close()
+
+
+def run_worker(settings: WorkerSettings) -> None:
+    """Run one worker process to its end.
+
+    Raises:
+        StartError: a port is taken or the model cannot be served.
+    """
+    configure_logging(json=settings.log_json)
+    uvloop.run(Worker(settings).run())

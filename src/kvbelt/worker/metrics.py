@@ -1,0 +1,85 @@
+"""A worker's ``/metrics``, rendered from the snapshots of its parts: no counter is kept twice."""
+
+from collections.abc import Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from kvbelt.engine.api import EngineLoad
+from kvbelt.transfer.snapshot import BeltSnapshot
+
+
+class _Snapshots(Collector):
+    """One scrape's worth of metric families."""
+
+    def __init__(self, role: str, load: EngineLoad | None, belt: BeltSnapshot | None) -> None:
+        self._role, self._load, self._belt = role, load, belt
+
+    def collect(self) -> Iterator[Metric]:
+        """Every family that this worker has."""
+        if self._load is not None:
+            yield from _engine_families(self._role, self._load)
+        if self._belt is not None:
+            yield from _belt_families(self._belt)
+
+
+def _engine_families(role: str, load: EngineLoad) -> Iterable[Metric]:
+    yield GaugeMetricFamily("kvbelt_requests_running", "Sequences in the batch.", value=load.running)
+    yield GaugeMetricFamily("kvbelt_requests_waiting", "Sequences not yet admitted.", value=load.waiting)
+    if role != "decode":
+        yield GaugeMetricFamily("lmcache_prefill_queue_size", "Prompts that wait for prefill.", value=load.waiting)
+    yield GaugeMetricFamily("kvbelt_kv_blocks", "KV blocks of the engine.", value=load.blocks_total)
+    yield GaugeMetricFamily("kvbelt_kv_blocks_free", "KV blocks nobody holds.", value=load.blocks_free)
+    yield CounterMetricFamily("kvbelt_preemptions", "Sequences put back to recompute.", value=load.preemptions_total)
+    yield CounterMetricFamily("kvbelt_prompt_tokens", "Prompt tokens computed.", value=load.prompt_tokens_total)
+    yield CounterMetricFamily("kvbelt_generated_tokens", "Tokens generated.", value=load.generated_tokens_total)
+
+
+def _belt_families(belt: BeltSnapshot) -> Iterable[Metric]:
+    yield GaugeMetricFamily("kvbelt_receive_buffer_bytes", "Size of the receive buffer.", value=belt.receive_bytes)
+    held = GaugeMetricFamily("kvbelt_receive_bytes", "Bytes of the receive buffer in use.", labels=["state"])
+    held.add_metric(["reserved"], belt.bytes_reserved)
+    held.add_metric(["committed"], belt.bytes_committed)
+    held.add_metric(["quarantined"], belt.bytes_quarantined)
+    yield held
+    yield GaugeMetricFamily("kvbelt_staging_bytes", "Bytes of the send staging in use.", value=belt.staging_bytes_used)
+    states = GaugeMetricFamily("kvbelt_transfers", "Transfers now in each state.", labels=["side", "state"])
+    for side, counts in (("send", belt.sends), ("receive", belt.arrivals)):
+        for state, count in counts.items():
+            states.add_metric([side, state], count)
+    yield states
+    ended = CounterMetricFamily("kvbelt_transfers_ended", "Transfers ended, by outcome.", labels=["side", "reason"])
+    failures = 0
+    for side, totals in (("send", belt.sent_total), ("receive", belt.received_total)):
+        for reason, count in totals.items():
+            ended.add_metric([side, reason], count)
+            failures += count if side == "send" and reason not in ("done", "cancelled") else 0
+    yield ended
+    yield CounterMetricFamily("lmcache_nixl_transfer_failures", "Outgoing transfers that failed.", value=failures)
+    yield CounterMetricFamily("nixl_transfer_bytes", "Bytes sent by completed transfers.", value=belt.sent_bytes_total)
+    yield CounterMetricFamily("nixl_transfer_writes", "Writes posted.", value=belt.writes_total)
+    yield SummaryMetricFamily(
+        "nixl_transfer_seconds",
+        "First write posted to last completed.",
+        count_value=belt.write_seconds.count,
+        sum_value=belt.write_seconds.total,
+    )
+    yield SummaryMetricFamily(
+        "kvbelt_transfer_exposed_seconds",
+        "From the end of a prompt's computation to its acknowledged commit: what compute did not hide.",
+        count_value=belt.exposed_seconds.count,
+        sum_value=belt.exposed_seconds.total,
+    )
+    ignored = CounterMetricFamily("kvbelt_messages_ignored", "Control messages not understood.", labels=["cause"])
+    for cause, count in belt.ignored_total.items():
+        ignored.add_metric([cause], count)
+    yield ignored
+
+
+def render_metrics(role: str, load: EngineLoad | None, belt: BeltSnapshot | None) -> bytes:
+    """Prometheus text of one scrape."""
+    registry = CollectorRegistry()
+    registry.register(_Snapshots(role, load, belt))
+    return generate_latest(registry)

@@ -1,0 +1,236 @@
+"""Client requests, parsed once at the wall.
+
+Field names, defaults and meaning are OpenAI's, and vLLM's where OpenAI has none. A field of the wrong type
+is an error that names it; a field nobody knows is ignored, as OpenAI's servers and clients expect; a known
+field that this engine cannot honour is refused rather than ignored.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from kvbelt.errors import RequestError
+from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff
+
+#: What msgspec says of the place of an error: ``$.stop[...]`` → ``stop``.
+_PLACE = re.compile(r" - at `\$\.?([^`\[.]*)[^`]*`$")
+
+#: Larger bodies are refused; a 1 M token prompt as ids has about 8 MB.
+MAX_BODY_BYTES = 32 * 1024 * 1024
+
+#: OpenAI's limits.
+MAX_LOGPROBS = 20
+MAX_CHOICES = 128
+
+Handoff = PrefillHandoff | DecodeHandoff
+
+T = TypeVar("T")
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    """``stream_options``."""
+
+    include_usage: bool | None = False
+
+
+class _Common(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields that completions and chat share."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    n: int | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    min_tokens: int | None = None
+    ignore_eos: bool = False
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    skip_special_tokens: bool = True
+    return_token_ids: bool | None = False
+    kv_transfer_params: dict[str, Any] | None = None
+    # Known, and refused unless they ask for nothing.
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    prompt_logprobs: int | None = None
+
+
+class CompletionRequest(_Common, frozen=True, kw_only=True):
+    """``POST /v1/completions``."""
+
+    prompt: str | list[str | int | list[int]]
+    echo: bool | None = False
+    logprobs: int | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+
+class ChatMessage(msgspec.Struct, frozen=True):
+    """One message. ``content`` is a text or a list of text parts."""
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+
+class ChatRequest(_Common, frozen=True, kw_only=True):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = False
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+_completion = msgspec.json.Decoder(CompletionRequest)
+_chat = msgspec.json.Decoder(ChatRequest)
+
+
+def _decode(decoder: "msgspec.json.Decoder[T]", body: bytes) -> T:
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        text = str(error)
+        place = _PLACE.search(text)
+        raise RequestError(
+            f"invalid request: {text}; correct the field and send the request again",
+            param=place.group(1) or None if place else None,
+        ) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RequestError(f"the request body is not valid JSON: {error}") from None
+
+
+def parse_completion(body: bytes) -> CompletionRequest:
+    """Parse and check what does not need the model.
+
+    Raises:
+        RequestError: 400, with the field at fault.
+    """
+    request = _decode(_completion, body)
+    _check_common(request)
+    if request.best_of not in (None, request.n or 1):
+        raise RequestError(
+            f"best_of is {request.best_of}; only best_of equal to n is supported, leave it out", param="best_of"
+        )
+    if request.suffix:
+        raise RequestError("suffix is not supported; leave it out", param="suffix")
+    if request.logprobs is not None and not 0 <= request.logprobs <= MAX_LOGPROBS:
+        raise RequestError(
+            f"logprobs is {request.logprobs}; it must lie between 0 and {MAX_LOGPROBS}", param="logprobs"
+        )
+    if request.echo and request.logprobs is not None:
+        raise RequestError("echo together with logprobs is not supported; leave one of them out", param="echo")
+    return request
+
+
+def parse_chat(body: bytes) -> ChatRequest:
+    """Parse and check what does not need the model.
+
+    Raises:
+        RequestError: 400, with the field at fault.
+    """
+    request = _decode(_chat, body)
+    _check_common(request)
+    if not request.messages:
+        raise RequestError("messages is empty; send at least one message", param="messages")
+    if request.top_logprobs is not None:
+        if not 0 <= request.top_logprobs <= MAX_LOGPROBS:
+            raise RequestError(
+                f"top_logprobs is {request.top_logprobs}; it must lie between 0 and {MAX_LOGPROBS}",
+                param="top_logprobs",
+            )
+        if request.top_logprobs and not request.logprobs:
+            raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
+    if request.tools and request.tool_choice != "none":
+        raise RequestError(
+            "tools are not supported by the embedded engine; leave them out or send tool_choice 'none'", param="tools"
+        )
+    for message in request.messages:
+        for part in message.content if isinstance(message.content, list) else ():
+            if part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise RequestError(
+                    f"a message part has type {part.get('type')!r}; only text parts are supported", param="messages"
+                )
+    return request
+
+
+def _check_common(request: _Common) -> None:
+    limit = request.max_tokens
+    if limit is not None and limit < 1:
+        raise RequestError(f"max_tokens is {limit}; it must be at least 1", param="max_tokens")
+    if request.n is not None and not 1 <= request.n <= MAX_CHOICES:
+        raise RequestError(f"n is {request.n}; it must lie between 1 and {MAX_CHOICES}", param="n")
+    if request.stream_options is not None and not request.stream:
+        raise RequestError("stream_options is only allowed with stream: true", param="stream_options")
+    if request.response_format is not None and request.response_format.get("type") != "text":
+        raise RequestError(
+            f"response_format {request.response_format.get('type')!r} is not supported by the embedded engine; "
+            "leave it out",
+            param="response_format",
+        )
+    for name in (
+        "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "prompt_logprobs",
+    ):  # fmt: skip
+        if getattr(request, name) is not None:
+            raise RequestError(f"{name} is not supported by the embedded engine; leave it out", param=name)
+
+
+def parse_handoff(params: Mapping[str, Any] | None) -> Handoff | None:
+    """``kv_transfer_params`` of a request, as the proxy wrote it.
+
+    Raises:
+        RequestError: 400, it is neither a prefill nor a decode handoff.
+    """
+    if params is None:
+        return None
+    shape: type[PrefillHandoff | DecodeHandoff] = PrefillHandoff if "receiver" in params else DecodeHandoff
+    try:
+        return msgspec.convert(dict(params), shape)
+    except msgspec.ValidationError as error:
+        raise RequestError(f"kv_transfer_params is wrong: {error}", param="kv_transfer_params") from None
+
+
+def split_prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
+    """A request's prompts, each a text or a list of token ids.
+
+    Raises:
+        RequestError: 400, it is empty or mixes kinds.
+    """
+    if isinstance(prompt, str):
+        prompts: list[str | list[int]] = [prompt]
+    elif not prompt:
+        prompts = []
+    elif all(isinstance(item, int) for item in prompt):
+        prompts = [[item for item in prompt if isinstance(item, int)]]
+    elif any(isinstance(item, int) for item in prompt) or len({type(item) for item in prompt}) > 1:
+        raise RequestError(
+            "prompt mixes kinds; send one text, a list of texts, a list of token ids, or a list of such lists",
+            param="prompt",
+        )
+    else:
+        prompts = [item for item in prompt if not isinstance(item, int)]
+    if not prompts or any(len(item) == 0 for item in prompts):
+        raise RequestError("prompt is empty; send at least one token", param="prompt")
+    return prompts
