@@ -1,1 +1,1 @@
-"""What people run: the launcher, the demo model and the tools around them."""
+"""Operating kvbelt: starting a whole deployment, showing it off, watching a request."""

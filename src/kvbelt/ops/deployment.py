@@ -1,0 +1,231 @@
+"""A whole deployment: what ``kvbelt up``, the demo, the benchmarks and the end-to-end tests all start.
+
+async with Deployment(spec) as deployment:
+    ... deployment.url ...
+
+with running(spec) as deployment:      # the same from synchronous code
+    ... deployment.url ...
+"""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from kvbelt.errors import StartError
+from kvbelt.ops.console import Console
+from kvbelt.ops.ports import PROXY_PORT, Ports, check_free, free_ports, seed_ports
+from kvbelt.ops.probe import reachable
+from kvbelt.ops.processes import DeploymentSpec, plan, write_configs
+from kvbelt.ops.supervisor import Supervisor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class RunningProcess:
+    """One process of a deployment."""
+
+    name: str
+    role: str  #: ``prefill``, ``decode``, ``both`` or ``proxy``
+    pid: int
+    host: str
+    port: int
+    running: bool
+
+    @property
+    def url(self) -> str:
+        """Where it serves HTTP."""
+        return _url(self.host, self.port)
+
+
+class Deployment:
+    """Starts everything on entry, ends everything on exit.
+
+    Raises (on entry):
+        StartError: a port is taken, the model folder does not exist, or a process died or was not ready in time.
+    """
+
+    def __init__(self, spec: DeploymentSpec, console: Console | None = None) -> None:
+        self.spec = spec
+        self._console = console if console is not None else Console()
+        self._supervisor: Supervisor | None = None
+        self._config_dir: Path | None = None
+        self.ports: Ports | None = None
+
+    @property
+    def url(self) -> str:
+        """The proxy's address."""
+        if self.ports is None:
+            raise RuntimeError("not started")
+        return _url(self.spec.host, self.ports.proxy)
+
+    @property
+    def processes(self) -> list[RunningProcess]:
+        """Every process, the proxy last; a restarted one with its new pid."""
+        if self._supervisor is None:
+            return []
+        return [
+            RunningProcess(name, child.spec.role, child.pid, child.spec.host, child.spec.port, child.running)
+            for name, child in self._supervisor.children.items()
+        ]
+
+    @property
+    def workers(self) -> list[RunningProcess]:
+        """The processes that hold a model."""
+        return [process for process in self.processes if process.role != "proxy"]
+
+    def process(self, name: str) -> RunningProcess:
+        """One process by name (``prefill-0``, ``proxy``); KeyError if there is none."""
+        for process in self.processes:
+            if process.name == name:
+                return process
+        raise KeyError(name)
+
+    def log_tail(self, name: str) -> list[str]:
+        """The last lines that a process wrote."""
+        return list(self._supervisor.children[name].tail) if self._supervisor is not None else []
+
+    async def start(self) -> None:
+        """Start every process and wait until a request would succeed. On failure nothing is left behind."""
+        spec = self.spec
+        if not spec.model.is_dir():
+            raise StartError(f"--model {spec.model} is not a folder; give a local Hugging Face model folder, or 'demo'")
+        if spec.auto_ports:
+            self.ports = free_ports(spec.topology, proxy=spec.port)
+        else:
+            self.ports = seed_ports(spec.topology, proxy=spec.port if spec.port is not None else PROXY_PORT)
+        check_free(list(self.ports.claims(spec.host)))
+        if spec.log_dir is not None:
+            spec.log_dir.mkdir(parents=True, exist_ok=True)
+        self._config_dir = Path(tempfile.mkdtemp(prefix="kvbelt-"))
+        try:
+            processes = plan(spec, self.ports, write_configs(spec, self.ports, self._config_dir))
+            self._supervisor = Supervisor(processes, self._console, log_dir=spec.log_dir, restart=spec.restart)
+            self._supervisor.start()
+            await self._supervisor.wait_ready(spec.start_timeout)
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def restart(self, name: str) -> None:
+        """End one process and start it again; returns when it is ready."""
+        if self._supervisor is None:
+            raise RuntimeError("not started")
+        await self._supervisor.restart(name)
+
+    async def stop(self) -> None:
+        """End everything. Idempotent; leaves no process, no port and no file behind (logs in ``log_dir`` stay)."""
+        if self._supervisor is not None:
+            await self._supervisor.stop()
+        if self._config_dir is not None:
+            shutil.rmtree(self._config_dir, ignore_errors=True)
+            self._config_dir = None
+
+    async def __aenter__(self) -> Self:
+        """``start``."""
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """``stop``."""
+        await self.stop()
+
+
+class SyncDeployment:
+    """A deployment driven from synchronous code. ``running`` makes one."""
+
+    def __init__(self, deployment: Deployment, loop: asyncio.AbstractEventLoop) -> None:
+        self._deployment = deployment
+        self._loop = loop
+
+    @property
+    def url(self) -> str:
+        """The proxy's address."""
+        return self._deployment.url
+
+    @property
+    def ports(self) -> Ports:
+        """Every port."""
+        if self._deployment.ports is None:
+            raise RuntimeError("not started")
+        return self._deployment.ports
+
+    @property
+    def processes(self) -> list[RunningProcess]:
+        """Every process, the proxy last."""
+        return self._call(_just(lambda: self._deployment.processes))
+
+    @property
+    def workers(self) -> list[RunningProcess]:
+        """The processes that hold a model."""
+        return self._call(_just(lambda: self._deployment.workers))
+
+    def process(self, name: str) -> RunningProcess:
+        """One process by name; KeyError if there is none."""
+        return self._call(_just(lambda: self._deployment.process(name)))
+
+    def log_tail(self, name: str) -> list[str]:
+        """The last lines that a process wrote."""
+        return self._call(_just(lambda: self._deployment.log_tail(name)))
+
+    def restart(self, name: str) -> None:
+        """End one process and start it again; returns when it is ready."""
+        self._call(self._deployment.restart(name))
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+async def _just(read: Callable[[], T]) -> T:
+    # Children belong to the loop's thread; what is read of them is read there.
+    return read()
+
+
+@contextlib.contextmanager
+def running(spec: DeploymentSpec, console: Console | None = None) -> Iterator[SyncDeployment]:
+    """Run a deployment beside synchronous code, on a thread of its own.
+
+    Raises:
+        StartError: as ``Deployment``.
+    """
+    started: concurrent.futures.Future[SyncDeployment] = concurrent.futures.Future()
+    finished: list[asyncio.Event] = []
+
+    async def serve() -> None:
+        finished.append(asyncio.Event())
+        async with Deployment(spec, console) as deployment:
+            started.set_result(SyncDeployment(deployment, asyncio.get_running_loop()))
+            await finished[0].wait()
+
+    def thread() -> None:
+        try:
+            asyncio.run(serve())
+        except BaseException as error:  # noqa: BLE001 -- raised again in the caller's thread
+            if not started.done():
+                started.set_exception(error)
+
+    # The kernel ends the children with the thread that started them, so it lives exactly as long as they do.
+    runner = threading.Thread(target=thread, name="kvbelt deployment", daemon=True)
+    runner.start()
+    deployment = started.result()
+    try:
+        yield deployment
+    finally:
+        with contextlib.suppress(RuntimeError):  # the loop has closed already
+            deployment._loop.call_soon_threadsafe(finished[0].set)  # noqa: SLF001 -- the two halves of one thing
+        runner.join()
+
+
+def _url(host: str, port: int) -> str:
+    name = reachable(host)
+    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"

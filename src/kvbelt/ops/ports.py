@@ -1,0 +1,176 @@
+"""Which port everything listens on, and whether it is free.
+
+The seed's numbers: proxy 9100, prefill workers from 7100, decode workers from 7200, their init ports from 7300 and
+alloc ports from 7400, notifications 7500. Ports are checked before anything is started, because a worker
+finds out that its port is taken only after it has loaded its model.
+"""
+
+import contextlib
+import errno
+import random
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvbelt.errors import StartError
+from kvbelt.ops.topology import Topology
+
+PROXY_PORT = 9100
+NOTIFY_PORT = 7500
+PREFILL_PORT = 7100
+DECODE_PORT = 7200
+INIT_PORT = 7300
+ALLOC_PORT = 7400
+
+#: Workers serve the proxy and each other; only the proxy is for the world.
+WORKER_HOST = "127.0.0.1"
+
+#: Where free ports are looked for: above the well-known services, below what the kernel gives to outgoing
+#: connections. (A port of that range may be taken by any connection between the check and the worker's bind.)
+_LOWEST_FREE_PORT = 10_000
+_EPHEMERAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_USUAL_EPHEMERAL_START = 32_768
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One port, who will listen there, and the flag that moves it."""
+
+    port: int
+    owner: str
+    flag: str
+    host: str = WORKER_HOST
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Every port of a deployment. ``decode``, ``init`` and ``alloc`` are indexed by decode worker."""
+
+    proxy: int
+    notify: int
+    prefill: tuple[int, ...]
+    decode: tuple[int, ...]
+    init: tuple[int, ...]
+    alloc: tuple[int, ...]
+
+    def claims(self, proxy_host: str) -> Iterator[Claim]:
+        """Every port with its owner. Without prefill workers nobody listens for KV or notifications."""
+        yield Claim(self.proxy, "the proxy", "--port", proxy_host)
+        for index, port in enumerate(self.prefill):
+            yield Claim(port, f"prefill-{index}", "--auto-ports")
+        role = "decode" if self.prefill else "both"
+        for index, port in enumerate(self.decode):
+            yield Claim(port, f"{role}-{index}", "--auto-ports")
+        if not self.prefill:
+            return
+        yield Claim(self.notify, "the proxy's notifications", "--auto-ports")
+        for index, (init, alloc) in enumerate(zip(self.init, self.alloc, strict=True)):
+            yield Claim(init, f"decode-{index}'s handshakes", "--auto-ports")
+            yield Claim(alloc, f"decode-{index}'s reservations", "--auto-ports")
+
+
+def seed_ports(topology: Topology, *, proxy: int = PROXY_PORT) -> Ports:
+    """The well-known ports."""
+
+    def consecutive(first: int, count: int) -> tuple[int, ...]:
+        return tuple(range(first, first + count))
+
+    return Ports(
+        proxy=proxy,
+        notify=NOTIFY_PORT,
+        prefill=consecutive(PREFILL_PORT, topology.prefill),
+        decode=consecutive(DECODE_PORT, topology.decode),
+        init=consecutive(INIT_PORT, topology.decode),
+        alloc=consecutive(ALLOC_PORT, topology.decode),
+    )
+
+
+def free_ports(topology: Topology, *, proxy: int | None = None) -> Ports:
+    """Ports that are free right now; ``proxy`` fixes the proxy's.
+
+    Raises:
+        StartError: there are not enough free ports.
+    """
+    found = iter(find_free(2 + topology.prefill + 3 * topology.decode))
+
+    def take(count: int) -> tuple[int, ...]:
+        return tuple(next(found) for _ in range(count))
+
+    return Ports(
+        proxy=proxy if proxy is not None else next(found),
+        notify=next(found),
+        prefill=take(topology.prefill),
+        decode=take(topology.decode),
+        init=take(topology.decode),
+        alloc=take(topology.decode),
+    )
+
+
+def find_free(count: int, *, host: str = WORKER_HOST) -> list[int]:
+    """``count`` distinct free ports, from a random place, so that two launchers seldom pick the same.
+
+    Raises:
+        StartError: there are not so many.
+    """
+    end = _ephemeral_start()
+    candidates = list(range(_LOWEST_FREE_PORT, end))
+    random.shuffle(candidates)
+    found: list[int] = []
+    for port in candidates:
+        if len(found) == count:
+            break
+        if problem(host, port) is None:
+            found.append(port)
+    if len(found) < count:
+        raise StartError(
+            f"only {len(found)} free ports between {_LOWEST_FREE_PORT} and {end} on {host}; {count} needed"
+        )
+    return found
+
+
+def check_free(claims: Sequence[Claim]) -> None:
+    """See that every port can be bound and none is claimed twice.
+
+    Raises:
+        StartError: one line that names the port, its owner and the flag to change.
+    """
+    owners: dict[int, Claim] = {}
+    for claim in claims:
+        if (other := owners.get(claim.port)) is not None:
+            flag = "--port" if "--port" in (claim.flag, other.flag) else "--auto-ports"
+            raise StartError(
+                f"port {claim.port} is wanted by both {other.owner} and {claim.owner}; change it with {flag}"
+            )
+        owners[claim.port] = claim
+    for claim in claims:
+        if (reason := problem(claim.host, claim.port)) is not None:
+            remedy = "--port N or --auto-ports" if claim.flag == "--port" else "--auto-ports"
+            raise StartError(
+                f"port {claim.port} for {claim.owner} on {claim.host}: {reason}; choose another with {remedy}"
+            )
+
+
+def problem(host: str, port: int) -> str | None:
+    """Why ``port`` cannot be listened on, or None if it can."""
+    if not 0 < port < 65_536:
+        return "a port lies between 1 and 65535"
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # As servers do: connections of an earlier life that linger in TIME_WAIT are no obstacle, a listener is.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen(1)
+        except OSError as error:
+            taken = error.errno == errno.EADDRINUSE
+            return "already in use by another process" if taken else f"cannot be bound ({error.strerror or error})"
+    return None
+
+
+def _ephemeral_start() -> int:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        start = int(_EPHEMERAL_RANGE.read_text(encoding="ascii").split()[0])
+        if start > _LOWEST_FREE_PORT + 1000:
+            return start
+    return _USUAL_EPHEMERAL_START

@@ -1,0 +1,196 @@
+"""Many children as one: started together, waited for, watched, ended together.
+
+- A child that dies before everything is ready: ``wait_ready`` raises, naming it with the end of its log.
+- One that dies later is named in the same way; the others go on serving (the belt survives a lost worker), and it is
+  started again only with ``restart``.
+- ``stop`` ends all at once, so that all graces run side by side.
+
+Nothing polls once everything is ready.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvbelt.errors import StartError
+from kvbelt.ops import probe
+from kvbelt.ops.child import GRACE_SECONDS, Child, describe_end
+from kvbelt.ops.console import Console
+from kvbelt.ops.processes import ProcessSpec
+
+_POLL_SECONDS = 0.1
+
+#: A progress line at least this often while nothing changes.
+_PROGRESS_SECONDS = 5.0
+
+#: Before a process is started again: doubled with each death within ``_STEADY_SECONDS`` of its start.
+_RESTART_SECONDS = 1.0
+_MAX_RESTART_SECONDS = 30.0
+_STEADY_SECONDS = 60.0
+
+
+class NotReadyError(StartError):
+    """Everything was started, but did not become ready."""
+
+
+class ChildDiedError(NotReadyError):
+    """A process ended that should not have. The message names it and carries the end of its log."""
+
+
+class Supervisor:
+    """Runs processes. One event loop, one thread.
+
+    Attributes:
+        children: the latest process of each name.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[ProcessSpec],
+        console: Console,
+        *,
+        log_dir: Path | None = None,
+        restart: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._specs = list(specs)
+        self._console = console
+        self._log_dir = log_dir
+        self._restart = restart
+        self._clock = clock
+        self.children: dict[str, Child] = {}
+        self._watchers: dict[str, asyncio.Task[None]] = {}
+        self._ready = False
+        self._stopping = False
+        self._death: asyncio.Future[ChildDiedError] | None = None  # of the first one before all were ready
+        console.know([spec.name for spec in specs])
+
+    def start(self) -> None:
+        """Start every process; call ``wait_ready`` next.
+
+        Raises:
+            StartError: a program cannot be run. Call ``stop`` then, too.
+        """
+        self._death = asyncio.get_running_loop().create_future()
+        for spec in self._specs:
+            self._start_one(spec)
+
+    async def wait_ready(self, timeout_seconds: float) -> None:
+        """Wait until every process says that it is ready, showing how far each is.
+
+        Raises:
+            ChildDiedError: one ended.
+            NotReadyError: ``timeout_seconds`` went by.
+        """
+        if self._death is None:
+            raise RuntimeError("start() comes first")
+        polling = asyncio.create_task(self._poll_until_ready(timeout_seconds), name="wait for readiness")
+        try:
+            either: set[asyncio.Future[Any]] = {polling, self._death}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if self._death.done():
+                raise self._death.result()
+            polling.result()
+        finally:
+            polling.cancel()
+            await asyncio.gather(polling, return_exceptions=True)
+        self._ready = True
+
+    async def restart(self, name: str) -> None:
+        """End one process, if it has not ended, start it again and wait until it is ready.
+
+        Raises:
+            ChildDiedError: it ended again.
+            NotReadyError: it was not ready within a minute.
+        """
+        child = self.children[name]
+        await self._forget(name)
+        await child.stop()
+        self._start_one(child.spec)
+        again = self.children[name]
+        deadline = self._clock() + 60
+        while not await self._is_ready(child.spec):
+            if not again.running:
+                raise _death(again)
+            if self._clock() > deadline:
+                raise NotReadyError(f"{name} was not ready again after 60 s")
+            await asyncio.sleep(_POLL_SECONDS)
+
+    async def stop(self, grace: float = GRACE_SECONDS) -> None:
+        """End everything. Idempotent; when it returns no child is left."""
+        self._stopping = True
+        for name in list(self._watchers):
+            await self._forget(name)
+        await asyncio.gather(*(child.stop(grace) for child in self.children.values()))
+
+    def _start_one(self, spec: ProcessSpec) -> None:
+        child = Child(spec, self._console.log, log_dir=self._log_dir)
+        self.children[spec.name] = child
+        self._watchers[spec.name] = asyncio.create_task(self._watch(child), name=f"watch {spec.name}")
+
+    async def _forget(self, name: str) -> None:
+        if (watcher := self._watchers.pop(name, None)) is not None:
+            watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watcher
+
+    async def _watch(self, child: Child) -> None:
+        pause = _RESTART_SECONDS
+        while True:
+            started = self._clock()
+            await child.wait()
+            death = _death(child)
+            if not self._ready:
+                if self._death is not None and not self._death.done():
+                    self._death.set_result(death)
+                return
+            self._console.alarm(str(death))
+            if not self._restart:
+                self._console.alarm(f"the rest keeps serving without {child.spec.name} (--restart starts it again)")
+                return
+            pause = _RESTART_SECONDS if self._clock() - started > _STEADY_SECONDS else pause
+            self._console.say(f"starting {child.spec.name} again in {pause:.0f} s")
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _MAX_RESTART_SECONDS)
+            child = Child(child.spec, self._console.log, log_dir=self._log_dir)
+            self.children[child.spec.name] = child
+
+    async def _poll_until_ready(self, timeout_seconds: float) -> None:
+        started = self._clock()
+        shown: list[str] = []
+        shown_at = started
+        while True:
+            states = await asyncio.gather(*(self._state(spec) for spec in self._specs))
+            elapsed = self._clock() - started
+            line = [f"{spec.name} {state}" for spec, state in zip(self._specs, states, strict=True)]
+            if line != shown or self._clock() - shown_at > _PROGRESS_SECONDS:
+                self._console.say(f"{elapsed:5.1f} s  " + ", ".join(line))
+                shown, shown_at = line, self._clock()
+            if all(state == "ready" for state in states):
+                return
+            if elapsed > timeout_seconds:
+                raise NotReadyError(f"not ready after {timeout_seconds:g} s: " + ", ".join(line))
+            await asyncio.sleep(_POLL_SECONDS)
+
+    async def _state(self, spec: ProcessSpec) -> str:
+        if spec.health_path is None:
+            return "ready"
+        answer = await probe.get(spec.host, spec.port, spec.health_path)
+        if answer is None:
+            return "starting"
+        # 200 alone is not enough: whoever says a state must say "ready".
+        return "ready" if answer.status == 200 and answer.state in (None, "ready") else answer.state or "waiting"
+
+    async def _is_ready(self, spec: ProcessSpec) -> bool:
+        return await self._state(spec) == "ready"
+
+
+def _death(child: Child) -> ChildDiedError:
+    end = describe_end(child.returncode if child.returncode is not None else 0)
+    head = f"{child.spec.name} (pid {child.pid}) died: {end}"
+    if not child.tail:
+        return ChildDiedError(f"{head}; it wrote nothing")
+    return ChildDiedError("\n".join([f"{head}; the end of its log:", *(f"    {line}" for line in child.tail)]))

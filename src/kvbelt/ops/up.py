@@ -1,0 +1,161 @@
+"""``kvbelt up``: one command that starts a whole deployment and ends it without a trace.
+
+Standard output carries one line, ``ready URL``, once a request would succeed; logs and progress go to standard error.
+Exit status: 0 after Ctrl-C, SIGTERM or SIGHUP; 1 when a process died before everything was ready; 2 when the start was
+refused (bad topology, port taken, no such model).
+"""
+
+import argparse
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+from kvbelt.errors import KVBeltError
+from kvbelt.ops.console import Console
+from kvbelt.ops.deployment import Deployment
+from kvbelt.ops.model_dir import find_model
+from kvbelt.ops.ports import PROXY_PORT
+from kvbelt.ops.processes import DeploymentSpec
+from kvbelt.ops.supervisor import NotReadyError
+from kvbelt.ops.topology import Topology
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+#: What ``serve`` may take to end after a signal, out of the 5 s in which everything must be gone.
+_LAST_WORDS_SECONDS = 0.5
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that ``kvbelt up`` and ``kvbelt demo`` share."""
+    parser.add_argument("--model", default="demo", help="demo, or a local Hugging Face model folder (default: demo)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: float32")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: auto")
+    parser.add_argument("--threads", type=_positive_int, help="CPU threads of each worker (default: cores / workers)")
+    parser.add_argument("--log-dir", type=Path, help="also write each process's log to a file in this folder")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Everything that ``kvbelt up`` takes."""
+    parser.add_argument("topology", help="XpYd, e.g. 1p1d or 2p2d; 0p1d is one aggregated server")
+    add_model_arguments(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="where the proxy listens (default: 127.0.0.1)")
+    parser.add_argument("--port", type=_positive_int, help=f"the proxy's port (default: {PROXY_PORT})")
+    parser.add_argument("--auto-ports", action="store_true", help="take free ports instead of the well-known ones")
+    parser.add_argument(
+        "--kv-gb", type=_positive_number, help="KV memory of each worker in GB (default: the worker decides)"
+    )
+    parser.add_argument(
+        "--buffer-gb", type=_positive_number, default=1.0, help="staging memory a side in GiB (default: 1)"
+    )
+    parser.add_argument("--max-model-len", type=_positive_int, help="longest prompt and answer together, in tokens")
+    parser.add_argument("--restart", action="store_true", help="start a process again that dies")
+    parser.add_argument(
+        "--start-timeout", type=_positive_number, default=600.0, help="seconds until all are ready (default: 600)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """``kvbelt up`` with parsed arguments. Returns the exit status."""
+    console = Console()
+
+    async def serve(deployment: Deployment, stop: asyncio.Event) -> int:
+        with contextlib.suppress(OSError):  # nobody reads: serving goes on
+            print(f"ready {deployment.url}", flush=True)
+        await stop.wait()
+        console.say("stopping")
+        return 0
+
+    try:
+        topology = Topology.parse(args.topology)
+        spec = DeploymentSpec(
+            topology=topology,
+            model=find_model(args.model, console.say),
+            dtype=args.dtype,
+            device=args.device,
+            host=args.host,
+            port=args.port,
+            auto_ports=args.auto_ports,
+            threads=args.threads,
+            kv_gb=args.kv_gb,
+            buffer_gb=args.buffer_gb,
+            max_model_len=args.max_model_len,
+            log_dir=args.log_dir,
+            restart=args.restart,
+            start_timeout=args.start_timeout,
+        )
+        return asyncio.run(deploy(spec, console, serve))
+    except KeyboardInterrupt:  # before the loop took the signals over
+        return 0
+    except KVBeltError as error:
+        return report(error)
+
+
+def report(error: KVBeltError) -> int:
+    """Say on standard error why it could not start. Returns the exit status."""
+    print(f"kvbelt: {error}", file=sys.stderr)
+    return 1 if isinstance(error, NotReadyError) else 2
+
+
+async def deploy(
+    spec: DeploymentSpec, console: Console, serve: Callable[[Deployment, asyncio.Event], Awaitable[int]]
+) -> int:
+    """Start, ``serve`` until it returns or a signal comes, stop. Returns ``serve``'s status; 0 after a signal.
+
+    Raises:
+        StartError: as ``Deployment.start``; nothing is left behind.
+    """
+    deployment = Deployment(spec, console)
+
+    async def start_and_serve() -> int:
+        await deployment.start()
+        return await serve(deployment, stop)
+
+    async with _stop_signals() as stop:
+        work = asyncio.create_task(start_and_serve(), name="deployment")
+        signalled = asyncio.create_task(stop.wait(), name="signals")
+        try:
+            await asyncio.wait([work, signalled], return_when=asyncio.FIRST_COMPLETED)
+            if signalled.done() and not work.done():
+                # Served by now: let it say its last words. Still starting: it has nothing to say.
+                await asyncio.wait([work], timeout=_LAST_WORDS_SECONDS)
+            if work.done():
+                return work.result()
+            return 0
+        finally:
+            for task in (work, signalled):
+                task.cancel()
+            await asyncio.gather(work, signalled, return_exceptions=True)
+            await deployment.stop()
+
+
+@contextlib.asynccontextmanager
+async def _stop_signals() -> AsyncIterator[asyncio.Event]:
+    """An event that Ctrl-C, SIGTERM or SIGHUP sets."""
+    loop = asyncio.get_running_loop()
+    event = asyncio.Event()
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, event.set)
+    try:
+        yield event
+    finally:
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
+
+
+def _positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _positive_number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value

@@ -1,0 +1,47 @@
+"""A process that passes for ``kvbelt worker`` and ``kvbelt proxy``: it serves /health on --port and nothing else.
+
+How it misbehaves is said in the environment, per name of the role: STANDIN_DIE, STANDIN_IGNORE_TERM,
+STANDIN_LOADING (a file: it says ``loading`` until the file exists).
+"""
+
+import os
+import signal
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+
+def option(name: str) -> str:
+    """What follows ``name`` on the command line."""
+    return sys.argv[sys.argv.index(name) + 1]
+
+
+role = option("--role") if sys.argv[1] == "worker" else "proxy"
+sys.stderr.write(f"I am {role}\n")
+if role in os.environ.get("STANDIN_IGNORE_TERM", ""):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if role in os.environ.get("STANDIN_DIE", ""):
+    for number in range(100):
+        sys.stderr.write(f"line {number}\n")
+    sys.stderr.write("the reason\n")
+    sys.exit(7)
+
+
+class Health(BaseHTTPRequestHandler):
+    """Answers every GET with a state."""
+
+    def do_GET(self) -> None:
+        """``ready``, or ``loading`` until the file exists."""
+        waits_for = os.environ.get("STANDIN_LOADING")
+        ready = waits_for is None or Path(waits_for).exists()
+        body = b'{"state": "ready"}' if ready else b'{"state": "loading"}'
+        self.send_response(200 if ready else 503)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+HTTPServer((option("--host"), int(option("--port"))), Health).serve_forever()

@@ -1,0 +1,86 @@
+"""Log lines: splitting, prefixing, colouring, and a terminal that goes away."""
+
+import io
+import itertools
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvbelt.ops.console import MAX_LINE_BYTES, Console, LineSplitter, wants_colour
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self):
+        """Say so."""
+        return True
+
+
+@given(st.binary(max_size=200), st.lists(st.integers(0, 200), max_size=8))
+def test_lines_do_not_depend_on_how_bytes_arrive(data, cuts):
+    """However the output is cut into chunks, the lines are the same."""
+    whole = LineSplitter()
+    expected = [*whole.feed(data), *whole.close()]
+    splitter = LineSplitter()
+    lines = []
+    places = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
+    for start, end in itertools.pairwise(places):
+        lines += splitter.feed(data[start:end])
+    lines += splitter.close()
+    assert lines == expected
+
+
+def test_endless_line_is_handed_on_in_pieces():
+    """A child that never ends its line does not make the launcher hold it all."""
+    splitter = LineSplitter()
+    pieces = list(splitter.feed(b"x" * (3 * MAX_LINE_BYTES + 5)))
+    assert [len(piece) for piece in pieces] == [MAX_LINE_BYTES] * 3
+    assert list(splitter.close()) == ["xxxxx"]
+
+
+def test_prefixes_are_aligned_and_plain_without_a_terminal():
+    """Every line starts with its process's name, padded to the longest, and no escape codes."""
+    stream = io.StringIO()
+    console = Console(stream)
+    console.know(["prefill-0", "proxy"])
+    console.log("prefill-0", "hello")
+    console.log("proxy", "world")
+    console.alarm("oh")
+    assert stream.getvalue() == "prefill-0 | hello\nproxy     | world\nup        | oh\n"
+
+
+def test_names_have_colours_of_their_own_on_a_terminal(monkeypatch):
+    """On a terminal two processes differ in colour."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    console = Console(Terminal())
+    console.know(["a", "b"])
+    first, second = console.prefixed("a", "x"), console.prefixed("b", "x")
+    assert first.startswith("\033[")
+    assert first.split("m")[0] != second.split("m")[0]
+
+
+def test_no_color_is_obeyed(monkeypatch):
+    """NO_COLOR switches colours off on a terminal."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not wants_colour(Terminal())
+
+
+def test_closed_terminal_ends_the_showing_and_nothing_else():
+    """Writing to a stream that has gone raises nothing."""
+    stream = io.StringIO()
+    console = Console(stream)
+    stream.close()
+    console.say("nobody hears")
+    console.say("this either")
+
+
+def test_quiet_console_shows_the_launchers_lines_only():
+    """With logs off, the launcher's own lines remain."""
+    stream = io.StringIO()
+    console = Console(stream, show_logs=False)
+    console.log("proxy", "chatter")
+    console.say("news")
+    assert stream.getvalue() == "up | news\n"
