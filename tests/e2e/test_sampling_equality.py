@@ -1,0 +1,86 @@
+"""Every sampling option with a fixed seed: disaggregated answers equal the aggregated server's."""
+
+from typing import Any
+
+import pytest
+
+from kvbelt.ops.deployment import SyncDeployment
+from tests.e2e.asking import ask, assert_same
+
+pytestmark = pytest.mark.e2e
+
+COMPLETION: dict[str, Any] = {"prompt": "The three most important things about rivers are", "max_tokens": 14}
+CHAT: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "Name three colours, then three animals."}],
+    "max_tokens": 14,
+}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "temperature": {"temperature": 0.8, "seed": 11},
+    "top_p": {"top_p": 0.7, "seed": 12},
+    "top_k": {"top_k": 5, "seed": 13},
+    "min_p": {"min_p": 0.2, "seed": 14},
+    "all-filters": {"temperature": 1.2, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "seed": 15},
+    "presence": {"presence_penalty": 1.5, "seed": 16},
+    "frequency": {"frequency_penalty": 1.5, "temperature": 0},
+    "repetition": {"repetition_penalty": 1.4, "temperature": 0},
+    "logit_bias": {"logit_bias": {"28": 5, "30": -100}, "temperature": 0},
+    "n": {"n": 3, "seed": 17},
+    "stop-string": {"stop": ["\n", " the"], "temperature": 0},
+    "stop-string-kept": {"stop": [" and"], "include_stop_str_in_output": True, "temperature": 0},
+    "stop-token": {"stop_token_ids": [28, 30, 284], "temperature": 0},
+    "min-tokens": {"min_tokens": 12, "stop": ["."], "temperature": 0},
+    "ignore-eos": {"ignore_eos": True, "temperature": 0, "max_tokens": 40},
+    "one-token": {"max_tokens": 1, "temperature": 0},
+    "two-tokens": {"max_tokens": 2, "temperature": 0},
+}
+LOGPROBS = {"completion": {"logprobs": 3}, "chat": {"logprobs": True, "top_logprobs": 3}}
+KINDS = {"completion": COMPLETION, "chat": CHAT}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_option_gives_the_same_answer_everywhere(
+    kind: str, option: str, one_p_one_d: SyncDeployment, two_p_two_d: SyncDeployment, aggregated: SyncDeployment
+) -> None:
+    """The same text, ids, end and usage on 0p1d, 1p1d (streamed too) and 2p2d."""
+    body = {**KINDS[kind], **OPTIONS[option]}
+    expected = ask(aggregated.url, body, stream=False)
+    assert_same(ask(one_p_one_d.url, body, stream=False), expected)
+    assert_same(ask(one_p_one_d.url, body, stream=True), expected)
+    assert_same(ask(two_p_two_d.url, body, stream=False), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_logprobs_are_the_same_everywhere(
+    kind: str, stream: bool, one_p_one_d: SyncDeployment, aggregated: SyncDeployment
+) -> None:
+    """Log probabilities of the chosen tokens and their rivals agree to three digits."""
+    body = {**KINDS[kind], **LOGPROBS[kind], "seed": 21, "temperature": 0.7}
+    expected = ask(aggregated.url, body, stream=False)
+    assert expected.logprobs[0]
+    assert_same(ask(one_p_one_d.url, body, stream=stream), expected)
+
+
+def test_several_prompts_in_one_request(one_p_one_d: SyncDeployment, aggregated: SyncDeployment) -> None:
+    """A list of prompts with two choices each is answered in order."""
+    body = {"prompt": ["The sun is", "Two plus two is", "天空是"], "n": 2, "seed": 5, "max_tokens": 8}
+    expected = ask(aggregated.url, body, stream=False)
+    assert len(expected.texts) == 6
+    assert_same(ask(one_p_one_d.url, body, stream=False), expected)
+
+
+def test_echo_returns_the_prompt_first(one_p_one_d: SyncDeployment, aggregated: SyncDeployment) -> None:
+    """``echo`` puts the prompt before the completion, as the aggregated server does."""
+    body = {**COMPLETION, "echo": True, "temperature": 0}
+    expected = ask(aggregated.url, body, stream=False)
+    assert expected.texts[0].startswith(COMPLETION["prompt"])
+    assert_same(ask(one_p_one_d.url, body, stream=True), expected)
+
+
+def test_token_ids_as_prompt(one_p_one_d: SyncDeployment, aggregated: SyncDeployment) -> None:
+    """A prompt of token ids is taken as it is."""
+    body = {"prompt": [504, 3575, 282, 4649, 314], "temperature": 0, "max_tokens": 10}
+    assert_same(ask(one_p_one_d.url, body, stream=True), ask(aggregated.url, body, stream=False))

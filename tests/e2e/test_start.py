@@ -1,0 +1,169 @@
+"""Starting and stopping: the command line's errors, mixed models, and a demo that ends by itself."""
+
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from kvbelt.ops.deployment import running
+from tests.e2e.conftest import deployment_spec
+
+pytestmark = pytest.mark.e2e
+
+KVBELT = [sys.executable, "-m", "kvbelt"]
+
+
+def refusal(*args: str) -> str:
+    """Runs a command that must be refused: status 2, one line on standard error, which is returned."""
+    done = subprocess.run([*KVBELT, *args], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def test_unknown_role() -> None:
+    """The choices are named."""
+    assert "'prefill'" in refusal("worker", "--role", "prefiller", "--model", "demo")
+
+
+def test_unknown_option_names_the_one_it_resembles() -> None:
+    """A typing error is met with what was meant."""
+    assert "--decode-host" in refusal("proxy", "--decoder-hos", "x")
+
+
+def test_unknown_model_folder(tmp_path: Path) -> None:
+    """The folder is named, and what to give instead."""
+    line = refusal("up", "1p1d", "--model", str(tmp_path / "nowhere"))
+    assert "nowhere" in line
+    assert "demo" in line
+
+
+def test_unknown_yaml_key_names_the_one_it_resembles(tmp_path: Path) -> None:
+    """The file, the key and the right key are named."""
+    file = tmp_path / "prefill.yaml"
+    file.write_text("enable_pd: True\npd_bufer_size: 5\n", encoding="utf-8")
+    line = refusal("worker", "--role", "prefill", "--config", str(file), "--model", "demo")
+    assert "pd_bufer_size" in line
+    assert "pd_buffer_size" in line
+    assert "prefill.yaml" in line
+
+
+def test_busy_port(demo_model: Path) -> None:
+    """The port is named."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = refusal("worker", "--role", "both", "--model", str(demo_model), "--port", str(port))
+    assert str(port) in line
+
+
+def test_bad_topology() -> None:
+    """What a topology looks like is said."""
+    assert "1p1d" in refusal("up", "one-and-one")
+
+
+def test_up_serves_and_leaves_nothing(demo_model: Path) -> None:
+    """``kvbelt up`` prints ready, serves, and ends with status 0 within 5 s of SIGTERM; no process stays."""
+    command = [*KVBELT, "up", "1p1d", "--model", str(demo_model), "--auto-ports", "--device", "cpu", "--kv-gb", "0.5"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as up:
+        try:
+            assert up.stdout is not None
+            ready = up.stdout.readline()
+            found = re.fullmatch(r"ready (http://127\.0\.0\.1:\d+)\n", ready)
+            assert found, ready
+            children = subprocess.run(["ps", "--ppid", str(up.pid), "-o", "pid=,args="], capture_output=True, text=True,
+                                      check=True).stdout  # fmt: skip
+            assert "worker --role prefill" in children
+            assert "worker --role decode" in children
+            pids = [int(line.split()[0]) for line in children.splitlines() if "kvbelt" in line]
+            assert len(pids) == 3
+            body = {"prompt": "The capital of France is", "max_tokens": 4, "temperature": 0}
+            reply = httpx.post(found[1] + "/v1/completions", json=body, timeout=60)
+            assert reply.headers["x-kvbelt-path"].startswith("first-token")
+            started = time.monotonic()
+            up.send_signal(signal.SIGTERM)
+            assert up.wait(timeout=10) == 0
+            assert time.monotonic() - started < 5
+            assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+        finally:
+            up.kill()
+
+
+def test_mixed_models_are_refused_at_the_handshake(demo_model: Path, tmp_path: Path) -> None:
+    """A decode worker with other weights refuses the prefill worker, naming both; answers stay right."""
+    from kvbelt.ops.deployment import Deployment  # noqa: F401  (the launcher is the real one)
+
+    other = tmp_path / "other-model"
+    shutil.copytree(demo_model, other)
+    weights = next(other.glob("*.safetensors"))
+    raw = bytearray(weights.read_bytes())
+    raw[-20_000:] = bytes(20_000)
+    weights.write_bytes(raw)
+    with running(deployment_spec(demo_model, "1p1d")) as mixed:
+        decode = mixed.process("decode-0")
+        body = {"prompt": "The capital of France is", "max_tokens": 4, "temperature": 0}
+        config = _config_of(mixed.process("prefill-0").pid)
+        port = _free_port()
+        command = [*KVBELT, "worker", "--role", "prefill", "--config", config, "--model", str(other), "--port",
+                   str(port), "--device", "cpu", "--dtype", "float32", "--kv-gb", "0.5", "--max-model-len", "2048",
+                   "--served-model-name", "other"]  # fmt: skip
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as stranger:
+            try:
+                _until_ready(f"http://127.0.0.1:{port}")
+                receiver = httpx.get(decode.url + "/health").json()["receiver"]
+                handoff = {"transfer_id": "mixed", "receiver": receiver, "deadline_seconds": 10}
+                httpx.post(f"http://127.0.0.1:{port}/v1/completions",
+                           json={**body, "max_tokens": 1, "kv_transfer_params": handoff}, timeout=30)  # fmt: skip
+                state = httpx.post(
+                    f"http://127.0.0.1:{port}/v1/completions",
+                    json={**body, "max_tokens": 1, "kv_transfer_params": {**handoff, "transfer_id": "mixed-2"}},
+                    timeout=30,
+                ).json()["kv_transfer_params"]
+            finally:
+                stranger.terminate()
+                log = stranger.communicate(timeout=15)[1]
+        assert "refused" in json.dumps(state) + log
+        assert "other" in log
+        assert demo_model.name in log
+        reply = httpx.post(mixed.url + "/v1/completions", json=body, timeout=60)
+        assert reply.status_code == 200
+
+
+def _config_of(pid: int) -> str:
+    argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+    return argv[argv.index("--config") + 1]
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+        return port
+
+
+def _until_ready(url: str) -> None:
+    from tests.e2e.asking import until
+
+    def ready() -> bool:
+        try:
+            return httpx.get(url + "/health", timeout=2).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    until(ready, within=60, what="the worker ready")
+
+
+def test_the_demo_ends_by_itself(demo_model: Path) -> None:
+    """``kvbelt demo --once`` prints an answer and where its time went, and ends with status 0."""
+    done = subprocess.run([*KVBELT, "demo", "--once"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+    for span in ("prefill", "transfer", "GB/s"):
+        assert span in done.stdout
