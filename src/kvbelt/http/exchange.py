@@ -1,0 +1,130 @@
+"""One request and the answer to it, as a handler sees them."""
+
+import asyncio
+from collections.abc import Sequence
+
+from kvbelt.http.message import Request, encode_head, status_line
+
+_NO_BODY = frozenset({204, 304})
+
+
+class Outlet:
+    """A connection's writing half: the transport, and whether the peer keeps up."""
+
+    __slots__ = ("_resumed", "closed", "transport")
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self.transport = transport
+        self.closed = False
+        self._resumed: asyncio.Future[None] | None = None
+
+    @property
+    def paused(self) -> bool:
+        """Whether more unsent bytes wait than the limit allows."""
+        return self._resumed is not None
+
+    def pause(self) -> None:
+        """The transport's buffer is full."""
+        self._resumed = asyncio.get_running_loop().create_future()
+
+    def resume(self) -> None:
+        """The transport's buffer has room, or the connection is gone."""
+        if self._resumed is not None:
+            if not self._resumed.done():
+                self._resumed.set_result(None)
+            self._resumed = None
+
+    async def drained(self) -> None:
+        """Wait until there is room."""
+        if self._resumed is not None:
+            await asyncio.shield(self._resumed)
+
+
+class Exchange:
+    """A request and its answer: either ``respond``, or ``start``, any number of ``write``, ``end``.
+
+    Writes never block and never raise for a client that is gone (its handler is being cancelled); a handler
+    that writes much awaits ``drain`` whenever ``paused``.
+    """
+
+    __slots__ = ("_chunked", "_keep_alive", "_outlet", "ended", "request", "started", "status")
+
+    def __init__(self, request: Request, outlet: Outlet, *, keep_alive: bool) -> None:
+        self.request = request
+        self.started = False
+        self.ended = False
+        self.status = 0  #: of the answer, once started
+        self._outlet = outlet
+        self._chunked = False
+        self._keep_alive = keep_alive
+
+    @property
+    def keep_alive(self) -> bool:
+        """Whether the connection takes another request after this one."""
+        return self._keep_alive
+
+    @property
+    def paused(self) -> bool:
+        """Whether the client reads more slowly than the handler writes."""
+        return self._outlet.paused
+
+    async def drain(self) -> None:
+        """Wait until the client has caught up."""
+        await self._outlet.drained()
+
+    def close_after(self) -> None:
+        """Take no further request on this connection. Only before the answer starts."""
+        self._keep_alive = False
+
+    def respond(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None:
+        """Answer with a whole body; its content-length is added."""
+        extra: tuple[tuple[bytes, bytes], ...] = ()
+        if status not in _NO_BODY:
+            extra = ((b"content-length", b"%d" % len(body)),)
+        head = self._head(status, headers, extra)
+        self._send(head if self.request.method == "HEAD" else head + body)
+        self.ended = True
+
+    def start(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        """Begin an answer whose length is not known. HTTP/1.0 clients get it unframed, ended by closing."""
+        if self.request.version == "1.0":
+            self._keep_alive = False
+            head = self._head(status, headers, ())
+        else:
+            self._chunked = True
+            head = self._head(status, headers, ((b"transfer-encoding", b"chunked"),))
+        self._send(head)
+
+    def write(self, data: bytes) -> None:
+        """One piece of the body."""
+        if not self.started or self.ended:
+            raise RuntimeError("write outside start and end")
+        if data and self.request.method != "HEAD":
+            self._send(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+
+    def end(self) -> None:
+        """The body is complete."""
+        if not self.started or self.ended:
+            raise RuntimeError("end outside an answer")
+        self.ended = True
+        if self._chunked and self.request.method != "HEAD":
+            self._send(b"0\r\n\r\n")
+
+    def _head(
+        self, status: int, headers: Sequence[tuple[bytes, bytes]], extra: tuple[tuple[bytes, bytes], ...]
+    ) -> bytes:
+        if self.started:
+            raise RuntimeError("an answer has already been started")
+        # HTTP/1.1 keeps a connection unless told otherwise, HTTP/1.0 closes it unless told otherwise.
+        if not self._keep_alive:
+            extra = (*extra, (b"connection", b"close"))
+        elif self.request.version == "1.0":
+            extra = (*extra, (b"connection", b"keep-alive"))
+        head = encode_head(status_line(status), (*headers, *extra))
+        self.started = True
+        self.status = status
+        return head
+
+    def _send(self, data: bytes) -> None:
+        if not self._outlet.closed:
+            self._outlet.transport.write(data)

@@ -1,0 +1,99 @@
+"""Listens, owns its connections, and ends them in order."""
+
+import asyncio
+from collections.abc import Callable
+
+from kvbelt.http.errors import BadRequestError
+from kvbelt.http.limits import ServerLimits
+from kvbelt.http.server_connection import Handler, ServerConnection
+
+__all__ = ["Handler", "Server"]
+
+#: How often silent connections are looked for, in seconds, while there are connections.
+_SWEEP_SECONDS = 1.0
+
+
+def _plain_refusal(error: BadRequestError) -> tuple[bytes, bytes]:
+    return b"text/plain; charset=utf-8", f"{error}\n".encode()
+
+
+class Server:
+    """An HTTP/1.1 server: one handler call a request, cancelled when its client goes away.
+
+    Args:
+        handler: called with an Exchange; must end its answer. What it raises becomes a 500.
+        limits: what a client may ask.
+        refusal_body: content type and body for requests that no handler sees.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        limits: ServerLimits | None = None,
+        refusal_body: Callable[[BadRequestError], tuple[bytes, bytes]] = _plain_refusal,
+    ) -> None:
+        self.handler = handler
+        self.limits = limits or ServerLimits()
+        self.draining = False
+        self._refusal_body = refusal_body
+        self._connections: set[ServerConnection] = set()
+        self._emptied = asyncio.Event()
+        self._emptied.set()
+        self._listener: asyncio.Server | None = None
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen. Returns the port, which matters if 0 was asked for.
+
+        Raises:
+            OSError: the address cannot be listened on.
+        """
+        loop = asyncio.get_running_loop()
+        self._listener = await loop.create_server(lambda: ServerConnection(self, loop), host, port, backlog=1024)
+        return int(self._listener.sockets[0].getsockname()[1])
+
+    async def close(self, grace_seconds: float = 5.0) -> None:
+        """Accept nothing more, let open requests end within the grace, then cut them. Idempotent."""
+        self.draining = True
+        if self._listener is not None:
+            self._listener.close()
+        for connection in list(self._connections):
+            connection.close_if_idle()
+        try:
+            await asyncio.wait_for(self._emptied.wait(), grace_seconds)
+        except TimeoutError:
+            for connection in list(self._connections):
+                connection.abort()
+            await self._emptied.wait()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
+
+    # The connections' calls
+
+    def opened(self, connection: ServerConnection) -> None:
+        """A connection is there."""
+        self._connections.add(connection)
+        self._emptied.clear()
+        if self._sweeper is None:
+            self._sweeper = asyncio.get_running_loop().call_later(_SWEEP_SECONDS, self._sweep)
+
+    def closed(self, connection: ServerConnection) -> None:
+        """A connection is gone and its handler has ended."""
+        self._connections.discard(connection)
+        if not self._connections:
+            self._emptied.set()
+
+    def refusal_body(self, error: BadRequestError) -> tuple[bytes, bytes]:
+        """Content type and body of a refusal."""
+        return self._refusal_body(error)
+
+    def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for connection in list(self._connections):
+            if connection.deadline is not None and connection.deadline < now:
+                connection.expire()
+        # An idle server sleeps: the sweep ends with the last connection and starts with the next.
+        self._sweeper = loop.call_later(_SWEEP_SECONDS, self._sweep) if self._connections else None

@@ -1,0 +1,315 @@
+"""One client's connection to the server.
+
+Requests that a client sends ahead (pipelining) are parsed as they arrive and answered one at a time, in
+order; while one waits, the socket is not read, so that at most one read of the transport (256 KiB) is held.
+
+A client that ends its side of the connection while its request is being worked on counts as gone: HTTP
+clients end a connection by closing it, and the two cannot be told apart until something is written.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Protocol, cast
+
+import httptools
+
+from kvbelt.http.errors import BadRequestError
+from kvbelt.http.exchange import Exchange, Outlet
+from kvbelt.http.limits import ServerLimits
+from kvbelt.http.message import Headers, Request, add_header
+
+log = logging.getLogger("kvbelt.http")
+
+#: How long a refused client may take to read the refusal.
+_LINGER_SECONDS = 2.0
+
+Handler = Callable[[Exchange], Awaitable[None]]
+
+
+class Owner(Protocol):
+    """The server, as its connections see it."""
+
+    handler: Handler
+    limits: ServerLimits
+    draining: bool
+
+    def opened(self, connection: "ServerConnection") -> None:
+        """A connection is there."""
+
+    def closed(self, connection: "ServerConnection") -> None:
+        """A connection is gone and its handler has ended."""
+
+    def refusal_body(self, error: BadRequestError) -> tuple[bytes, bytes]:
+        """Content type and body of an answer to a request that no handler will see."""
+
+
+class ServerConnection(asyncio.Protocol):
+    """Parses requests, runs the handler for one at a time, and ends what ends early."""
+
+    def __init__(self, owner: Owner, loop: asyncio.AbstractEventLoop) -> None:
+        self._owner = owner
+        self._limits = owner.limits
+        self._loop = loop
+        self._parser = httptools.HttpRequestParser(self)
+        self._waiting: deque[Request | BadRequestError] = deque()
+        self._task: asyncio.Task[None] | None = None
+        self._answering = False  # the task has taken its first step and not its last
+        self._outlet: Outlet
+        self._transport: asyncio.Transport
+        self._reading = True
+        self._input_ended = False  # nothing more will be parsed on this connection
+        self._refusal: BadRequestError | None = None
+        #: The loop's time after which the connection is closed for its silence; None while a handler runs.
+        self.deadline: float | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._in_head = False
+        self._in_body = False
+        self._head_bytes = 0
+        self._url = b""
+        self._headers: Headers = {}
+        self._body: list[bytes] = []
+        self._body_bytes = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is being answered or waits to be."""
+        return self._task is not None
+
+    # The transport's calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A client is there."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=self._limits.write_high_bytes)
+        self._outlet = Outlet(self._transport)
+        self.deadline = self._loop.time() + self._limits.idle_seconds
+        self._owner.opened(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - however it ended
+        """The client is gone; so is the reason to go on working for it."""
+        self._outlet.closed = True
+        self._outlet.resume()
+        self._waiting.clear()
+        self._input_ended = True
+        self.deadline = None
+        if self._task is not None:
+            self._task.cancel()
+        if not self._answering:  # a task cancelled before its first step never runs, not even its finally
+            self._task = None
+            self._owner.closed(self)
+
+    def eof_received(self) -> bool:
+        """The client sends nothing more: while it has a request open, it is gone (see above)."""
+        if self._task is not None:
+            self._transport.abort()
+        return False
+
+    def pause_writing(self) -> None:
+        """The client reads too slowly."""
+        self._outlet.pause()
+
+    def resume_writing(self) -> None:
+        """The client has caught up."""
+        self._outlet.resume()
+
+    def data_received(self, data: bytes) -> None:
+        """Parse, and start what is complete."""
+        if self._input_ended:
+            return
+        in_head = self._in_head
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            # The offer to change protocols is declined by answering in this one (RFC 9110, 7.8).
+            self._input_ended = True
+        except httptools.HttpParserError as error:
+            self._refuse(self._refusal or BadRequestError(400, f"the request is not HTTP/1.1: {error}"))
+        else:
+            if in_head and self._in_head:
+                self._head_bytes += len(data)
+                if self._head_bytes > self._limits.head_bytes:
+                    self._refuse(self._head_too_large())
+        if self._waiting and self._reading:
+            self._reading = False
+            self._transport.pause_reading()
+
+    # The parser's calls
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        self._clear()
+        self._in_head = True
+        if self._task is None:
+            self.deadline = self._loop.time() + self._limits.head_seconds
+
+    def on_url(self, url: bytes) -> None:
+        """A piece of the target."""
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One header, or a trailer, which nobody needs."""
+        if not self._in_head:
+            return
+        self._head_bytes += len(name) + len(value)
+        if self._head_bytes + len(self._url) > self._limits.head_bytes:
+            self._stop(self._head_too_large())
+        add_header(self._headers, name, value)
+
+    def on_headers_complete(self) -> None:
+        """Refuse what will not be read; ask for the body of a client that waits to be asked."""
+        self._in_head = False
+        self._in_body = True
+        if len(self._url) > self._limits.head_bytes:
+            self._stop(self._head_too_large())
+        if b"host" not in self._headers and self._parser.get_http_version() == "1.1":
+            self._stop(BadRequestError(400, "an HTTP/1.1 request needs a Host header"))
+        length = self._headers.get(b"content-length")
+        if length is not None and int(length) > self._limits.body_bytes:
+            self._stop(self._body_too_large(int(length)))
+        if self._task is None:
+            self.deadline = self._loop.time() + self._limits.body_seconds
+        expect = self._headers.get(b"expect")
+        if expect is None:
+            return
+        if expect.lower() != b"100-continue":
+            self._stop(BadRequestError(417, f"expectation {expect!r} is not supported; only 100-continue is"))
+        # Behind an unanswered request, 100 would be taken for that one's answer; the client then sends after a while.
+        if self._task is None and self._parser.get_http_version() == "1.1":
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body."""
+        self._body_bytes += len(body)
+        if self._body_bytes > self._limits.body_bytes:
+            self._stop(self._body_too_large(None))
+        self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        """A request is complete."""
+        self._in_body = False
+        request = Request(
+            self._parser.get_method().decode("latin-1"),
+            self._url.decode("latin-1"),
+            self._parser.get_http_version(),
+            self._headers,
+            self._body[0] if len(self._body) == 1 else b"".join(self._body),
+            keep_alive=self._parser.should_keep_alive() and not self._parser.should_upgrade(),
+            arrived=self._loop.time(),
+        )
+        if not request.keep_alive:
+            self._input_ended = True
+        self._body = []
+        if self._task is None:
+            self._begin(request)
+        else:
+            self._waiting.append(request)
+
+    # Answering
+
+    def _begin(self, request: Request) -> None:
+        self.deadline = None
+        keep_alive = request.keep_alive and not self._owner.draining
+        exchange = Exchange(request, self._outlet, keep_alive=keep_alive)
+        self._task = self._loop.create_task(self._answer(exchange))
+
+    async def _answer(self, exchange: Exchange) -> None:
+        self._answering = True
+        try:
+            await self._owner.handler(exchange)
+            if not exchange.ended:
+                raise RuntimeError("the handler returned without ending its answer")  # noqa: TRY301
+        except asyncio.CancelledError:
+            if not self._outlet.closed:
+                self._transport.abort()
+        except Exception:
+            log.exception("the handler of %r failed", exchange.request)
+            if exchange.started:
+                self._transport.abort()  # a cut body must not look complete
+            else:
+                exchange.close_after()
+                kind, body = self._owner.refusal_body(BadRequestError(500, "internal error; the log has more"))
+                exchange.respond(500, ((b"content-type", kind),), body)
+        finally:
+            self._answering = False
+            self._task = None
+            self._answered(exchange)
+
+    def _answered(self, exchange: Exchange) -> None:
+        if self._outlet.closed:
+            self._owner.closed(self)
+        elif self._transport.is_closing():
+            pass  # connection_lost comes next
+        elif not exchange.keep_alive or self._owner.draining:
+            self._input_ended = True
+            self._transport.close()
+        elif self._waiting:
+            following = self._waiting.popleft()
+            if isinstance(following, BadRequestError):
+                self._write_refusal(following)
+            else:
+                self._begin(following)
+        else:
+            limit = self._limits.idle_seconds
+            if self._in_head or self._in_body:
+                limit = self._limits.head_seconds if self._in_head else self._limits.body_seconds
+            self.deadline = self._loop.time() + limit
+            if not self._reading:
+                self._reading = True
+                self._transport.resume_reading()
+
+    # Refusing
+
+    def _stop(self, refusal: BadRequestError) -> None:
+        # Raised inside the parser's callback, so that it parses no further.
+        self._refusal = refusal
+        raise refusal
+
+    def _refuse(self, refusal: BadRequestError) -> None:
+        self._input_ended = True
+        if self._task is None:
+            self._write_refusal(refusal)
+        else:
+            self._waiting.append(refusal)
+
+    def _write_refusal(self, refusal: BadRequestError) -> None:
+        kind, body = self._owner.refusal_body(refusal)
+        request = Request("GET", "", "1.1", {}, b"", keep_alive=False, arrived=0.0)
+        exchange = Exchange(request, self._outlet, keep_alive=False)
+        exchange.respond(refusal.status, ((b"content-type", kind),), body)
+        # Closing now, with bytes of the client unread, would send a reset that can overtake the answer:
+        # end our side, and let the client's bytes drop until it closes or a moment has passed.
+        self._in_head = self._in_body = False
+        self._transport.write_eof()
+        self.deadline = self._loop.time() + _LINGER_SECONDS
+        if not self._reading:
+            self._reading = True
+            self._transport.resume_reading()
+
+    def _head_too_large(self) -> BadRequestError:
+        return BadRequestError(431, f"the request's head is larger than {self._limits.head_bytes} bytes")
+
+    def _body_too_large(self, length: int | None) -> BadRequestError:
+        said = "" if length is None else f" of {length} bytes"
+        limit = self._limits.body_bytes
+        return BadRequestError(413, f"the request's body{said} is larger than the limit of {limit} bytes")
+
+    def expire(self) -> None:
+        """The deadline has passed: say so if a request had begun, and close."""
+        self.deadline = None
+        if self._in_head or self._in_body:
+            self._refuse(BadRequestError(408, "the request did not arrive in time"))
+        else:
+            self._transport.close()
+
+    def close_if_idle(self) -> None:
+        """Close unless a request is being read or answered."""
+        if self._task is None and not (self._in_head or self._in_body):
+            self._transport.close()
+
+    def abort(self) -> None:
+        """Close now, whatever is under way."""
+        self._transport.abort()
