@@ -1,0 +1,483 @@
+"""The engine: one thread that turns requests into tokens.
+
+Theory of operation. Everything that changes state happens on the engine's thread. Other threads only *post*: a request,
+an abort, a hold's release. The thread takes what was posted, plans a step (scheduler), runs it (model), draws tokens
+(sampling), and tells the clients (answer). With nothing to compute it sleeps on a condition until something is posted.
+
+Invariants, checked by ``validate`` in tests:
+
+1. A request is in ``_live`` from its submission to its last output, and gets exactly one output with a finish reason.
+2. Its ``incoming`` is released exactly once, its ``outgoing`` is told ``finished`` exactly once, however it ends.
+3. Every block is free, in the table of one running request, or in one unreleased hold.
+4. An exception inside a step ends the requests of that step with ERROR, and nobody else's.
+"""
+
+import contextlib
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from kvbelt.engine.answer import Answer
+from kvbelt.engine.api import (
+    EngineLoad,
+    FinishReason,
+    GenerationRequest,
+    IncomingKVLostError,
+    InvalidRequestError,
+    ModelError,
+    Output,
+    Timing,
+)
+from kvbelt.engine.attention import LayerListener, Segment
+from kvbelt.engine.fingerprint import fingerprint
+from kvbelt.engine.model import PagedModel
+from kvbelt.engine.pool import KVPool
+from kvbelt.engine.sampling import SampleInput, Sampled, sample
+from kvbelt.engine.scheduler import Chunk, Scheduler, Sequence, StepPlan
+from kvbelt.engine.settings import DEFAULT_CPU_KV_BYTES, DEFAULT_CUDA_KV_SHARE, EngineSettings
+from kvbelt.engine.text import Decoder
+from kvbelt.engine.validate import Limits, check_request
+
+_log = logging.getLogger("kvbelt.engine")
+
+
+@dataclass(slots=True, eq=False)
+class _Live:
+    """One request under way."""
+
+    sequence: Sequence
+    answer: Answer
+    seed: int
+    submitted: float
+    started: float | None = None  #: when its first step was planned
+    first_token: float | None = None
+    load_seconds: float = 0.0
+    loaded_tokens: int = 0
+    incoming_released: bool = False
+    announced: int = 0  #: blocks of the prompt that ``outgoing`` was told of, in every layer
+    outgoing_broken: bool = False
+
+    @property
+    def request(self) -> GenerationRequest:
+        return self.sequence.request
+
+    def timing(self) -> Timing:
+        started = self.submitted if self.started is None else self.started
+        prefill = 0.0 if self.first_token is None else self.first_token - started - self.load_seconds
+        return Timing(
+            queue=started - self.submitted,
+            load=self.load_seconds,
+            prefill=prefill,
+            computed_tokens=self.sequence.prompt_len - self.loaded_tokens,
+            loaded_tokens=self.loaded_tokens,
+            preemptions=self.sequence.preemptions,
+        )
+
+
+@dataclass(eq=False)
+class _Hold:
+    """Blocks of a finished request; see ``BlockHold``."""
+
+    block_ids: tuple[int, ...]
+    _give_back: Callable[["_Hold"], None]
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _released: bool = False
+
+    def release(self) -> None:
+        with self._lock:
+            if self._released:
+                return
+            self._released = True
+        self._give_back(self)
+
+
+class Engine:
+    """Continuous batching over one model. All methods may be called from any thread.
+
+    The constructor loads the model and allocates the KV memory; ``start`` begins to serve.
+
+    Attributes:
+        tokenizer: the folder's transformers tokenizer.
+        layout: shape of the KV pool.
+        pool: the KV memory (``pool.storage``, ``pool.layers``).
+        model_name: the folder's name.
+        fingerprint: names the folder's contents.
+        max_model_len: most tokens of a prompt and its answer.
+        vocab_size: token ids are below it.
+
+    Raises:
+        ModelError: the folder cannot be served, or the KV memory cannot hold what was asked for.
+    """
+
+    def __init__(self, settings: EngineSettings, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.settings = settings
+        self._clock = clock
+        device = _device(settings)
+        dtype: torch.dtype | None = None
+        if settings.dtype != "auto":
+            dtype = getattr(torch, settings.dtype)
+        elif device.type == "cpu":
+            dtype = torch.float32
+        self._model = PagedModel(settings.model_dir, device, dtype)
+        self.tokenizer = self._model.tokenizer
+        self.layout = self._model.layout(settings.block_size)
+        self.pool = KVPool(
+            self.layout, _num_blocks(settings, self.layout.num_layers * self.layout.block_bytes, device), device
+        )
+        self.model_name = settings.model_dir.resolve().name
+        try:
+            self.fingerprint = fingerprint(settings.model_dir)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"the model in {settings.model_dir} cannot be fingerprinted: {error}") from error
+        self.max_model_len = _max_model_len(settings, self._model.context, self.pool)
+        self.vocab_size = self._model.vocab_size
+        self.eos_token_ids = self._model.eos_token_ids
+        self._limits = Limits(self.vocab_size, self.max_model_len)
+        self._decoder = Decoder(self.tokenizer)
+        self._scheduler = Scheduler(
+            self.pool.allocator,
+            block_size=settings.block_size,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_running=settings.max_running,
+        )
+        self._live: dict[str, _Live] = {}
+        self._holds: set[_Hold] = set()
+        self._arrivals = 0
+        self._prompt_tokens_total = 0
+        self._generated_tokens_total = 0
+        self._posted: list[Callable[[], None]] = []
+        self._wake = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="kvbelt-engine", daemon=True)
+
+    # What other threads call.
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._thread.start()
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Queue a request. Its outputs come through ``request.on_output`` on the engine's thread.
+
+        Raises:
+            InvalidRequestError: it can never be served. None of its callbacks is called then.
+            RuntimeError: the engine is closed.
+        """
+        check_request(request, self._limits)
+        room = self.max_model_len - len(request.prompt_token_ids)
+        wanted = request.sampling.max_tokens
+        max_tokens = room if wanted is None else min(wanted, room)
+        answer = Answer(request, self._decoder, self.eos_token_ids, max_tokens)
+        seed = request.sampling.seed
+        with self._wake:
+            if self._closing:
+                raise RuntimeError("the engine is closed")
+            if request.request_id in self._live:
+                raise InvalidRequestError(
+                    f"a request {request.request_id!r} is under way; request ids must be unique", param="request_id"
+                )
+            self._arrivals += 1
+            live = _Live(
+                Sequence(request, self._arrivals, max_tokens),
+                answer,
+                secrets.randbits(63) if seed is None else seed,
+                self._clock(),
+            )
+            self._live[request.request_id] = live
+            self._posted.append(partial(self._scheduler.add, live.sequence))
+            self._wake.notify()
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its last output says ABORT. Unknown and finished ones are ignored."""
+        self._post(partial(self._abort, request_id))
+
+    def load(self) -> EngineLoad:
+        """How busy it is."""
+        running = len(self._scheduler.running)
+        return EngineLoad(
+            running=running,
+            waiting=max(0, len(self._live) - running),
+            blocks_total=self.pool.num_blocks,
+            blocks_free=self.pool.allocator.num_free,
+            preemptions_total=self._scheduler.preemptions_total,
+            prompt_tokens_total=self._prompt_tokens_total,
+            generated_tokens_total=self._generated_tokens_total,
+        )
+
+    def close(self) -> None:
+        """End every request with ABORT and stop the thread. Idempotent."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def validate(self) -> None:
+        """Check the invariants. Only while nothing runs.
+
+        Raises:
+            AssertionError: one of them does not hold.
+        """
+        self._scheduler.validate()
+        self.pool.allocator.validate(
+            [sequence.block_ids for sequence in self._scheduler.running], [hold.block_ids for hold in self._holds]
+        )
+
+    def _post(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            self._posted.append(command)
+            self._wake.notify()
+
+    # The engine's thread.
+
+    def _run(self) -> None:
+        if self.settings.threads is not None:
+            torch.set_num_threads(self.settings.threads)  # OpenMP's count is a thread's own
+        idle = True
+        with torch.inference_mode():
+            while True:
+                with self._wake:
+                    # Idle means that no step is possible until something is posted.
+                    while idle and not self._posted and not self._closing:
+                        self._wake.wait()
+                    posted, self._posted = self._posted, []
+                    closing = self._closing
+                for command in posted:
+                    command()
+                if closing:
+                    break
+                idle = not self._step()
+            for live in list(self._live.values()):
+                if live.sequence not in self._scheduler.waiting and live.sequence not in self._scheduler.running:
+                    self._scheduler.add(live.sequence)
+                self._end(live, FinishReason.ABORT)
+
+    def _step(self) -> bool:
+        """Plan and run one step; False if there was nothing to do."""
+        plan = self._scheduler.schedule(self._on_admit)
+        if not plan.chunks:
+            return bool(plan.preempted)
+        lives = [self._live[chunk.sequence.request.request_id] for chunk in plan.chunks]
+        try:
+            sampled = self._compute(plan, lives)
+        except Exception as error:
+            _log.exception("a step of %d requests failed", len(lives))
+            for live in lives:
+                self._end(live, FinishReason.ERROR, error=f"the engine failed: {error}")
+            return True
+        for live, result in sampled:
+            self._deliver(live, result)
+        return True
+
+    def _on_admit(self, sequence: Sequence) -> None:
+        """A newcomer has blocks: load what was computed elsewhere."""
+        live = self._live[sequence.request.request_id]
+        if live.started is None:
+            live.started = self._clock()
+        incoming = sequence.request.incoming
+        if incoming is None or live.incoming_released:
+            return
+        usable = min(incoming.num_tokens, sequence.prompt_len)
+        begin = self._clock()
+        try:
+            if usable > 0:
+                incoming.load(sequence.block_ids[: self.layout.blocks(usable)])
+                # The last token is always computed: its logits are wanted.
+                sequence.computed = live.loaded_tokens = min(usable, sequence.prompt_len - 1)
+        except IncomingKVLostError as error:
+            _log.warning("request %s: incoming KV is lost (%s); computing it", sequence.request.request_id, error)
+        except Exception:
+            _log.exception("request %s: incoming KV could not be loaded; computing it", sequence.request.request_id)
+        live.load_seconds = self._clock() - begin
+        self._release_incoming(live)
+
+    def _compute(self, plan: StepPlan, lives: list[_Live]) -> list[tuple[_Live, Sampled]]:
+        segments: list[Segment] = []
+        token_ids: list[int] = []
+        rows: list[int] = []
+        sampling: list[_Live] = []
+        for chunk, live in zip(plan.chunks, lives, strict=True):
+            end = chunk.start + chunk.length
+            segments.append(Segment(chunk.sequence.block_ids, chunk.start, chunk.length))
+            token_ids.extend(chunk.sequence.token_ids[chunk.start : end])
+            if chunk.samples:
+                rows.append(len(token_ids) - 1)
+                sampling.append(live)
+        news = self._news(plan.chunks, lives)
+        listener: LayerListener | None = partial(_tell, news) if news else None
+        logits = self._model.forward(self.pool, segments, token_ids, rows, listener)
+        for chunk in plan.chunks:
+            computed = chunk.start + chunk.length
+            self._prompt_tokens_total += max(0, min(computed, chunk.sequence.prompt_len) - chunk.start)
+            chunk.sequence.computed = computed
+        for live, first, block_ids in news:
+            live.announced = first + len(block_ids)
+        inputs = [
+            SampleInput(
+                live.request.sampling,
+                live.seed,
+                live.request.prompt_token_ids,
+                live.sequence.token_ids[live.sequence.prompt_len :],
+                live.answer.end_token_ids,
+            )
+            for live in sampling
+        ]
+        return list(zip(sampling, sample(logits, inputs), strict=True)) if inputs else []
+
+    def _news(self, chunks: tuple[Chunk, ...], lives: list[_Live]) -> list[tuple[_Live, int, list[int]]]:
+        """Which prompt blocks this step completes, for those who carry them away: (request, first block, ids)."""
+        news: list[tuple[_Live, int, list[int]]] = []
+        for chunk, live in zip(chunks, lives, strict=True):
+            sequence = live.sequence
+            if sequence.request.outgoing is None or live.outgoing_broken:
+                continue
+            end = chunk.start + chunk.length
+            whole = (
+                end // self.layout.block_size if end < sequence.prompt_len else self.layout.blocks(sequence.prompt_len)
+            )
+            if whole > live.announced:
+                news.append((live, live.announced, sequence.block_ids[live.announced : whole]))
+        return news
+
+    def _deliver(self, live: _Live, sampled: Sampled) -> None:
+        """One token more."""
+        if sampled.token_id is None:
+            self._end(live, FinishReason.ERROR, error="the model's logits are not numbers (NaN)")
+            return
+        first = live.first_token is None
+        if first:
+            live.first_token = self._clock()
+        live.sequence.token_ids.append(sampled.token_id)
+        self._generated_tokens_total += 1
+        piece = live.answer.push(sampled)
+        output = Output(
+            request_id=live.request.request_id,
+            token_ids=(piece.token_id,),
+            text=piece.text,
+            logprobs=piece.logprobs,
+            finish_reason=piece.finish_reason,
+            stop_reason=piece.stop_reason,
+            timing=live.timing() if first or piece.finish_reason is not None else None,
+        )
+        if piece.finish_reason is not None:
+            self._retire(live)
+            self._tell_client(live, output)
+        elif not self._tell_client(live, output):
+            self._retire(live)
+
+    def _abort(self, request_id: str) -> None:
+        live = self._live.get(request_id)
+        if live is not None:
+            self._end(live, FinishReason.ABORT)
+
+    def _end(self, live: _Live, reason: FinishReason, error: str | None = None) -> None:
+        """End it without a token."""
+        self._retire(live)
+        self._tell_client(
+            live,
+            Output(live.request.request_id, (), "", finish_reason=reason, error=error, timing=live.timing()),
+        )
+
+    def _retire(self, live: _Live) -> None:
+        """Take a request out: its place, its blocks, its two seams."""
+        sequence = live.sequence
+        self._scheduler.remove(sequence)
+        with self._wake:
+            del self._live[sequence.request.request_id]
+        self._release_incoming(live)
+        block_ids, sequence.block_ids = sequence.block_ids, []
+        outgoing = sequence.request.outgoing
+        if outgoing is None:
+            self.pool.allocator.free(block_ids)
+            return
+        prompt_blocks = self.layout.blocks(sequence.prompt_len)
+        held = block_ids[:prompt_blocks]
+        self.pool.allocator.free(block_ids[prompt_blocks:])
+        hold = _Hold(tuple(held), lambda hold: self._post(partial(self._release_hold, hold)))
+        if held:
+            self.pool.allocator.hold(held)
+            self._holds.add(hold)
+        complete = live.announced == prompt_blocks and not live.outgoing_broken
+        try:
+            outgoing.finished(hold, complete=complete)
+        except Exception:
+            _log.exception("request %s: outgoing KV failed at the end", sequence.request.request_id)
+            hold.release()
+
+    def _release_hold(self, hold: _Hold) -> None:
+        if hold in self._holds:
+            self._holds.remove(hold)
+            self.pool.allocator.release(hold.block_ids)
+
+    def _release_incoming(self, live: _Live) -> None:
+        incoming = live.request.incoming
+        if incoming is None or live.incoming_released:
+            return
+        live.incoming_released = True
+        with contextlib.suppress(Exception):
+            incoming.release()
+
+    def _tell_client(self, live: _Live, output: Output) -> bool:
+        try:
+            live.request.on_output(output)
+        except Exception:
+            _log.exception("request %s: its client's callback failed; the request is dropped", output.request_id)
+            return False
+        return True
+
+
+def _tell(news: list[tuple[_Live, int, list[int]]], layer: int, ready: object) -> None:
+    """A layer was written: tell those who carry it away. Their failure is theirs alone."""
+    for live, first, block_ids in news:
+        outgoing = live.request.outgoing
+        if outgoing is None or live.outgoing_broken:
+            continue
+        try:
+            outgoing.blocks_written(layer, first, block_ids, ready)
+        except Exception:
+            live.outgoing_broken = True
+            _log.exception("request %s: outgoing KV failed in layer %d", live.request.request_id, layer)
+
+
+def _device(settings: EngineSettings) -> torch.device:
+    if settings.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ModelError("device is cuda, but PyTorch finds no CUDA device here; choose cpu or auto")
+    return torch.device(settings.device)
+
+
+def _num_blocks(settings: EngineSettings, bytes_per_block: int, device: torch.device) -> int:
+    kv_bytes = settings.kv_bytes
+    if kv_bytes is None:
+        if device.type == "cuda":
+            kv_bytes = int(torch.cuda.mem_get_info(device)[0] * DEFAULT_CUDA_KV_SHARE)
+        else:
+            kv_bytes = DEFAULT_CPU_KV_BYTES
+    num_blocks = kv_bytes // bytes_per_block
+    if num_blocks < 2:
+        raise ModelError(
+            f"{kv_bytes} bytes of KV memory hold {num_blocks} blocks of {settings.block_size} tokens "
+            f"({bytes_per_block} bytes each, all layers); give at least {2 * bytes_per_block}"
+        )
+    return num_blocks
+
+
+def _max_model_len(settings: EngineSettings, context: int, pool: KVPool) -> int:
+    asked = settings.max_model_len
+    if asked is None:
+        return min(context, pool.num_tokens)
+    if asked > context:
+        raise ModelError(f"max_model_len is {asked}; the model was made for {context} tokens at most")
+    if asked > pool.num_tokens:
+        raise ModelError(
+            f"max_model_len is {asked}, but the KV memory holds {pool.num_tokens} tokens; "
+            "give more KV memory or lower max_model_len"
+        )
+    return asked

@@ -1,0 +1,206 @@
+"""A causal language model from a local Hugging Face folder, running on our paged attention.
+
+Any architecture will do whose attention goes through transformers' ``AttentionInterface`` and keeps ordinary keys and
+values. What does something else in its attention (soft caps, sinks, latent or linear attention, ALiBi) would compute
+wrong tokens without any error, so the model has to prove itself at start: a few tokens go through it twice, once
+with transformers' own attention and once through a small pool of ours, whole and in two chunks, and the logits
+must agree. A model that cannot be read or does not agree is refused with a ModelError.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from kvbelt.engine import attention
+from kvbelt.engine.api import ModelError
+from kvbelt.engine.attention import LayerListener, Segment, Step
+from kvbelt.engine.pool import KVPool, PoolLayout, make_layout
+
+#: Length of the start-up proof; enough for two chunks in more than one block.
+_PROOF_TOKENS = 12
+_PROOF_BLOCK = 4
+#: Largest difference of the proof's logits, relative to their spread. fp32 sums in another order differ by 1e-5,
+#: bf16 by 1e-2; a soft cap or a wrong mask by far more.
+_PROOF_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
+
+
+class PagedModel:
+    """The model, its tokenizer, and one packed forward pass.
+
+    Attributes:
+        config: the text model's transformers configuration.
+        tokenizer: the folder's tokenizer.
+        eos_token_ids: tokens that end an answer, the tokenizer's own first.
+        context: tokens that the model was made for.
+    """
+
+    def __init__(self, model_dir: Path, device: torch.device, dtype: torch.dtype | None) -> None:
+        """Load, put on the device, and prove.
+
+        Raises:
+            ModelError: the folder is not there, not readable, or holds a model that this engine cannot serve.
+        """
+        _check_folder(model_dir)
+        try:
+            whole_config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+            _check_config(whole_config)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+            transformers_logging.disable_progress_bar()
+            self._model: Any = AutoModelForCausalLM.from_pretrained(
+                model_dir,
+                local_files_only=True,
+                dtype="auto" if dtype is None else dtype,
+                attn_implementation="sdpa",
+            )
+        except ModelError:
+            raise
+        except Exception as error:  # transformers raises whatever its loaders raise
+            raise ModelError(f"the model in {model_dir} cannot be loaded: {error}") from error
+        self._model.eval().requires_grad_(False)  # noqa: FBT003 - torch's signature
+        self._model.to(device)
+        self.device = device
+        self.dtype: torch.dtype = self._model.dtype
+        if self.dtype not in _PROOF_TOLERANCE:
+            raise ModelError(f"the model's dtype is {self.dtype}; choose float32 or bfloat16")
+        self.config: Any = self._model.config.get_text_config(decoder=True)
+        self.vocab_size: int = self.config.vocab_size
+        self.context: int = getattr(self.config, "max_position_embeddings", None) or 2048
+        self.eos_token_ids = _eos_token_ids(self.tokenizer, self._model)
+        try:
+            self._prove()
+        except ModelError as error:
+            raise ModelError(f"the model in {model_dir} cannot be served: {error}") from error
+
+    def layout(self, block_size: int) -> PoolLayout:
+        """The pool that this model needs."""
+        heads: int = self.config.num_attention_heads
+        head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
+        return make_layout(
+            num_layers=self.config.num_hidden_layers,
+            num_kv_heads=getattr(self.config, "num_key_value_heads", None) or heads,
+            head_dim=head_dim,
+            block_size=block_size,
+            dtype=self.dtype,
+        )
+
+    def forward(
+        self,
+        pool: KVPool,
+        segments: list[Segment],
+        token_ids: Sequence[int],
+        logits_rows: Sequence[int],
+        listener: LayerListener | None = None,
+    ) -> torch.Tensor:
+        """One packed pass. Writes the pool.
+
+        Args:
+            pool: where keys and values are.
+            segments: the requests' parts, those of one token first.
+            token_ids: their tokens, side by side.
+            logits_rows: the rows whose logits are wanted.
+            listener: told after each layer's keys and values were written.
+
+        Returns:
+            ``[len(logits_rows), vocab_size]`` logits in fp32.
+        """
+        step = Step(pool, segments, listener)
+        with attention.running(step):
+            output = self._model(
+                input_ids=torch.tensor([token_ids], device=self.device),
+                position_ids=step.positions,
+                use_cache=False,
+                logits_to_keep=torch.tensor(logits_rows, dtype=torch.long, device=self.device),
+            )
+        if step.layers_seen != pool.layout.num_layers:
+            raise ModelError(
+                f"{step.layers_seen} of {pool.layout.num_layers} layers went through paged attention; "
+                "layers of another kind (linear attention, state space) are not supported"
+            )
+        logits: torch.Tensor = output.logits[0].float()
+        return logits
+
+    @torch.inference_mode()
+    def _prove(self) -> None:
+        tokens = [(7 + 13 * i) % self.vocab_size for i in range(_PROOF_TOKENS)]
+        layout = self.layout(_PROOF_BLOCK)
+        try:
+            expected = self._model(torch.tensor([tokens], device=self.device), use_cache=False).logits[0].float()
+            self._model.set_attn_implementation(attention.NAME)
+            # Blocks out of order, so that the gathering path is proven too.
+            pool = KVPool(layout, 8, self.device)
+            half = _PROOF_TOKENS // 2
+            actual = torch.cat(
+                [
+                    self.forward(pool, [Segment(blocks, 0, half)], tokens[:half], range(half))
+                    if start == 0
+                    else self.forward(
+                        pool,
+                        [Segment(blocks, half, _PROOF_TOKENS - half)],
+                        tokens[half:],
+                        range(_PROOF_TOKENS - half),
+                    )
+                    for blocks in ([5, 2, 4], [0, 1, 2])
+                    for start in (0, half)
+                ]
+            )
+        except ModelError:
+            raise
+        except Exception as error:  # whatever a model of unknown make raises
+            raise ModelError(
+                f"{type(self._model).__name__} does not run on the embedded engine's attention: {error}"
+            ) from error
+        expected = torch.cat([expected, expected])
+        spread = (expected.max() - expected.min()).item()
+        difference = (expected - actual).abs().max().item()
+        if not difference <= _PROOF_TOLERANCE[self.dtype] * max(spread, 1e-6):
+            raise ModelError(
+                f"{type(self._model).__name__} computes other logits on the embedded engine's attention than on "
+                f"transformers' own (largest difference {difference:.3g}, spread {spread:.3g}): its attention does "
+                "something this engine does not know"
+            )
+
+
+def _check_folder(model_dir: Path) -> None:
+    if not model_dir.is_dir():
+        raise ModelError(f"there is no folder {model_dir}; give the path of a local Hugging Face model folder")
+    config = model_dir / "config.json"
+    if not config.is_file():
+        raise ModelError(f"{model_dir} holds no config.json, so it is not a Hugging Face model folder")
+    try:
+        if not isinstance(json.loads(config.read_bytes()), dict):
+            raise ValueError("it is not a JSON object")  # noqa: TRY004 - handled right below
+    except ValueError as error:
+        raise ModelError(f"{config} cannot be read: {error}") from error
+
+
+def _check_config(config: Any) -> None:
+    """Refuse before loading gigabytes what can be told from the configuration."""
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"model type {kind!r} is an encoder-decoder; only causal language models can be served")
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "kv_lora_rank", None):
+        raise ModelError(f"model type {kind!r} uses latent attention (MLA), which the embedded engine cannot page")
+    others = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if others:
+        raise ModelError(
+            f"model type {kind!r} has layers of type {sorted(others)}; only attention layers can be served"
+        )
+    if getattr(text, "attn_logit_softcapping", None):
+        raise ModelError(f"model type {kind!r} soft-caps its attention, which the embedded engine does not compute")
+
+
+def _eos_token_ids(tokenizer: Any, model: Any) -> tuple[int, ...]:
+    """The tokenizer's EOS first, then those of the generation settings."""
+    found: list[int] = []
+    generation: GenerationConfig | None = getattr(model, "generation_config", None)
+    for source in (tokenizer.eos_token_id, getattr(generation, "eos_token_id", None), model.config.eos_token_id):
+        for token in source if isinstance(source, list) else [source]:
+            if token is not None and token not in found:
+                found.append(int(token))
+    return tuple(found)

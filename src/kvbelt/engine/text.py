@@ -1,0 +1,164 @@
+"""From token ids to text, a piece at a time.
+
+Tokens are not characters: a character may take several tokens, and some tokenizers spell a token differently at the
+start of a text. So the text of new tokens is the *difference* of two decodings that share their beginning::
+
+    prefix ....... read ........ end
+    |-- context ---|-- pending --|      new text = decode(prefix..end) - decode(prefix..read)
+
+Rules:
+
+1. Text is given out once and never taken back. What could still change is held back: an incomplete character (it
+   decodes to U+FFFD at the end), and a text that may be growing into a stop string.
+2. The pieces do not depend on how many come at a time; joined, they are the whole text.
+3. The prompt's last tokens are the first context, so that a prompt of token ids is continued exactly. A character
+   that the prompt leaves incomplete belongs to the token that completes it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+#: Prompt tokens that the first decoding starts with. Enough for a tokenizer's treatment of a text's start to be past.
+_CONTEXT_TOKENS = 6
+#: A character has at most four bytes, so at most three tokens of the prompt can be the start of one.
+_MAX_INCOMPLETE_TOKENS = 3
+
+
+class Decoder:
+    """Decodes token ids of one tokenizer. Shared by all requests; holds no state of theirs."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        # The Rust tokenizer behind it, where there is one: an order of magnitude less overhead a call.
+        self._fast: Any = getattr(tokenizer, "backend_tokenizer", None)
+        self._token_text: dict[int, str] = {}
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Text of these tokens, with no clean-up of spaces."""
+        if self._fast is not None:
+            text: str = self._fast.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        else:
+            text = self._tokenizer.decode(
+                token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+        return text
+
+    def token(self, token_id: int) -> str:
+        """One token by itself, special or not, as logprobs show it."""
+        text = self._token_text.get(token_id)
+        if text is None:
+            text = self._token_text[token_id] = self.decode([token_id], skip_special_tokens=False)
+        return text
+
+
+class Detokenizer:
+    """The text of one growing request."""
+
+    def __init__(self, decoder: Decoder, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool) -> None:
+        self._decoder = decoder
+        self._skip = skip_special_tokens
+        self._ids = list(prompt_token_ids[-_CONTEXT_TOKENS - _MAX_INCOMPLETE_TOKENS :])
+        self._prefix = 0
+        self._read = len(self._ids)
+        for back in range(min(_MAX_INCOMPLETE_TOKENS, len(self._ids)) + 1):
+            if not self._decode(len(self._ids) - back).endswith(_REPLACEMENT):
+                self._read = len(self._ids) - back
+                break
+        self._read_text = self._decode(self._read)
+
+    def push(self, token_id: int) -> str:
+        """Add a token; returns the text that became certain."""
+        self._ids.append(token_id)
+        text = self._decode(len(self._ids))
+        if text.endswith(_REPLACEMENT) or not text.startswith(self._read_text):
+            return ""
+        return self._advance(text)
+
+    def flush(self) -> str:
+        """No more tokens come: what is pending, complete or not."""
+        if self._read == len(self._ids):
+            return ""
+        text = self._decode(len(self._ids))
+        if text.startswith(self._read_text):
+            return self._advance(text)
+        self._read_text = text[: len(self._read_text)]
+        return self._advance(text)
+
+    def _advance(self, text: str) -> str:
+        new = text[len(self._read_text) :]
+        if not new:
+            # Nothing to see (a special token that is skipped): keep the context as it is.
+            self._read = len(self._ids)
+            return ""
+        # The pending tokens become the context; what was context before is not needed any more.
+        del self._ids[: self._read]
+        self._read = len(self._ids)
+        self._read_text = self._decode(self._read)
+        return new
+
+    def _decode(self, end: int) -> str:
+        return self._decoder.decode(self._ids[self._prefix : end], skip_special_tokens=self._skip)
+
+
+class StopChecker:
+    """Finds the first stop string in a growing text and holds back what may become one."""
+
+    def __init__(self, stop: Sequence[str], *, include: bool) -> None:
+        self._stop = tuple(stop)
+        self._include = include
+        self._held = ""
+        #: Characters at the start of ``_held`` that may not be the end of a match (they came before min_tokens).
+        self._exempt = 0
+        #: The string that was found.
+        self.found: str | None = None
+
+    def push(self, text: str, *, checking: bool = True) -> str:
+        """Add text; returns what can be given out. After ``found`` is set nothing more comes.
+
+        Args:
+            text: the new text.
+            checking: False while ``min_tokens`` is not reached: a stop string that ends in this text does not count.
+        """
+        if not self._stop:
+            return text
+        if self.found is not None:
+            return ""
+        self._held += text
+        if not checking:
+            self._exempt = len(self._held)
+        match = self._first_match()
+        if match is not None:
+            start, end, self.found = match
+            given, self._held = self._held[: end if self._include else start], ""
+            return given
+        keep = self._possible_start()
+        given, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        self._exempt = max(0, self._exempt - len(given))
+        return given
+
+    def flush(self) -> str:
+        """The text ends here: what was held back."""
+        given, self._held = self._held, ""
+        return given
+
+    def _first_match(self) -> tuple[int, int, str] | None:
+        """The match that ends first, as if characters came one by one; the longest of those that end together."""
+        best: tuple[int, int, str] | None = None
+        for stop in self._stop:
+            start = self._held.find(stop, max(0, self._exempt - len(stop) + 1))
+            if start < 0:
+                continue
+            found = (start, start + len(stop), stop)
+            if best is None or (found[1], found[0]) < (best[1], best[0]):
+                best = found
+        return best
+
+    def _possible_start(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        longest = min(len(self._held), max(map(len, self._stop)) - 1)
+        for length in range(longest, 0, -1):
+            end = self._held[-length:]
+            if any(len(stop) > length and stop.startswith(end) for stop in self._stop):
+                return length
+        return 0

@@ -1,0 +1,76 @@
+"""What a request must be before the engine takes it. Each refusal names the field, its value, and the bound."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvbelt.engine.api import GenerationRequest, InvalidRequestError, SamplingParams
+
+#: Most alternatives a token; vLLM's default bound.
+MAX_LOGPROBS = 20
+_SEED_BITS = 63
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an engine can serve."""
+
+    vocab_size: int
+    max_model_len: int
+
+
+def check_request(request: GenerationRequest, limits: Limits) -> None:
+    """Refuse what can never be served.
+
+    Raises:
+        InvalidRequestError: with the field at fault.
+    """
+    prompt = request.prompt_token_ids
+    if not prompt:
+        raise InvalidRequestError("the prompt is empty; it needs at least one token", param="prompt")
+    _check_ids("prompt", prompt, limits.vocab_size)
+    if len(prompt) + 1 > limits.max_model_len:
+        raise InvalidRequestError(
+            f"the prompt has {len(prompt)} tokens; prompt and answer together must not exceed "
+            f"{limits.max_model_len}, so shorten the prompt to {limits.max_model_len - 1} or less",
+            param="prompt",
+        )
+    _check_sampling(request.sampling, limits.vocab_size)
+
+
+def _check_sampling(p: SamplingParams, vocab_size: int) -> None:
+    _check("temperature", p.temperature, math.isfinite(p.temperature) and p.temperature >= 0, "at least 0")
+    _check("top_p", p.top_p, 0 < p.top_p <= 1, "above 0 and at most 1")
+    _check("top_k", p.top_k, p.top_k >= -1, "-1 or 0 (off) or at least 1")
+    _check("min_p", p.min_p, 0 <= p.min_p <= 1, "between 0 and 1")
+    for name in ("presence_penalty", "frequency_penalty"):
+        value = getattr(p, name)
+        _check(name, value, -2 <= value <= 2, "between -2 and 2")
+    repetition = p.repetition_penalty
+    _check("repetition_penalty", repetition, math.isfinite(repetition) and repetition > 0, "above 0")
+    if p.seed is not None:
+        _check("seed", p.seed, -(1 << _SEED_BITS) <= p.seed < (1 << _SEED_BITS), "a 64-bit integer")
+    if p.logprobs is not None:
+        _check("logprobs", p.logprobs, 0 <= p.logprobs <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
+    if p.max_tokens is not None:
+        _check("max_tokens", p.max_tokens, p.max_tokens >= 1, "at least 1")
+    most = math.inf if p.max_tokens is None else p.max_tokens
+    _check("min_tokens", p.min_tokens, 0 <= p.min_tokens <= most, f"between 0 and max_tokens ({p.max_tokens})")
+    _check("stop", list(p.stop), all(p.stop), "strings of at least one character")
+    _check_ids("stop_token_ids", p.stop_token_ids, vocab_size)
+    _check_ids("logit_bias", tuple(p.logit_bias), vocab_size)
+    biases = list(p.logit_bias.values())
+    _check("logit_bias", biases, all(map(math.isfinite, biases)), "finite numbers")
+
+
+def _check(name: str, value: object, good: bool, bound: str) -> None:
+    if not good:
+        raise InvalidRequestError(f"{name} is {value!r}; it must be {bound}", param=name)
+
+
+def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
+    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+        wrong = next(i for i in ids if not 0 <= i < vocab_size)
+        raise InvalidRequestError(
+            f"{name} holds token id {wrong}; the model's vocabulary has the ids 0 to {vocab_size - 1}", param=name
+        )
