@@ -148,7 +148,7 @@ class OutgoingKV(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One sequence to generate. (A client's request with ``n`` choices becomes ``n`` of these.)"""
+    """One sequence to generate: a client's request with ``n`` choices becomes ``n`` of these."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]

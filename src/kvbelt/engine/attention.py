@@ -16,7 +16,8 @@ passes through; engines on different threads do not see each other.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +39,7 @@ LayerListener = Callable[[int, Any], None]
 
 @dataclass(slots=True, eq=False)
 class Segment:
-    """One request's rows in a step: tokens ``start .. start+length`` of it, after ``start`` tokens already in the pool."""
+    """One request's rows in a step: its tokens ``start .. start+length``; those before are in the pool already."""
 
     block_ids: list[int]
     start: int
@@ -89,7 +90,7 @@ class Step:
         if self.listener is not None:
             ready = None
             if key.is_cuda:
-                ready = torch.cuda.Event()
+                ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 ready.record()
             self.listener(layer, ready)
 
@@ -110,7 +111,7 @@ class Step:
                 parts.append(out.reshape(1, heads, head_dim))
         row = self.num_decodes
         for segment in self.segments[self.num_decodes :]:
-            queries = query[0, :, row : row + segment.length].unflatten(0, (kv_heads, group))
+            queries = query[0, :, row : row + segment.length].view(kv_heads, group, segment.length, head_dim)
             row += segment.length
             keys, values = self._read(layer, segment, None)
             causal = segment.start == 0 and (window is None or segment.end <= window)
@@ -161,20 +162,17 @@ class _Current(threading.local):
 _current = _Current()
 
 
-class running:  # noqa: N801 - reads as a statement: with running(step):
-    """Makes ``step`` the one that this thread's attention calls belong to."""
-
-    def __init__(self, step: Step) -> None:
-        self._step = step
-
-    def __enter__(self) -> None:
-        _current.step = self._step
-
-    def __exit__(self, *_: object) -> None:
+@contextmanager
+def running(step: Step) -> Iterator[None]:
+    """Make ``step`` the one that this thread's attention calls belong to."""
+    _current.step = step
+    try:
+        yield
+    finally:
         _current.step = None
 
 
-def _paged_attention(
+def _paged_attention(  # noqa: PLR0917 - transformers decides what comes by position
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,

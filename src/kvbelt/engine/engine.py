@@ -18,7 +18,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -32,69 +31,20 @@ from kvbelt.engine.api import (
     InvalidRequestError,
     ModelError,
     Output,
-    Timing,
 )
 from kvbelt.engine.attention import LayerListener, Segment
 from kvbelt.engine.fingerprint import fingerprint
+from kvbelt.engine.live import Hold, Live
 from kvbelt.engine.model import PagedModel
 from kvbelt.engine.pool import KVPool
-from kvbelt.engine.sampling import SampleInput, Sampled, sample
+from kvbelt.engine.sampling import Sampled, SampleInput, sample
 from kvbelt.engine.scheduler import Chunk, Scheduler, Sequence, StepPlan
-from kvbelt.engine.settings import DEFAULT_CPU_KV_BYTES, DEFAULT_CUDA_KV_SHARE, EngineSettings
+from kvbelt.engine.settings import EngineSettings
+from kvbelt.engine.sizing import bound_length, choose_device, count_blocks
 from kvbelt.engine.text import Decoder
 from kvbelt.engine.validate import Limits, check_request
 
 _log = logging.getLogger("kvbelt.engine")
-
-
-@dataclass(slots=True, eq=False)
-class _Live:
-    """One request under way."""
-
-    sequence: Sequence
-    answer: Answer
-    seed: int
-    submitted: float
-    started: float | None = None  #: when its first step was planned
-    first_token: float | None = None
-    load_seconds: float = 0.0
-    loaded_tokens: int = 0
-    incoming_released: bool = False
-    announced: int = 0  #: blocks of the prompt that ``outgoing`` was told of, in every layer
-    outgoing_broken: bool = False
-
-    @property
-    def request(self) -> GenerationRequest:
-        return self.sequence.request
-
-    def timing(self) -> Timing:
-        started = self.submitted if self.started is None else self.started
-        prefill = 0.0 if self.first_token is None else self.first_token - started - self.load_seconds
-        return Timing(
-            queue=started - self.submitted,
-            load=self.load_seconds,
-            prefill=prefill,
-            computed_tokens=self.sequence.prompt_len - self.loaded_tokens,
-            loaded_tokens=self.loaded_tokens,
-            preemptions=self.sequence.preemptions,
-        )
-
-
-@dataclass(eq=False)
-class _Hold:
-    """Blocks of a finished request; see ``BlockHold``."""
-
-    block_ids: tuple[int, ...]
-    _give_back: Callable[["_Hold"], None]
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _released: bool = False
-
-    def release(self) -> None:
-        with self._lock:
-            if self._released:
-                return
-            self._released = True
-        self._give_back(self)
 
 
 class Engine:
@@ -118,7 +68,7 @@ class Engine:
     def __init__(self, settings: EngineSettings, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.settings = settings
         self._clock = clock
-        device = _device(settings)
+        device = choose_device(settings)
         dtype: torch.dtype | None = None
         if settings.dtype != "auto":
             dtype = getattr(torch, settings.dtype)
@@ -128,14 +78,14 @@ class Engine:
         self.tokenizer = self._model.tokenizer
         self.layout = self._model.layout(settings.block_size)
         self.pool = KVPool(
-            self.layout, _num_blocks(settings, self.layout.num_layers * self.layout.block_bytes, device), device
+            self.layout, count_blocks(settings, self.layout.num_layers * self.layout.block_bytes, device), device
         )
         self.model_name = settings.model_dir.resolve().name
         try:
             self.fingerprint = fingerprint(settings.model_dir)
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"the model in {settings.model_dir} cannot be fingerprinted: {error}") from error
-        self.max_model_len = _max_model_len(settings, self._model.context, self.pool)
+        self.max_model_len = bound_length(settings, self._model.context, self.pool.num_tokens)
         self.vocab_size = self._model.vocab_size
         self.eos_token_ids = self._model.eos_token_ids
         self._limits = Limits(self.vocab_size, self.max_model_len)
@@ -146,8 +96,8 @@ class Engine:
             max_batch_tokens=settings.max_batch_tokens,
             max_running=settings.max_running,
         )
-        self._live: dict[str, _Live] = {}
-        self._holds: set[_Hold] = set()
+        self._live: dict[str, Live] = {}
+        self._holds: set[Hold] = set()
         self._arrivals = 0
         self._prompt_tokens_total = 0
         self._generated_tokens_total = 0
@@ -183,7 +133,7 @@ class Engine:
                     f"a request {request.request_id!r} is under way; request ids must be unique", param="request_id"
                 )
             self._arrivals += 1
-            live = _Live(
+            live = Live(
                 Sequence(request, self._arrivals, max_tokens),
                 answer,
                 secrets.randbits(63) if seed is None else seed,
@@ -215,7 +165,9 @@ class Engine:
         with self._wake:
             self._closing = True
             self._wake.notify()
-        if self._thread.ident is not None and self._thread is not threading.current_thread():
+        if self._thread.ident is None:
+            self._run()  # never started: only what was queued has to end
+        elif self._thread is not threading.current_thread():
             self._thread.join()
 
     def validate(self) -> None:
@@ -254,19 +206,23 @@ class Engine:
                     break
                 idle = not self._step()
             for live in list(self._live.values()):
-                if live.sequence not in self._scheduler.waiting and live.sequence not in self._scheduler.running:
-                    self._scheduler.add(live.sequence)
                 self._end(live, FinishReason.ABORT)
 
     def _step(self) -> bool:
         """Plan and run one step; False if there was nothing to do."""
-        plan = self._scheduler.schedule(self._on_admit)
+        try:
+            plan = self._scheduler.schedule(self._on_admit)
+        except Exception as error:  # noqa: BLE001 - a bug of ours; better every request failed than every one hanging
+            _log.exception("planning a step failed")
+            for live in list(self._live.values()):
+                self._end(live, FinishReason.ERROR, error=f"the engine failed: {error}")
+            return True
         if not plan.chunks:
             return bool(plan.preempted)
         lives = [self._live[chunk.sequence.request.request_id] for chunk in plan.chunks]
         try:
             sampled = self._compute(plan, lives)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - rule 4
             _log.exception("a step of %d requests failed", len(lives))
             for live in lives:
                 self._end(live, FinishReason.ERROR, error=f"the engine failed: {error}")
@@ -292,16 +248,16 @@ class Engine:
                 sequence.computed = live.loaded_tokens = min(usable, sequence.prompt_len - 1)
         except IncomingKVLostError as error:
             _log.warning("request %s: incoming KV is lost (%s); computing it", sequence.request.request_id, error)
-        except Exception:
+        except Exception:  # noqa: BLE001 - somebody else's code
             _log.exception("request %s: incoming KV could not be loaded; computing it", sequence.request.request_id)
         live.load_seconds = self._clock() - begin
         self._release_incoming(live)
 
-    def _compute(self, plan: StepPlan, lives: list[_Live]) -> list[tuple[_Live, Sampled]]:
+    def _compute(self, plan: StepPlan, lives: list[Live]) -> list[tuple[Live, Sampled]]:
         segments: list[Segment] = []
         token_ids: list[int] = []
         rows: list[int] = []
-        sampling: list[_Live] = []
+        sampling: list[Live] = []
         for chunk, live in zip(plan.chunks, lives, strict=True):
             end = chunk.start + chunk.length
             segments.append(Segment(chunk.sequence.block_ids, chunk.start, chunk.length))
@@ -330,9 +286,9 @@ class Engine:
         ]
         return list(zip(sampling, sample(logits, inputs), strict=True)) if inputs else []
 
-    def _news(self, chunks: tuple[Chunk, ...], lives: list[_Live]) -> list[tuple[_Live, int, list[int]]]:
+    def _news(self, chunks: tuple[Chunk, ...], lives: list[Live]) -> list[tuple[Live, int, list[int]]]:
         """Which prompt blocks this step completes, for those who carry them away: (request, first block, ids)."""
-        news: list[tuple[_Live, int, list[int]]] = []
+        news: list[tuple[Live, int, list[int]]] = []
         for chunk, live in zip(chunks, lives, strict=True):
             sequence = live.sequence
             if sequence.request.outgoing is None or live.outgoing_broken:
@@ -345,7 +301,7 @@ class Engine:
                 news.append((live, live.announced, sequence.block_ids[live.announced : whole]))
         return news
 
-    def _deliver(self, live: _Live, sampled: Sampled) -> None:
+    def _deliver(self, live: Live, sampled: Sampled) -> None:
         """One token more."""
         if sampled.token_id is None:
             self._end(live, FinishReason.ERROR, error="the model's logits are not numbers (NaN)")
@@ -376,7 +332,7 @@ class Engine:
         if live is not None:
             self._end(live, FinishReason.ABORT)
 
-    def _end(self, live: _Live, reason: FinishReason, error: str | None = None) -> None:
+    def _end(self, live: Live, reason: FinishReason, error: str | None = None) -> None:
         """End it without a token."""
         self._retire(live)
         self._tell_client(
@@ -384,7 +340,7 @@ class Engine:
             Output(live.request.request_id, (), "", finish_reason=reason, error=error, timing=live.timing()),
         )
 
-    def _retire(self, live: _Live) -> None:
+    def _retire(self, live: Live) -> None:
         """Take a request out: its place, its blocks, its two seams."""
         sequence = live.sequence
         self._scheduler.remove(sequence)
@@ -399,23 +355,23 @@ class Engine:
         prompt_blocks = self.layout.blocks(sequence.prompt_len)
         held = block_ids[:prompt_blocks]
         self.pool.allocator.free(block_ids[prompt_blocks:])
-        hold = _Hold(tuple(held), lambda hold: self._post(partial(self._release_hold, hold)))
+        hold = Hold(tuple(held), lambda hold: self._post(partial(self._release_hold, hold)))
         if held:
             self.pool.allocator.hold(held)
             self._holds.add(hold)
         complete = live.announced == prompt_blocks and not live.outgoing_broken
         try:
             outgoing.finished(hold, complete=complete)
-        except Exception:
+        except Exception:  # noqa: BLE001 - somebody else's code
             _log.exception("request %s: outgoing KV failed at the end", sequence.request.request_id)
             hold.release()
 
-    def _release_hold(self, hold: _Hold) -> None:
+    def _release_hold(self, hold: Hold) -> None:
         if hold in self._holds:
             self._holds.remove(hold)
             self.pool.allocator.release(hold.block_ids)
 
-    def _release_incoming(self, live: _Live) -> None:
+    def _release_incoming(self, live: Live) -> None:
         incoming = live.request.incoming
         if incoming is None or live.incoming_released:
             return
@@ -423,16 +379,16 @@ class Engine:
         with contextlib.suppress(Exception):
             incoming.release()
 
-    def _tell_client(self, live: _Live, output: Output) -> bool:
+    def _tell_client(self, live: Live, output: Output) -> bool:
         try:
             live.request.on_output(output)
-        except Exception:
+        except Exception:  # noqa: BLE001 - somebody else's code
             _log.exception("request %s: its client's callback failed; the request is dropped", output.request_id)
             return False
         return True
 
 
-def _tell(news: list[tuple[_Live, int, list[int]]], layer: int, ready: object) -> None:
+def _tell(news: list[tuple[Live, int, list[int]]], layer: int, ready: object) -> None:
     """A layer was written: tell those who carry it away. Their failure is theirs alone."""
     for live, first, block_ids in news:
         outgoing = live.request.outgoing
@@ -440,44 +396,6 @@ def _tell(news: list[tuple[_Live, int, list[int]]], layer: int, ready: object) -
             continue
         try:
             outgoing.blocks_written(layer, first, block_ids, ready)
-        except Exception:
+        except Exception:  # noqa: BLE001 - somebody else's code
             live.outgoing_broken = True
             _log.exception("request %s: outgoing KV failed in layer %d", live.request.request_id, layer)
-
-
-def _device(settings: EngineSettings) -> torch.device:
-    if settings.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ModelError("device is cuda, but PyTorch finds no CUDA device here; choose cpu or auto")
-    return torch.device(settings.device)
-
-
-def _num_blocks(settings: EngineSettings, bytes_per_block: int, device: torch.device) -> int:
-    kv_bytes = settings.kv_bytes
-    if kv_bytes is None:
-        if device.type == "cuda":
-            kv_bytes = int(torch.cuda.mem_get_info(device)[0] * DEFAULT_CUDA_KV_SHARE)
-        else:
-            kv_bytes = DEFAULT_CPU_KV_BYTES
-    num_blocks = kv_bytes // bytes_per_block
-    if num_blocks < 2:
-        raise ModelError(
-            f"{kv_bytes} bytes of KV memory hold {num_blocks} blocks of {settings.block_size} tokens "
-            f"({bytes_per_block} bytes each, all layers); give at least {2 * bytes_per_block}"
-        )
-    return num_blocks
-
-
-def _max_model_len(settings: EngineSettings, context: int, pool: KVPool) -> int:
-    asked = settings.max_model_len
-    if asked is None:
-        return min(context, pool.num_tokens)
-    if asked > context:
-        raise ModelError(f"max_model_len is {asked}; the model was made for {context} tokens at most")
-    if asked > pool.num_tokens:
-        raise ModelError(
-            f"max_model_len is {asked}, but the KV memory holds {pool.num_tokens} tokens; "
-            "give more KV memory or lower max_model_len"
-        )
-    return asked

@@ -61,7 +61,7 @@ class PagedModel:
             raise
         except Exception as error:  # transformers raises whatever its loaders raise
             raise ModelError(f"the model in {model_dir} cannot be loaded: {error}") from error
-        self._model.eval().requires_grad_(False)  # noqa: FBT003 - torch's signature
+        self._model.eval().requires_grad_(False)
         self._model.to(device)
         self.device = device
         self.dtype: torch.dtype = self._model.dtype
@@ -172,10 +172,11 @@ def _check_folder(model_dir: Path) -> None:
     if not config.is_file():
         raise ModelError(f"{model_dir} holds no config.json, so it is not a Hugging Face model folder")
     try:
-        if not isinstance(json.loads(config.read_bytes()), dict):
-            raise ValueError("it is not a JSON object")  # noqa: TRY004 - handled right below
+        content = json.loads(config.read_bytes())
     except ValueError as error:
         raise ModelError(f"{config} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{config} is not a model's configuration: it holds no JSON object")
 
 
 def _check_config(config: Any) -> None:

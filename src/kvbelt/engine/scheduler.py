@@ -9,8 +9,8 @@ Rules:
    never preempted, so it must never need what only preemption could give.
 4. When a decoding request needs a block and none is free, the youngest request without ``outgoing`` is preempted: its
    blocks are freed and it queues again by its arrival, to be computed anew. The oldest therefore always gets on.
-5. A request whose longest form does not fit into the whole pool is not accepted (the engine's ``max_model_len``), so the
-   oldest, alone, always fits.
+5. A request whose longest form does not fit into the whole pool is not accepted (the engine's ``max_model_len``),
+   so the oldest, alone, always fits.
 """
 
 import bisect

@@ -75,7 +75,7 @@ def demo_model_dir(progress: Callable[[str], None]) -> Path:
                 progress(f"demo model ready in {target}")
     except OSError as error:
         raise StartError(
-            f"the demo model cannot be kept in {target.parent}: {error}; set KVBELT_CACHE to a folder that can be written"
+            f"the demo model cannot be kept in {target.parent}: {error}; set KVBELT_CACHE to a writable folder"
         ) from error
     return target
 
