@@ -1,0 +1,74 @@
+"""Bars on a common time axis, in text. Pure.
+
+A bar is drawn from where its span starts to where it ends, to an eighth of a character; a span too short for
+that still gets the thinnest mark, so that nothing that happened is invisible.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+#: Left-aligned blocks of one to eight eighths.
+_EIGHTHS = "▏▎▍▌▋▊▉█"
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One span, in milliseconds from the start of the axis."""
+
+    label: str
+    start: float
+    duration: float
+    note: str = ""
+
+
+def milliseconds(value: float) -> str:
+    """Three significant digits below a second, whole milliseconds above: ``0.413``, ``4.13``, ``41.3``, ``4,130``."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    if value >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+
+
+def drawn(bar: Bar, total: float, width: int, *, plain: bool = False) -> str:
+    """One bar as ``width`` characters, for an axis of ``total`` milliseconds."""
+    if total <= 0:
+        return " " * width
+    cells = width * 8
+    start = min(max(0, round(cells * bar.start / total)), cells - 1)
+    end = min(max(start + 1, round(cells * (bar.start + bar.duration) / total)), cells)
+    first, last = start // 8, (end - 1) // 8
+    if plain:
+        return (" " * first + "#" * (last - first + 1)).ljust(width)
+    # Terminals have blocks that grow from the left only, so a bar starts on a whole character and ends on an eighth.
+    filled = max(1, end - 8 * first)
+    text = " " * first + "█" * (filled // 8) + (_EIGHTHS[filled % 8 - 1] if filled % 8 else "")
+    return text.ljust(width)[:width]
+
+
+def chart(bars: Sequence[Bar], *, width: int = 80, plain: bool = False) -> list[str]:
+    """One line a bar: label, milliseconds, the bar, a note.
+
+    Args:
+        bars: what to show, in the order to show it.
+        width: characters a line should take; notes that do not fit go on a line of their own.
+        plain: ASCII only.
+    """
+    if not bars:
+        return []
+    total = max(bar.start + bar.duration for bar in bars)
+    labels = max(len(bar.label) for bar in bars)
+    times = [f"{milliseconds(bar.duration)} ms" for bar in bars]
+    time_width = max(map(len, times))
+    head_width = 2 + labels + 2 + time_width + 2
+    axis = max(10, min(40, width - head_width - 2))
+    lines = []
+    for bar, time in zip(bars, times, strict=True):
+        line = f"  {bar.label:<{labels}}  {time:>{time_width}}  {drawn(bar, total, axis, plain=plain)}"
+        if bar.note and len(line) + 2 + len(bar.note) <= width:
+            lines.append(f"{line}  {bar.note}")
+        else:
+            lines.append(line.rstrip())
+            if bar.note:
+                lines.append(" " * head_width + bar.note)
+    return lines
