@@ -1,12 +1,11 @@
-"""Asking a process over HTTP how it is, with nothing but asyncio.
-
-HTTP/1.0 on purpose: the answer comes unchunked and the connection closes behind it.
-"""
+"""Asking a process over HTTP how it is."""
 
 import asyncio
 import json
 from dataclasses import dataclass, field
 from typing import Any
+
+from kvbelt.http import HttpError, Pool
 
 _TIMEOUT_SECONDS = 2.0
 _MAX_BYTES = 1 << 24
@@ -33,27 +32,17 @@ def reachable(host: str) -> str:
 
 async def get(host: str, port: int, path: str) -> Answer | None:
     """GET a JSON document. None if nobody answers, or not in HTTP, or not in time."""
+    pool = Pool(reachable(host), port)
     try:
         async with asyncio.timeout(_TIMEOUT_SECONDS):
-            return await _get(reachable(host), port, path)
-    except (OSError, TimeoutError, ValueError):
+            response = await pool.request("GET", path)
+            raw = await response.read(_MAX_BYTES)
+    except (HttpError, TimeoutError):
         return None
-
-
-async def _get(host: str, port: int, path: str) -> Answer:
-    reader, writer = await asyncio.open_connection(host, port)
-    try:
-        writer.write(f"GET {path} HTTP/1.0\r\nHost: {host}:{port}\r\nAccept: application/json\r\n\r\n".encode())
-        raw = await reader.read(_MAX_BYTES) if (first := await reader.readline()) else b""
-        while more := await reader.read(_MAX_BYTES):
-            raw += more
     finally:
-        writer.close()
-    status = int(first.split()[1]) if first.startswith(b"HTTP/") else 0
-    if not status:
-        raise ValueError("not HTTP")
+        pool.close()
     try:
-        body = json.loads(raw.partition(b"\r\n\r\n")[2])
+        body = json.loads(raw)
     except ValueError:
         body = None
-    return Answer(status, body if isinstance(body, dict) else {})
+    return Answer(response.status, body if isinstance(body, dict) else {})

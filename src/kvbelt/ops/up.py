@@ -33,7 +33,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="demo", help="demo, or a local Hugging Face model folder (default: demo)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: float32")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: auto")
-    parser.add_argument("--threads", type=_positive_int, help="CPU threads of each worker (default: cores / workers)")
+    parser.add_argument("--threads", type=positive_int, help="CPU threads of each worker (default: cores / workers)")
     parser.add_argument("--log-dir", type=Path, help="also write each process's log to a file in this folder")
 
 
@@ -42,18 +42,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("topology", help="XpYd, e.g. 1p1d or 2p2d; 0p1d is one aggregated server")
     add_model_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="where the proxy listens (default: 127.0.0.1)")
-    parser.add_argument("--port", type=_positive_int, help=f"the proxy's port (default: {PROXY_PORT})")
+    parser.add_argument("--port", type=positive_int, help=f"the proxy's port (default: {PROXY_PORT})")
     parser.add_argument("--auto-ports", action="store_true", help="take free ports instead of the well-known ones")
     parser.add_argument(
-        "--kv-gb", type=_positive_number, help="KV memory of each worker in GB (default: the worker decides)"
+        "--kv-gb", type=positive_number, help="KV memory of each worker in GB (default: the worker decides)"
     )
     parser.add_argument(
-        "--buffer-gb", type=_positive_number, default=1.0, help="staging memory a side in GiB (default: 1)"
+        "--buffer-gb", type=positive_number, default=1.0, help="staging memory a side in GiB (default: 1)"
     )
-    parser.add_argument("--max-model-len", type=_positive_int, help="longest prompt and answer together, in tokens")
+    parser.add_argument("--max-model-len", type=positive_int, help="longest prompt and answer together, in tokens")
     parser.add_argument("--restart", action="store_true", help="start a process again that dies")
     parser.add_argument(
-        "--start-timeout", type=_positive_number, default=600.0, help="seconds until all are ready (default: 600)"
+        "--start-timeout", type=positive_number, default=600.0, help="seconds until all are ready (default: 600)"
     )
 
 
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         topology = Topology.parse(args.topology)
         spec = DeploymentSpec(
             topology=topology,
-            model=find_model(args.model, console.say),
+            model=prepare_model(args.model, console),
             dtype=args.dtype,
             device=args.device,
             host=args.host,
@@ -87,10 +87,27 @@ def run(args: argparse.Namespace) -> int:
             start_timeout=args.start_timeout,
         )
         return asyncio.run(deploy(spec, console, serve))
-    except KeyboardInterrupt:  # before the loop took the signals over
+    except KeyboardInterrupt:  # a signal before the loop took the signals over
         return 0
     except KVBeltError as error:
         return report(error)
+
+
+def prepare_model(name: str, console: Console) -> Path:
+    """The folder of ``--model``.
+
+    The demo model's first use takes seconds, in which every signal ends it as Ctrl-C does.
+
+    Raises:
+        KVBeltError: there is no such model.
+        KeyboardInterrupt: a signal came.
+    """
+    before = {number: signal.signal(number, signal.default_int_handler) for number in _SIGNALS}
+    try:
+        return find_model(name, console.say)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def report(error: KVBeltError) -> int:
@@ -145,13 +162,15 @@ async def _stop_signals() -> AsyncIterator[asyncio.Event]:
             loop.remove_signal_handler(number)
 
 
-def _positive_int(text: str) -> int:
+def positive_int(text: str) -> int:
+    """An argument that counts something."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
 
 
-def _positive_number(text: str) -> float:
+def positive_number(text: str) -> float:
+    """An argument that measures something."""
     try:
         value = float(text)
     except ValueError:
