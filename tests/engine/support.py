@@ -1,0 +1,152 @@
+"""Small models made on the fly, and a client that collects what an engine says."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+
+from kvbelt.engine.api import FinishReason, GenerationRequest, IncomingKV, Output, OutgoingKV, SamplingParams
+from kvbelt.engine.engine import Engine
+from kvbelt.engine.settings import EngineSettings
+
+EOS = 256
+VOCAB = 260
+DEADLINE = 60.0
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, whose id is the byte; then the special tokens <eos> and <pad>."""
+    # The byte-level alphabet maps printable Latin-1 to itself and the other bytes, in order, to U+0100 and up.
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    vocab = {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+    vocab |= {"<eos>": EOS, "<pad>": EOS + 1}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")  # noqa: S106
+
+
+def save_model(folder: Path, config: PretrainedConfig, seed: int = 0) -> Path:
+    """A random model whose answers vary, with its tokenizer."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.25)
+    model.generation_config.eos_token_id = EOS
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def small(**more: object) -> dict[str, object]:
+    """The size of a small model."""
+    return {
+        "vocab_size": VOCAB,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "eos_token_id": EOS,
+        "tie_word_embeddings": False,
+    } | more
+
+
+@contextmanager
+def engine_of(folder: Path, *, num_blocks: int = 64, block_size: int = 4, **more: object) -> Iterator[Engine]:
+    """A started engine with this many blocks; afterwards everything it lent must be back."""
+    # 3 layers x 2 (K, V) x 2 heads x 8 elements x 4 bytes
+    kv_bytes = num_blocks * block_size * 384
+    engine = Engine(EngineSettings(folder, device="cpu", kv_bytes=kv_bytes, block_size=block_size, threads=1, **more))
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.close()
+        engine.validate()
+
+
+class Client:
+    """One request and everything that was said to it."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompt: Sequence[int],
+        params: SamplingParams = GREEDY,
+        *,
+        name: str | None = None,
+        incoming: IncomingKV | None = None,
+        outgoing: OutgoingKV | None = None,
+        submit: bool = True,
+    ) -> None:
+        self.engine = engine
+        self.outputs: list[Output] = []
+        self.changed = threading.Condition()
+        self.request = GenerationRequest(
+            name or f"request-{id(self)}", tuple(prompt), params, self._on_output, incoming, outgoing
+        )
+        if submit:
+            engine.submit(self.request)
+
+    def _on_output(self, output: Output) -> None:
+        with self.changed:
+            self.outputs.append(output)
+            self.changed.notify_all()
+
+    def wait_tokens(self, count: int) -> None:
+        """Until so many tokens, or the end, have come."""
+        with self.changed:
+            assert self.changed.wait_for(lambda: self._ended() or len(self._ids()) >= count, DEADLINE)
+
+    def wait(self) -> "Client":
+        """Until the end has come."""
+        with self.changed:
+            assert self.changed.wait_for(self._ended, DEADLINE), "the request did not end"
+        return self
+
+    def _ended(self) -> bool:
+        return bool(self.outputs) and self.outputs[-1].finish_reason is not None
+
+    def _ids(self) -> list[int]:
+        return [token for output in self.outputs for token in output.token_ids]
+
+    @property
+    def token_ids(self) -> list[int]:
+        self.wait()
+        return self._ids()
+
+    @property
+    def text(self) -> str:
+        self.wait()
+        return "".join(output.text for output in self.outputs)
+
+    @property
+    def last(self) -> Output:
+        self.wait()
+        return self.outputs[-1]
+
+    @property
+    def finish(self) -> FinishReason | None:
+        return self.last.finish_reason
+
+
+def reference_greedy(folder: Path, prompt: Sequence[int], count: int) -> list[int]:
+    """What transformers' own attention answers."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor([list(prompt)])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    return out[0, len(prompt) :].tolist()

@@ -1,0 +1,311 @@
+"""The engine as its callers see it: tokens, ends, refusals, and that it survives."""
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kvbelt.engine.api import FinishReason, InvalidRequestError, Output, SamplingParams
+from kvbelt.engine.engine import Engine
+from tests.engine.support import EOS, GREEDY, VOCAB, Client, engine_of, reference_greedy
+
+PROMPTS = [list(b"hello"), list(b"a much longer prompt than the others, over several chunks"), [1], list(b"xyz" * 9)]
+
+
+def test_greedy_tokens_are_transformers_own(tiny_llama: Path) -> None:
+    """Several requests at once, in small chunks, answer as transformers' generate does one by one."""
+    with engine_of(tiny_llama, num_blocks=200, max_batch_tokens=16, max_running=8) as engine:
+        clients = [Client(engine, prompt) for prompt in PROMPTS]
+        answers = [client.token_ids for client in clients]
+    assert answers == [reference_greedy(tiny_llama, prompt, 24) for prompt in PROMPTS]
+
+
+def test_chunked_equals_unchunked(tiny_llama: Path) -> None:
+    """The size of the chunks changes no token."""
+    answers = []
+    for max_batch_tokens in (5, 512):
+        with engine_of(tiny_llama, max_batch_tokens=max_batch_tokens, max_running=4) as engine:
+            answers.append(Client(engine, PROMPTS[1]).token_ids)
+    assert answers[0] == answers[1]
+
+
+def test_preempted_requests_answer_the_same(tiny_llama: Path) -> None:
+    """With too little memory for all, some are preempted, and all answers stay what they were."""
+    with engine_of(tiny_llama, num_blocks=200) as engine:
+        expected = [Client(engine, prompt).token_ids for prompt in PROMPTS]
+    with engine_of(tiny_llama, num_blocks=24) as engine:
+        clients = [Client(engine, prompt) for prompt in PROMPTS]
+        assert [client.token_ids for client in clients] == expected
+        assert engine.load().preemptions_total > 0
+        assert sum(client.last.timing.preemptions for client in clients) == engine.load().preemptions_total
+
+
+def test_seeded_preempted_requests_answer_the_same(tiny_llama: Path) -> None:
+    """Preemption does not disturb a seeded draw."""
+    params = SamplingParams(seed=11, max_tokens=24, ignore_eos=True)
+    with engine_of(tiny_llama, num_blocks=200) as engine:
+        expected = [Client(engine, prompt, params).token_ids for prompt in PROMPTS]
+    with engine_of(tiny_llama, num_blocks=24) as engine:
+        clients = [Client(engine, prompt, params) for prompt in PROMPTS]
+        assert [client.token_ids for client in clients] == expected
+        assert engine.load().preemptions_total > 0
+
+
+def test_seed_decides_whatever_the_company(tiny_llama: Path) -> None:
+    """A seeded request draws the same tokens alone and among others; another seed draws others."""
+    params = SamplingParams(temperature=0.9, top_p=0.95, top_k=50, seed=5, max_tokens=24, ignore_eos=True)
+    with engine_of(tiny_llama, num_blocks=200) as engine:
+        alone = Client(engine, PROMPTS[0], params).token_ids
+        crowd = [Client(engine, prompt, replace(params, seed=i)) for i, prompt in enumerate(PROMPTS)]
+        again = Client(engine, PROMPTS[0], params)
+        assert again.token_ids == alone
+        assert crowd[0].token_ids != alone
+
+
+def test_no_seed_draws_anew(tiny_llama: Path) -> None:
+    """Without a seed two runs differ."""
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    with engine_of(tiny_llama) as engine:
+        assert Client(engine, PROMPTS[0], params).token_ids != Client(engine, PROMPTS[0], params).token_ids
+
+
+def test_ends_at_max_tokens(tiny_llama: Path) -> None:
+    """The length ends an answer, and the outputs' tokens are exactly so many."""
+    with engine_of(tiny_llama) as engine:
+        client = Client(engine, PROMPTS[0], replace(GREEDY, max_tokens=7))
+        assert client.finish is FinishReason.LENGTH
+        assert len(client.token_ids) == 7
+
+
+def test_ends_at_the_models_context(tiny_llama: Path) -> None:
+    """Without max_tokens an answer goes on up to max_model_len."""
+    with engine_of(tiny_llama, max_model_len=32) as engine:
+        client = Client(engine, PROMPTS[0], replace(GREEDY, max_tokens=None))
+        assert client.finish is FinishReason.LENGTH
+        assert len(client.token_ids) == 32 - len(PROMPTS[0])
+
+
+def test_stop_token_ends_and_is_named(tiny_llama: Path) -> None:
+    """A stop token id ends the answer; its text is not given out, its id is the reason."""
+    with engine_of(tiny_llama) as engine:
+        full = Client(engine, PROMPTS[0]).token_ids
+        at = next(i for i in range(4, 24) if full[i] not in full[:i])
+        client = Client(engine, PROMPTS[0], replace(GREEDY, stop_token_ids=(full[at],)))
+        assert client.token_ids == full[: at + 1]
+        assert (client.finish, client.last.stop_reason) == (FinishReason.STOP, full[at])
+
+
+def test_eos_ends_unless_ignored(tiny_llama: Path) -> None:
+    """EOS, made certain by a bias, ends with no reason named; ignore_eos goes on; min_tokens postpones it."""
+    biased = SamplingParams(temperature=0.0, max_tokens=6, logit_bias={EOS: 1000.0})
+    with engine_of(tiny_llama) as engine:
+        client = Client(engine, PROMPTS[0], biased)
+        assert client.token_ids == [EOS]
+        assert (client.finish, client.last.stop_reason, client.text) == (FinishReason.STOP, None, "")
+        ignored = Client(engine, PROMPTS[0], replace(biased, ignore_eos=True))
+        assert ignored.token_ids == [EOS] * 6
+        assert ignored.finish is FinishReason.LENGTH
+        postponed = Client(engine, PROMPTS[0], replace(biased, min_tokens=3))
+        assert len(postponed.token_ids) == 4
+        assert EOS not in postponed.token_ids[:3]
+
+
+def test_stop_string_ends_and_is_cut(tiny_llama: Path) -> None:
+    """A stop string ends the answer before it, or after it if it is to be included."""
+    # Bytes of printable ASCII only, so that the text is one character a token.
+    letters = replace(GREEDY, temperature=1.0, seed=3, logit_bias={i: 1000.0 for i in range(97, 123)})
+    with engine_of(tiny_llama) as engine:
+        text = Client(engine, PROMPTS[0], letters).text
+        stop = text[5:8]
+        end = text.index(stop)
+        cut = Client(engine, PROMPTS[0], replace(letters, stop=("never", stop)))
+        assert cut.text == text[:end]
+        assert (cut.finish, cut.last.stop_reason) == (FinishReason.STOP, stop)
+        assert len(cut.token_ids) == end + len(stop)
+        included = Client(engine, PROMPTS[0], replace(letters, stop=(stop,), include_stop_str_in_output=True))
+        assert included.text == text[: end + len(stop)]
+
+
+def test_streamed_text_is_the_decoded_answer(tiny_llama: Path) -> None:
+    """The pieces of text, joined, are the answer's bytes decoded."""
+    params = SamplingParams(seed=1, max_tokens=60, ignore_eos=True, logit_bias={EOS: -1000, EOS + 1: -1000})
+    with engine_of(tiny_llama) as engine:
+        client = Client(engine, list(b"plain"), params)
+        ids = [i for i in client.token_ids if i < 256]
+        assert client.text == bytes(ids).decode(errors="replace")
+
+
+def test_logprobs_are_of_the_raw_distribution(tiny_llama: Path) -> None:
+    """Log probabilities are reported for each token, best first, whatever temperature and bias did."""
+    params = SamplingParams(temperature=0.3, seed=1, max_tokens=5, logprobs=3, ignore_eos=True)
+    with engine_of(tiny_llama) as engine:
+        plain = Client(engine, PROMPTS[0], replace(params, max_tokens=1)).wait()
+        biased = Client(engine, PROMPTS[0], replace(params, max_tokens=1, logit_bias={65: 1000.0})).wait()
+        assert biased.token_ids == [65]
+        assert [t[0] for t in biased.outputs[0].logprobs[0].top] == [t[0] for t in plain.outputs[0].logprobs[0].top]
+        for output in Client(engine, PROMPTS[0], params).wait().outputs:
+            (report,) = output.logprobs
+            assert report.token_id == output.token_ids[0]
+            values = [value for _, _, value in report.top]
+            assert len(values) == 3
+            assert values == sorted(values, reverse=True)
+            assert values[0] < 0
+
+
+@pytest.mark.parametrize("phase", ["waiting", "prefill", "decoding"])
+def test_abort_in_every_phase(tiny_llama: Path, phase: str) -> None:
+    """An abort ends the request with ABORT, frees what it had, and leaves the others alone."""
+    with engine_of(tiny_llama, num_blocks=40, max_batch_tokens=4, max_running=1) as engine:
+        reached = threading.Event()
+        go_on = threading.Event()
+
+        def hold_up(output: Output) -> None:
+            reached.set()
+            assert go_on.wait(60)
+
+        # The first request's callback stops the engine's thread where we want it.
+        blocker = Client(engine, [1], GREEDY, submit=False)
+        if phase == "waiting":
+            blocker.request = replace(blocker.request, on_output=hold_up, sampling=replace(GREEDY, max_tokens=2))
+            engine.submit(blocker.request)
+            assert reached.wait(60)
+            victim = Client(engine, PROMPTS[1], name="victim")
+            engine.abort("victim")
+            go_on.set()
+        else:
+            victim = Client(engine, PROMPTS[1], replace(GREEDY, max_tokens=80), name="victim")
+            if phase == "decoding":
+                victim.wait_tokens(2)
+            engine.abort("victim")
+        assert victim.finish is FinishReason.ABORT
+        assert sum(output.finish_reason is not None for output in victim.outputs) == 1
+        assert len(Client(engine, PROMPTS[0]).token_ids) == 24
+
+
+def test_abort_of_unknown_and_finished_requests_is_ignored(tiny_llama: Path) -> None:
+    """An abort that comes too late does nothing."""
+    with engine_of(tiny_llama) as engine:
+        client = Client(engine, PROMPTS[0], name="done").wait()
+        engine.abort("done")
+        engine.abort("never seen")
+        Client(engine, PROMPTS[0]).wait()
+        assert len(client.outputs) == 24
+
+
+def test_a_failing_step_fails_its_requests_only(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception in the forward pass ends that step's requests with ERROR; the next request is served."""
+    with engine_of(tiny_llama) as engine:
+        forward = engine._model.forward
+
+        def failing(*args, **kwargs):
+            monkeypatch.setattr(engine._model, "forward", forward)
+            raise RuntimeError("out of luck")
+
+        monkeypatch.setattr(engine._model, "forward", failing)
+        failed = Client(engine, PROMPTS[0])
+        assert failed.finish is FinishReason.ERROR
+        assert "out of luck" in failed.last.error
+        assert len(Client(engine, PROMPTS[0]).token_ids) == 24
+
+
+def test_a_failing_callback_drops_its_request_only(tiny_llama: Path) -> None:
+    """A client whose callback raises loses its request; others go on, and its blocks come back."""
+    with engine_of(tiny_llama) as engine:
+
+        def broken(_: Output) -> None:
+            raise ValueError("client bug")
+
+        victim = Client(engine, PROMPTS[0], submit=False)
+        engine.submit(replace(victim.request, on_output=broken))
+        assert len(Client(engine, PROMPTS[0]).token_ids) == 24
+
+
+def test_close_ends_what_is_under_way(tiny_llama: Path) -> None:
+    """Closing aborts running and waiting requests, once each."""
+    with engine_of(tiny_llama, max_running=1) as engine:
+        params = replace(GREEDY, max_tokens=200)
+        clients = [Client(engine, PROMPTS[0], params) for _ in range(3)]
+        clients[0].wait_tokens(1)
+        engine.close()
+        assert [client.finish for client in clients] == [FinishReason.ABORT] * 3
+        with pytest.raises(RuntimeError, match="closed"):
+            Client(engine, PROMPTS[0])
+
+
+def test_close_before_start(tiny_llama: Path) -> None:
+    """An engine that never started still ends what was queued."""
+    with engine_of(tiny_llama) as running:
+        engine = Engine(running.settings)
+    client = Client(engine, PROMPTS[0])
+    engine.close()
+    assert client.finish is FinishReason.ABORT
+
+
+@pytest.mark.parametrize(
+    ("prompt", "changes", "param"),
+    [
+        ([], {}, "prompt"),
+        ([VOCAB], {}, "prompt"),
+        ([-1], {}, "prompt"),
+        ([1] * 32, {}, "prompt"),
+        ([1], {"temperature": -0.1}, "temperature"),
+        ([1], {"temperature": float("nan")}, "temperature"),
+        ([1], {"top_p": 0.0}, "top_p"),
+        ([1], {"top_p": 1.1}, "top_p"),
+        ([1], {"top_k": -2}, "top_k"),
+        ([1], {"min_p": 1.5}, "min_p"),
+        ([1], {"presence_penalty": 2.5}, "presence_penalty"),
+        ([1], {"frequency_penalty": -2.5}, "frequency_penalty"),
+        ([1], {"repetition_penalty": 0.0}, "repetition_penalty"),
+        ([1], {"seed": 1 << 64}, "seed"),
+        ([1], {"logprobs": 21}, "logprobs"),
+        ([1], {"max_tokens": 0}, "max_tokens"),
+        ([1], {"max_tokens": 2, "min_tokens": 3}, "min_tokens"),
+        ([1], {"stop": ("",)}, "stop"),
+        ([1], {"stop_token_ids": (VOCAB,)}, "stop_token_ids"),
+        ([1], {"logit_bias": {VOCAB: 1.0}}, "logit_bias"),
+        ([1], {"logit_bias": {1: float("inf")}}, "logit_bias"),
+    ],
+)
+def test_what_can_never_be_served_is_refused(shared_engine: Engine, prompt, changes, param) -> None:
+    """A refusal names the field at fault, and nothing is queued."""
+    with pytest.raises(InvalidRequestError) as refused:
+        Client(shared_engine, prompt, replace(SamplingParams(), **changes))
+    assert refused.value.param == param
+    assert shared_engine.load().waiting == 0
+
+
+def test_a_prompt_that_just_fits_is_served(shared_engine: Engine) -> None:
+    """One token of room is enough."""
+    assert len(Client(shared_engine, [1] * 31, GREEDY).token_ids) == 1
+
+
+def test_request_ids_are_unique(tiny_llama: Path) -> None:
+    """A second request of the same name is refused while the first is under way."""
+    with engine_of(tiny_llama) as engine:
+        first = Client(engine, PROMPTS[0], replace(GREEDY, max_tokens=100), name="twin")
+        with pytest.raises(InvalidRequestError, match="twin"):
+            Client(engine, PROMPTS[0], name="twin")
+        first.wait()
+        Client(engine, PROMPTS[0], name="twin").wait()
+
+
+def test_load_counts(tiny_llama: Path) -> None:
+    """The counters tell what was computed; idle, nothing is used."""
+    with engine_of(tiny_llama) as engine:
+        Client(engine, PROMPTS[3]).wait()
+        load = engine.load()
+        assert (load.running, load.waiting) == (0, 0)
+        assert load.blocks_free == load.blocks_total == 64
+        assert load.prompt_tokens_total == len(PROMPTS[3])
+        assert load.generated_tokens_total == 24
+
+
+def test_timing_comes_with_the_first_and_the_last_output(tiny_llama: Path) -> None:
+    """A waterfall can be drawn from the first output on."""
+    with engine_of(tiny_llama) as engine:
+        outputs = Client(engine, PROMPTS[0]).wait().outputs
+        assert [output.timing is not None for output in outputs] == [True] + [False] * 22 + [True]
+        assert outputs[0].timing.computed_tokens == len(PROMPTS[0])
+        assert outputs[0].timing.prefill > 0
