@@ -1,0 +1,112 @@
+"""From the end of prefill to KV that is usable on the decode worker, in a real 1p1d, one request at a time.
+
+Two parts, each measured by whoever does it and told in the proxy's record of the request: what of the transfer was not
+hidden behind the prompt's computation (end of computation to the acknowledged commit, on the prefill worker), and the
+scatter into the decode worker's blocks. To reach: p50 of their sum at most 10 ms for 1,000 tokens.
+
+    python -m benchmarks.handover [--tokens 1000] [--requests 60] [--json FILE]
+"""
+
+import random
+import sys
+import time
+from typing import Any
+
+import httpx
+from benchmarks._run import (
+    add_model_arguments,
+    figure,
+    finish,
+    model_folder,
+    note,
+    parser,
+    quiet_console,
+    summarise,
+    table,
+    verdict,
+)
+
+from kvbelt.ops import waterfall
+from kvbelt.ops.deployment import running
+from kvbelt.ops.processes import DeploymentSpec, cpu_cores
+from kvbelt.ops.topology import Topology
+
+TARGET_MS = 10.0
+_WARM_UP_REQUESTS = 5
+_RECORD_SECONDS = 10.0
+
+
+def handed_over(client: httpx.Client, model: str, prompt: list[int]) -> waterfall.RequestRecord:
+    """Send one request over the belt and fetch its record.
+
+    Raises:
+        RuntimeError: the KV did not cross, or was not told of in time.
+    """
+    body = {"model": model, "prompt": prompt, "max_tokens": 2, "temperature": 0, "ignore_eos": True}
+    answer = client.post("/v1/completions", json=body).raise_for_status()
+    deadline = time.monotonic() + _RECORD_SECONDS
+    while True:
+        record = waterfall.parse(client.get(f"/kvbelt/requests/{answer.headers['x-request-id']}").json())
+        if record.complete:
+            break
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"nobody told how the transfer of {record.request_id} ended")
+        time.sleep(0.01)
+    if not record.over_belt:
+        raise RuntimeError(f"the KV did not cross: {record.decision}, {record.transfer}")
+    return record
+
+
+def main() -> int:
+    """Measure and print. Status 1 if the target was missed."""
+    arguments = parser(__doc__)
+    add_model_arguments(arguments)
+    arguments.add_argument("--tokens", type=int, default=1000)
+    arguments.add_argument("--requests", type=int, default=60)
+    arguments.add_argument("--threads", type=int, default=max(1, cpu_cores() // 2), help="of each worker")
+    arguments.add_argument("--seed", type=int, default=0)
+    args = arguments.parse_args()
+    chance = random.Random(args.seed)
+    spec = DeploymentSpec(
+        topology=Topology(1, 1), model=model_folder(args.model), dtype=args.dtype, auto_ports=True, threads=args.threads
+    )
+    parts: dict[str, list[float]] = {
+        name: [] for name in ("exposed transfer", "scatter", "handover", "whole transfer", "prefill", "wait on decode")
+    }
+    megabytes = writes = 0.0
+    with running(spec, quiet_console()) as deployment, httpx.Client(base_url=deployment.url, timeout=300) as client:
+        model = client.get("/v1/models").json()["data"][0]["id"]
+        for number in range(-_WARM_UP_REQUESTS, args.requests):
+            if number % 10 == 0:
+                note(f"request {number + 1} of {args.requests}" if number >= 0 else "warming up")
+            prompt = [chance.randrange(1000, 20_000) for _ in range(args.tokens)]
+            record = handed_over(client, model, prompt)
+            if number < 0:
+                continue
+            transfer, timings = record.transfer, record.timings_ms
+            assert transfer is not None
+            exposed, load = transfer.exposed_ms or 0.0, timings.load or 0.0
+            parts["exposed transfer"].append(exposed)
+            parts["scatter"].append(load)
+            parts["handover"].append(exposed + load)
+            parts["whole transfer"].append(transfer.milliseconds)
+            parts["prefill"].append(timings.prefill or 0.0)
+            parts["wait on decode"].append(timings.kv_wait or 0.0)
+            megabytes, writes = transfer.bytes / 1e6, transfer.writes or 0
+    summaries = {name: summarise(values) for name, values in parts.items()}
+    rows = [
+        [name, figure(summary.median), figure(summary.low), figure(summary.high), figure(summary.p99)]
+        for name, summary in summaries.items()
+    ]
+    reached = summaries["handover"].median <= TARGET_MS
+    shown = table(["part, ms", "p50", "p10", "p90", "p99"], rows)
+    shown += f"\n\n{megabytes:.1f} MB in {writes:.0f} writes a request\n"
+    shown += verdict(reached, f"handover p50 {summaries['handover'].median:.2f} ms, target {TARGET_MS:g} ms")
+    results: dict[str, Any] = {"tokens": args.tokens, "mb": megabytes, "writes": writes, "ms": summaries}
+    title = f"handover, {args.tokens} tokens, {args.requests} requests, {args.threads} threads a worker, {args.dtype}"
+    finish(title, shown, results, args.json)
+    return 0 if reached else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""``kvbelt demo``: a deployment, one chat request, its answer as it streams, and where its time went.
+
+Standard output carries the question, the answer and the waterfall; progress goes to standard error. Exit status: 0 once
+the answer came over the belt; 1 if it did not come, was empty, or took another way; 2 when the start was refused.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import shutil
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kvbelt.errors import KVBeltError, StartError
+from kvbelt.http import HttpError, Pool, Response
+from kvbelt.ops import probe, up, waterfall
+from kvbelt.ops.console import Console
+from kvbelt.ops.deployment import Deployment
+from kvbelt.ops.ports import check_free, seed_ports
+from kvbelt.ops.processes import DeploymentSpec
+from kvbelt.ops.topology import Topology
+
+QUESTION = "What is the capital of France, and what is it famous for?"
+
+_MAX_ERROR_BYTES = 1 << 20
+
+#: The transfer's notification may arrive after the answer's last token.
+_RECORD_SECONDS = 3.0
+_RECORD_POLL_SECONDS = 0.05
+
+
+class DemoFailedError(KVBeltError):
+    """The answer is not what the demo is there to show."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What came back beside the text."""
+
+    request_id: str
+    path: str  #: ``x-kvbelt-path``
+    text: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Everything that ``kvbelt demo`` takes."""
+    up.add_model_arguments(parser)
+    parser.add_argument("--topology", default="1p1d", help="XpYd (default: 1p1d)")
+    parser.add_argument("--once", action="store_true", help="end after the answer")
+    parser.add_argument("--prompt", default=QUESTION, help="what to ask")
+    parser.add_argument("--max-tokens", type=up.positive_int, default=60, help="longest answer (default: 60)")
+    parser.add_argument("--verbose", action="store_true", help="show the workers' logs")
+
+
+def run(args: argparse.Namespace) -> int:
+    """``kvbelt demo`` with parsed arguments. Returns the exit status."""
+    console = Console(show_logs=args.verbose)
+
+    async def serve(deployment: Deployment, stop: asyncio.Event) -> int:
+        asking = asyncio.create_task(_show(deployment, args.prompt, args.max_tokens), name="demo request")
+        stopped = asyncio.create_task(stop.wait(), name="demo signals")
+        try:
+            await asyncio.wait([asking, stopped], return_when=asyncio.FIRST_COMPLETED)
+            if not asking.done():
+                return 0
+            asking.result()
+            if not args.once:
+                _say(f"\nServing on {deployment.url} until Ctrl-C.")
+                await stop.wait()
+                console.say("stopping")
+            return 0
+        finally:
+            asking.cancel()
+            stopped.cancel()
+            await asyncio.gather(asking, stopped, return_exceptions=True)
+
+    try:
+        spec = DeploymentSpec(
+            topology=Topology.parse(args.topology),
+            model=up.prepare_model(args.model, console),
+            dtype=args.dtype,
+            device=args.device,
+            threads=args.threads,
+            log_dir=args.log_dir,
+        )
+        return asyncio.run(up.deploy(_with_free_ports(spec, console), console, serve))
+    except KeyboardInterrupt:  # a signal before the loop took the signals over
+        return 0
+    except DemoFailedError as error:
+        print(f"kvbelt: {error}", file=sys.stderr)
+        return 1
+    except KVBeltError as error:
+        return up.report(error)
+
+
+def _with_free_ports(spec: DeploymentSpec, console: Console) -> DeploymentSpec:
+    try:
+        check_free(list(seed_ports(spec.topology).claims(spec.host)))
+    except StartError as error:
+        console.say(f"{str(error).partition(';')[0]}; taking free ports instead")
+        return replace(spec, auto_ports=True)
+    return spec
+
+
+async def _show(deployment: Deployment, prompt: str, max_tokens: int) -> None:
+    """Ask, print the answer as it comes, then its waterfall.
+
+    Raises:
+        DemoFailedError: no answer, an empty one, or one that did not come over the belt.
+    """
+    process = deployment.process("proxy")
+    pool = Pool(probe.reachable(process.host), process.port)
+    try:
+        models = await probe.get(process.host, process.port, "/v1/models")
+        model = models.body["data"][0]["id"] if models is not None and models.status == 200 else "demo"
+        _say(f"\n> {prompt}\n")
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "stream": True,
+        }
+        answered = await _ask(pool, body)
+        if not answered.text.strip():
+            raise DemoFailedError("the answer was empty")
+        record = await _record(process.host, process.port, answered.request_id)
+        width = shutil.get_terminal_size((100, 24)).columns
+        plain = not (sys.stdout.encoding or "").lower().startswith("utf")
+        _say("\n" + "\n".join(waterfall.lines(record, width=min(width, 110), plain=plain)))
+        if deployment.spec.topology.prefill and not record.over_belt:
+            raise DemoFailedError(f"the answer did not come over the belt: {answered.path}")
+    except (HttpError, LookupError, ValueError) as error:
+        raise DemoFailedError(f"the request failed: {error}") from error
+    finally:
+        pool.close()
+
+
+async def _ask(pool: Pool, body: dict[str, Any]) -> Answered:
+    headers = [(b"content-type", b"application/json")]
+    response = await pool.request("POST", "/v1/chat/completions", headers, json.dumps(body).encode())
+    if response.status != 200:
+        raw = await response.read(_MAX_ERROR_BYTES)
+        raise DemoFailedError(f"the proxy answered with status {response.status}: {raw.decode(errors='replace')}")
+    text = ""
+    async for event in _events(response):
+        if "error" in event:
+            _say("")
+            raise DemoFailedError(f"the answer broke off: {event['error'].get('message', event['error'])}")
+        for choice in event.get("choices", ()):
+            piece = choice.get("delta", {}).get("content") or ""
+            _write(piece)
+            text += piece
+    _say("")
+    return Answered(
+        response.headers.get(b"x-request-id", b"").decode(), response.headers.get(b"x-kvbelt-path", b"").decode(), text
+    )
+
+
+async def _events(response: Response) -> AsyncIterator[dict[str, Any]]:
+    """The JSON objects of an event stream; comments and the closing mark are left out."""
+    rest = b""
+    while chunk := await response.chunk():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data: {"):
+                yield json.loads(line[6:])
+
+
+async def _record(host: str, port: int, request_id: str) -> waterfall.RequestRecord:
+    """What the proxy knows of the request, once it knows how the transfer ended.
+
+    Raises:
+        DemoFailedError: it knows nothing of it.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _RECORD_SECONDS
+    while True:
+        answer = await probe.get(host, port, f"/kvbelt/requests/{request_id}")
+        record = waterfall.parse(answer.body) if answer is not None and answer.status == 200 else None
+        if record is not None and (record.complete or loop.time() > deadline):
+            return record
+        if loop.time() > deadline:
+            raise DemoFailedError(f"the proxy has no record of request {request_id!r}")
+        await asyncio.sleep(_RECORD_POLL_SECONDS)
+
+
+def _say(line: str) -> None:
+    _write(line + "\n")
+
+
+def _write(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads any more
+        sys.stdout.write(text)
+        sys.stdout.flush()
