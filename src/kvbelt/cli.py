@@ -104,12 +104,21 @@ def _run_worker(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_up(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    from kvbelt.ops import up
+
+    parser = commands.add_parser("up", help="start a whole deployment: workers, belt and proxy")
+    up.add_arguments(parser)
+    parser.set_defaults(run=up.run)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = _Parser(prog="kvbelt", description="Disaggregated prefill for LLM serving.")
     parser.add_argument("--version", action="version", version=f"kvbelt {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     _add_worker(commands)
+    _add_up(commands)
     return parser
 
 

@@ -177,9 +177,6 @@ def parse_chat(body: bytes) -> ChatRequest:
 
 
 def _check_common(request: _Common) -> None:
-    limit = request.max_tokens
-    if limit is not None and limit < 1:
-        raise RequestError(f"max_tokens is {limit}; it must be at least 1", param="max_tokens")
     if request.n is not None and not 1 <= request.n <= MAX_CHOICES:
         raise RequestError(f"n is {request.n}; it must lie between 1 and {MAX_CHOICES}", param="n")
     if request.stream_options is not None and not request.stream:
