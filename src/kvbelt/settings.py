@@ -129,8 +129,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 7100
     belt: BeltFile | None = None
     served_model_name: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     kv_gb: float | None = None
     block_size: int = 16
     max_batch_tokens: int | None = None

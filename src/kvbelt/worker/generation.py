@@ -18,6 +18,7 @@ from kvbelt.telemetry import get_logger
 from kvbelt.transfer.belt import Belt
 from kvbelt.transfer.ports import Lost, ReceivedKV, TransferOutcome
 from kvbelt.wire.handoff import DecodeHandoff, HandoffState, PrefillHandoff, prompt_transfer_id
+from kvbelt.wire.ids import TransferId
 from kvbelt.worker.kv_seam import IncomingTransfer, OutgoingTransfer
 from kvbelt.worker.requests import Handoff
 
@@ -137,8 +138,9 @@ class Generation:
         if not isinstance(self._handoff, PrefillHandoff):
             return None
         reason = self._refused or next((o.sending.failure for o in self._outgoing if o.sending.failure), None)
-        state = "open" if reason is None else "failed"
-        return HandoffState(transfer_id=self._handoff.transfer_id, state=state, reason=reason)
+        if reason is not None:
+            return HandoffState(transfer_id=self._handoff.transfer_id, state="failed", reason=reason)
+        return HandoffState(transfer_id=self._handoff.transfer_id, state="open")
 
     def _receiver_of(self, index: int) -> "_OutputSink":
         return _OutputSink(self._loop, self._queue, index)
@@ -210,7 +212,7 @@ class _OutputSink:
             return
 
 
-async def receive_one(belt: Belt, transfer_id: "str", deadline_seconds: float) -> ReceivedKV | Lost:
+async def receive_one(belt: Belt, transfer_id: TransferId, deadline_seconds: float) -> ReceivedKV | Lost:
     """Wait for one transfer. Cancelling the wait gives the slot back."""
     loop = asyncio.get_running_loop()
     arrival: asyncio.Future[ReceivedKV | Lost] = loop.create_future()

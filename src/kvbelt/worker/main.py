@@ -15,7 +15,8 @@ import uvicorn
 import uvloop
 
 from kvbelt.engine.api import ModelError
-from kvbelt.engine.engine import Engine, EngineSettings
+from kvbelt.engine.engine import Engine
+from kvbelt.engine.settings import EngineSettings
 from kvbelt.errors import StartError
 from kvbelt.settings import WorkerSettings
 from kvbelt.telemetry import configure_logging, get_logger
