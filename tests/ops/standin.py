@@ -1,7 +1,8 @@
 """A process that passes for ``kvbelt worker`` and ``kvbelt proxy``: it serves /health on --port and nothing else.
 
 How it misbehaves is said in the environment, per name of the role: STANDIN_DIE, STANDIN_IGNORE_TERM,
-STANDIN_LOADING (a file: it says ``loading`` until the file exists).
+STANDIN_LOADING (a file: it says ``loading`` until the file exists). What it answers to a POST and to a GET of a
+record are files, too: STANDIN_STREAM, STANDIN_RECORD.
 """
 
 import os
@@ -32,10 +33,31 @@ class Health(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """``ready``, or ``loading`` until the file exists."""
+        if self.path.startswith("/kvbelt/requests/"):
+            self.answer(200, Path(os.environ["STANDIN_RECORD"]).read_bytes())
+            return
+        if self.path == "/v1/models":
+            self.answer(200, b'{"data": [{"id": "standin"}]}')
+            return
         waits_for = os.environ.get("STANDIN_LOADING")
         ready = waits_for is None or Path(waits_for).exists()
         body = b'{"state": "ready"}' if ready else b'{"state": "loading"}'
-        self.send_response(200 if ready else 503)
+        self.answer(200 if ready else 503, body)
+
+    def do_POST(self) -> None:
+        """The stream of the file, or an error without one."""
+        self.rfile.read(int(self.headers["content-length"]))
+        stream = os.environ.get("STANDIN_STREAM")
+        if stream is None:
+            self.answer(503, b'{"error": {"message": "no worker"}}')
+        else:
+            self.answer(200, Path(stream).read_bytes())
+
+    def answer(self, status: int, body: bytes) -> None:
+        """One whole answer."""
+        self.send_response(status)
+        self.send_header("x-request-id", "r1")
+        self.send_header("x-kvbelt-path", "first-token")
         self.send_header("content-length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

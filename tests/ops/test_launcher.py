@@ -18,7 +18,6 @@ from kvbelt.errors import StartError
 from kvbelt.ops.console import Console
 from kvbelt.ops.deployment import running
 from kvbelt.ops.ports import find_free
-from kvbelt.ops.processes import DeploymentSpec
 from kvbelt.ops.supervisor import ChildDiedError, NotReadyError
 from kvbelt.ops.topology import Topology
 
@@ -47,19 +46,6 @@ def listening(port):
     """Whether somebody accepts connections."""
     with socket.socket() as client:
         return client.connect_ex(("127.0.0.1", port)) == 0
-
-
-@pytest.fixture
-def spec(tmp_path):
-    """1p1d over stand-ins."""
-    return DeploymentSpec(
-        topology=Topology(1, 1),
-        model=tmp_path,
-        device="cpu",
-        auto_ports=True,
-        start_timeout=20,
-        command=(sys.executable, "-S", str(HERE / "standin.py")),
-    )
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(show_logs=args.verbose)
 
     async def serve(deployment: Deployment, stop: asyncio.Event) -> int:
-        asking = asyncio.create_task(_show(deployment, args.prompt, args.max_tokens), name="demo request")
+        asking = asyncio.create_task(show(deployment, args.prompt, args.max_tokens), name="demo request")
         stopped = asyncio.create_task(stop.wait(), name="demo signals")
         try:
             await asyncio.wait([asking, stopped], return_when=asyncio.FIRST_COMPLETED)
@@ -105,7 +105,7 @@ def _with_free_ports(spec: DeploymentSpec, console: Console) -> DeploymentSpec:
     return spec
 
 
-async def _show(deployment: Deployment, prompt: str, max_tokens: int) -> None:
+async def show(deployment: Deployment, prompt: str, max_tokens: int) -> None:
     """Ask, print the answer as it comes, then its waterfall.
 
     Raises:

@@ -1,0 +1,61 @@
+"""What this room's tests share."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvbelt.ops.processes import DeploymentSpec
+from kvbelt.ops.topology import Topology
+
+
+@pytest.fixture
+def spec(tmp_path):
+    """1p1d over stand-ins."""
+    return DeploymentSpec(
+        topology=Topology(1, 1),
+        model=tmp_path,
+        device="cpu",
+        auto_ports=True,
+        start_timeout=20,
+        command=(sys.executable, "-S", str(Path(__file__).with_name("standin.py"))),
+    )
+
+
+@pytest.fixture
+def record():
+    """A request that went over the belt, as the proxy tells it."""
+    return {
+        "request_id": "r1",
+        "route": "/v1/chat/completions",
+        "status": 200,
+        "decision": {"path": "first-token", "reason": None},
+        "workers": {"prefill": "127.0.0.1:7100", "decode": "127.0.0.1:7200"},
+        "transfer_id": "t1",
+        "kv": "received",
+        "timings_ms": {
+            "proxy": 1.0,
+            "queue": 2.0,
+            "prefill": 80.0,
+            "prefill_leg": 84.0,
+            "kv_wait": 3.0,
+            "load": 1.5,
+            "decode_queue": 0.5,
+            "decode_headers": 45.0,
+            "first_decode_step": 0.1,
+            "first_token": 85.2,
+            "total": 900.0,
+        },
+        "transfer": {
+            "state": "done",
+            "bytes": 46_080_000,
+            "seconds": 0.02,
+            "milliseconds": 20.0,
+            "gb_per_second": 2.304,
+            "channel": "nixl",
+            "tokens": 1000,
+            "writes": 30,
+            "exposed_ms": 4.0,
+        },
+        "errors": [],
+    }
