@@ -22,6 +22,9 @@ class Source(Protocol):
     def abort(self) -> None:
         """Close at once; the answer is not wanted."""
 
+    def fail(self, error: HttpError) -> None:
+        """Close at once; the reader gets this error."""
+
     def resume(self) -> None:
         """There is room again."""
 
@@ -114,6 +117,11 @@ class Response:
         """Close the connection unless the answer is complete. Idempotent."""
         if not self.complete and self.error is None:
             self._source.abort()
+
+    def abandon(self, error: HttpError) -> None:
+        """Close the connection, from another task: the reader gets this error. Nothing if the answer is complete."""
+        if not self.complete and self.error is None:
+            self._source.fail(error)
 
     def _take(self) -> bytes:
         chunks = self._chunks

@@ -1,0 +1,238 @@
+"""``kvbelt proxy``: the routes, and the life of the process's parts."""
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from kvbelt.errors import StartError
+from kvbelt.http import Exchange, HttpError, Server, ServerLimits
+from kvbelt.proxy.answers import JSON, error_body
+from kvbelt.proxy.context import Context
+from kvbelt.proxy.journey import Journey
+from kvbelt.proxy.notifications import Notifications
+from kvbelt.proxy.records import Record
+from kvbelt.proxy.settings import ProxySettings
+from kvbelt.proxy.workers import Worker
+
+log = logging.getLogger("kvbelt.proxy")
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
+_RECORD_PREFIX = "/kvbelt/requests/"
+_MAX_MODELS_BYTES = 4 * 1024 * 1024
+_encode = msgspec.json.Encoder().encode
+
+Route = Callable[[Exchange], Awaitable[None]]
+
+
+class Proxy:
+    """One proxy. ``start``, then ``close``; signals are the caller's."""
+
+    def __init__(self, settings: ProxySettings) -> None:
+        self.settings = settings
+        self.context = Context(settings)
+        self.port = 0  #: once started
+        self.notification_port = 0  #: once started
+        self._server = Server(
+            self._handle,
+            limits=ServerLimits(body_bytes=settings.max_body_bytes),
+            refusal_body=lambda error: (JSON[1], error_body(str(error), kind=_kind(error.status), code=error.status)),
+        )
+        self._notifications = Notifications(self.context.notified, self._malformed)
+        self._watches: list[asyncio.Task[None]] = []
+        self._routes: dict[str, tuple[str, Route]] = {
+            "/v1/completions": ("POST", self._completions),
+            "/v1/chat/completions": ("POST", self._chat),
+            "/v1/models": ("GET", self._models),
+            "/health": ("GET", self._health),
+            "/metrics": ("GET", self._metrics),
+            "/kvbelt/requests": ("GET", self._recent),
+        }
+
+    @property
+    def _workers(self) -> list[Worker]:
+        return [*self.context.prefill, *self.context.decode]
+
+    async def start(self) -> None:
+        """Listen on both ports and begin to watch the workers.
+
+        Raises:
+            StartError: a port is taken.
+        """
+        settings = self.settings
+        self.notification_port = self._notifications.start(settings.notification_host, settings.notification_port)
+        try:
+            self.port = await self._server.start(settings.host, settings.port)
+        except OSError as error:
+            self._notifications.close()
+            raise StartError(
+                f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}; choose another --port"
+            ) from None
+        self._watches = [asyncio.create_task(worker.watch(), name=f"watch {worker.name}") for worker in self._workers]
+        log.info("proxy on %s:%s, notifications on %s", settings.host, self.port, self.notification_port)
+
+    async def workers_asked(self) -> None:
+        """Wait until every worker's health is known for the first time."""
+        for worker in self._workers:
+            await worker.watched()
+
+    async def close(self) -> None:
+        """Let open requests end within ``drain_seconds``, cut the rest, and free everything. Idempotent."""
+        await self._server.close(self.settings.drain_seconds)
+        for watch in self._watches:
+            watch.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
+        self._watches = []
+        for worker in self._workers:
+            worker.close()
+        self._notifications.close()
+        # Closed transports are freed by the loop's next turn.
+        await asyncio.sleep(0)
+
+    def _malformed(self) -> None:
+        self.context.metrics.notifications_malformed += 1
+
+    # Routes
+
+    async def _handle(self, exchange: Exchange) -> None:
+        path = exchange.request.path
+        route = self._routes.get(path)
+        if route is None:
+            if path.startswith(_RECORD_PREFIX):
+                route = ("GET", self._record)
+            else:
+                _refuse(
+                    exchange, 404, f"there is no {path}; this server has {', '.join(self._routes)}", "not_found_error"
+                )
+                return
+        method, answer = route
+        asked = exchange.request.method
+        if asked != method and not (asked == "HEAD" and method == "GET"):
+            _refuse(
+                exchange,
+                405,
+                f"{path} takes {method}, not {asked}",
+                "invalid_request_error",
+                (b"allow", method.encode()),
+            )
+            return
+        await answer(exchange)
+
+    async def _completions(self, exchange: Exchange) -> None:
+        await self._generate(exchange, "/v1/completions", chat=False)
+
+    async def _chat(self, exchange: Exchange) -> None:
+        await self._generate(exchange, "/v1/chat/completions", chat=True)
+
+    async def _generate(self, exchange: Exchange, route: str, *, chat: bool) -> None:
+        context = self.context
+        metrics = context.metrics
+        request_id = exchange.request.headers.get(b"x-request-id", b"").decode("latin-1")
+        if not _REQUEST_ID.match(request_id):
+            request_id = context.new_id()
+        elif request_id in context.active:  # engines know requests by this id
+            request_id = f"{request_id[:96]}-{context.new_id()}"
+        record = Record(request_id, route, exchange.request.arrived, time.time())
+        context.records.add(record)
+        context.active.add(request_id)
+        metrics.in_flight += 1
+        try:
+            await Journey(context, exchange, record, chat=chat).run()
+            record.status = exchange.status
+        except asyncio.CancelledError:
+            record.status = 499  # nginx's word for a client that closed its request
+            record.errors.append("the client closed its connection")
+            raise
+        finally:
+            context.active.discard(request_id)
+            record.ended = asyncio.get_running_loop().time()
+            metrics.in_flight -= 1
+            metrics.requests[record.path or "refused", record.reason or ""] += 1
+            metrics.answers[record.status] += 1
+            metrics.duration.observe(record.ended - record.began)
+
+    async def _models(self, exchange: Exchange) -> None:
+        tried: frozenset[str] = frozenset()
+        headers = [(n, v) for n, v in exchange.request.headers.items() if n == b"authorization"]
+        while (worker := self.context.pick_decode(tried)) is not None:
+            try:
+                async with asyncio.timeout(self.settings.health_timeout_seconds):
+                    response = await worker.get("/v1/models", headers)
+                    body = await response.read(_MAX_MODELS_BYTES)
+            except (HttpError, TimeoutError):
+                worker.suspect()
+                tried |= {worker.name}
+                continue
+            kind = response.headers.get(b"content-type", JSON[1])
+            exchange.respond(response.status, ((b"content-type", kind),), body)
+            return
+        _refuse(exchange, 503, "no decode worker is ready; try again", "unavailable", (b"retry-after", b"1"))
+
+    async def _health(self, exchange: Exchange) -> None:
+        ready = any(worker.ready for worker in self.context.decode)
+        workers = [_worker_json(worker) for worker in self._workers]
+        body = {
+            "status": "ok" if ready else "unavailable",
+            "state": "ready" if ready else "waiting",
+            "workers": workers,
+        }
+        exchange.respond(200 if ready else 503, (JSON,), _encode(body))
+
+    async def _metrics(self, exchange: Exchange) -> None:
+        kind = b"text/plain; version=0.0.4; charset=utf-8"
+        exchange.respond(200, ((b"content-type", kind),), self.context.metrics.text())
+
+    async def _recent(self, exchange: Exchange) -> None:
+        records = [record.as_json() for record in self.context.records.recent()]
+        exchange.respond(200, (JSON,), _encode({"requests": records, "kept": len(self.context.records)}))
+
+    async def _record(self, exchange: Exchange) -> None:
+        request_id = exchange.request.path.removeprefix(_RECORD_PREFIX)
+        # The answer's own id is as good: it is the request's with a prefix.
+        names = (request_id, request_id.removeprefix("chatcmpl-").removeprefix("cmpl-"))
+        record = next(filter(None, map(self.context.records.get, names)), None)
+        if record is None:
+            kept = self.settings.records_kept
+            _refuse(exchange, 404, f"no request {request_id!r} among the last {kept}", "not_found_error")
+            return
+        exchange.respond(200, (JSON,), _encode(record.as_json()))
+
+
+def _worker_json(worker: Worker) -> dict[str, object]:
+    report = worker.endpoint.report
+    return {
+        "worker": worker.name,
+        "role": worker.endpoint.role,
+        "state": report.health,
+        "detail": report.detail,
+        "engine_id": report.engine_id,
+        "model": report.model,
+        "max_model_len": report.max_model_len,
+        "load": {name: getattr(report.load, name) for name in report.load.__dataclass_fields__},
+        "in_flight": worker.in_flight,
+    }
+
+
+def _refuse(exchange: Exchange, status: int, message: str, kind: str, *more: tuple[bytes, bytes]) -> None:
+    exchange.respond(status, (JSON, *more), error_body(message, kind=kind, code=status))
+
+
+def _kind(status: int) -> str:
+    return "internal_error" if status >= 500 else "invalid_request_error"
+
+
+async def serve(settings: ProxySettings, stop: asyncio.Event) -> None:
+    """Run a proxy until ``stop`` is set.
+
+    Raises:
+        StartError: a port is taken.
+    """
+    proxy = Proxy(settings)
+    await proxy.start()
+    try:
+        await stop.wait()
+    finally:
+        await proxy.close()

@@ -1,0 +1,173 @@
+"""A client's request: parsed once, as far as a choice needs; and the bodies of the legs made from it.
+
+What a prompt or a message says is never decoded here. ``kv_transfer_params`` are the proxy's to write: a
+client's own are dropped, or it could name another request's KV.
+"""
+
+from collections.abc import Mapping
+
+import msgspec
+
+from kvbelt.errors import RequestError
+from kvbelt.proxy import splice
+from kvbelt.routing.decider import BYTES_PER_TOKEN
+from kvbelt.routing.exactness import CARRIED
+from kvbelt.routing.view import VIEWED, RequestView
+from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff
+
+#: What the API promises where a completions client says nothing.
+COMPLETIONS_MAX_TOKENS = 16
+
+_NULL = b"null"
+_HANDOFF = "kv_transfer_params"
+_view = msgspec.json.Decoder(RequestView)
+_encode = msgspec.json.Encoder().encode
+
+#: Left out of a prefill leg: replaced below, or about tokens that it does not make.
+_NOT_FOR_PREFILL = frozenset(
+    {
+        "stream", "stream_options", "n", "best_of", "echo", "max_tokens", "max_completion_tokens", "min_tokens",
+        "return_token_ids", "logprobs", "top_logprobs", "prompt_logprobs", _HANDOFF,
+    }
+)  # fmt: skip
+_ONE_TOKEN = b'"max_tokens":1,"n":1,"stream":false,"return_token_ids":true,"kv_transfer_params":'
+_ONE_CHAT_TOKEN = b'"max_completion_tokens":1,' + _ONE_TOKEN
+
+
+class ClientBody:
+    """One request's body."""
+
+    __slots__ = ("_body", "_members", "_numbers", "chat", "names", "num_prompts", "view")
+
+    def __init__(self, body: bytes, *, chat: bool) -> None:
+        """Parse.
+
+        Raises:
+            RequestError: 400; not UTF-8, not a JSON object, or a field of the wrong type.
+        """
+        self.chat = chat
+        self._body = body
+        self._numbers: bytes | None = None
+        self._members: Mapping[str, splice.Value] = self._parse(body)
+        #: Names of the members that are not null.
+        self.names = frozenset(
+            name
+            for name, value in self._members.items()
+            if name in ("prompt", "messages") or len(memoryview(value)) != 4 or bytes(value) != _NULL
+        )
+        viewed = {name: value for name, value in self._members.items() if name in VIEWED}
+        try:
+            self.view = _view.decode(splice.object_of(viewed))
+        except msgspec.ValidationError as error:
+            raise RequestError(
+                f"invalid request: {error}; correct the field and send the request again", param=_place(error)
+            ) from None
+        self._check()
+        self.num_prompts = 1 if chat else self._count_prompts()
+
+    def _parse(self, body: bytes) -> Mapping[str, splice.Value]:
+        try:
+            if not body.isascii():
+                body.decode()
+            cut = None if self.chat else splice.cut_numbers(body, b"prompt")
+            if cut is not None:
+                rest, numbers = cut
+                members: dict[str, splice.Value] = dict(splice.members_of(rest))
+                prompt = members.get("prompt")
+                if prompt is not None and bytes(prompt) == splice.PLACEHOLDER:
+                    members["prompt"] = self._numbers = numbers
+                    return members
+            return dict(splice.members_of(body))
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise RequestError(f"the request body is not a JSON object in UTF-8: {error}") from None
+
+    def _check(self) -> None:
+        needed = "messages" if self.chat else "prompt"
+        if needed not in self._members:
+            raise RequestError(f"{needed} is missing; send it", param=needed)
+        for name in ("max_tokens", "max_completion_tokens"):
+            limit = getattr(self.view, name)
+            if limit is not None and limit < 1:
+                raise RequestError(f"{name} is {limit}; it must be at least 1", param=name)
+        if self.view.stream_options is not None and not self.view.stream:
+            raise RequestError("stream_options is only allowed with stream: true", param="stream_options")
+
+    def _count_prompts(self) -> int:
+        if self._numbers is not None:
+            return 1
+        prompt = bytes(self._members["prompt"])
+        if not prompt.startswith(b"["):
+            return 1
+        # Texts, lists of ids, or something that a worker will refuse.
+        items = msgspec.json.decode(prompt, type=list[msgspec.Raw])
+        return len(items) if items and bytes(items[0])[:1] in (b'"', b"[") else 1
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens to generate; None: up to the model's context (chat only)."""
+        if not self.chat:
+            limit = self.view.max_tokens
+            return COMPLETIONS_MAX_TOKENS if limit is None else limit
+        view = self.view
+        return view.max_tokens if view.max_completion_tokens is None else view.max_completion_tokens
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a usage event."""
+        options = self.view.stream_options
+        return bool(options and options.include_usage)
+
+    def estimated_prompt_tokens(self) -> int:
+        """For a threshold: exact for token ids, a rule of thumb for text."""
+        if self._numbers is not None:
+            return self._numbers.count(b",") + 1
+        return len(memoryview(self._members["messages" if self.chat else "prompt"])) // BYTES_PER_TOKEN
+
+    # The legs' bodies
+
+    def plain(self) -> bytes:
+        """The client's own body."""
+        if _HANDOFF not in self._members:
+            return self._body
+        return splice.object_of({name: value for name, value in self._members.items() if name != _HANDOFF})
+
+    def for_prefill(self, handoff: PrefillHandoff) -> bytes:
+        """One token, with its ids, and the KV to the receiver."""
+        kept = {name: value for name, value in self._members.items() if name not in _NOT_FOR_PREFILL}
+        if self.view.min_tokens:
+            kept["min_tokens"] = b"1"
+        fixed = _ONE_CHAT_TOKEN if self.chat else _ONE_TOKEN
+        return b"".join((splice.object_of(kept)[:-1], b",", fixed, _encode(handoff), b"}"))
+
+    def for_decode(self, handoff: DecodeHandoff) -> bytes:
+        """The client's own body, over the transferred KV."""
+        kept = {name: value for name, value in self._members.items() if name != _HANDOFF}
+        kept[_HANDOFF] = _encode(handoff)
+        return splice.object_of(kept)
+
+    def for_continuation(
+        self, prompt_token_ids: bytes, first_token_id: int, max_tokens: int, handoff: DecodeHandoff | None
+    ) -> bytes:
+        """A completion of the prompt and its first token.
+
+        Args:
+            prompt_token_ids: the prompt's ids as a JSON list.
+            first_token_id: the id that the client already has.
+            max_tokens: how many more.
+            handoff: the KV's name; None if it is lost and the worker is to compute it.
+        """
+        kept = {name: value for name, value in self._members.items() if name in CARRIED}
+        kept["max_tokens"] = b"%d" % max_tokens
+        for name in ("stream", "stream_options"):
+            if name in self.names:
+                kept[name] = self._members[name]
+        if handoff is not None:
+            kept[_HANDOFF] = _encode(handoff)
+        rest = splice.object_of(kept)
+        return b"".join((b'{"prompt":', prompt_token_ids[:-1], b",%d]," % first_token_id, rest[1:]))
+
+
+def _place(error: msgspec.ValidationError) -> str | None:
+    # msgspec ends its message with the place: "... - at `$.max_tokens`".
+    _, found, place = str(error).rpartition("`$.")
+    return place.rstrip("`").partition(".")[0].partition("[")[0] if found else None

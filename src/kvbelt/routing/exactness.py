@@ -1,0 +1,108 @@
+"""May the client have the prefill worker's first token? Only where the answer is exactly one server's.
+
+On the fast path the client gets token 1 from the prefill worker, and the decode worker continues after it,
+taking it for a part of the prompt. So whatever depends on *which output tokens there have been*, on *how many*,
+or on *what the prompt was* would differ on the decode worker:
+
+* penalties and bad words look at earlier output tokens; ``min_tokens`` and a seed's draws count them;
+* logprobs, echo and prompt logprobs report what the decode worker would see as prompt;
+* a stop string may begin in token 1 and end in token 2; guided decoding and tool calls keep a state;
+* several prompts or choices have several first tokens.
+
+For these the decode worker derives token 1 itself from the transferred KV. So it does for a field that nobody
+here has thought about: not knowing is a reason. A field set to its neutral value is as good as absent.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from kvbelt.routing.view import VIEWED, RequestView
+
+#: Fields that change neither which tokens may come after token 1, nor how they are reported, or that are
+#: carried to the decode leg unchanged and act on each token by itself.
+CARRIED: frozenset[str] = frozenset(
+    {
+        "model", "temperature", "top_p", "top_k", "min_p", "logit_bias", "allowed_token_ids", "ignore_eos",
+        "stop_token_ids", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens",
+        "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "user", "priority",
+        "return_token_ids",
+    }
+)  # fmt: skip
+
+#: Fields that act on the prompt, which the prefill worker renders, or on nothing that a worker generates.
+SPENT_ON_PROMPT: frozenset[str] = frozenset(
+    {
+        "prompt", "messages", "add_special_tokens", "add_generation_prompt", "continue_final_message",
+        "chat_template", "chat_template_kwargs", "documents", "metadata", "store", "service_tier",
+        "safety_identifier", "prompt_cache_key",
+    }
+)  # fmt: skip
+
+_KNOWN = VIEWED | CARRIED | SPENT_ON_PROMPT
+
+
+class Road(Enum):
+    """How a disaggregated request is answered."""
+
+    FAST = auto()  #: token 1 from the prefill worker, at once
+    REDERIVE = auto()  #: everything from the decode worker, over the transferred KV
+    PREFILL_ONLY = auto()  #: one token is all there is: the prefill worker's answer is the answer
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """The choice, and for REDERIVE its reason (low cardinality)."""
+
+    road: Road
+    reason: str | None = None
+
+
+FAST = FirstToken(Road.FAST)
+PREFILL_ONLY = FirstToken(Road.PREFILL_ONLY)
+
+
+def first_token(view: RequestView, names: Iterable[str], *, num_prompts: int) -> FirstToken:
+    """Where token 1 comes from.
+
+    Args:
+        view: the request's typed fields.
+        names: the names of all its fields whose value is not null.
+        num_prompts: how many prompts it has.
+    """
+    if token_limit(view) == 1:
+        return PREFILL_ONLY
+    reason = _why_not_fast(view, num_prompts)
+    if reason is None and not _KNOWN.issuperset(names):
+        reason = "unknown_field"
+    return FAST if reason is None else FirstToken(Road.REDERIVE, reason)
+
+
+def token_limit(view: RequestView) -> int | None:
+    """The client's ``max_tokens``, by either of its names."""
+    return view.max_tokens if view.max_completion_tokens is None else view.max_completion_tokens
+
+
+def _why_not_fast(view: RequestView, num_prompts: int) -> str | None:
+    greedy = view.temperature == 0
+    checks: tuple[tuple[bool, str], ...] = (
+        (num_prompts != 1, "many_prompts"),
+        (view.n not in (None, 1), "n"),
+        (view.best_of not in (None, 1), "best_of"),
+        (bool(view.echo), "echo"),
+        # completions: 0 asks for the chosen token's; chat: false asks for none
+        (view.logprobs is not None and view.logprobs is not False, "logprobs"),
+        (view.top_logprobs is not None, "logprobs"),
+        (view.prompt_logprobs is not None, "prompt_logprobs"),
+        (bool(view.stop), "stop"),
+        (view.seed is not None and not greedy, "seed"),
+        (bool(view.presence_penalty) or bool(view.frequency_penalty), "penalty"),
+        (view.repetition_penalty not in (None, 1.0), "penalty"),
+        # a minimum of 1 forbids nothing after token 1 but forbids ending at it, which the prefill leg honours
+        ((view.min_tokens or 0) > 1, "min_tokens"),
+        (bool(view.tools) and view.tool_choice != "none", "tools"),
+        (bool(view.functions), "tools"),
+        (view.response_format is not None and view.response_format.get("type") != "text", "guided"),
+        (bool(view.stream_options and view.stream_options.continuous_usage_stats), "continuous_usage"),
+    )
+    return next((reason for applies, reason in checks if applies), None)

@@ -1,0 +1,48 @@
+"""The part of a client's request that routing decides by.
+
+Types are OpenAI's and vLLM's; a request whose fields do not fit is refused before any choice is made. Fields
+that only a worker interprets are not here.
+"""
+
+from typing import Any
+
+import msgspec
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    """``stream_options``."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class RequestView(msgspec.Struct, frozen=True, kw_only=True):
+    """One request, completions or chat. ``None`` means that the client left a field out, or sent null."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    min_tokens: int | None = None
+    n: int | None = None
+    best_of: int | None = None
+    echo: bool | None = None
+    logprobs: bool | int | None = None
+    top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    stop: str | list[str] | None = None
+    temperature: float | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    return_token_ids: bool | None = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    functions: list[Any] | None = None
+    response_format: dict[str, Any] | None = None
+
+
+#: Fields of RequestView.
+VIEWED: frozenset[str] = frozenset(RequestView.__struct_fields__)
