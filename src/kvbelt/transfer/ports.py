@@ -23,6 +23,11 @@ class Region:
     device: str  #: ``"cpu"`` or ``"cuda"``
     device_index: int = 0
 
+    @property
+    def place(self) -> str:
+        """As ``Channel.write`` wants it: ``"cpu"``, ``"cuda:1"``."""
+        return self.device if self.device == "cpu" else f"{self.device}:{self.device_index}"
+
 
 class Fence(Protocol):
     """A copy under way."""
@@ -56,7 +61,11 @@ class WriteHandle(Protocol):
         """
 
     def release(self) -> None:
-        """Free what the vendor holds for it. Idempotent; a write that is not done is aborted where possible."""
+        """Free what the vendor holds for it. Idempotent; a write that is not done is aborted where possible.
+
+        Raises:
+            ChannelError: it is still in flight and could not be aborted: its memory must not be used again.
+        """
 
 
 class Channel(Protocol):
@@ -77,7 +86,13 @@ class Channel(Protocol):
         """Forget a peer and everything posted to it."""
 
     def write(self, agent: str, spans: Sequence[tuple[int, int, int]], device: str, peer_device: str) -> WriteHandle:
-        """Post one write of ``(local address, remote address, bytes)`` spans; returns at once."""
+        """Post one write of ``(local address, remote address, bytes)`` spans; returns at once.
+
+        Devices are ``"cpu"`` or ``"cuda:<index>"``.
+
+        Raises:
+            ChannelError: it could not be posted.
+        """
 
     def progress(self) -> None:
         """Let the vendor work (handshakes of its own, incoming traffic). Never blocks."""
@@ -93,10 +108,10 @@ class TransferOutcome:
     ok: bool
     reason: str  #: ``"done"``, or a low-cardinality cause such as ``"refused_layout"``, ``"deadline"``, ``"peer_lost"``
     detail: str  #: for people: what happened, with values
-    num_bytes: int
-    num_writes: int
-    seconds: float  #: first write posted to last completed
-    exposed_seconds: float  #: end of the prompt's computation to the acknowledged commit
+    num_bytes: int = 0
+    num_writes: int = 0
+    seconds: float = 0.0  #: first write posted to last completed
+    exposed_seconds: float = 0.0  #: end of the prompt's computation to the acknowledged commit
 
 
 class Sending(Protocol):

@@ -58,12 +58,12 @@ class BeltSettings:
     heartbeat_seconds: float = 0.25
     #: How long a peer may take to answer a handshake.
     handshake_seconds: float = 5.0
-    #: Bytes gathered and written in one go. Small enough to stay in a core's cache between the two on CPU.
-    piece_bytes: int = 1 << 20
+    #: Bytes gathered and written in one go; 0: as suits the device (belt.py).
+    piece_bytes: int = 0
     #: Between two looks at copies and writes under way.
     poll_seconds: float = 100e-6
     #: Between two calls of ``Channel.progress`` while a peer may be writing here.
-    progress_seconds: float = 500e-6
+    progress_seconds: float = 1e-3
     #: A peer unused for so long is forgotten, and what the channel holds for it is freed.
     peer_idle_seconds: float = 600.0
     #: How long the end of a transfer is remembered, for messages that come late.
@@ -84,8 +84,8 @@ class BeltSettings:
                 f"heartbeat_seconds is {self.heartbeat_seconds} and lease_seconds {self.lease_seconds}; "
                 "a lease must outlast two heartbeats"
             )
-        if self.piece_bytes < 1:
-            raise SettingsError(f"piece_bytes is {self.piece_bytes}; it must be at least 1")
+        if self.piece_bytes < 0:
+            raise SettingsError(f"piece_bytes is {self.piece_bytes}; it must not be negative")
         for name in ("init_port", "alloc_port"):
             port = getattr(self, name)
             if not 0 <= port <= 65535:

@@ -43,7 +43,7 @@ class Codec(Generic[MessageT]):
 
     def __init__(self, union: object, max_bytes: int) -> None:
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[MessageT] = msgspec.msgpack.Decoder(union)  # type: ignore[arg-type]
+        self._decoder: msgspec.msgpack.Decoder[MessageT] = msgspec.msgpack.Decoder(union)
         self._header = MAGIC + bytes([PROTOCOL_VERSION])
         self._max_bytes = max_bytes
 

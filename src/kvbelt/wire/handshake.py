@@ -109,9 +109,7 @@ def first_difference(ours: Compatibility, theirs: Compatibility) -> Difference |
         if mine == other:
             continue
         if field == "fingerprint":
-            return Difference(
-                "model", f"{ours.model} (fingerprint {mine})", f"{theirs.model} (fingerprint {other})"
-            )
+            return Difference("model", f"{ours.model} (fingerprint {mine})", f"{theirs.model} (fingerprint {other})")
         if field == "layout":
             return _layout_difference(mine, other)
         return Difference(field, str(mine), str(other))

@@ -1,0 +1,280 @@
+"""The receiving side as a whole: every incoming transfer, the buffer, the queue for room. Pure.
+
+Rules:
+
+1. One record a transfer, from its first mention until some time after its end (messages come late).
+2. Room is given in the order in which it was asked for. Who is at the head waits until it fits; nobody
+   overtakes, so a large prompt is never starved by small ones.
+3. A prompt larger than the buffer, an unknown engine_id, a size that does not follow from the layout: refused
+   at once, because waiting would not help.
+4. A writer speaks for its own transfers only.
+"""
+
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
+
+from kvbelt.transfer.deadlines import Deadlines
+from kvbelt.transfer.receiver import (
+    Answer,
+    Deliver,
+    Ended,
+    Enqueue,
+    FreeSlot,
+    LeaveQueue,
+    Lose,
+    ReceiverCommand,
+    ReceiverSession,
+)
+from kvbelt.transfer.receiver_states import Claim, ReceiverEvent, ReceiverState, Release, Room, Unclaim, WriterDead
+from kvbelt.transfer.slots import SlotAllocator
+from kvbelt.wire import reservation as wire
+from kvbelt.wire.ids import EngineId, TransferId
+from kvbelt.wire.layout import KVLayout
+
+S = ReceiverState
+
+#: Ends remembered at most; beyond it the oldest are forgotten early.
+MAX_ENDED = 4096
+
+DeskCommand = Answer | Deliver | Lose
+
+
+@dataclass(frozen=True, slots=True)
+class DeskTimes:
+    """The times of settings.py that matter here."""
+
+    lease_seconds: float
+    heartbeat_seconds: float
+    memory_seconds: float
+
+
+class Desk:
+    """Takes what writers and readers say; returns what to answer them."""
+
+    def __init__(self, engine_id: EngineId, layout: KVLayout, num_bytes: int, times: DeskTimes) -> None:
+        self._engine_id = engine_id
+        self._layout = layout
+        self._times = times
+        self._slots = SlotAllocator(engine_id, num_bytes)
+        # One record a transfer, in exactly one of the two. Ended ones, oldest first, until they are forgotten.
+        self._live: dict[TransferId, ReceiverSession] = {}
+        self._ended: OrderedDict[TransferId, tuple[float, ReceiverSession]] = OrderedDict()
+        # Exactly the records in QUEUED, in order of arrival.
+        self._queue: OrderedDict[TransferId, None] = OrderedDict()
+        self._deadlines: Deadlines[TransferId] = Deadlines()
+        self.ended_total: Counter[str] = Counter()
+        self.committed_bytes_total = 0
+
+    # What happens.
+
+    def hear(self, message: wire.FromSender, now: float) -> list[DeskCommand]:
+        """A writer speaks."""
+        sender = message.sender
+        if sender is None:
+            return []
+        record = self._find(message.transfer_id)
+        if record is not None and record.reservation is not None and record.reservation.sender != sender:
+            return [self._refuse(message, sender, "not_yours", "this transfer is another prefill worker's")]
+        if isinstance(message, wire.Reserve):
+            refusal = self._unacceptable(message)
+            if refusal is not None:
+                return [self._refuse(message, sender, *refusal)]
+        if record is None:
+            if not isinstance(message, wire.Reserve):
+                return self._unknown(message, sender)
+            record = self._new(message.transfer_id)
+        commands = self._handle(record, message, now)
+        if isinstance(message, wire.Reserve) and record.state is S.QUEUED:
+            position = list(self._queue).index(message.transfer_id)
+            wait = wire.Wait(
+                transfer_id=message.transfer_id,
+                retry_after_seconds=self._times.heartbeat_seconds,
+                position=position,
+            )
+            commands.append(Answer(sender, wait))
+        return commands
+
+    def claim(self, transfer_id: TransferId, deadline: float, now: float) -> list[DeskCommand]:
+        """A reader wants this transfer, until ``deadline``. At most one a transfer."""
+        record = self._find(transfer_id) or self._new(transfer_id)
+        if record.has_reader or record.state in (S.CLAIMED, S.RELEASED):
+            return [Lose(transfer_id, "already_claimed", "another request reads this transfer")]
+        return self._handle(record, Claim(deadline, now + self._times.lease_seconds), now)
+
+    def unclaim(self, transfer_id: TransferId, now: float) -> list[DeskCommand]:
+        """The reader wants it no more."""
+        return self._if_known(transfer_id, Unclaim(), now)
+
+    def release(self, transfer_id: TransferId, now: float) -> list[DeskCommand]:
+        """The reader has read it."""
+        return self._if_known(transfer_id, Release(), now)
+
+    def writer_dead(self, writer: EngineId, now: float) -> list[DeskCommand]:
+        """This life of a prefill worker is known to be over."""
+        commands: list[DeskCommand] = []
+        for record in list(self._live.values()):
+            if record.reservation is not None and record.reservation.sender == writer:
+                commands += self._handle(record, WriterDead(), now)
+        return commands
+
+    def tick(self, now: float) -> list[DeskCommand]:
+        """Let time pass."""
+        commands: list[DeskCommand] = []
+        for transfer_id in self._deadlines.pop_due(now):
+            record = self._live.get(transfer_id)
+            if record is not None:
+                commands += self._done(record, record.tick(now), now)
+        while self._ended:
+            transfer_id, (ended_at, _) = next(iter(self._ended.items()))
+            if len(self._ended) <= MAX_ENDED and ended_at + self._times.memory_seconds > now:
+                break
+            del self._ended[transfer_id]
+        return commands
+
+    # What it looks like.
+
+    @property
+    def due(self) -> float:
+        """When ``tick`` has something to do. Forgetting is done in passing: it is never urgent."""
+        return self._deadlines.due
+
+    @property
+    def expects_writes(self) -> bool:
+        """Whether a peer may be writing: then the channel must be given a chance to work."""
+        return any(record.state is S.RESERVED for record in self._live.values())
+
+    def suspects(self) -> set[EngineId]:
+        """Writers that hold a slot without a valid lease: whose death would free it."""
+        return {
+            record.reservation.sender
+            for record in self._live.values()
+            if record.state is S.QUARANTINED and record.reservation is not None
+        }
+
+    def writers(self) -> set[EngineId]:
+        """Writers of transfers that are not over."""
+        return {record.reservation.sender for record in self._live.values() if record.reservation is not None}
+
+    def states(self) -> Counter[str]:
+        """Transfers that are not over, by state."""
+        return Counter(record.state.value for record in self._live.values())
+
+    def bytes_by_state(self) -> Counter[ReceiverState]:
+        """Bytes of slots, by the state of their transfer."""
+        total: Counter[ReceiverState] = Counter()
+        for record in self._live.values():
+            if record.slot is not None:
+                total[record.state] += record.slot.num_bytes
+        return total
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the buffer."""
+        return self._slots.num_bytes
+
+    def validate(self) -> None:
+        """Check the invariants.
+
+        Raises:
+            AssertionError: a record, the queue and the slots do not agree.
+        """
+        self._slots.validate()
+        queued = {key for key, record in self._live.items() if record.state is S.QUEUED}
+        if queued != set(self._queue):
+            raise AssertionError(f"queued {queued}, in the queue {list(self._queue)}")
+        for record in [*self._live.values(), *(record for _, record in self._ended.values())]:
+            has_slot = record.state in (S.RESERVED, S.COMMITTED, S.CLAIMED, S.QUARANTINED)
+            if has_slot != (record.slot is not None):
+                raise AssertionError(f"{record.name} is {record.state} with slot {record.slot}; {record.story()}")
+            if record.has_reader and record.state not in (S.EXPECTED, S.QUEUED, S.RESERVED):
+                raise AssertionError(f"{record.name} is {record.state} and its reader was not told")
+
+    # How it is done.
+
+    def _find(self, transfer_id: TransferId) -> ReceiverSession | None:
+        record = self._live.get(transfer_id)
+        if record is None and transfer_id in self._ended:
+            record = self._ended[transfer_id][1]
+        return record
+
+    def _new(self, transfer_id: TransferId) -> ReceiverSession:
+        record = ReceiverSession(transfer_id, self._times.lease_seconds, self._times.heartbeat_seconds)
+        self._live[transfer_id] = record
+        return record
+
+    def _if_known(self, transfer_id: TransferId, event: ReceiverEvent, now: float) -> list[DeskCommand]:
+        record = self._find(transfer_id)
+        return [] if record is None else self._handle(record, event, now)
+
+    def _handle(self, record: ReceiverSession, event: ReceiverEvent, now: float) -> list[DeskCommand]:
+        return self._done(record, record.handle(event, now), now)
+
+    def _done(self, record: ReceiverSession, asked: list[ReceiverCommand], now: float) -> list[DeskCommand]:
+        """Do what concerns the buffer and the queue; hand on the rest."""
+        commands: list[DeskCommand] = []
+        look_for_room = False
+        for command in asked:
+            match command:
+                case Enqueue():
+                    self._queue[record.transfer_id] = None
+                    look_for_room = True
+                case LeaveQueue():
+                    del self._queue[record.transfer_id]
+                    look_for_room = True
+                case FreeSlot(slot):
+                    self._slots.free(slot.name)
+                    look_for_room = True
+                case Ended(reason, num_bytes):
+                    self.ended_total[reason] += 1
+                    self.committed_bytes_total += num_bytes
+                case Answer() | Deliver() | Lose():
+                    commands.append(command)
+        self._deadlines.set(record.transfer_id, record.due)
+        if record.ended and self._live.pop(record.transfer_id, None) is not None:
+            self._ended[record.transfer_id] = (now, record)
+        if look_for_room:
+            commands += self._give_room(now)
+        return commands
+
+    def _give_room(self, now: float) -> list[DeskCommand]:
+        commands: list[DeskCommand] = []
+        while self._queue:
+            record = self._live[next(iter(self._queue))]
+            assert record.reservation is not None  # invariant of QUEUED
+            slot = self._slots.allocate(record.reservation.num_bytes)
+            if slot is None:
+                break
+            self._queue.popitem(last=False)
+            commands += self._handle(record, Room(slot), now)
+        return commands
+
+    def _unacceptable(self, message: wire.Reserve) -> tuple[str, str] | None:
+        if message.receiver != self._engine_id:
+            return "stale_engine", f"meant for engine {message.receiver}; this one is {self._engine_id}"
+        blocks = self._layout.blocks(message.num_tokens) if message.num_tokens > 0 else 0
+        num_bytes = self._layout.slot_bytes(blocks)
+        if blocks < 1 or (blocks, num_bytes) != (message.num_blocks, message.num_bytes):
+            return "wrong_size", (
+                f"{message.num_blocks} blocks in {message.num_bytes} bytes for {message.num_tokens} tokens; "
+                f"this layout needs {blocks} blocks in {num_bytes} bytes"
+            )
+        if num_bytes > self.num_bytes:
+            return "too_large", (
+                f"{message.num_tokens} tokens need {num_bytes} bytes; the receive buffer has {self.num_bytes} "
+                "(pd_buffer_size on the decode worker)"
+            )
+        if not 0 < message.deadline_seconds < float("inf"):
+            return "deadline", f"{message.deadline_seconds} seconds are left"
+        return None
+
+    def _refuse(self, message: wire.FromSender, sender: EngineId, reason: str, detail: str) -> Answer:
+        return Answer(sender, wire.Refused(transfer_id=message.transfer_id, reason=reason, detail=detail))
+
+    def _unknown(self, message: wire.FromSender, sender: EngineId) -> list[DeskCommand]:
+        """A transfer nobody here remembers."""
+        if isinstance(message, wire.Heartbeat | wire.Commit):
+            slot = message.slot
+            return [Answer(sender, wire.Expired(transfer_id=message.transfer_id, slot=slot, reason="unknown_transfer"))]
+        if isinstance(message, wire.Cancel):
+            return [Answer(sender, wire.Cancelled(transfer_id=message.transfer_id, slot=message.slot))]
+        return []

@@ -1,0 +1,123 @@
+"""What an engine's side holds in its hands: one outgoing transfer, one received slot. Any thread may call."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kvbelt.transfer.plan import Run
+from kvbelt.transfer.ports import Fence, PagedCopy, SlotGoneError
+from kvbelt.transfer.slots import Slot
+from kvbelt.wire.layout import KVLayout
+
+
+class SendingHandle:
+    """``Sending``: passes on to the belt's thread."""
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        num_blocks: int,
+        hand_over: Callable[[Run], None],
+        computed: Callable[[], None],
+        abandon: Callable[[str], None],
+    ) -> None:
+        self._num_layers = layout.num_layers
+        self._num_blocks = num_blocks
+        self._next = [0] * layout.num_layers  # the block that each layer expects next
+        self._hand_over = hand_over
+        self._computed = computed
+        self._abandon = abandon
+        self._failure: str | None = None
+
+    def blocks_written(self, layer: int, first: int, block_ids: Sequence[int], ready: Any) -> None:
+        """These blocks of this layer are final.
+
+        Raises:
+            ValueError: they are not the next blocks of that layer, or beyond the prompt: the caller's mistake.
+        """
+        if not 0 <= layer < self._num_layers:
+            raise ValueError(f"layer {layer} of {self._num_layers}")
+        if first != self._next[layer] or first + len(block_ids) > self._num_blocks:
+            raise ValueError(
+                f"blocks {first} to {first + len(block_ids)} of layer {layer}; "
+                f"expected from {self._next[layer]} to {self._num_blocks} at most"
+            )
+        if not block_ids:
+            return
+        self._next[layer] += len(block_ids)
+        self._hand_over(Run(layer, first, tuple(block_ids), ready))
+
+    def computed(self) -> None:
+        """Every block of every layer has been handed over."""
+        self._computed()
+
+    def cancel(self, reason: str) -> None:
+        """The request is over without a complete prompt."""
+        self._abandon(reason)
+
+    @property
+    def failure(self) -> str | None:
+        """The reason, if it has failed."""
+        return self._failure
+
+    def failed(self, reason: str) -> None:
+        """The belt's thread has seen it fail."""
+        self._failure = reason
+
+
+class ReceivedSlot:
+    """``ReceivedKV``: a committed slot."""
+
+    def __init__(  # noqa: PLR0917 -- its seams
+        self,
+        slot: Slot,
+        num_tokens: int,
+        num_blocks: int,
+        layout: KVLayout,
+        copy: PagedCopy,
+        release: Callable[[], None],
+    ) -> None:
+        self.num_tokens = num_tokens
+        self.num_blocks = num_blocks
+        self._slot = slot
+        self._layout = layout
+        self._copy = copy
+        self._release = release
+        # Held while the slot is read, so that it cannot be released under a reader.
+        self._lock = threading.Lock()
+        self._gone = False
+
+    def scatter(self, block_ids: Sequence[int]) -> None:
+        """Copy every layer's first ``len(block_ids)`` blocks into these; returns when they are in place.
+
+        Raises:
+            SlotGoneError: it was released, or the belt was closed.
+            ValueError: more blocks than there are.
+        """
+        if len(block_ids) > self.num_blocks:
+            raise ValueError(f"{len(block_ids)} blocks to fill, the slot holds {self.num_blocks}")
+        with self._lock:
+            if self._gone:
+                raise SlotGoneError(f"slot {self._slot.name} was released")
+            stride = self.num_blocks * self._layout.block_bytes
+            fences = [
+                self._copy.scatter(layer, block_ids, self._slot.offset + layer * stride)
+                for layer in range(self._layout.num_layers)
+            ]
+            wait_for(fences)
+
+    def release(self) -> None:
+        """Free the slot. Waits for a scatter under way. Idempotent."""
+        with self._lock:
+            if self._gone:
+                return
+            self._gone = True
+        self._release()
+
+
+def wait_for(fences: Sequence[Fence]) -> None:
+    """Until copies have completed. On CPU they have; on a GPU it is a matter of a few hundred microseconds."""
+    for fence in fences:
+        while not fence.done():
+            time.sleep(20e-6)

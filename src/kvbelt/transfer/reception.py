@@ -1,0 +1,236 @@
+"""The receiving side's driver: performs what the desk commands, greets peers, and looks after dead ones.
+
+Everything here runs on the belt's thread.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import zmq
+
+from kvbelt.transfer.desk import Desk, DeskCommand
+from kvbelt.transfer.fencing import is_dead, same_machine
+from kvbelt.transfer.ports import Lost, ReceivedKV
+from kvbelt.transfer.receiver import Answer, Deliver, Lose
+from kvbelt.transfer.settings import BeltSettings
+from kvbelt.transfer.sockets import Sockets
+from kvbelt.wire import codec
+from kvbelt.wire.handshake import (
+    PROTOCOL_VERSION,
+    HandshakeMessage,
+    HandshakeRefused,
+    Hello,
+    ProcessIdentity,
+    Welcome,
+    first_difference,
+)
+from kvbelt.wire.ids import EngineId, TransferId
+from kvbelt.wire.reservation import FromSender, Refused, Reserve
+
+log = logging.getLogger(__name__)
+
+#: Between two looks at whether a suspected writer is dead, and at the channel for a quarantined one.
+SUSPICION_SECONDS = 0.1
+
+#: A receiver remembers a writer for longer than a writer remembers a receiver: who is greeted stays known.
+WRITER_MEMORY = 2
+
+
+@dataclass(slots=True, eq=False)
+class Writer:
+    """One life of one prefill worker."""
+
+    worker: str
+    process: ProcessIdentity
+    seen_at: float
+    route: bytes | None = None  #: of its latest message on the alloc port
+
+
+class Reception:
+    """All incoming transfers of one process."""
+
+    def __init__(  # noqa: PLR0917 -- its seams
+        self,
+        welcome: Welcome,
+        here: ProcessIdentity,
+        settings: BeltSettings,
+        sockets: Sockets,
+        desk: Desk,
+        deliver: Callable[[Deliver], ReceivedKV],
+        clock: Callable[[], float],
+    ) -> None:
+        self._welcome = welcome
+        self._here = here
+        self._settings = settings
+        self._sockets = sockets
+        self._deliver = deliver
+        self._clock = clock
+        self._handshakes = codec.handshakes()
+        self._reservations = codec.from_sender()
+        self._writers: dict[EngineId, Writer] = {}
+        # One callback for every reader that was not told yet.
+        self._readers: dict[TransferId, Callable[[ReceivedKV | Lost], None]] = {}
+        self._look_at = 0.0
+        self.desk = desk
+        host = settings.bind_host
+        self._init_socket, self.init_port = sockets.bind(
+            host, settings.init_port, "the handshake (init) port", "pd_peer_init_port"
+        )
+        self._alloc_socket, self.alloc_port = sockets.bind(
+            host, settings.alloc_port, "the reservation (alloc) port", "pd_peer_alloc_port"
+        )
+
+    # What the owner asks for.
+
+    def claim(self, transfer_id: TransferId, deadline: float, on_arrival: Callable[[ReceivedKV | Lost], None]) -> None:
+        """Somebody wants this transfer's KV."""
+        if transfer_id in self._readers:
+            on_arrival(Lost("already_claimed", "another request waits for this transfer"))
+            return
+        self._readers[transfer_id] = on_arrival
+        self._perform(self.desk.claim(transfer_id, deadline, self._clock()))
+
+    def unclaim(self, transfer_id: TransferId, on_arrival: Callable[[ReceivedKV | Lost], None]) -> None:
+        """... and wants it no more."""
+        if self._readers.get(transfer_id) is on_arrival:
+            self._perform(self.desk.unclaim(transfer_id, self._clock()))
+
+    def release(self, transfer_id: TransferId) -> None:
+        """It has been read."""
+        self._perform(self.desk.release(transfer_id, self._clock()))
+
+    # What happens.
+
+    def hear(self, ready: set[zmq.Socket[bytes]], ignored: Counter[str]) -> None:
+        """Frames have arrived on these sockets; those of others are left alone."""
+        for socket, on_frame in ((self._init_socket, self._on_handshake), (self._alloc_socket, self._on_message)):
+            if socket not in ready:
+                continue
+            for frames in self._sockets.frames(socket):
+                try:
+                    on_frame(frames[0], frames[-1])
+                except codec.VersionError as error:
+                    ignored["version"] += 1
+                    self._refuse_version(socket, frames[0], error)
+                except codec.FrameError as error:
+                    ignored["malformed"] += 1
+                    log.warning("ignored a frame: %s", error)
+
+    def tick(self, now: float) -> None:
+        """Let time pass."""
+        self._perform(self.desk.tick(now))
+        suspects = self.desk.suspects()
+        if suspects and self._look_at <= now:
+            self._look_at = now + SUSPICION_SECONDS
+            for engine_id in suspects:
+                writer = self._writers.get(engine_id)
+                if writer is not None and is_dead(writer.process, self._here):
+                    log.info("prefill worker %s (pid %d) is dead; its slots are free", engine_id, writer.process.pid)
+                    self._perform(self.desk.writer_dead(engine_id, now))
+
+    @property
+    def due(self) -> float:
+        """When ``tick`` has something to do."""
+        return min(self.desk.due, self._look_at) if self.desk.suspects() else self.desk.due
+
+    @property
+    def progress_every(self) -> float:
+        """How often the channel must be given a chance to work; infinity: not at all."""
+        if self.desk.expects_writes:
+            return self._settings.progress_seconds
+        return SUSPICION_SECONDS if self.desk.suspects() else float("inf")
+
+    def close(self, reason: str) -> None:
+        """Nothing comes any more."""
+        for transfer_id, on_arrival in list(self._readers.items()):
+            self._perform(self.desk.unclaim(transfer_id, self._clock()))
+            if self._readers.pop(transfer_id, None) is not None:
+                on_arrival(Lost(reason, "the belt is closed"))
+
+    # How.
+
+    def _on_handshake(self, route: bytes, frame: bytes) -> None:
+        message = self._handshakes.decode(frame)
+        if not isinstance(message, Hello):
+            raise codec.FrameError(f"a {type(message).__name__} is not for a receiver")
+        Sockets.say(self._init_socket, route, self._handshakes.encode(self._greet(message)))
+
+    def _greet(self, hello: Hello) -> HandshakeMessage:
+        """Judge a Hello."""
+        ours = self._welcome
+
+        def refuse(field: str, mine: str, theirs: str) -> HandshakeRefused:
+            log.warning("refused prefill worker %s: %s is %s here and %s there", hello.engine_id, field, mine, theirs)
+            return HandshakeRefused(engine_id=ours.engine_id, field=field, ours=mine, theirs=theirs)
+
+        if hello.receiver != ours.engine_id:
+            return refuse("engine_id", ours.engine_id, hello.receiver)
+        if hello.role not in ("prefill", "both"):
+            return refuse("role", "prefill or both", hello.role)
+        difference = first_difference(ours.compatibility, hello.compatibility)
+        if difference is not None:
+            return refuse(*difference)
+        now = self._clock()
+        self._forget_writers(now)
+        known = self._writers.get(hello.engine_id)
+        if known is not None:
+            known.seen_at = now
+            return ours
+        for engine_id, writer in list(self._writers.items()):
+            # On one machine a name proves nothing that the process table would not show better.
+            if writer.worker and writer.worker == hello.worker and not same_machine(writer.process, self._here):
+                log.info("prefill worker %s is %s now; its old slots are free", hello.worker, hello.engine_id)
+                self._perform(self.desk.writer_dead(engine_id, now))
+                del self._writers[engine_id]
+        self._writers[hello.engine_id] = Writer(hello.worker, hello.process, now)
+        return ours
+
+    def _forget_writers(self, now: float) -> None:
+        busy = self.desk.writers()
+        memory = WRITER_MEMORY * self._settings.peer_idle_seconds
+        for engine_id, writer in list(self._writers.items()):
+            if engine_id not in busy and writer.seen_at + memory <= now:
+                del self._writers[engine_id]
+
+    def _on_message(self, route: bytes, frame: bytes) -> None:
+        message: FromSender = self._reservations.decode(frame)
+        if message.sender is None:
+            raise codec.FrameError(f"a {type(message).__name__} without a sender")
+        writer = self._writers.get(message.sender)
+        if writer is None:
+            if isinstance(message, Reserve):
+                refused = Refused(
+                    transfer_id=message.transfer_id,
+                    reason="no_handshake",
+                    detail=f"{message.sender} has not said hello to {self._welcome.engine_id}",
+                )
+                Sockets.say(self._alloc_socket, route, self._reservations.encode(refused))
+            return
+        writer.route = route
+        writer.seen_at = self._clock()
+        self._perform(self.desk.hear(message, self._clock()))
+
+    def _refuse_version(self, socket: zmq.Socket[bytes], route: bytes, error: codec.VersionError) -> None:
+        log.warning("refused a peer: %s", error)
+        if socket is self._init_socket:
+            refused = HandshakeRefused(
+                engine_id=self._welcome.engine_id,
+                field="protocol",
+                ours=str(PROTOCOL_VERSION),
+                theirs=str(error.theirs),
+            )
+            Sockets.say(socket, route, self._handshakes.encode(refused))
+
+    def _perform(self, commands: list[DeskCommand]) -> None:
+        for command in commands:
+            match command:
+                case Answer(writer=engine_id, message=message):
+                    writer = self._writers.get(engine_id)
+                    if writer is not None and writer.route is not None:
+                        Sockets.say(self._alloc_socket, writer.route, self._reservations.encode(message))
+                case Deliver():
+                    self._readers.pop(command.transfer_id)(self._deliver(command))
+                case Lose(transfer_id, reason, detail):
+                    self._readers.pop(transfer_id)(Lost(reason, detail))

@@ -1,0 +1,190 @@
+"""Copies whole blocks between an engine's paged KV and contiguous staging memory.
+
+On CPU the copies are numpy's: one call a run of blocks, without the GIL, on the calling thread alone. (Measured, 24 KiB
+blocks in random order, one core: ``numpy.take`` into a warm buffer 23 GB/s against 15 to 20 for torch's
+``index_select``; assigning rows as one opaque element each 12 GB/s against 1.6 for ``index_copy_``. torch would
+also start a pool of threads for every thread that copies.) Blocks that lie side by side are copied as one piece.
+
+On CUDA the copies are torch's, on a side stream, and a fence is an event.
+"""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvbelt.transfer.ports import Fence
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class _Done:
+    """A copy that was complete when the call returned."""
+
+    def done(self) -> bool:
+        """It is."""
+        return True
+
+
+class _EventFence:
+    """A copy on a stream, with what must stay alive until it has run."""
+
+    def __init__(self, event: torch.cuda.Event, held: tuple[torch.Tensor, ...]) -> None:
+        self._event = event
+        self._held = held
+
+    def done(self) -> bool:
+        """Whether the stream has come past it."""
+        if self._held and bool(self._event.query()):  # type: ignore[no-untyped-call]
+            self._held = ()
+        return not self._held
+
+
+DONE = _Done()
+
+
+def TorchPagedCopy(  # noqa: N802 -- a factory that reads as the class it makes
+    layers: Sequence[torch.Tensor],
+    send_staging: torch.Tensor | None,
+    receive_staging: torch.Tensor | None,
+) -> "CpuPagedCopy | CudaPagedCopy":
+    """The copier for where ``layers`` live.
+
+    Args:
+        layers: one tensor a layer, ``[num_blocks, ...]``; a block is contiguous, and only its bytes matter.
+        send_staging: where gathers go: ``uint8``, one dimension, CPU (pinned, if the layers are on a GPU) or CUDA.
+        receive_staging: where scatters come from, likewise.
+
+    Raises:
+        ValueError: a block is not contiguous, or a staging buffer is not a flat run of bytes.
+    """
+    for staging in (send_staging, receive_staging):
+        if staging is not None and (staging.dtype is not torch.uint8 or staging.dim() != 1):
+            raise ValueError(f"a staging buffer of {staging.dtype} with shape {tuple(staging.shape)}; uint8 and flat")
+    blocks = [_blocks_of_bytes(layer) for layer in layers]
+    if blocks and blocks[0].is_cuda:
+        return CudaPagedCopy(blocks, send_staging, receive_staging)
+    return CpuPagedCopy(blocks, send_staging, receive_staging)
+
+
+def _blocks_of_bytes(layer: torch.Tensor) -> torch.Tensor:
+    """``[num_blocks, block_bytes]`` over the same memory."""
+    if not layer.is_contiguous():
+        raise ValueError(f"a layer of shape {tuple(layer.shape)} and strides {layer.stride()} is not contiguous")
+    return layer.view(layer.shape[0], -1).view(torch.uint8)
+
+
+class CpuPagedCopy:
+    """``PagedCopy`` on CPU. Every copy is complete when the call returns."""
+
+    def __init__(
+        self,
+        layers: Sequence[torch.Tensor],
+        send_staging: torch.Tensor | None,
+        receive_staging: torch.Tensor | None,
+    ) -> None:
+        self._layers: list[Bytes] = [layer.numpy() for layer in layers]
+        self.block_bytes = self._layers[0].shape[1]
+        # The same memory with a block as one opaque element: numpy then assigns rows by plain memcpy.
+        self._opaque = [layer.view(f"V{self.block_bytes}").reshape(-1) for layer in self._layers]
+        self._send: Bytes | None = None if send_staging is None else send_staging.numpy()
+        self._receive: Bytes | None = None if receive_staging is None else receive_staging.numpy()
+
+    def gather(self, layer: int, block_ids: Sequence[int], offset: int, ready: Any) -> Fence:  # noqa: ARG002
+        """Paged blocks to ``send_staging``. ``ready`` is None on CPU."""
+        assert self._send is not None
+        blocks = self._layers[layer]
+        staged = self._send[offset : offset + len(block_ids) * self.block_bytes].reshape(-1, self.block_bytes)
+        first = _run_start(block_ids)
+        if first is not None:
+            np.copyto(staged, blocks[first : first + len(block_ids)])
+        else:
+            # "clip" because "raise" copies twice; ids out of range are refused here instead.
+            ids = _checked(block_ids, len(blocks))
+            np.take(blocks, ids, axis=0, out=staged, mode="clip")
+        return DONE
+
+    def scatter(self, layer: int, block_ids: Sequence[int], offset: int) -> Fence:
+        """``receive_staging`` to paged blocks."""
+        assert self._receive is not None
+        staged = self._receive[offset : offset + len(block_ids) * self.block_bytes]
+        first = _run_start(block_ids)
+        if first is not None:
+            blocks = self._layers[layer]
+            np.copyto(blocks[first : first + len(block_ids)], staged.reshape(-1, self.block_bytes))
+        else:
+            opaque = self._opaque[layer]
+            opaque[_checked(block_ids, len(opaque))] = staged.view(opaque.dtype)
+        return DONE
+
+
+def _run_start(block_ids: Sequence[int]) -> int | None:
+    """The first id, when the ids follow one upon another."""
+    first = block_ids[0] if block_ids else 0
+    return first if tuple(block_ids) == tuple(range(first, first + len(block_ids))) else None
+
+
+def _checked(block_ids: Sequence[int], num_blocks: int) -> npt.NDArray[np.int64]:
+    ids = np.asarray(block_ids, dtype=np.int64)
+    if ids.size and not (int(ids.min()) >= 0 and int(ids.max()) < num_blocks):
+        raise ValueError(f"block ids {int(ids.min())} to {int(ids.max())} of a pool of {num_blocks} blocks")
+    return ids
+
+
+class CudaPagedCopy:
+    """``PagedCopy`` on one CUDA device, on a side stream for each direction."""
+
+    def __init__(
+        self,
+        layers: Sequence[torch.Tensor],
+        send_staging: torch.Tensor | None,
+        receive_staging: torch.Tensor | None,
+    ) -> None:
+        self.block_bytes = layers[0].shape[1]
+        # Copied in the widest words that fit: byte by byte an index costs as much as what it moves.
+        self._word = torch.int64 if self.block_bytes % 8 == 0 else torch.uint8
+        self._layers = [layer.view(self._word) for layer in layers]
+        self._device = layers[0].device
+        self._send = send_staging
+        self._receive = receive_staging
+        self._gathers = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._scatters = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        # Two engine threads never scatter at once, but nothing here rests on it.
+        self._lock = threading.Lock()
+
+    def gather(self, layer: int, block_ids: Sequence[int], offset: int, ready: Any) -> Fence:
+        """Paged blocks to ``send_staging``, once ``ready`` (a CUDA event, or None) has happened."""
+        assert self._send is not None
+        staged = self._staged(self._send, len(block_ids), offset)
+        with torch.cuda.stream(self._gathers):
+            if ready is not None:
+                self._gathers.wait_event(ready)
+            ids = self._ids(block_ids)
+            if staged.is_cuda:
+                torch.index_select(self._layers[layer], 0, ids, out=staged)
+                held: tuple[torch.Tensor, ...] = (ids,)
+            else:
+                gathered = self._layers[layer].index_select(0, ids)
+                staged.copy_(gathered, non_blocking=True)
+                held = (ids, gathered)
+            return _EventFence(self._gathers.record_event(), held)
+
+    def scatter(self, layer: int, block_ids: Sequence[int], offset: int) -> Fence:
+        """``receive_staging`` to paged blocks."""
+        assert self._receive is not None
+        staged = self._staged(self._receive, len(block_ids), offset)
+        with self._lock, torch.cuda.stream(self._scatters):
+            ids = self._ids(block_ids)
+            here = staged.to(self._device, non_blocking=True)
+            self._layers[layer].index_copy_(0, ids, here)
+            return _EventFence(self._scatters.record_event(), (ids, here))
+
+    def _staged(self, staging: torch.Tensor, num_blocks: int, offset: int) -> torch.Tensor:
+        return staging[offset : offset + num_blocks * self.block_bytes].view(self._word).view(num_blocks, -1)
+
+    def _ids(self, block_ids: Sequence[int]) -> torch.Tensor:
+        ids = _checked(block_ids, len(self._layers[0]))
+        return torch.from_numpy(ids).pin_memory().to(self._device, non_blocking=True)

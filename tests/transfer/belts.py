@@ -1,0 +1,155 @@
+"""Belts over small pools, for tests: every byte of every block is known, so every byte can be compared."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from kvbelt.transfer.belt import Belt
+from kvbelt.transfer.ports import Channel, Lost, ReceivedKV, Region, TransferOutcome
+from kvbelt.transfer.settings import BeltIdentity, BeltSettings
+from kvbelt.wire.handoff import PrefillHandoff, ReceiverAddress
+from kvbelt.wire.ids import EngineId, TransferId
+from kvbelt.wire.layout import KVLayout
+from kvbelt.worker.paged_copy import TorchPagedCopy
+
+LAYOUT = KVLayout(
+    num_layers=4, num_kv_heads=2, head_dim=8, block_size=16, dtype="float32", order="T2HD", block_bytes=2048
+)
+
+
+def identity(engine: str, role: str, **changes) -> BeltIdentity:
+    """An identity that fits every other one made here, but for ``changes``."""
+    return BeltIdentity(
+        engine_id=EngineId(engine), role=role, **{"model": "tiny", "fingerprint": "f1", "layout": LAYOUT, **changes}
+    )
+
+
+def eventually(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
+    """Wait for something that must happen."""
+    give_up = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > give_up:
+            raise AssertionError(f"did not happen within {seconds:g} s: {what}")
+        time.sleep(0.002)
+
+
+class Side:
+    """One belt with its pool and its staging memory."""
+
+    def __init__(
+        self,
+        engine: str,
+        role: str,
+        channel: Channel,
+        *,
+        staging_blocks: int = 64,
+        pool_blocks: int = 64,
+        layout: KVLayout = LAYOUT,
+        settings: BeltSettings | None = None,
+        **changes,
+    ) -> None:
+        self.layout = layout
+        self.pool = torch.zeros((layout.num_layers, pool_blocks, layout.block_bytes), dtype=torch.uint8)
+        self.staging = torch.zeros(staging_blocks * layout.block_bytes, dtype=torch.uint8)
+        region = Region(self.staging.data_ptr(), self.staging.numel(), "cpu")
+        sends = role != "decode"
+        self.belt = Belt(
+            identity(engine, role, layout=layout, **changes),
+            settings or BeltSettings(),
+            channel,
+            TorchPagedCopy(
+                list(self.pool),
+                send_staging=self.staging if sends else None,
+                receive_staging=None if sends else self.staging,
+            ),
+            send_region=region if sends else None,
+            receive_region=None if sends else region,
+        )
+        self.belt.start()
+
+    def fill(self, seed: int) -> None:
+        """Random bytes in every block."""
+        generator = torch.Generator().manual_seed(seed)
+        self.pool.random_(0, 256, generator=generator)
+
+    def __enter__(self) -> "Side":
+        """Nothing more."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Close the belt."""
+        self.belt.close()
+
+
+@dataclass
+class Sent:
+    """What became of one outgoing transfer."""
+
+    ended: threading.Event = field(default_factory=threading.Event)
+    blocks_free: threading.Event = field(default_factory=threading.Event)
+    outcomes: list[TransferOutcome] = field(default_factory=list)
+    frees: int = 0
+
+    def on_end(self, outcome: TransferOutcome) -> None:
+        """Callback."""
+        self.outcomes.append(outcome)
+        self.ended.set()
+
+    def on_free(self) -> None:
+        """Callback."""
+        self.frees += 1
+        self.blocks_free.set()
+
+    def outcome(self, seconds: float = 20.0) -> TransferOutcome:
+        """Wait for the end."""
+        assert self.ended.wait(seconds), "the transfer did not end"
+        return self.outcomes[0]
+
+
+@dataclass
+class Arrival:
+    """What became of one incoming transfer."""
+
+    happened: threading.Event = field(default_factory=threading.Event)
+    arrivals: list[ReceivedKV | Lost] = field(default_factory=list)
+
+    def __call__(self, arrival: ReceivedKV | Lost) -> None:
+        """Callback."""
+        self.arrivals.append(arrival)
+        self.happened.set()
+
+    def get(self, seconds: float = 20.0) -> ReceivedKV | Lost:
+        """Wait for it."""
+        assert self.happened.wait(seconds), "nothing was told"
+        return self.arrivals[0]
+
+    def kv(self, seconds: float = 20.0) -> ReceivedKV:
+        """Wait for KV."""
+        got = self.get(seconds)
+        assert not isinstance(got, Lost), got
+        return got
+
+    def lost(self, seconds: float = 20.0) -> Lost:
+        """Wait for a loss."""
+        got = self.get(seconds)
+        assert isinstance(got, Lost), got
+        return got
+
+
+def begin(sender: Side, to: ReceiverAddress, transfer: str, num_tokens: int, deadline: float = 30.0):
+    """Begin to send; nothing is handed over yet."""
+    sent = Sent()
+    handoff = PrefillHandoff(TransferId(transfer), to, deadline)
+    sending = sender.belt.send(handoff, num_tokens, sent.on_free, sent.on_end)
+    return sending, sent
+
+
+def hand_over(sending, layout: KVLayout, block_ids: list[int], chunk: int = 1000) -> None:
+    """Every block of every layer, layer after layer, chunk after chunk, as an engine does."""
+    for first in range(0, len(block_ids), chunk):
+        for layer in range(layout.num_layers):
+            sending.blocks_written(layer, first, block_ids[first : first + chunk], None)
+    sending.computed()
