@@ -144,9 +144,9 @@ class Standin:
             if script.kv_arrives is not None:
                 await script.kv_arrives.wait()
             headers.append((b"x-kvbelt-kv", (script.kv or "received").encode()))
-        await self.write(exchange, body, prompts, limit, headers, request_id, chat=chat)
+        await self.write(exchange, body, prompts, limit, headers=headers, request_id=request_id, chat=chat)
 
-    async def write(self, exchange, body, prompts, limit, headers, request_id, *, chat):
+    async def write(self, exchange, body, prompts, limit, *, headers, request_id, chat):  # noqa: C901, PLR0912
         """The answer, streamed or whole."""
         script = self.script
         base = {
@@ -191,7 +191,18 @@ class Standin:
                     exchange.write(
                         event(
                             base
-                            | {"choices": [chunk(chat, index, piece + "x" * script.pad, finish, [token], wants_ids)]}
+                            | {
+                                "choices": [
+                                    chunk(
+                                        chat,
+                                        index,
+                                        piece + "x" * script.pad,
+                                        finish=finish,
+                                        ids=[token],
+                                        wants_ids=wants_ids,
+                                    )
+                                ]
+                            }
                             | tail
                         )
                     )
@@ -199,7 +210,10 @@ class Standin:
                         await exchange.drain()
                     if total % 8 == 0:
                         await asyncio.sleep(0)
-            choices.append(whole(chat, index, text, finish, prompt, ids, wants_ids) | script.extra_message)
+            choices.append(
+                whole(chat, index, text, finish=finish, prompt=prompt, ids=ids, wants_ids=wants_ids)
+                | script.extra_message
+            )
         prompt_tokens = sum(map(len, prompts))
         usage = {"prompt_tokens": prompt_tokens, "completion_tokens": total, "total_tokens": prompt_tokens + total}
         if stream:
@@ -225,7 +239,7 @@ class Standin:
         exchange._outlet.transport.close()
 
 
-def chunk(chat, index, piece, finish, ids, wants_ids):
+def chunk(chat, index, piece, *, finish, ids, wants_ids):
     """One choice of a stream event."""
     if chat:
         choice = {
@@ -241,7 +255,7 @@ def chunk(chat, index, piece, finish, ids, wants_ids):
     return choice | ({"prompt_token_ids": None, "token_ids": ids} if wants_ids else {})
 
 
-def whole(chat, index, text, finish, prompt, ids, wants_ids):
+def whole(chat, index, text, *, finish, prompt, ids, wants_ids):
     """One choice of a whole answer."""
     if chat:
         choice = {

@@ -56,7 +56,11 @@ class Deployment:
         self.decode = [Standin("decode", engine_id=f"d{i}") for i in range(decode)]
         self.alone = Standin("both")
         # Slow by default: what happens must not be due to a health check, unless the test says so.
-        self.settings = {"health_interval_seconds": 30.0, "health_timeout_seconds": 5.0, "drain_seconds": 0.05} | settings
+        self.settings = {
+            "health_interval_seconds": 30.0,
+            "health_timeout_seconds": 5.0,
+            "drain_seconds": 0.05,
+        } | settings
 
     async def __aenter__(self):
         """Start everything and wait until it is ready."""

@@ -8,12 +8,17 @@ from kvbelt.errors import SettingsError, StartError
 from kvbelt.proxy import Address, Proxy, ProxySettings
 from kvbelt.proxy.records import timings
 from tests.http.support import Raw
-from tests.proxy.support import Deployment, async_test
+from tests.proxy.support import Deployment, async_test, eventually
 
 
 @pytest.mark.parametrize(
     ("path", "method", "status"),
-    [("/nowhere", "GET", 404), ("/v1/completions", "GET", 405), ("/health", "POST", 405), ("/kvbelt/requests/x", "GET", 404)],
+    [
+        ("/nowhere", "GET", 404),
+        ("/v1/completions", "GET", 405),
+        ("/health", "POST", 405),
+        ("/kvbelt/requests/x", "GET", 404),
+    ],
 )
 def test_unknown_routes_and_methods_are_openai_errors(path, method, status):
     """404 and 405 in OpenAI's shape."""
@@ -143,8 +148,7 @@ async def test_an_id_in_use_or_unfit_is_replaced():
     async with Deployment() as deployment:
         deployment.prefill[0].script.before_head = asyncio.Event()
         asking = [asyncio.create_task(deployment.ask({"prompt": "x", "max_tokens": 3})) for _ in range(2)]
-        while len(deployment.prefill[0].requests) < 2:
-            await asyncio.sleep(0.005)
+        await eventually(lambda: len(deployment.prefill[0].requests) == 2)
         deployment.prefill[0].script.before_head.set()
         ids = [(await task).headers[b"x-request-id"] for task in asking]
         assert len(set(ids)) == 2

@@ -204,6 +204,7 @@ async def test_no_decode_worker_is_503_with_retry_after():
             got = await deployment.ask(BODY)
             assert (got.status, got.headers[b"retry-after"]) == (503, b"1")
             assert got.json["error"]["type"] == "unavailable"
+        await eventually(lambda: not deployment.worker(deployment.decode[0]).ready)
         assert (await deployment.get("/health")).status == 503
 
 

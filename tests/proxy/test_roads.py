@@ -1,5 +1,8 @@
 """Every road gives one server's answer, and the legs keep the contract."""
 
+import asyncio
+import json
+
 import pytest
 
 from tests.proxy.standin import EOS, MAX_MODEL_LEN, next_token, tokenize
@@ -31,7 +34,7 @@ def prompt_ending_at(step):
 
 
 PROMPTS = {
-    "text": "Hello \"quoted\" \\ 世界\n",
+    "text": 'Hello "quoted" \\ 世界\n',
     "ids": list(range(1, 400)),
     "one text in a list": ["Hello"],
     "ends at once": prompt_ending_at(1),
@@ -231,9 +234,6 @@ async def test_workers_take_turns():
 @async_test
 async def test_the_first_event_leaves_before_the_decode_worker_answers():
     """The transfer is not in the time to first token."""
-    import asyncio
-    import json
-
     async with Deployment() as deployment:
         deployment.decode[0].script.kv_arrives = asyncio.Event()
         body = json.dumps({"prompt": "x", "max_tokens": 4, "stream": True}).encode()

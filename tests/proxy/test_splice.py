@@ -152,7 +152,13 @@ def test_only_flat_lists_without_text_are_cut(value):
 
 def prefill_body(**choice):
     """A prefill worker's answer."""
-    choice = {"index": 0, "text": " a", "finish_reason": "length", "token_ids": [5], "prompt_token_ids": [1, 2]} | choice
+    choice = {
+        "index": 0,
+        "text": " a",
+        "finish_reason": "length",
+        "token_ids": [5],
+        "prompt_token_ids": [1, 2],
+    } | choice
     usage = {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}
     return {"id": "cmpl-x", "created": 1, "model": "m", "choices": [choice], "usage": usage}
 

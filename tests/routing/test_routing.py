@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvbelt.routing.decider import decide
 from kvbelt.routing.endpoint import Endpoint, Health, Report, Role
-from kvbelt.routing.exactness import FAST, PREFILL_ONLY, FirstToken, Road, first_token
+from kvbelt.routing.exactness import CARRIED, FAST, PREFILL_ONLY, SPENT_ON_PROMPT, FirstToken, Road, first_token
 from kvbelt.routing.policy import Policy, is_ready
 from kvbelt.routing.view import RequestView
 from kvbelt.wire.handoff import ReceiverAddress
@@ -118,7 +118,9 @@ def test_several_prompts_are_rederived():
     assert choose(num_prompts=2) == FirstToken(Road.REDERIVE, "many_prompts")
 
 
-@pytest.mark.parametrize("fields", [{"max_tokens": 1}, {"max_completion_tokens": 1, "max_tokens": 9}, {"max_tokens": 1, "n": 3}])
+@pytest.mark.parametrize(
+    "fields", [{"max_tokens": 1}, {"max_completion_tokens": 1, "max_tokens": 9}, {"max_tokens": 1, "n": 3}]
+)
 def test_one_token_is_the_prefill_workers_answer(fields):
     """Whatever else is asked, one worker answers the whole request."""
     assert choose(**fields) == PREFILL_ONLY
@@ -127,8 +129,6 @@ def test_one_token_is_the_prefill_workers_answer(fields):
 @given(st.text(min_size=1).filter(lambda name: name not in RequestView.__struct_fields__))
 def test_a_field_that_nobody_thought_about_is_a_reason(name):
     """Fast only for fields on the lists; the lists hold no field that merely looks harmless."""
-    from kvbelt.routing.exactness import CARRIED, SPENT_ON_PROMPT
-
     expected = FAST if name in CARRIED | SPENT_ON_PROMPT else FirstToken(Road.REDERIVE, "unknown_field")
     assert first_token(RequestView(), [name], num_prompts=1) == expected
 
@@ -145,7 +145,7 @@ def test_a_field_that_nobody_thought_about_is_a_reason(name):
         (READY, Report(Health.READY), PREFILL_ONLY, 10, Road.PREFILL_ONLY, None),
     ],
 )
-def test_the_decider(prefill, decode, first, tokens, road, reason):
+def test_the_decider(prefill, decode, first, tokens, road, reason):  # noqa: PLR0917 - one row of the table
     """Disaggregate unless a side cannot take part or the prompt is short."""
     decision = decide(
         first,

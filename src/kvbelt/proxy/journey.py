@@ -9,6 +9,7 @@ decode worker computes the prompt itself.
 import asyncio
 import logging
 from collections.abc import Callable
+from time import monotonic
 
 from kvbelt.errors import RequestError
 from kvbelt.http import ConnectError, Exchange, HttpError, PeerClosedError, Response
@@ -54,7 +55,6 @@ class Journey:
         self._exchange = exchange
         self._record = record
         self._chat = chat
-        self._loop = asyncio.get_running_loop()
         self._deadline = record.began + context.settings.deadline_seconds
         self._legs: list[Response] = []
         self._headers: list[tuple[bytes, bytes]] = [
@@ -72,7 +72,7 @@ class Journey:
     async def run(self) -> None:
         """Answer the request. Raises only CancelledError, when the client is gone."""
         try:
-            async with asyncio.timeout_at(self._deadline):
+            async with asyncio.timeout(self._remaining()):
                 await self._answer()
         except TimeoutError:
             seconds = self._settings.deadline_seconds
@@ -142,7 +142,7 @@ class Journey:
         """
         record = self._record
         record.prefill_worker = worker.name
-        record.prefill_sent = self._loop.time()
+        record.prefill_sent = monotonic()
         try:
             response = await worker.post(record.route, self._headers, body)
             self._legs.append(response)
@@ -187,7 +187,7 @@ class Journey:
         finally:
             metrics.prefill_queue -= 1
             worker.in_flight -= 1
-        record.prefill_answered = self._loop.time()
+        record.prefill_answered = monotonic()
         record.prefill_timing = response.headers.get(b"server-timing", b"")
         if response.status != 200:
             raise RefusedError(response, body)
@@ -337,7 +337,7 @@ class Journey:
         stale_allowed = True
         while True:
             worker = self._decode
-            record.decode_sent = self._loop.time()
+            record.decode_sent = monotonic()
             try:
                 response = await self._try_decode(worker, target, make_body)
                 break
@@ -354,7 +354,7 @@ class Journey:
                 self._decode = self._pick_decode(tried)
                 if self._transfer is not None:
                     self._kv_lost("decode_lost")
-        record.decode_answered = self._loop.time()
+        record.decode_answered = monotonic()
         record.decode_timing = response.headers.get(b"server-timing", b"")
         kv = response.headers.get(b"x-kvbelt-kv")
         if kv is not None:
@@ -408,7 +408,7 @@ class Journey:
         exchange, record = self._exchange, self._record
         rest = b""
         chunk = await response.chunk()
-        record.decode_first = self._loop.time()
+        record.decode_first = monotonic()
         if record.first_token is None:
             self._told_first_token()
         while chunk:
@@ -486,11 +486,11 @@ class Journey:
         return head
 
     def _told_first_token(self) -> None:
-        now = self._record.first_token = self._loop.time()
+        now = self._record.first_token = monotonic()
         self._context.metrics.ttft.observe(now - self._record.began)
 
     def _remaining(self) -> float:
-        return max(0.001, self._deadline - self._loop.time())
+        return max(0.001, self._deadline - monotonic())
 
 
 def _was_stale(error: BaseException | None) -> bool:
