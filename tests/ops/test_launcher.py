@@ -261,9 +261,9 @@ def test_signal_while_starting_ends_everything(tmp_path):
         assert process.stdout.read() == ""
 
 
-def test_killed_launcher_takes_its_children_along():
+def test_killed_launcher_takes_its_children_along(tmp_path):
     """Even kill -9 of the launcher leaves no child behind."""
-    with launcher() as (process, pids):
+    with launcher(TMPDIR=str(tmp_path)) as (process, pids):  # where its files stay behind
         assert not any(gone(pid) for pid in pids)
         process.kill()
         process.wait()
