@@ -7,9 +7,11 @@ and so that ``/health`` can say ``loading``. The model loads off the event loop.
 import asyncio
 import signal
 import socket
+import threading
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import uvicorn
 import uvloop
@@ -62,6 +64,32 @@ def _engine_settings(settings: WorkerSettings) -> EngineSettings:
     )
 
 
+def _on_daemon_thread(work: Callable[[], None]) -> "asyncio.Future[None]":
+    """Run on a thread that ends with the process: loading a model cannot be interrupted, and must not be waited for."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def finish(error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+    def run() -> None:
+        error: BaseException | None = None
+        try:
+            work()
+        except BaseException as raised:  # noqa: BLE001 -- raised again where it is awaited
+            error = raised
+        with suppress(RuntimeError):  # the loop has closed: the process is ending
+            loop.call_soon_threadsafe(finish, error)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return done
+
+
 class _Server(uvicorn.Server):
     """uvicorn without its signal handlers: the worker decides when to stop."""
 
@@ -111,21 +139,21 @@ class Worker:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        loading = asyncio.create_task(asyncio.to_thread(self._load))
+        loading = _on_daemon_thread(self._load)
         stopping = asyncio.create_task(stop.wait())
         try:
-            await asyncio.wait({loading, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+            first: set[asyncio.Future[Any]] = {loading, stopping, serving}
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
                 await loading
                 self._become_ready()
-                await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(first - {loading}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._service.state = State.DRAINING
             stopping.cancel()
             server.should_exit = True
             await serving
             listener.close()
-            # A thread that is loading a model cannot be interrupted; it ends with the process.
             self._close()
 
     def _load(self) -> None:
