@@ -5,6 +5,8 @@ and so that ``/health`` can say ``loading``. The model loads off the event loop.
 """
 
 import asyncio
+import logging
+import os
 import signal
 import socket
 import threading
@@ -107,6 +109,7 @@ class Worker:
         self._engine: Engine | None = None
         self._belt: Belt | None = None
         self._prompts: Prompts | None = None
+        self.stopped_while_loading = False
         self._service = Service(
             role=settings.role,
             engine_id=EngineId(uuid.uuid4().hex),
@@ -148,6 +151,8 @@ class Worker:
                 await loading
                 self._become_ready()
                 await asyncio.wait(first - {loading}, return_when=asyncio.FIRST_COMPLETED)
+            else:
+                self.stopped_while_loading = True
         finally:
             self._service.state = State.DRAINING
             stopping.cancel()
@@ -196,4 +201,9 @@ def run_worker(settings: WorkerSettings) -> None:
         StartError: a port is taken or the model cannot be served.
     """
     configure_logging(json=settings.log_json)
-    uvloop.run(Worker(settings).run())
+    worker = Worker(settings)
+    uvloop.run(worker.run())
+    if worker.stopped_while_loading:
+        # The loading thread is inside native code, which aborts when the interpreter is taken down under it.
+        logging.shutdown()
+        os._exit(0)
