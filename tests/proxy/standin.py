@@ -48,6 +48,7 @@ class Script:
     first_text: str | None = None  #: what it says that the first token is
     kv: str | None = None  #: a decode worker's x-kvbelt-kv; None: received
     kv_arrives: asyncio.Event | None = None  #: a decode worker waits for it
+    bad_event: bool = False  #: the second event of a stream is not JSON
     pad: int = 0  #: extra bytes a streamed token
     extra_message: dict = field(default_factory=dict)
 
@@ -187,6 +188,8 @@ class Standin:
                 if total == 1 and script.first_text is not None:
                     piece = script.first_text
                 text += piece
+                if stream and script.bad_event and total == 2:
+                    exchange.write(b"data: {nonsense}\n\n")
                 if stream:
                     exchange.write(
                         event(

@@ -286,6 +286,45 @@ def test_a_decode_workers_refusal_reaches_the_client(status):
 
 
 @async_test
+async def test_an_event_that_is_no_event_ends_the_stream_with_an_error():
+    """Where events are re-wrapped (chat), nonsense is named rather than passed on or swallowed."""
+    async with Deployment() as deployment:
+        deployment.decode[0].script.bad_event = True
+        chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 9, "stream": True}
+        got = await deployment.ask(chat, chat=True)
+        assert got.events[-1]["error"]["code"] == 502
+        assert deployment.worker(deployment.decode[0]).in_flight == 0
+
+
+@async_test
+async def test_a_fault_of_the_proxy_itself_is_an_honest_500(monkeypatch, caplog):
+    """An OpenAI error, a line in the log, and the next request is unharmed."""
+    async with Deployment() as deployment:
+        with monkeypatch.context() as patch:
+            patch.setattr(deployment.proxy.context, "pick_prefill", lambda: 1 / 0)
+            got = await deployment.ask(BODY)
+        assert (got.status, got.json["error"]["type"]) == (500, "internal_error")
+        assert "ZeroDivisionError" in caplog.text
+        assert (await deployment.ask(BODY)).status == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prefill_worker_lost_over_a_single_token_leaves_the_answer_right(stream):
+    """The decode worker answers instead."""
+
+    @async_test
+    async def goes_local():
+        async with Deployment() as deployment:
+            deployment.prefill[0].script.die_before_head = True
+            body = BODY | {"max_tokens": 1, "stream": stream}
+            got = await deployment.ask(body)
+            assert got.path == "local; reason=prefill_lost"
+            assert await right(deployment, got, body)
+
+    goes_local()
+
+
+@async_test
 async def test_a_restarted_worker_is_used_again():
     """Another life at the same address: its old connections are given up, its new engine_id is what is sent."""
     async with Deployment(**FAST_HEALTH) as deployment:

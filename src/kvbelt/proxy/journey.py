@@ -67,6 +67,7 @@ class Journey:
         self._client: ClientBody
         self._decode: Worker
         self._prefill: Worker | None = None
+        self._busy: Worker | None = None  # the decode worker whose answer is being read
         self._transfer: TransferId | None = None  # the KV that the decode worker may still hope for
 
     async def run(self) -> None:
@@ -83,9 +84,14 @@ class Journey:
             self._pass_on(refused.response, refused.body)
         except HttpError as error:
             self._fail(RequestError(f"a worker was lost: {error}", status=502, kind="upstream_error"))
+        except Exception:
+            log.exception("request %s failed in the proxy itself", self._record.request_id)
+            self._fail(RequestError("internal error; the proxy's log has more", status=500, kind="internal_error"))
         finally:
             for leg in self._legs:
                 leg.close()
+            if self._busy is not None:
+                self._busy.in_flight -= 1
 
     async def _answer(self) -> None:
         client = self._client = ClientBody(self._exchange.request.body, chat=self._chat)
@@ -124,15 +130,17 @@ class Journey:
 
     async def _prefill_only(self) -> None:
         self._path("prefill-only", None)
-        worker, record = self._prefill, self._record
+        worker = self._prefill
         assert worker is not None
         try:
-            response = await self._call_prefill(worker, self._client.plain())
+            await self._relay(await self._call_prefill(worker, self._client.plain()))
         except LegFailedError as failed:
             await self._go_local(failed.reason, str(failed))
-            return
-        record.kv = None
-        await self._relay(response)
+        except HttpError as error:
+            worker.suspect()
+            if self._exchange.started:
+                raise
+            await self._go_local("prefill_lost", str(error))
 
     async def _call_prefill(self, worker: Worker, body: bytes) -> Response:
         """The head of a prefill worker's answer.
@@ -254,8 +262,7 @@ class Journey:
         seam = self._seam(first)
         if self._client.view.stream:
             self._exchange.start(200, self._head(EVENT_STREAM))
-            self._exchange.write(seam.opening(finish_reason) + seam.ending())
-            self._exchange.end()
+            self._exchange.end(seam.opening(finish_reason) + seam.ending())
         else:
             self._exchange.respond(200, self._head(JSON), seam.whole(None, finish_reason))
         self._told_first_token()
@@ -286,8 +293,7 @@ class Journey:
     async def _continue_stream(self, seam: Seam, body: Callable[[DecodeHandoff | None], bytes]) -> None:
         exchange = self._exchange
         announced = self._record.path
-        exchange.start(200, self._head(EVENT_STREAM))
-        exchange.write(seam.opening(None))
+        exchange.start(200, self._head(EVENT_STREAM), seam.opening(None))
         self._told_first_token()
         response = await self._open_decode(_COMPLETIONS, body)
         if response.status != 200:
@@ -354,6 +360,8 @@ class Journey:
                 self._decode = self._pick_decode(tried)
                 if self._transfer is not None:
                     self._kv_lost("decode_lost")
+        self._busy = self._decode
+        self._busy.in_flight += 1
         record.decode_answered = monotonic()
         record.decode_timing = response.headers.get(b"server-timing", b"")
         kv = response.headers.get(b"x-kvbelt-kv")
@@ -384,13 +392,7 @@ class Journey:
         return response
 
     async def _relay_decode(self, target: str, make_body: Callable[[DecodeHandoff | None], bytes]) -> None:
-        response = await self._open_decode(target, make_body)
-        worker = self._decode
-        worker.in_flight += 1
-        try:
-            await self._relay(response)
-        finally:
-            worker.in_flight -= 1
+        await self._relay(await self._open_decode(target, make_body))
 
     # Relaying
 
@@ -421,12 +423,25 @@ class Journey:
                 else:
                     events, rest = events[:whole], events[whole:]
             if events:
-                exchange.write(events if transform is None else transform(events))
+                shown = events if transform is None else self._transformed(events, transform)
+                if response.complete and not rest:  # as is usual, the last events and the end came together
+                    exchange.end(shown)
+                    return
+                exchange.write(shown)
                 if exchange.paused:
                     await exchange.drain()
             chunk = await response.chunk()
-        exchange.write(rest)
-        exchange.end()
+        exchange.end(rest)
+
+    def _transformed(self, events: bytes, transform: Callable[[bytes], bytes]) -> bytes:
+        try:
+            return transform(events)
+        except ValueError as error:
+            raise RequestError(
+                f"{self._decode.name} sent an event that is not a completion's: {error}",
+                status=502,
+                kind="upstream_error",
+            ) from None
 
     async def _read(self, response: Response) -> bytes:
         return await response.read(self._settings.max_answer_bytes)
@@ -462,8 +477,7 @@ class Journey:
             return
         self._context.metrics.broken_streams += 1
         log.warning("request %s: its stream ends with an error: %s", self._record.request_id, _excerpt(body))
-        self._exchange.write(error_event(body))
-        self._exchange.end()
+        self._exchange.end(error_event(body))
 
     # The record
 
