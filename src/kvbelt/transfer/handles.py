@@ -101,10 +101,11 @@ class ReceivedSlot:
             if self._gone:
                 raise SlotGoneError(f"slot {self._slot.name} was released")
             stride = self.num_blocks * self._layout.block_bytes
-            fences = [
-                self._copy.scatter(layer, block_ids, self._slot.offset + layer * stride)
-                for layer in range(self._layout.num_layers)
-            ]
+            fences: list[Fence] = []
+            for layer in range(self._layout.num_layers):
+                fences.append(self._copy.scatter(layer, block_ids, self._slot.offset + layer * stride))
+                # A copy may keep the interpreter to itself; who waits for it need not wait for all layers.
+                time.sleep(0)
             wait_for(fences)
 
     def release(self) -> None:
