@@ -124,21 +124,25 @@ class Client:
 
     @property
     def token_ids(self) -> list[int]:
+        """All tokens of the answer."""
         self.wait()
         return self._ids()
 
     @property
     def text(self) -> str:
+        """All text of the answer."""
         self.wait()
         return "".join(output.text for output in self.outputs)
 
     @property
     def last(self) -> Output:
+        """The output with the finish reason."""
         self.wait()
         return self.outputs[-1]
 
     @property
     def finish(self) -> FinishReason | None:
+        """Why it ended."""
         return self.last.finish_reason
 
 
