@@ -101,9 +101,10 @@ class ReceivedSlot:
             if self._gone:
                 raise SlotGoneError(f"slot {self._slot.name} was released")
             stride = self.num_blocks * self._layout.block_bytes
+            blocks = tuple(block_ids)
             fences: list[Fence] = []
             for layer in range(self._layout.num_layers):
-                fences.append(self._copy.scatter(layer, block_ids, self._slot.offset + layer * stride))
+                fences.append(self._copy.scatter(layer, blocks, self._slot.offset + layer * stride))
                 # A copy may keep the interpreter to itself; who waits for it need not wait for all layers.
                 time.sleep(0)
             wait_for(fences)
