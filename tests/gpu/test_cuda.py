@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Large enough that the KV of its prompts is megabytes: 12 layers, 128 KiB of KV for 16 tokens of a layer."""
     size = {"num_hidden_layers": 12, "hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 16,
             "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 4096}  # fmt: skip
-    return save_model(tmp_path_factory.mktemp("gpu") / "random-llama", LlamaConfig(**small(**size)))
+    return save_model(tmp_path_factory.mktemp("gpu") / "random-llama", LlamaConfig(**small(**size)), spread=0.05)
 
 
 def spec(model: Path, topology: str, **changes) -> DeploymentSpec:
