@@ -21,7 +21,7 @@ def say(answer: str) -> None:
 def main() -> None:
     """Do what is asked until the pipe closes."""
     engine = sys.argv[1]
-    settings = BeltSettings(lease_seconds=1.0, heartbeat_seconds=0.1)
+    settings = BeltSettings(lease_seconds=1.0, heartbeat_seconds=0.1, batch_bytes=1)
     with Side(engine, "prefill", NixlChannel(engine), settings=settings) as side:
         side.fill(int(sys.argv[2]))
         sends = {}

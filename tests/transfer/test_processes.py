@@ -18,7 +18,7 @@ from tests.transfer.belts import LAYOUT, Arrival, Side, eventually
 
 pytestmark = pytest.mark.e2e
 
-SETTINGS = BeltSettings(lease_seconds=1.0, heartbeat_seconds=0.1)
+SETTINGS = BeltSettings(lease_seconds=1.0, heartbeat_seconds=0.1, batch_bytes=1)
 
 
 class Peer:

@@ -123,7 +123,8 @@ class Belt:
         handle = SendingHandle(
             layout,
             num_blocks,
-            hand_over=lambda run: on_dispatch(lambda dispatch, outgoing: dispatch.hand_over(outgoing, run)),
+            self._settings.batch_bytes,
+            hand_over=lambda runs: on_dispatch(lambda dispatch, outgoing: dispatch.hand_over(outgoing, runs)),
             computed=computed,
             abandon=lambda reason: on_dispatch(lambda dispatch, outgoing: dispatch.abandon(outgoing, reason)),
         )

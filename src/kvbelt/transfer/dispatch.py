@@ -5,7 +5,7 @@ Everything here runs on the belt's thread.
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import zmq
@@ -112,11 +112,11 @@ class Dispatch:
         """Whether such a transfer is open."""
         return transfer_id in self._open
 
-    def hand_over(self, transfer: Outgoing, run: Run) -> None:
+    def hand_over(self, transfer: Outgoing, runs: Sequence[Run]) -> None:
         """Blocks are final."""
         if not transfer.load.stopped:
-            transfer.load.pending.append(run)
-            transfer.load.handed_blocks += len(run.block_ids)
+            transfer.load.pending.extend(runs)
+            transfer.load.handed_blocks += sum(len(run.block_ids) for run in runs)
 
     def computed(self, transfer: Outgoing, at: float) -> None:
         """Every block was handed over."""

@@ -12,18 +12,23 @@ from kvbelt.wire.layout import KVLayout
 
 
 class SendingHandle:
-    """``Sending``: passes on to the belt's thread."""
+    """``Sending``: passes on to the belt's thread. The engine's calls come from one thread at a time."""
 
     def __init__(
         self,
         layout: KVLayout,
         num_blocks: int,
-        hand_over: Callable[[Run], None],
+        batch_bytes: int,
+        *,
+        hand_over: Callable[[Sequence[Run]], None],
         computed: Callable[[], None],
         abandon: Callable[[str], None],
     ) -> None:
         self._num_layers = layout.num_layers
         self._num_blocks = num_blocks
+        self._batch_blocks = -(-batch_bytes // layout.block_bytes)
+        self._batch: list[Run] = []
+        self._batched = 0  # blocks in _batch
         self._next = [0] * layout.num_layers  # the block that each layer expects next
         self._hand_over = hand_over
         self._computed = computed
@@ -46,10 +51,19 @@ class SendingHandle:
         if not block_ids:
             return
         self._next[layer] += len(block_ids)
-        self._hand_over(Run(layer, first, tuple(block_ids), ready))
+        self._batch.append(Run(layer, first, tuple(block_ids), ready))
+        self._batched += len(block_ids)
+        if self._batched >= self._batch_blocks:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        batch, self._batch, self._batched = self._batch, [], 0
+        self._hand_over(batch)
 
     def computed(self) -> None:
         """Every block of every layer has been handed over."""
+        if self._batch:
+            self._pass_on()
         self._computed()
 
     def cancel(self, reason: str) -> None:

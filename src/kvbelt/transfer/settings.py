@@ -64,6 +64,9 @@ class BeltSettings:
     handshake_seconds: float = 5.0
     #: Bytes gathered and written in one go; 0: as suits the device (belt.py).
     piece_bytes: int = 0
+    #: Blocks are passed on to the belt's thread in batches of at least so many bytes: a short prompt's layers are
+    #: small, and waking the thread for each of them takes the interpreter from the thread that computes.
+    batch_bytes: int = 1 << 20
     #: Between two looks at copies and writes under way.
     poll_seconds: float = 100e-6
     #: Between two calls of ``Channel.progress`` while a peer may be writing here.
@@ -95,6 +98,8 @@ class BeltSettings:
                 f"heartbeat_seconds is {self.heartbeat_seconds} and lease_seconds {self.lease_seconds}; "
                 "a lease must outlast two heartbeats"
             )
+        if self.batch_bytes < 1:
+            raise SettingsError(f"batch_bytes is {self.batch_bytes}; it must be at least 1")
         if self.piece_bytes < 0:
             raise SettingsError(f"piece_bytes is {self.piece_bytes}; it must not be negative")
         for name in ("init_port", "alloc_port"):
