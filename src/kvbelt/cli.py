@@ -104,6 +104,54 @@ def _run_worker(args: argparse.Namespace) -> int:
     return 0
 
 
+def _hosts(text: str) -> list[str]:
+    hosts = [host.strip() for host in text.split(",")]
+    if not all(hosts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a host or a list of hosts")
+    return hosts
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of workers")
+    return int(text)
+
+
+def _add_proxy(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    proxy = commands.add_parser("proxy", help="the OpenAI API in front of prefill and decode workers")
+    proxy.set_defaults(run=_run_proxy)
+    proxy.add_argument("--host", default="127.0.0.1", help="where to listen")
+    proxy.add_argument("--port", type=_port, default=9100)
+    for kind, word, first in (("prefill", "prefillers", 7100), ("decode", "decoders", 7200)):
+        proxy.add_argument(f"--{kind}-host", type=_hosts, default=["localhost"], metavar="HOST[,HOST]")
+        proxy.add_argument(f"--{kind}-port", type=_ports, default=[first], metavar="PORT[,PORT]")
+        proxy.add_argument(f"--num-{word}", type=_count, metavar="N", help="on consecutive ports (default: 1)")
+    proxy.add_argument("--notify-host", default="127.0.0.1", help="where prefill workers report transfers")
+    proxy.add_argument("--notify-port", type=_port, default=7500)
+    proxy.add_argument("--deadline", type=_positive_number, default=600.0, help="seconds a request may take")
+    proxy.add_argument("--min-prompt-tokens", type=_count, default=0, help="shorter prompts are not disaggregated")
+    proxy.add_argument("--log-json", action="store_true")
+
+
+def _run_proxy(args: argparse.Namespace) -> int:
+    from kvbelt.proxy.addresses import addresses_of
+    from kvbelt.proxy.main import run_proxy
+    from kvbelt.proxy.settings import ProxySettings
+
+    settings = ProxySettings(
+        decode=addresses_of("decode", args.decode_host, args.decode_port, args.num_decoders),
+        prefill=addresses_of("prefill", args.prefill_host, args.prefill_port, args.num_prefillers),
+        host=args.host,
+        port=args.port,
+        notification_host=args.notify_host,
+        notification_port=args.notify_port,
+        deadline_seconds=args.deadline,
+        min_prompt_tokens=args.min_prompt_tokens,
+    )
+    run_proxy(settings, log_json=args.log_json)
+    return 0
+
+
 def _add_up(commands: "argparse._SubParsersAction[_Parser]") -> None:
     from kvbelt.ops import up
 
@@ -112,13 +160,23 @@ def _add_up(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser.set_defaults(run=up.run)
 
 
+def _add_demo(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    from kvbelt.ops import demo
+
+    parser = commands.add_parser("demo", help="1p1d, one chat, and where its time went")
+    demo.add_arguments(parser)
+    parser.set_defaults(run=demo.run)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = _Parser(prog="kvbelt", description="Disaggregated prefill for LLM serving.")
     parser.add_argument("--version", action="version", version=f"kvbelt {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     _add_worker(commands)
+    _add_proxy(commands)
     _add_up(commands)
+    _add_demo(commands)
     return parser
 
 

@@ -42,7 +42,7 @@ def test_answer_and_waterfall_are_printed(demo, capsys):
     demo(": a comment\n\n" + chunk("In ") + chunk("Paris, 巴黎.") + "data: [DONE]\n\n")
     shown = capsys.readouterr().out
     assert "> Where?\n\nIn Paris, 巴黎.\n" in shown
-    assert "46.1 MB, 2.3 GB/s" in shown
+    assert "46.1 MB in 30 writes" in shown
     assert "first decode step" in shown
 
 

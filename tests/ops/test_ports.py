@@ -75,6 +75,10 @@ def test_free_ports_lie_below_outgoing_connections():
 
 
 def test_aggregated_server_claims_no_belt_ports():
-    """0p1d listens on two ports only."""
+    """0p1d has no init and alloc ports."""
     claims = list(seed_ports(Topology(0, 1)).claims("127.0.0.1"))
-    assert [(claim.port, claim.owner) for claim in claims] == [(9100, "the proxy"), (7200, "both-0")]
+    assert [(claim.port, claim.owner) for claim in claims] == [
+        (9100, "the proxy"),
+        (7500, "the proxy's notifications"),
+        (7200, "both-0"),
+    ]

@@ -40,7 +40,7 @@ def test_lines_name_bytes_rate_and_times(body):
     shown = lines(parse(body), width=120)
     text = "\n".join(shown)
     assert shown[0] == "request r1: first-token, 127.0.0.1:7100 → 127.0.0.1:7200"
-    assert "46.1 MB, 2.3 GB/s, 30 writes, nixl; 4.00 ms after prefill" in text
+    assert "46.1 MB in 30 writes over nixl, 2.3 GB/s at prefill's pace; 4.00 ms after prefill" in text
     assert shown[-1] == "  first token after 85.2 ms, whole answer after 900 ms"
     assert [line.split("  ")[1] for line in shown[1:4]] == ["proxy", "queue", "prefill"]
 

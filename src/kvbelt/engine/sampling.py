@@ -107,7 +107,8 @@ def _adjust(logits: torch.Tensor, row: SampleInput) -> None:
     if len(row.output_token_ids) < params.min_tokens and row.end_token_ids:
         logits[torch.tensor(list(row.end_token_ids), device=logits.device)] = _NEVER
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor([*row.prompt_token_ids, *row.output_token_ids], device=logits.device).unique()  # type: ignore[no-untyped-call]
+        tokens = [*row.prompt_token_ids, *row.output_token_ids]
+        seen = torch.tensor(tokens, dtype=torch.long, device=logits.device).unique()  # type: ignore[no-untyped-call]
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
     if (params.frequency_penalty or params.presence_penalty) and row.output_token_ids:

@@ -3,8 +3,8 @@
 Tokens are not characters: a character may take several tokens, and some tokenizers spell a token differently at the
 start of a text. So the text of new tokens is the *difference* of two decodings that share their beginning::
 
-    prefix ....... read ........ end
-    |-- context ---|-- pending --|      new text = decode(prefix..end) - decode(prefix..read)
+    start ........ read ........ end
+    |-- context ---|-- pending --|      new text = decode(start..end) - decode(start..read)
 
 Rules:
 
@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from typing import Any
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+#: A replacement character that the model meant, as tokenizers spell its three bytes EF BF BD.
+_MEANT = ("\u00ef\u00bf\u00bd", "<0xEF><0xBF><0xBD>", _REPLACEMENT)
 #: Prompt tokens that the first decoding starts with. Enough for a tokenizer's treatment of a text's start to be past.
 _CONTEXT_TOKENS = 6
 #: A character has at most four bytes, so at most three tokens of the prompt can be the start of one.
@@ -44,6 +46,13 @@ class Decoder:
             )
         return text
 
+    def incomplete(self, text: str, token_ids: Sequence[int]) -> bool:
+        """Whether the text of these tokens ends inside a character."""
+        if not text.endswith(_REPLACEMENT):
+            return False
+        raw = "".join(self._tokenizer.convert_ids_to_tokens(list(token_ids[-len(_REPLACEMENT.encode()) :])))
+        return not raw.endswith(_MEANT)
+
     def token(self, token_id: int) -> str:
         """One token by itself, special or not, as logprobs show it."""
         text = self._token_text.get(token_id)
@@ -59,11 +68,11 @@ class Detokenizer:
         self._decoder = decoder
         self._skip = skip_special_tokens
         self._ids = list(prompt_token_ids[-_CONTEXT_TOKENS - _MAX_INCOMPLETE_TOKENS :])
-        self._prefix = 0
         self._read = len(self._ids)
         for back in range(min(_MAX_INCOMPLETE_TOKENS, len(self._ids)) + 1):
-            if not self._decode(len(self._ids) - back).endswith(_REPLACEMENT):
-                self._read = len(self._ids) - back
+            end = len(self._ids) - back
+            if not self._decoder.incomplete(self._decode(end), self._ids[:end]):
+                self._read = end
                 break
         self._read_text = self._decode(self._read)
 
@@ -71,7 +80,7 @@ class Detokenizer:
         """Add a token; returns the text that became certain."""
         self._ids.append(token_id)
         text = self._decode(len(self._ids))
-        if text.endswith(_REPLACEMENT) or not text.startswith(self._read_text):
+        if not text.startswith(self._read_text) or self._decoder.incomplete(text, self._ids):
             return ""
         return self._advance(text)
 
@@ -98,7 +107,7 @@ class Detokenizer:
         return new
 
     def _decode(self, end: int) -> str:
-        return self._decoder.decode(self._ids[self._prefix : end], skip_special_tokens=self._skip)
+        return self._decoder.decode(self._ids[:end], skip_special_tokens=self._skip)
 
 
 class StopChecker:

@@ -23,7 +23,9 @@ from kvbelt.ops.ports import check_free, seed_ports
 from kvbelt.ops.processes import DeploymentSpec
 from kvbelt.ops.topology import Topology
 
-QUESTION = "What is the capital of France, and what is it famous for?"
+QUESTION = "What is the capital of France? Answer in one sentence."
+
+_WARM_UP = "Name a city and say in one sentence what it is known for."
 
 _MAX_ERROR_BYTES = 1 << 20
 
@@ -116,14 +118,11 @@ async def show(deployment: Deployment, prompt: str, max_tokens: int) -> None:
     try:
         models = await probe.get(process.host, process.port, "/v1/models")
         model = models.body["data"][0]["id"] if models is not None and models.status == 200 else "demo"
+        body = {"model": model, "max_tokens": 2, "temperature": 0, "stream": True}
+        # The first request of all connects the workers and fills caches; what is shown is what comes after it.
+        await _ask(pool, body | {"messages": [{"role": "user", "content": _WARM_UP}]}, show=False)
         _say(f"\n> {prompt}\n")
-        body = {
-            "model": model,
-            "messages": [{"role": "user", "content": prompt}],
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "stream": True,
-        }
+        body |= {"max_tokens": max_tokens, "messages": [{"role": "user", "content": prompt}]}
         answered = await _ask(pool, body)
         if not answered.text.strip():
             raise DemoFailedError("the answer was empty")
@@ -139,7 +138,7 @@ async def show(deployment: Deployment, prompt: str, max_tokens: int) -> None:
         pool.close()
 
 
-async def _ask(pool: Pool, body: dict[str, Any]) -> Answered:
+async def _ask(pool: Pool, body: dict[str, Any], *, show: bool = True) -> Answered:
     headers = [(b"content-type", b"application/json")]
     response = await pool.request("POST", "/v1/chat/completions", headers, json.dumps(body).encode())
     if response.status != 200:
@@ -152,9 +151,11 @@ async def _ask(pool: Pool, body: dict[str, Any]) -> Answered:
             raise DemoFailedError(f"the answer broke off: {event['error'].get('message', event['error'])}")
         for choice in event.get("choices", ()):
             piece = choice.get("delta", {}).get("content") or ""
-            _write(piece)
             text += piece
-    _say("")
+            if show:
+                _write(piece)
+    if show:
+        _say("")
     return Answered(
         response.headers.get(b"x-request-id", b"").decode(), response.headers.get(b"x-kvbelt-path", b"").decode(), text
     )

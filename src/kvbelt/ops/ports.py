@@ -55,8 +55,9 @@ class Ports:
     alloc: tuple[int, ...]
 
     def claims(self, proxy_host: str) -> Iterator[Claim]:
-        """Every port with its owner. Without prefill workers nobody listens for KV or notifications."""
+        """Every port with its owner. Without prefill workers nobody listens for KV."""
         yield Claim(self.proxy, "the proxy", "--port", proxy_host)
+        yield Claim(self.notify, "the proxy's notifications", "--auto-ports")
         for index, port in enumerate(self.prefill):
             yield Claim(port, f"prefill-{index}", "--auto-ports")
         role = "decode" if self.prefill else "both"
@@ -64,7 +65,6 @@ class Ports:
             yield Claim(port, f"{role}-{index}", "--auto-ports")
         if not self.prefill:
             return
-        yield Claim(self.notify, "the proxy's notifications", "--auto-ports")
         for index, (init, alloc) in enumerate(zip(self.init, self.alloc, strict=True)):
             yield Claim(init, f"decode-{index}'s handshakes", "--auto-ports")
             yield Claim(alloc, f"decode-{index}'s reservations", "--auto-ports")

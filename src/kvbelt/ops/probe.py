@@ -24,6 +24,13 @@ class Answer:
         state = self.body.get("state")
         return state if isinstance(state, str) else None
 
+    @property
+    def ready(self) -> bool:
+        """Whether it serves: 200, no state but ``ready``, and so for every worker that a proxy knows of."""
+        workers = self.body.get("workers", [])
+        states = [self.state, *(worker.get("state") for worker in workers)]
+        return self.status == 200 and all(state in (None, "ready") for state in states)
+
 
 def reachable(host: str) -> str:
     """The address under which a listener on ``host`` is reached from this machine."""

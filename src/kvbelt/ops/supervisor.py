@@ -181,8 +181,10 @@ class Supervisor:
         answer = await probe.get(spec.host, spec.port, spec.health_path)
         if answer is None:
             return "starting"
-        # 200 alone is not enough: whoever says a state must say "ready".
-        return "ready" if answer.status == 200 and answer.state in (None, "ready") else answer.state or "waiting"
+        if answer.ready:
+            return "ready"
+        # A proxy says that it is ready as soon as one worker is; here all must be.
+        return answer.state if answer.state not in (None, "ready") else "waiting"
 
     async def _is_ready(self, spec: ProcessSpec) -> bool:
         return await self._state(spec) == "ready"

@@ -1,0 +1,92 @@
+"""From the YAML file to a belt over this engine's blocks: staging memory, identity, addresses."""
+
+import torch
+
+from kvbelt.channels.nixl import NixlChannel
+from kvbelt.engine.engine import Engine
+from kvbelt.errors import SettingsError
+from kvbelt.settings import BeltFile, WorkerSettings
+from kvbelt.telemetry import get_logger
+from kvbelt.transfer.belt import Belt
+from kvbelt.transfer.ports import Region
+from kvbelt.transfer.settings import BeltIdentity, BeltSettings
+from kvbelt.wire.ids import EngineId
+from kvbelt.wire.layout import KVLayout
+from kvbelt.worker.paged_copy import TorchPagedCopy
+
+log = get_logger(__name__)
+
+
+def wire_layout(engine: Engine) -> KVLayout:
+    """The engine's pool in the words of the handshake."""
+    layout = engine.layout
+    return KVLayout(
+        num_layers=layout.num_layers,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        block_size=layout.block_size,
+        dtype=layout.dtype,
+        order=layout.order,
+        block_bytes=layout.block_bytes,
+    )
+
+
+def make_belt(settings: WorkerSettings, file: BeltFile, engine: Engine, engine_id: EngineId, model_name: str) -> Belt:
+    """A belt that sends (prefill) or receives (decode), not yet started.
+
+    Raises:
+        SettingsError: the buffer cannot hold one block of every layer.
+    """
+    assert file.pd_buffer_size is not None
+    layout = wire_layout(engine)
+    if file.pd_buffer_size < layout.slot_bytes(1):
+        raise SettingsError(
+            f"pd_buffer_size is {file.pd_buffer_size}; one block of this model takes {layout.slot_bytes(1)} bytes"
+        )
+    device = engine.pool.storage.device
+    buffer_device = torch.device("cpu") if file.pd_buffer_device == "cpu" else device
+    if file.pd_buffer_device == "cuda" and device.type != "cuda":
+        log.warning("pd_buffer_device is cuda, but the engine runs on the CPU: the staging buffer is in host memory")
+    # Untouched pages of host memory cost nothing, so the buffer may be large.
+    pinned = buffer_device.type == "cpu" and device.type == "cuda"
+    staging = torch.empty(file.pd_buffer_size, dtype=torch.uint8, device=buffer_device, pin_memory=pinned)
+    region = Region(
+        address=staging.data_ptr(),
+        num_bytes=staging.numel(),
+        device=buffer_device.type,
+        device_index=buffer_device.index or 0,
+    )
+    sends = file.pd_role == "sender"
+    notify = f"tcp://{file.pd_proxy_host}:{file.pd_proxy_port}" if sends and file.pd_proxy_host else None
+    return Belt(
+        BeltIdentity(
+            engine_id=engine_id,
+            role=settings.role,
+            model=model_name,
+            fingerprint=engine.fingerprint,
+            layout=layout,
+            worker=f"{settings.host}:{settings.port}",
+        ),
+        BeltSettings(
+            advertised_host=file.pd_peer_host or settings.host,
+            bind_host=file.pd_peer_host or settings.host,
+            init_port=_port(file.pd_peer_init_port),
+            alloc_port=_port(file.pd_peer_alloc_port),
+            notification_endpoint=notify,
+        ),
+        NixlChannel(name=f"{settings.role}-{engine_id}", backends=file.nixl_backends),
+        TorchPagedCopy(
+            engine.pool.layers,
+            send_staging=staging if sends else None,
+            receive_staging=None if sends else staging,
+        ),
+        send_region=region if sends else None,
+        receive_region=None if sends else region,
+    )
+
+
+def _port(given: int | list[int] | None) -> int:
+    """The port of tensor-parallel rank 0, the only one that the embedded engine has."""
+    if isinstance(given, list):
+        return given[0]
+    return given or 0
