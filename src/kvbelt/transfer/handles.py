@@ -102,9 +102,9 @@ class ReceivedSlot:
                 raise SlotGoneError(f"slot {self._slot.name} was released")
             stride = self.num_blocks * self._layout.block_bytes
             offset = self._slot.offset + first * self._layout.block_bytes
+            same_ids = tuple(block_ids)
             fences = [
-                self._copy.scatter(layer, block_ids, offset + layer * stride)
-                for layer in range(self._layout.num_layers)
+                self._copy.scatter(layer, same_ids, offset + layer * stride) for layer in range(self._layout.num_layers)
             ]
             wait_for(fences)
 
