@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer
 
 from kvbelt.ops.console import Console
 from kvbelt.ops.model_dir import find_model
@@ -108,6 +111,34 @@ def add_model_arguments(to: argparse.ArgumentParser) -> None:
 def model_folder(name: str) -> Path:
     """The folder of ``--model``; the demo model is made on first use."""
     return find_model(name, note)
+
+
+class Prompts:
+    """Prompts of an exact number of tokens, none like another, that read like language.
+
+    Random ids would do for the speed of a forward pass, but what a model says to them is often half a character,
+    which is not what the usual request looks like.
+    """
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._chance = random.Random(seed)
+
+    def make(self, tokens: int) -> list[int]:
+        """Token ids of a new prompt."""
+        ids: list[int] = []
+        while len(ids) < tokens:
+            words = self._chance.choices(_WORDS, k=self._chance.randrange(6, 14))
+            ids += self._tokenizer.encode(" " + " ".join(words).capitalize() + ".", add_special_tokens=False).ids
+        return ids[:tokens]
+
+
+_TEXT = """
+the a this every old new small river mountain harbour teacher farmer engine letter garden market winter
+morning answer question carries follows builds remembers forgets paints sells and but while near under
+beyond without slowly gladly never always seven twelve stone paper silver quiet bright
+"""
+_WORDS = _TEXT.split()
 
 
 def note(line: str) -> None:

@@ -7,13 +7,13 @@ scatter into the decode worker's blocks. To reach: p50 of their sum at most 10 m
     python -m benchmarks.handover [--tokens 1000] [--requests 60] [--json FILE]
 """
 
-import random
 import sys
 import time
 from typing import Any
 
 import httpx
 from benchmarks._run import (
+    Prompts,
     add_model_arguments,
     figure,
     finish,
@@ -66,10 +66,10 @@ def main() -> int:
     arguments.add_argument("--threads", type=int, default=max(1, cpu_cores() // 2), help="of each worker")
     arguments.add_argument("--seed", type=int, default=0)
     args = arguments.parse_args()
-    chance = random.Random(args.seed)
     spec = DeploymentSpec(
         topology=Topology(1, 1), model=model_folder(args.model), dtype=args.dtype, auto_ports=True, threads=args.threads
     )
+    prompts = Prompts(spec.model, args.seed)
     parts: dict[str, list[float]] = {
         name: [] for name in ("exposed transfer", "scatter", "handover", "whole transfer", "prefill", "wait on decode")
     }
@@ -79,8 +79,7 @@ def main() -> int:
         for number in range(-_WARM_UP_REQUESTS, args.requests):
             if number % 10 == 0:
                 note(f"request {number + 1} of {args.requests}" if number >= 0 else "warming up")
-            prompt = [chance.randrange(1000, 20_000) for _ in range(args.tokens)]
-            record = handed_over(client, model, prompt)
+            record = handed_over(client, model, prompts.make(args.tokens))
             if number < 0:
                 continue
             transfer, timings = record.transfer, record.timings_ms

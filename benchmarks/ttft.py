@@ -8,7 +8,6 @@ To reach: 1p1d's median TTFT at most 1.10 times the aggregated server's, for eac
 """
 
 import json
-import random
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from typing import Any
 
 import httpx
 from benchmarks._run import (
+    Prompts,
     add_model_arguments,
     figure,
     finish,
@@ -105,7 +105,7 @@ def main() -> int:
         auto_ports=True,
         threads=args.threads,
     )
-    chance = random.Random(args.seed)
+    prompts = Prompts(spec.model, args.seed)
     with (
         running(spec, quiet_console()) as apart,
         running(replace(spec, topology=Topology(0, 1)), quiet_console()) as together,
@@ -115,8 +115,7 @@ def main() -> int:
         for round_ in range(-_WARM_UP_ROUNDS, args.rounds):
             note(f"round {round_ + 1} of {args.rounds}" if round_ >= 0 else "warming up")
             for length in lengths:
-                # Random ids, as the seed's own load generator sends; ordinary tokens lie above the special ones.
-                prompt = [chance.randrange(1000, 20_000) for _ in range(length)]
+                prompt = prompts.make(length)
                 order = list(askers) if round_ % 2 else list(reversed(askers))
                 for name in order:
                     answer = askers[name].ask(prompt, args.tokens)

@@ -19,6 +19,7 @@ class Answer:
     finish_reasons: tuple[str | None, ...]
     usage: tuple[int, int]
     logprobs: Any = field(default=None, compare=False)
+    path: str = field(default="", compare=False)  #: how it was made, as the proxy says
 
 
 def _path(body: dict[str, Any]) -> str:
@@ -41,6 +42,7 @@ def ask(url: str, body: dict[str, Any], *, stream: bool, timeout: float = 180) -
         finish_reasons=tuple(c["finish_reason"] for c in choices),
         usage=(answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]),
         logprobs=[c["logprobs"] for c in choices],
+        path=reply.headers["x-kvbelt-path"],
     )
 
 
@@ -87,6 +89,7 @@ def _streamed(url: str, body: dict[str, Any], timeout: float) -> Answer:
         finish_reasons=tuple(ends[i] for i in order),
         usage=(usage["prompt_tokens"], usage["completion_tokens"]),
         logprobs=[_joined(logprobs.get(i)) for i in order],
+        path=reply.headers["x-kvbelt-path"],
     )
 
 

@@ -47,5 +47,5 @@ TWENTY: list[dict[str, Any]] = [
     _chat("Summarise this: " + long_text(250, start=2)),
     {"prompt": "请继续写下去：" + "从前有一座山，山里有一座庙，庙里有一个老和尚。" * 6},
     {"prompt": long_text(420, start=5)},
-    {"prompt": long_text(1230, start=4)},
+    {"prompt": long_text(1110, start=4)},
 ]

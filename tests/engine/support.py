@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
-from kvbelt.engine.api import FinishReason, GenerationRequest, IncomingKV, Output, OutgoingKV, SamplingParams
+from kvbelt.engine.api import FinishReason, GenerationRequest, IncomingKV, OutgoingKV, Output, SamplingParams
 from kvbelt.engine.engine import Engine
 from kvbelt.engine.settings import EngineSettings
 
@@ -147,6 +147,11 @@ def reference_greedy(folder: Path, prompt: Sequence[int], count: int) -> list[in
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.tensor([list(prompt)])
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     return out[0, len(prompt) :].tolist()

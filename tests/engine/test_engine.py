@@ -114,7 +114,7 @@ def test_eos_ends_unless_ignored(tiny_llama: Path) -> None:
 def test_stop_string_ends_and_is_cut(tiny_llama: Path) -> None:
     """A stop string ends the answer before it, or after it if it is to be included."""
     # Bytes of printable ASCII only, so that the text is one character a token.
-    letters = replace(GREEDY, temperature=1.0, seed=3, logit_bias={i: 1000.0 for i in range(97, 123)})
+    letters = replace(GREEDY, temperature=1.0, seed=3, logit_bias=dict.fromkeys(range(97, 123), 1000.0))
     with engine_of(tiny_llama) as engine:
         text = Client(engine, PROMPTS[0], letters).text
         stop = text[5:8]
@@ -206,6 +206,35 @@ def test_a_failing_step_fails_its_requests_only(tiny_llama: Path, monkeypatch: p
         failed = Client(engine, PROMPTS[0])
         assert failed.finish is FinishReason.ERROR
         assert "out of luck" in failed.last.error
+        assert len(Client(engine, PROMPTS[0]).token_ids) == 24
+
+
+def test_ids_that_the_tokenizer_does_not_know_have_no_text(tiny_llama: Path) -> None:
+    """A model padded to more ids than its tokenizer has may draw them; they add nothing to the text."""
+    with engine_of(tiny_llama) as engine:
+        biased = replace(GREEDY, max_tokens=3, logit_bias={VOCAB - 1: 1000.0})
+        client = Client(engine, [*b"half a character", 0xE4], biased)
+        assert client.token_ids == [VOCAB - 1] * 3
+        assert client.text == "\ufffd"
+
+
+def test_an_undeliverable_token_fails_its_request_only(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure while the text is made ends that request with ERROR; the next one is served."""
+    with engine_of(tiny_llama) as engine:
+
+        def failing(*_: object) -> bool:
+            raise RuntimeError("unreadable")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._decoder, "incomplete", failing)
+            victim = Client(engine, PROMPTS[0], submit=False)
+            with pytest.raises(RuntimeError):
+                engine.submit(victim.request)
+        client = Client(engine, PROMPTS[0], submit=False)
+        engine.submit(client.request)
+        monkeypatch.setattr(engine._decoder, "incomplete", failing)
+        assert client.finish is FinishReason.ERROR
+        monkeypatch.undo()
         assert len(Client(engine, PROMPTS[0]).token_ids) == 24
 
 

@@ -52,7 +52,7 @@ REFUSED = {
     "gpt-oss": (GptOssConfig(**small(num_local_experts=2, num_experts_per_tok=1)), "s_aux"),
     "bloom": (BloomConfig(vocab_size=260, hidden_size=48, n_layer=2, n_head=6), "Bloom"),
     "deepseek": (DeepseekV3Config(), "latent attention"),
-    "mamba": (MambaConfig(vocab_size=260, hidden_size=48, num_hidden_layers=2, state_size=4), "Mamba"),
+    "mamba": (MambaConfig(vocab_size=260, hidden_size=48, num_hidden_layers=2, state_size=4), "linear_attention"),
     "t5": (T5Config(), "encoder-decoder"),
 }
 
@@ -71,7 +71,12 @@ def test_other_kinds_of_attention_are_refused(tmp_path: Path, name: str) -> None
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no config.json"), ("{", "cannot be read"), ("[]", "no JSON object"), ('{"model_type": "?"}', "cannot be loaded")],
+    [
+        (None, "no config.json"),
+        ("{", "cannot be read"),
+        ("[]", "no JSON object"),
+        ('{"model_type": "?"}', "cannot be loaded"),
+    ],
 )
 def test_folders_that_hold_no_model(tmp_path: Path, content: str | None, message: str) -> None:
     """The message names the folder and what is missing."""
@@ -106,7 +111,11 @@ def test_bfloat16_runs(tiny_llama: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"max_model_len": 4096}, "made for 512"), ({"max_model_len": 300, "num_blocks": 10}, "holds 40 tokens"), ({"num_blocks": 1}, "at least")],
+    [
+        ({"max_model_len": 4096}, "made for 512"),
+        ({"max_model_len": 300, "num_blocks": 10}, "holds 40 tokens"),
+        ({"num_blocks": 1}, "at least"),
+    ],
 )
 def test_what_does_not_fit_is_refused(tiny_llama: Path, changes: dict[str, int], message: str) -> None:
     """Lengths beyond the model or the memory are refused at start, with both numbers."""
@@ -114,7 +123,9 @@ def test_what_does_not_fit_is_refused(tiny_llama: Path, changes: dict[str, int],
         pass
 
 
-@pytest.mark.parametrize("changes", [{"block_size": 0}, {"device": "tpu"}, {"dtype": "int4"}, {"max_batch_tokens": 2}, {"threads": 0}])
+@pytest.mark.parametrize(
+    "changes", [{"block_size": 0}, {"device": "tpu"}, {"dtype": "int4"}, {"max_batch_tokens": 2}, {"threads": 0}]
+)
 def test_settings_are_checked(changes: dict[str, object]) -> None:
     """A setting out of range is named."""
     with pytest.raises(ValueError, match=next(iter(changes))):

@@ -87,7 +87,13 @@ tokens = st.lists(st.integers(0, VOCAB - 1), max_size=6)
 
 
 @settings(deadline=None, max_examples=300)
-@given(params=params_strategy, prompt=tokens, output=tokens, seed=st.integers(-(1 << 63), (1 << 63) - 1), logit_seed=st.integers(0, 10**6))
+@given(
+    params=params_strategy,
+    prompt=tokens,
+    output=tokens,
+    seed=st.integers(-(1 << 63), (1 << 63) - 1),
+    logit_seed=st.integers(0, 10**6),
+)
 def test_every_option_together_is_the_references(params, prompt, output, seed, logit_seed) -> None:
     """Whatever options meet, the token drawn is the one that the definitions give."""
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(logit_seed)) * 3

@@ -228,7 +228,11 @@ class Engine:
                 self._end(live, FinishReason.ERROR, error=f"the engine failed: {error}")
             return True
         for live, result in sampled:
-            self._deliver(live, result)
+            try:
+                self._deliver(live, result)
+            except Exception as error:  # noqa: BLE001 - as above
+                _log.exception("request %s: its token could not be delivered", live.request.request_id)
+                self._end(live, FinishReason.ERROR, error=f"the engine failed: {error}")
         return True
 
     def _on_admit(self, sequence: Sequence) -> None:

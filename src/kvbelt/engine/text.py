@@ -50,7 +50,9 @@ class Decoder:
         """Whether the text of these tokens ends inside a character."""
         if not text.endswith(_REPLACEMENT):
             return False
-        raw = "".join(self._tokenizer.convert_ids_to_tokens(list(token_ids[-len(_REPLACEMENT.encode()) :])))
+        tokens = self._tokenizer.convert_ids_to_tokens(list(token_ids[-len(_REPLACEMENT.encode()) :]))
+        # Models are often padded to more ids than the tokenizer knows; those have no token.
+        raw = "".join(token or "" for token in tokens)
         return not raw.endswith(_MEANT)
 
     def token(self, token_id: int) -> str:

@@ -103,11 +103,10 @@ class ClientConnection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
-            if self._response is not None:
+            if not response.complete:
                 self._fail(ProtocolViolationError(f"{self._name} did not answer in HTTP/1.1: {error}"))
-            else:  # what follows a complete answer was malformed
-                self._close()
-            return
+                return
+            self._close()  # what follows the complete answer is malformed; the answer itself is good
         if not response.head_complete:
             self._head_bytes += len(data)
             if self._head_bytes > self._limits.head_bytes:
@@ -126,6 +125,11 @@ class ClientConnection(asyncio.Protocol):
             response.reached(Stage.HEAD)
 
     # The parser's calls
+
+    def on_message_begin(self) -> None:
+        """An answer begins; one behind a complete answer was not asked for."""
+        if self._response is None:
+            self._close()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header; trailers are dropped."""

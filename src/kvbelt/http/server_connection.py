@@ -18,7 +18,7 @@ import httptools
 from kvbelt.http.errors import BadRequestError
 from kvbelt.http.exchange import Exchange, Outlet
 from kvbelt.http.limits import ServerLimits
-from kvbelt.http.message import Headers, Request, add_header
+from kvbelt.http.message import Headers, Request, add_header, encode_head
 
 log = logging.getLogger("kvbelt.http")
 
@@ -122,10 +122,10 @@ class ServerConnection(asyncio.Protocol):
             return
         in_head = self._in_head
         try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            # The offer to change protocols is declined by answering in this one (RFC 9110, 7.8).
-            self._input_ended = True
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as offer:
+                self._decline(data[offer.args[0] :])
         except httptools.HttpParserError as error:
             self._refuse(self._refusal or BadRequestError(400, f"the request is not HTTP/1.1: {error}"))
         else:
@@ -136,6 +136,21 @@ class ServerConnection(asyncio.Protocol):
         if self._waiting and self._reading:
             self._reading = False
             self._transport.pause_reading()
+
+    def _decline(self, rest: bytes) -> None:
+        """Answer an offer to change protocols in this one (RFC 9110, 7.8), as the connection's last request.
+
+        llhttp gives up at the end of such a head; a fresh parser reads the same head without the offer.
+        """
+        method = self._parser.get_method()
+        if method == b"CONNECT":
+            self._refuse(BadRequestError(400, "this server is no proxy for CONNECT"))
+            return
+        offered = (b"upgrade", b"connection", b"http2-settings", b"expect")
+        headers = [(name, value) for name, value in self._headers.items() if name not in offered]
+        head = encode_head(b"%b %b HTTP/1.1\r\n" % (method, self._url), (*headers, (b"connection", b"close")))
+        self._parser = httptools.HttpRequestParser(self)
+        self._parser.feed_data(head + rest)
 
     # The parser's calls
 
@@ -190,6 +205,8 @@ class ServerConnection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         """A request is complete."""
+        if self._parser.should_upgrade():
+            return  # its head only: see _decline
         self._in_body = False
         request = Request(
             self._parser.get_method().decode("latin-1"),
@@ -197,7 +214,7 @@ class ServerConnection(asyncio.Protocol):
             self._parser.get_http_version(),
             self._headers,
             self._body[0] if len(self._body) == 1 else b"".join(self._body),
-            keep_alive=self._parser.should_keep_alive() and not self._parser.should_upgrade(),
+            keep_alive=self._parser.should_keep_alive(),
             arrived=self._loop.time(),
         )
         if not request.keep_alive:

@@ -1,0 +1,87 @@
+"""Sockets and waiting, for tests of servers and clients."""
+
+import asyncio
+import functools
+import socket
+
+import uvloop
+
+from kvbelt.http import Server
+
+SECONDS = 10.0  # how long anything may take before a test gives up
+
+
+def async_test(test):
+    """Run a coroutine test on uvloop, within a limit. ``functools.wraps`` keeps its signature for pytest."""
+
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        async def limited():
+            async with asyncio.timeout(30):
+                await test(*args, **kwargs)
+
+        uvloop.run(limited())
+
+    return run
+
+
+async def eventually(condition):
+    """Wait until a condition holds."""
+    async with asyncio.timeout(SECONDS):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+class Running:
+    """A server for the length of a ``with``."""
+
+    def __init__(self, handler, **kwargs):
+        self.server = Server(handler, **kwargs)
+        self.port = 0
+
+    async def __aenter__(self):
+        self.port = await self.server.start("127.0.0.1", 0)
+        return self
+
+    async def __aexit__(self, *exc):
+        await self.server.close(0.1)
+
+
+class Raw:
+    """A client that sends exactly what it is told."""
+
+    def __init__(self, port):
+        self._port = port
+
+    async def __aenter__(self):
+        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self._port)
+        return self
+
+    async def __aexit__(self, *exc):
+        self.writer.transport.abort()
+
+    def send(self, data):
+        """Write."""
+        self.writer.write(data)
+
+    async def until_closed(self):
+        """All that the peer sends."""
+        return await asyncio.wait_for(self.reader.read(), SECONDS)
+
+    async def until(self, marker):
+        """What the peer sends up to a marker."""
+        return await asyncio.wait_for(self.reader.readuntil(marker), SECONDS)
+
+
+async def echo(exchange):
+    """A handler that says what it got."""
+    request = exchange.request
+    said = f"{request.method} {request.target} ".encode() + request.body
+    exchange.respond(200, ((b"content-type", b"text/plain"),), said)
+
+
+def free_port():
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
