@@ -1,4 +1,4 @@
-"""Writes the folder of a Llama-3.1-8B without weights: for ``--load-format dummy``, where speed is asked for, not sense.
+"""Writes the folder of a Llama-3.1-8B without weights: for ``--load-format dummy``, where speed matters, not sense.
 
 The tokenizer is one word a token (``t17``), so that a random text of n words is n tokens.
 """

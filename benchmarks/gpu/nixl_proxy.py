@@ -1,4 +1,4 @@
-"""The smallest fair proxy for vLLM's NixlConnector: prefill, then decode with what prefill answered, relayed as it comes.
+"""The smallest fair proxy for vLLM's NixlConnector: prefill, then decode with what prefill answered, relayed.
 
 One prefill and one decode server. No more than the rival needs: it pulls, so its decode leg begins when the prefill
 leg has answered, and the client's first token is decode's.

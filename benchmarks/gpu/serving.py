@@ -3,9 +3,9 @@
     python benchmarks/gpu/serving.py run --model DIR --system kvbelt --system nixl --system aggregated
     python benchmarks/gpu/serving.py table
 
-``run`` starts one system after another, warms it, loads it with vLLM's own ``vllm bench serve`` at each rate, and writes one JSON
-file a system. ``table`` puts the files side by side. Every system gets the same model, the same seeds, the same
-arguments, the same clients, CUDA graphs on and prefix caching off.
+``run`` starts one system after another, warms it, loads it with vLLM's own ``vllm bench serve`` at each rate, and
+writes one JSON file a system. ``table`` puts the files side by side. Every system gets the same model, the same seeds, the
+same arguments, the same clients, CUDA graphs on and prefix caching off.
 
 * aggregated: two plain servers, requests in turn (kvbelt's proxy without prefill workers: it relays bytes).
 * nixl: NixlConnector 1p1d behind the proxy of ``nixl_proxy.py``.
@@ -293,6 +293,7 @@ def _plain(plan: Plan) -> dict[str, Any]:
 def versions(device: str) -> dict[str, Any]:
     """Of what the figures depend on."""
     import torch  # noqa: PLC0415 -- seconds
+
     import vllm  # noqa: PLC0415 -- seconds
 
     found: dict[str, Any] = {"vllm": vllm.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}

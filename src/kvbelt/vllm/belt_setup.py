@@ -11,6 +11,7 @@ import torch
 from kvbelt.channels.nixl import NixlChannel
 from kvbelt.engine.fingerprint import fingerprint
 from kvbelt.errors import SettingsError
+from kvbelt.paged_copy import TorchPagedCopy
 from kvbelt.transfer.belt import Belt
 from kvbelt.transfer.ports import Region
 from kvbelt.transfer.settings import BeltIdentity, BeltSettings
@@ -18,7 +19,6 @@ from kvbelt.vllm.pages import Pages
 from kvbelt.vllm.settings import ConnectorSettings
 from kvbelt.wire.ids import EngineId
 from kvbelt.wire.layout import KVLayout
-from kvbelt.worker.paged_copy import TorchPagedCopy
 
 
 class _DeviceChannel(NixlChannel):
@@ -35,7 +35,7 @@ class _DeviceChannel(NixlChannel):
         super().register(region)
 
 
-def make_belt(
+def make_belt(  # noqa: PLR0917 -- its seams
     settings: ConnectorSettings, layout: KVLayout, pages: Pages, engine_id: EngineId, model: str, model_fingerprint: str
 ) -> Belt:
     """A belt over these pages, not yet started.

@@ -37,7 +37,7 @@ class CudaCompute:
         """The end of what is queued now."""
         # blocking: who waits for it sleeps.
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def after(self, mark: torch.cuda.Event, call: Callable[[], None]) -> None:

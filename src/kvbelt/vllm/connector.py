@@ -15,7 +15,6 @@ from typing import Any
 
 import msgspec
 import torch
-import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -24,6 +23,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+import vllm
 from kvbelt.errors import StartError
 from kvbelt.transfer.belt import Belt
 from kvbelt.vllm.belt_setup import make_belt, model_fingerprint
@@ -82,7 +82,7 @@ class KVBeltConnector(KVConnectorBase_V1):
                 raise StartError(f"{what} is {getattr(parallel, what)}; KVBeltConnector runs with 1 for now")
         if len(kv_cache_config.kv_cache_groups) != 1:
             raise StartError(
-                f"this model has {len(kv_cache_config.kv_cache_groups)} kinds of KV cache; KVBeltConnector moves one kind "
+                f"this model has {len(kv_cache_config.kv_cache_groups)} kinds of KV cache; KVBeltConnector moves one "
                 "(--disable-hybrid-kv-cache-manager may make one of them)"
             )
         device = vllm_config.device_config.device_type
@@ -173,7 +173,13 @@ class KVBeltConnector(KVConnectorBase_V1):
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing that a forward pass reads is still being loaded."""
 
-    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+    def save_kv_layer(
+        self,
+        layer_name: str,
+        kv_layer: torch.Tensor,  # noqa: ARG002 -- known since register_kv_caches
+        attn_metadata: Any,  # noqa: ARG002
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
         """A layer's keys and values have been queued on the device."""
         if self._worker is not None and self._pages is not None:
             self._worker.layer_written(self._pages.layer_of[layer_name])

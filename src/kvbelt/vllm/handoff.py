@@ -40,14 +40,13 @@ def parse(params: Mapping[str, Any], request_id: str) -> Handoff:
     """What a request's parameters mean. Never raises."""
     if params.get(DESCRIBE_KEY) == "describe":
         return Describe()
-    kind = PrefillHandoff if "receiver" in params else DecodeHandoff
+    kind: type[PrefillHandoff | DecodeHandoff] = PrefillHandoff if "receiver" in params else DecodeHandoff
     try:
         handoff = msgspec.convert(dict(params), kind)
     except msgspec.ValidationError as error:
         return BadHandoff(f"kv_transfer_params: {error}")
-    return msgspec.structs.replace(
-        handoff, transfer_id=prompt_transfer_id(handoff.transfer_id, prompt_index(request_id))
-    )
+    own = prompt_transfer_id(handoff.transfer_id, prompt_index(request_id))
+    return msgspec.structs.replace(handoff, transfer_id=own)
 
 
 def prompt_index(request_id: str) -> int:

@@ -1,4 +1,4 @@
-"""Which versions of vLLM this room was written against. Others are refused: a hook that has moved gives wrong answers."""
+"""Which versions of vLLM this room was written against. Others are refused: a moved hook gives wrong answers."""
 
 from kvbelt.errors import StartError
 
