@@ -4,8 +4,8 @@
     python benchmarks/gpu/serving.py table
 
 ``run`` starts one system after another, warms it, loads it with vLLM's own ``vllm bench serve`` at each rate, and
-writes one JSON file a system. ``table`` puts the files side by side. Every system gets the same model, the same seeds, the
-same arguments, the same clients, CUDA graphs on and prefix caching off.
+writes one JSON file a system; ``table`` puts the files side by side. Every system gets the same model, seeds,
+arguments and clients, CUDA graphs on and prefix caching off.
 
 * aggregated: two plain servers, requests in turn (kvbelt's proxy without prefill workers: it relays bytes).
 * nixl: NixlConnector 1p1d behind the proxy of ``nixl_proxy.py``.
