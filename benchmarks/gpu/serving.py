@@ -212,6 +212,54 @@ def bench(plan: Plan, folder: Path, tag: str, *, rate: float, prompts: int, seed
     return dict(json.loads((folder / f"{tag}.json").read_text()))
 
 
+def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    """POST to a completions endpoint.
+
+    Raises:
+        OSError: no answer, or a status other than 200.
+    """
+    data = json.dumps({"model": NAME, "temperature": 0, "return_token_ids": True, "ignore_eos": True} | body).encode()
+    request = urllib.request.Request(url + "/v1/completions", data, {"content-type": "application/json"})  # noqa: S310
+    with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310 -- our own servers
+        return dict(json.loads(answer.read()))
+
+
+def verify(plan: Plan) -> list[dict[str, Any]]:
+    """Continue prompts on decode from prefill's KV, and again without it; wrong KV would tell in every logprob.
+
+    The two differ by rounding: one computes the last prompt token with the rest, the other by itself.
+    """
+    prefill, decode = "http://127.0.0.1:7100", "http://127.0.0.1:7201"
+    who = post(decode, {"prompt": [1], "max_tokens": 1, "kv_transfer_params": {"kvbelt": "describe"}})
+    receiver = who["kv_transfer_params"]["receiver"]
+    found: list[dict[str, Any]] = []
+    for number, share in enumerate((0.01, 0.1, 0.5, 1.0)):
+        size = max(3, int(plan.input_len * share))
+        prompt = [3 + (number * 7919 + place * 104_729) % 40_000 for place in range(size)]
+        name = f"verify-{number}"
+        handoff = {"transfer_id": name, "receiver": receiver, "deadline_seconds": 60}
+        first = post(prefill, {"prompt": prompt, "max_tokens": 1, "kv_transfer_params": handoff})
+        body = {"prompt": prompt + first["choices"][0]["token_ids"], "max_tokens": 16, "logprobs": 1}
+        loaded = post(decode, body | {"kv_transfer_params": {"transfer_id": name, "deadline_seconds": 60}})
+        computed = post(decode, body)
+        one, other = (answer["choices"][0] for answer in (loaded, computed))
+        pairs = list(zip(one["token_ids"], other["token_ids"], strict=True))
+        same = next((place for place, (mine, theirs) in enumerate(pairs) if mine != theirs), len(pairs))
+        logprobs = zip(
+            one["logprobs"]["token_logprobs"][:same], other["logprobs"]["token_logprobs"][:same], strict=True
+        )
+        found.append(
+            {
+                "prompt_tokens": size,
+                "kv": loaded["kv_transfer_params"]["kv"],
+                "same_tokens": same,
+                "of": len(pairs),
+                "largest_logprob_difference": max((abs(mine - theirs) for mine, theirs in logprobs), default=None),
+            }
+        )
+    return found
+
+
 @contextlib.contextmanager
 def utilisation(device: str) -> Iterator[list[list[float]]]:
     """Per sample: utilisation (%) and used memory (MiB) of each GPU, twice a second while the block runs."""
@@ -267,6 +315,9 @@ def run_system(plan: Plan, system: str) -> None:
         print(f"{system}: up after {result['start_seconds']:.0f} s", flush=True)
         # Both servers, every connection, and the shapes of the load.
         bench(plan, logs, "warm", rate=4, prompts=8, seed=1)
+        if system == "kvbelt":
+            result["verified"] = verify(plan)
+            print(f"verified: {result['verified']}", flush=True)
         for number, rate in enumerate(plan.rates):
             prompts = max(plan.min_prompts, round(plan.seconds * rate))
             with utilisation(plan.device) as samples:

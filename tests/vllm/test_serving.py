@@ -116,7 +116,7 @@ def test_twenty_prompts_eight_at_a_time(deployment: Deployment) -> None:
         {"temperature": 0.8, "seed": 7},
         {"logprobs": 2},
         {"stop": ["the", "。"]},
-        {"n": 2},
+        {"n": 2, "temperature": 0.8, "seed": 5},
         {"presence_penalty": 1.5, "repetition_penalty": 1.2},
         {"prompt": ["One prompt of two", "Another, " + long_text(60, start=7)]},
         {
