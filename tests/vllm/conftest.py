@@ -55,8 +55,11 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     try:
         plain = fleet.start("plain", None, *extra, core=0)
         told = {"pd_proxy_host": "127.0.0.1", "pd_proxy_port": notify}
+        # Long prompts take several steps, so that one can be seen in vLLM's metrics while it is computed.
+        chunks = () if "--max-num-batched-tokens" in extra else ("--max-num-batched-tokens", "256")
         prefill = [
-            fleet.start(f"prefill{i}", kvbelt("kv_producer", **told), *extra, core=i % cores) for i in range(number)
+            fleet.start(f"prefill{i}", kvbelt("kv_producer", **told), *extra, *chunks, core=i % cores)
+            for i in range(number)
         ]
         decode = [fleet.start(f"decode{i}", kvbelt("kv_consumer"), *extra, core=(i + 1) % cores) for i in range(number)]
         fleet.wait()
