@@ -280,6 +280,14 @@ def run_case(shape: Shape, case: Case) -> dict[str, Any]:
     }
 
 
+def line_of(case: Case, result: dict[str, Any]) -> str:
+    """One case, as it is measured."""
+    what = f"block {case.block_size}, chunk {case.chunk_tokens}, {case.concurrent} at a time, {case.compute_ms:.0f} ms"
+    times = f"handover p50 {result['handover_p50_ms']:.2f} ms, max {result['handover_max_ms']:.2f}"
+    right = f"{result['wrong']} of {result['blocks']} blocks wrong, failures {result['failures']}"
+    return f"{what}, {result['megabytes']:.0f} MiB: {times}; {right}"
+
+
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -311,13 +319,7 @@ def main() -> None:
     for case in cases:
         result = run_case(shape, case)
         results.append(result)
-        print(
-            f"block {case.block_size:>3}, chunk {case.chunk_tokens:>5}, {case.concurrent} at a time, compute "
-            f"{case.compute_ms:>5.0f} ms, {result['megabytes']:.0f} MiB: "
-            f"handover p50 {result['handover_p50_ms']:.2f} ms, max {result['handover_max_ms']:.2f}; {result['wrong']} of {result['blocks']} blocks wrong; "
-            f"failures {result['failures']}",
-            flush=True,
-        )
+        print(line_of(case, result), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "belt.json").write_text(json.dumps({"shape": msgspec.to_builtins(shape), "results": results}))
     if any(result["wrong"] or result["failures"] for result in results):

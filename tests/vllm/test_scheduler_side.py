@@ -165,7 +165,7 @@ def test_a_request_that_waited_too_long_computes(side: SchedulerSide, clock: Clo
 
 
 def test_an_aborted_load_is_dropped(side: SchedulerSide) -> None:
-    """vLLM waits for the load to end; the worker is told to end it."""
+    """An aborted request: vLLM waits for the load to end; the worker is told to end it."""
     side.on_new_request("a", TO_LOAD, 33)
     side.on_allocated("a", [1, 2, 3], 32)
     step(side)
@@ -187,7 +187,7 @@ def test_choices_of_one_request_share_a_transfer(side: SchedulerSide) -> None:
 
 
 def test_prompts_of_one_request_have_transfers_of_their_own(side: SchedulerSide) -> None:
-    """vLLM numbers them in the request's id."""
+    """Which one it is vLLM writes in the request's id."""
     side.on_new_request("cmpl-x-0-abcdef01", TO_SEND, 16)
     side.on_new_request("cmpl-x-1-abcdef01", TO_SEND, 16)
     orders = step(side, ("cmpl-x-0-abcdef01", [1], 0, 16), ("cmpl-x-1-abcdef01", [2], 0, 16))
