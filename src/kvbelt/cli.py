@@ -18,12 +18,12 @@ class _Parser(argparse.ArgumentParser):
     """argparse, with errors of one line and a hint at the option that was meant."""
 
     def error(self, message: str) -> NoReturn:
-        prefix = "unrecognized arguments: "
-        if message.startswith(prefix):
-            option = message.removeprefix(prefix).split()[0].split("=")[0]
-            known = [flag for action in self._actions for flag in action.option_strings]
-            message += resembling(option, known)
         self.exit(2, f"{self.prog}: {message}\n")
+
+    def unknown(self, argument: str) -> NoReturn:
+        """Refuse an argument that this command does not have."""
+        known = [flag for action in self._actions for flag in action.option_strings]
+        self.error(f"unknown argument {argument}{resembling(argument.partition('=')[0], known)}")
 
 
 def _port(text: str) -> int:
@@ -54,7 +54,7 @@ def _positive_number(text: str) -> float:
 
 def _add_worker(commands: "argparse._SubParsersAction[_Parser]") -> None:
     worker = commands.add_parser("worker", help="one prefill or decode worker with the embedded engine")
-    worker.set_defaults(run=_run_worker)
+    worker.set_defaults(run=_run_worker, parser=worker)
     worker.add_argument("--role", required=True, choices=[role.value for role in Role])
     worker.add_argument("--config", type=Path, metavar="FILE.yaml", help="default: $LMCACHE_CONFIG_FILE")
     worker.add_argument("--model", required=True, help="a Hugging Face folder, or 'demo'")
@@ -119,7 +119,7 @@ def _count(text: str) -> int:
 
 def _add_proxy(commands: "argparse._SubParsersAction[_Parser]") -> None:
     proxy = commands.add_parser("proxy", help="the OpenAI API in front of prefill and decode workers")
-    proxy.set_defaults(run=_run_proxy)
+    proxy.set_defaults(run=_run_proxy, parser=proxy)
     proxy.add_argument("--host", default="127.0.0.1", help="where to listen")
     proxy.add_argument("--port", type=_port, default=9100)
     for kind, word, first in (("prefill", "prefillers", 7100), ("decode", "decoders", 7200)):
@@ -157,7 +157,7 @@ def _add_up(commands: "argparse._SubParsersAction[_Parser]") -> None:
 
     parser = commands.add_parser("up", help="start a whole deployment: workers, belt and proxy")
     up.add_arguments(parser)
-    parser.set_defaults(run=up.run)
+    parser.set_defaults(run=up.run, parser=parser)
 
 
 def _add_demo(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -165,11 +165,11 @@ def _add_demo(commands: "argparse._SubParsersAction[_Parser]") -> None:
 
     parser = commands.add_parser("demo", help="1p1d, one chat, and where its time went")
     demo.add_arguments(parser)
-    parser.set_defaults(run=demo.run)
+    parser.set_defaults(run=demo.run, parser=parser)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """The whole command line. Parsed arguments carry ``run``, what to do, and ``parser``, whose they are."""
     parser = _Parser(prog="kvbelt", description="Disaggregated prefill for LLM serving.")
     parser.add_argument("--version", action="version", version=f"kvbelt {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
@@ -182,7 +182,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status."""
-    args = build_parser().parse_args(argv)
+    args, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        args.parser.unknown(unknown[0])
     try:
         status: int = args.run(args)
     except KVBeltError as error:

@@ -84,7 +84,8 @@ def assert_serves_through_prefill(deployment: SyncDeployment, expected: Answer) 
 
     def disaggregated() -> bool:
         reply = Asking(deployment.url, SHORT).answer_or_error()
-        return assert_right(reply, expected).startswith("first-token")
+        # The proxy asks a worker that was lost once a second whether it is back.
+        return reply.status_code != 503 and assert_right(reply, expected).startswith("first-token")
 
     until(disaggregated, within=30, what="a request through the prefill worker")
 
@@ -150,7 +151,7 @@ def test_decode_killed_mid_stream(deployment: SyncDeployment, expected: dict[str
         os.kill(deployment.process("decode-0").pid, signal.SIGKILL)
         rest = list(stream)
     assert rest[-1] == "[DONE]"
-    assert "decode" in rest[-2]["error"]["message"]
+    assert "was lost" in rest[-2]["error"]["message"]
     reply = Asking(deployment.url, SHORT).answer_or_error()
     assert reply.status_code == 503
     assert "retry-after" in reply.headers
@@ -183,13 +184,11 @@ def test_client_gone_stops_both_workers(one_p_one_d: SyncDeployment) -> None:
             load["blocks_free"] == load["blocks_total"]
         )
 
-    with (
-        httpx.Client() as http,
-        pytest.raises(httpx.ReadTimeout),
-    ):  # leaves while the prefill worker computes
-        http.post(one_p_one_d.url + "/v1/completions", json={**LONG, "prompt": long_text(1100, 9)}, timeout=1.0)
+    with pytest.raises(httpx.ReadTimeout):  # leaves while the prefill worker computes
+        httpx.post(one_p_one_d.url + "/v1/completions", json={**LONG, "prompt": long_text(1100, 9)}, timeout=1.0)
     until(idle_and_empty, within=10, what="nothing left of the prompt nobody waits for")
     with httpx.stream("POST", one_p_one_d.url + "/v1/completions", json={**ENDLESS, "stream": True}) as reply:
-        next(events(reply))
+        stream = events(reply)
+        next(stream)
         until(lambda: busy(decode), within=10, what="decoding")
     until(idle_and_empty, within=10, what="nothing left of the answer nobody reads")

@@ -79,8 +79,8 @@ def test_up_serves_and_leaves_nothing(demo_model: Path) -> None:
             ready = up.stdout.readline()
             found = re.fullmatch(r"ready (http://127\.0\.0\.1:\d+)\n", ready)
             assert found, ready
-            children = subprocess.run(["ps", "--ppid", str(up.pid), "-o", "pid=,args="], capture_output=True, text=True,
-                                      check=True).stdout  # fmt: skip
+            children = subprocess.run(["ps", "-ww", "--ppid", str(up.pid), "-o", "pid=,args="], capture_output=True,
+                                      text=True, check=True).stdout  # fmt: skip
             assert "worker --role prefill" in children
             assert "worker --role decode" in children
             pids = [int(line.split()[0]) for line in children.splitlines() if "kvbelt" in line]
@@ -99,8 +99,6 @@ def test_up_serves_and_leaves_nothing(demo_model: Path) -> None:
 
 def test_mixed_models_are_refused_at_the_handshake(demo_model: Path, tmp_path: Path) -> None:
     """A decode worker with other weights refuses the prefill worker, naming both; answers stay right."""
-    from kvbelt.ops.deployment import Deployment  # noqa: F401  (the launcher is the real one)
-
     other = tmp_path / "other-model"
     shutil.copytree(demo_model, other)
     weights = next(other.glob("*.safetensors"))
@@ -157,7 +155,7 @@ def _until_ready(url: str) -> None:
         except httpx.HTTPError:
             return False
 
-    until(ready, within=60, what="the worker ready")
+    until(ready, within=120, what="the worker ready")
 
 
 def test_the_demo_ends_by_itself(demo_model: Path) -> None:

@@ -1,0 +1,1 @@
+"""Tests of ``kvbelt.http``."""  # noqa: A005 - named after the room

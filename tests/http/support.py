@@ -28,7 +28,7 @@ def async_test(test):
 async def eventually(condition):
     """Wait until a condition holds."""
     async with asyncio.timeout(SECONDS):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - conditions of other parties have no event
             await asyncio.sleep(0.005)
 
 
@@ -40,10 +40,12 @@ class Running:
         self.port = 0
 
     async def __aenter__(self):
+        """Begin."""
         self.port = await self.server.start("127.0.0.1", 0)
         return self
 
     async def __aexit__(self, *exc):
+        """End."""
         await self.server.close(0.1)
 
 
@@ -54,10 +56,12 @@ class Raw:
         self._port = port
 
     async def __aenter__(self):
+        """Begin."""
         self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self._port)
         return self
 
     async def __aexit__(self, *exc):
+        """End."""
         self.writer.transport.abort()
 
     def send(self, data):

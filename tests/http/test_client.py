@@ -31,11 +31,13 @@ class Scripted:
         self.closed = asyncio.Event()
 
     async def __aenter__(self):
+        """Begin."""
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         self.pool = Pool("127.0.0.1", self._server.sockets[0].getsockname()[1])
         return self
 
     async def __aexit__(self, *exc):
+        """End."""
         self.pool.close()
         self._server.close()
 

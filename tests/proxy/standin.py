@@ -48,6 +48,7 @@ class Script:
     first_text: str | None = None  #: what it says that the first token is
     kv: str | None = None  #: a decode worker's x-kvbelt-kv; None: received
     kv_arrives: asyncio.Event | None = None  #: a decode worker waits for it
+    bad_event: bool = False  #: the second event of a stream is not JSON
     pad: int = 0  #: extra bytes a streamed token
     extra_message: dict = field(default_factory=dict)
 
@@ -144,9 +145,9 @@ class Standin:
             if script.kv_arrives is not None:
                 await script.kv_arrives.wait()
             headers.append((b"x-kvbelt-kv", (script.kv or "received").encode()))
-        await self.write(exchange, body, prompts, limit, headers, request_id, chat=chat)
+        await self.write(exchange, body, prompts, limit, headers=headers, request_id=request_id, chat=chat)
 
-    async def write(self, exchange, body, prompts, limit, headers, request_id, *, chat):
+    async def write(self, exchange, body, prompts, limit, *, headers, request_id, chat):  # noqa: C901, PLR0912
         """The answer, streamed or whole."""
         script = self.script
         base = {
@@ -187,11 +188,24 @@ class Standin:
                 if total == 1 and script.first_text is not None:
                     piece = script.first_text
                 text += piece
+                if stream and script.bad_event and total == 2:
+                    exchange.write(b"data: {nonsense}\n\n")
                 if stream:
                     exchange.write(
                         event(
                             base
-                            | {"choices": [chunk(chat, index, piece + "x" * script.pad, finish, [token], wants_ids)]}
+                            | {
+                                "choices": [
+                                    chunk(
+                                        chat,
+                                        index,
+                                        piece + "x" * script.pad,
+                                        finish=finish,
+                                        ids=[token],
+                                        wants_ids=wants_ids,
+                                    )
+                                ]
+                            }
                             | tail
                         )
                     )
@@ -199,7 +213,10 @@ class Standin:
                         await exchange.drain()
                     if total % 8 == 0:
                         await asyncio.sleep(0)
-            choices.append(whole(chat, index, text, finish, prompt, ids, wants_ids) | script.extra_message)
+            choices.append(
+                whole(chat, index, text, finish=finish, prompt=prompt, ids=ids, wants_ids=wants_ids)
+                | script.extra_message
+            )
         prompt_tokens = sum(map(len, prompts))
         usage = {"prompt_tokens": prompt_tokens, "completion_tokens": total, "total_tokens": prompt_tokens + total}
         if stream:
@@ -225,7 +242,7 @@ class Standin:
         exchange._outlet.transport.close()
 
 
-def chunk(chat, index, piece, finish, ids, wants_ids):
+def chunk(chat, index, piece, *, finish, ids, wants_ids):
     """One choice of a stream event."""
     if chat:
         choice = {
@@ -241,7 +258,7 @@ def chunk(chat, index, piece, finish, ids, wants_ids):
     return choice | ({"prompt_token_ids": None, "token_ids": ids} if wants_ids else {})
 
 
-def whole(chat, index, text, finish, prompt, ids, wants_ids):
+def whole(chat, index, text, *, finish, prompt, ids, wants_ids):
     """One choice of a whole answer."""
     if chat:
         choice = {

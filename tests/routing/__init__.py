@@ -1,0 +1,1 @@
+"""Tests of ``kvbelt.routing``."""

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 
@@ -75,7 +76,7 @@ class Side:
         generator = torch.Generator().manual_seed(seed)
         self.pool.random_(0, 256, generator=generator)
 
-    def __enter__(self) -> "Side":
+    def __enter__(self) -> Self:
         """Nothing more."""
         return self
 

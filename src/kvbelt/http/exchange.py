@@ -85,30 +85,43 @@ class Exchange:
         self._send(head if self.request.method == "HEAD" else head + body)
         self.ended = True
 
-    def start(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
-        """Begin an answer whose length is not known. HTTP/1.0 clients get it unframed, ended by closing."""
+    def start(self, status: int, headers: Sequence[tuple[bytes, bytes]], first: bytes = b"") -> None:
+        """Begin an answer whose length is not known. HTTP/1.0 clients get it unframed, ended by closing.
+
+        The head leaves at once, together with the ``first`` piece of the body if there is one: a write is a
+        system call, and on loopback wakes the reader, which costs more than everything else done for it.
+        """
         if self.request.version == "1.0":
             self._keep_alive = False
             head = self._head(status, headers, ())
         else:
             self._chunked = True
             head = self._head(status, headers, ((b"transfer-encoding", b"chunked"),))
-        self._send(head)
+        self._send(head + self._framed(first))
 
     def write(self, data: bytes) -> None:
         """One piece of the body."""
         if not self.started or self.ended:
             raise RuntimeError("write outside start and end")
-        if data and self.request.method != "HEAD":
-            self._send(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        framed = self._framed(data)
+        if framed:
+            self._send(framed)
 
-    def end(self) -> None:
-        """The body is complete."""
+    def end(self, last: bytes = b"") -> None:
+        """The body is complete, with this last piece."""
         if not self.started or self.ended:
             raise RuntimeError("end outside an answer")
         self.ended = True
+        framed = self._framed(last)
         if self._chunked and self.request.method != "HEAD":
-            self._send(b"0\r\n\r\n")
+            framed += b"0\r\n\r\n"
+        if framed:
+            self._send(framed)
+
+    def _framed(self, data: bytes) -> bytes:
+        if not data or self.request.method == "HEAD":
+            return b""
+        return b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
 
     def _head(
         self, status: int, headers: Sequence[tuple[bytes, bytes]], extra: tuple[tuple[bytes, bytes], ...]

@@ -23,7 +23,7 @@ class Request:
         self.headers = headers
         self.body = body
         self.keep_alive = keep_alive
-        self.arrived = arrived  #: the loop's time at which it was complete
+        self.arrived = arrived  #: ``time.monotonic()`` when it was complete (uvloop's own time has steps of 1 ms)
 
     @property
     def path(self) -> str:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
+from time import monotonic
 from typing import Protocol, cast
 
 import httptools
@@ -215,7 +216,7 @@ class ServerConnection(asyncio.Protocol):
             self._headers,
             self._body[0] if len(self._body) == 1 else b"".join(self._body),
             keep_alive=self._parser.should_keep_alive(),
-            arrived=self._loop.time(),
+            arrived=monotonic(),
         )
         if not request.keep_alive:
             self._input_ended = True

@@ -25,7 +25,7 @@ from kvbelt.ops.topology import Topology
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 #: What ``serve`` may take to end after a signal, out of the 5 s in which everything must be gone.
-_LAST_WORDS_SECONDS = 0.5
+LAST_WORDS_SECONDS = 0.5
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -137,7 +137,7 @@ async def deploy(
             await asyncio.wait([work, signalled], return_when=asyncio.FIRST_COMPLETED)
             if signalled.done() and not work.done():
                 # Served by now: let it say its last words. Still starting: it has nothing to say.
-                await asyncio.wait([work], timeout=_LAST_WORDS_SECONDS)
+                await asyncio.wait([work], timeout=LAST_WORDS_SECONDS)
             if work.done():
                 return work.result()
             return 0

@@ -148,7 +148,7 @@ class Proxy:
             raise
         finally:
             context.active.discard(request_id)
-            record.ended = asyncio.get_running_loop().time()
+            record.ended = time.monotonic()
             metrics.in_flight -= 1
             metrics.requests[record.path or "refused", record.reason or ""] += 1
             metrics.answers[record.status] += 1

@@ -9,40 +9,23 @@ decode worker computes the prompt itself.
 import asyncio
 import logging
 from collections.abc import Callable
+from time import monotonic
 
 from kvbelt.errors import RequestError
-from kvbelt.http import ConnectError, Exchange, HttpError, PeerClosedError, Response
+from kvbelt.http import Exchange, HttpError, Response
 from kvbelt.proxy.answers import EVENT_STREAM, JSON, Seam, error_body, error_event
 from kvbelt.proxy.client_body import ClientBody
-from kvbelt.proxy.context import Context, KVLostError, Waiting
+from kvbelt.proxy.context import Context
+from kvbelt.proxy.legs import LegFailedError, Legs, MakeBody, RefusedError, excerpt
 from kvbelt.proxy.prefill_answer import PrefillAnswer
 from kvbelt.proxy.records import Record
-from kvbelt.proxy.workers import Worker
 from kvbelt.routing.decider import Decision, decide
 from kvbelt.routing.exactness import Road, first_token
-from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff
-from kvbelt.wire.ids import TransferId
+from kvbelt.wire.handoff import DecodeHandoff
 
 log = logging.getLogger("kvbelt.proxy")
 
 _COMPLETIONS = "/v1/completions"
-
-
-class LegFailedError(Exception):
-    """The prefill leg gave no answer to use; the decode worker will do it all. ``reason``: low cardinality."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-
-
-class RefusedError(Exception):
-    """A worker refused the request with an answer that the client is to see."""
-
-    def __init__(self, response: Response, body: bytes) -> None:
-        super().__init__(f"status {response.status}")
-        self.response = response
-        self.body = body
 
 
 class Journey:
@@ -54,25 +37,13 @@ class Journey:
         self._exchange = exchange
         self._record = record
         self._chat = chat
-        self._loop = asyncio.get_running_loop()
-        self._deadline = record.began + context.settings.deadline_seconds
-        self._legs: list[Response] = []
-        self._headers: list[tuple[bytes, bytes]] = [
-            (b"content-type", b"application/json"),
-            (b"x-request-id", record.request_id.encode()),
-        ]
-        authorization = exchange.request.headers.get(b"authorization")
-        if authorization is not None:
-            self._headers.append((b"authorization", authorization))
+        self._legs = Legs(context, record, exchange.request.headers.get(b"authorization"))
         self._client: ClientBody
-        self._decode: Worker
-        self._prefill: Worker | None = None
-        self._transfer: TransferId | None = None  # the KV that the decode worker may still hope for
 
     async def run(self) -> None:
         """Answer the request. Raises only CancelledError, when the client is gone."""
         try:
-            async with asyncio.timeout_at(self._deadline):
+            async with asyncio.timeout(self._legs.remaining()):
                 await self._answer()
         except TimeoutError:
             seconds = self._settings.deadline_seconds
@@ -83,18 +54,20 @@ class Journey:
             self._pass_on(refused.response, refused.body)
         except HttpError as error:
             self._fail(RequestError(f"a worker was lost: {error}", status=502, kind="upstream_error"))
+        except Exception:
+            log.exception("request %s failed in the proxy itself", self._record.request_id)
+            self._fail(RequestError("internal error; the proxy's log has more", status=500, kind="internal_error"))
         finally:
-            for leg in self._legs:
-                leg.close()
+            self._legs.close()
 
     async def _answer(self) -> None:
         client = self._client = ClientBody(self._exchange.request.body, chat=self._chat)
         record = self._record
         record.stream = bool(client.view.stream)
-        self._decode = self._pick_decode()
+        self._legs.decode = self._legs.pick_decode()
         decision = self._decide(client)
         if decision.road is None:
-            self._path("local", decision.reason)
+            self._legs.path("local", decision.reason)
             await self._relay_decode(record.route, lambda _: client.plain())
         elif decision.road is Road.PREFILL_ONLY:
             await self._prefill_only()
@@ -102,104 +75,36 @@ class Journey:
             await self._disaggregate(decision)
 
     def _decide(self, client: ClientBody) -> Decision:
-        self._prefill = self._context.pick_prefill()
+        self._legs.prefill = self._context.pick_prefill()
         least = self._settings.min_prompt_tokens
         return decide(
             first_token(client.view, client.names, num_prompts=client.num_prompts),
-            None if self._prefill is None else self._prefill.endpoint,
-            self._decode.endpoint,
+            None if self._legs.prefill is None else self._legs.prefill.endpoint,
+            self._legs.decode.endpoint,
             prompt_tokens=client.estimated_prompt_tokens() if least else 0,
             min_prompt_tokens=least,
         )
 
-    def _pick_decode(self, exclude: frozenset[str] = frozenset()) -> Worker:
-        worker = self._context.pick_decode(exclude)
-        if worker is None:
-            states = ", ".join(f"{w.name} {w.endpoint.report.health}" for w in self._context.decode)
-            raise RequestError(f"no decode worker is ready ({states}); try again", status=503, kind="unavailable")
-        self._record.decode_worker = worker.name
-        return worker
-
     # The prefill worker's part
 
     async def _prefill_only(self) -> None:
-        self._path("prefill-only", None)
-        worker, record = self._prefill, self._record
+        self._legs.path("prefill-only", None)
+        worker = self._legs.prefill
         assert worker is not None
         try:
-            response = await self._call_prefill(worker, self._client.plain())
+            await self._relay(await self._legs.call_prefill(worker, self._client.plain()))
         except LegFailedError as failed:
             await self._go_local(failed.reason, str(failed))
-            return
-        record.kv = None
-        await self._relay(response)
-
-    async def _call_prefill(self, worker: Worker, body: bytes) -> Response:
-        """The head of a prefill worker's answer.
-
-        Raises:
-            LegFailedError: unreachable, lost, or a status of 500 and above.
-        """
-        record = self._record
-        record.prefill_worker = worker.name
-        record.prefill_sent = self._loop.time()
-        try:
-            response = await worker.post(record.route, self._headers, body)
-            self._legs.append(response)
-            await response.head()
-        except ConnectError as error:
-            raise LegFailedError("prefill_unreachable", str(error)) from None
         except HttpError as error:
             worker.suspect()
-            raise LegFailedError("prefill_lost", str(error)) from error
-        if response.status >= 500:
-            answer = await self._read(response)
-            raise LegFailedError("prefill_5xx", f"{worker.name} answered {response.status}: {_excerpt(answer)}")
-        return response
-
-    async def _first(self, worker: Worker) -> PrefillAnswer:
-        """The prefill leg, with the KV sent to the decode worker.
-
-        Raises:
-            LegFailedError: the decode worker has to do it all.
-            RefusedError: the request is one that a worker does not serve.
-        """
-        receiver = self._decode.endpoint.report.receiver
-        assert receiver is not None
-        metrics, record = self._context.metrics, self._record
-        metrics.prefill_queue += 1
-        worker.in_flight += 1
-        try:
-            for attempt in (1, 2):
-                transfer_id = self._transfer = TransferId(self._context.new_id())
-                self._context.records.name_transfer(record, transfer_id)
-                handoff = PrefillHandoff(transfer_id, receiver, self._remaining())
-                try:
-                    response = await self._call_prefill(worker, self._client.for_prefill(handoff))
-                    break
-                except LegFailedError as failed:
-                    if attempt == 2 or not _was_stale(failed.__cause__):
-                        raise
-            body = await self._read(response)
-        except HttpError as error:
-            worker.suspect()
-            raise LegFailedError("prefill_lost", str(error)) from error
-        finally:
-            metrics.prefill_queue -= 1
-            worker.in_flight -= 1
-        record.prefill_answered = self._loop.time()
-        record.prefill_timing = response.headers.get(b"server-timing", b"")
-        if response.status != 200:
-            raise RefusedError(response, body)
-        try:
-            return PrefillAnswer(body)
-        except ValueError as error:
-            raise LegFailedError("prefill_bad_answer", f"{worker.name}: {error}") from None
+            if self._exchange.started:
+                raise
+            await self._go_local("prefill_lost", str(error))
 
     async def _disaggregate(self, decision: Decision) -> None:
-        assert self._prefill is not None
+        assert self._legs.prefill is not None
         try:
-            first = await self._first(self._prefill)
+            first = await self._legs.first(self._legs.prefill, self._client)
         except LegFailedError as failed:
             await self._go_local(failed.reason, str(failed))
             return
@@ -215,9 +120,9 @@ class Journey:
                 await self._continue(first, failure)
                 return
         if failure is not None:
-            await self._go_local(failure, f"{self._prefill.name} says that the transfer failed")
+            await self._go_local(failure, f"{self._legs.prefill.name} says that the transfer failed")
             return
-        self._path("re-derive", reason)
+        self._legs.path("re-derive", reason)
         client = self._client
         await self._relay_decode(
             self._record.route, lambda handoff: client.plain() if handoff is None else client.for_decode(handoff)
@@ -226,11 +131,11 @@ class Journey:
     def _limit(self, first: PrefillAnswer) -> int | None:
         """Tokens that the whole answer may have."""
         limit = self._client.limit
-        context = self._decode.endpoint.report.max_model_len
+        context = self._legs.decode.endpoint.report.max_model_len
         return context - first.prompt_tokens if limit is None and context is not None else limit
 
     def _why_not_continue(self, first: PrefillAnswer) -> str | None:
-        context = self._decode.endpoint.report.max_model_len
+        context = self._legs.decode.endpoint.report.max_model_len
         limit = self._limit(first)
         if limit is None or context is None:
             return "unknown_context"
@@ -242,20 +147,19 @@ class Journey:
         """The decode worker computes the prompt itself."""
         log.warning("request %s goes local: %s: %s", self._record.request_id, reason, detail)
         self._record.errors.append(f"{reason}: {detail}")
-        self._transfer = None
-        self._path("local", reason)
+        self._legs.transfer = None
+        self._legs.path("local", reason)
         await self._relay_decode(self._record.route, lambda _: self._client.plain())
 
     # The fast path
 
     def _finish_with(self, first: PrefillAnswer, finish_reason: str) -> None:
         """The first token was the last."""
-        self._path("first-token", None)
+        self._legs.path("first-token", None)
         seam = self._seam(first)
         if self._client.view.stream:
             self._exchange.start(200, self._head(EVENT_STREAM))
-            self._exchange.write(seam.opening(finish_reason) + seam.ending())
-            self._exchange.end()
+            self._exchange.end(seam.opening(finish_reason) + seam.ending())
         else:
             self._exchange.respond(200, self._head(JSON), seam.whole(None, finish_reason))
         self._told_first_token()
@@ -269,9 +173,9 @@ class Journey:
         if limit == 1:
             self._finish_with(first, "length")
             return
-        self._path("first-token", None)
+        self._legs.path("first-token", None)
         if failure is not None:
-            self._kv_lost(failure)
+            self._legs.kv_lost(failure)
         client = self._client
 
         def body(handoff: DecodeHandoff | None) -> bytes:
@@ -283,30 +187,29 @@ class Journey:
         else:
             await self._continue_whole(seam, body)
 
-    async def _continue_stream(self, seam: Seam, body: Callable[[DecodeHandoff | None], bytes]) -> None:
+    async def _continue_stream(self, seam: Seam, body: MakeBody) -> None:
         exchange = self._exchange
         announced = self._record.path
-        exchange.start(200, self._head(EVENT_STREAM))
-        exchange.write(seam.opening(None))
+        exchange.start(200, self._head(EVENT_STREAM), seam.opening(None))
         self._told_first_token()
-        response = await self._open_decode(_COMPLETIONS, body)
+        response = await self._legs.open_decode(_COMPLETIONS, body)
         if response.status != 200:
-            self._break(await self._read(response))
+            self._break(await self._legs.read(response))
             return
         if self._record.path != announced:
             exchange.write(b": x-kvbelt-path %b\n\n" % self._path_value())
         await self._relay_stream(response, seam.relayed)
 
-    async def _continue_whole(self, seam: Seam, body: Callable[[DecodeHandoff | None], bytes]) -> None:
-        response = await self._open_decode(_COMPLETIONS, body)
-        answer = await self._read(response)
+    async def _continue_whole(self, seam: Seam, body: MakeBody) -> None:
+        response = await self._legs.open_decode(_COMPLETIONS, body)
+        answer = await self._legs.read(response)
         if response.status != 200:
             raise RefusedError(response, answer)
         try:
             whole = seam.whole(answer)
         except (ValueError, IndexError) as error:
             raise RequestError(
-                f"{self._decode.name} answered something else than a completion: {error}",
+                f"{self._legs.decode.name} answered something else than a completion: {error}",
                 status=502,
                 kind="upstream_error",
             ) from None
@@ -324,73 +227,8 @@ class Journey:
 
     # The decode worker's part
 
-    async def _open_decode(self, target: str, make_body: Callable[[DecodeHandoff | None], bytes]) -> Response:
-        """The head of a decode worker's answer; the KV's fate is known then.
-
-        A worker that is lost before it answers is replaced by another, which computes the prompt itself.
-
-        Raises:
-            RequestError: 503, no decode worker is left.
-        """
-        record = self._record
-        tried: frozenset[str] = frozenset()
-        stale_allowed = True
-        while True:
-            worker = self._decode
-            record.decode_sent = self._loop.time()
-            try:
-                response = await self._try_decode(worker, target, make_body)
-                break
-            except KVLostError as lost:
-                self._kv_lost(lost.reason)
-            except HttpError as error:
-                if stale_allowed and _was_stale(error):
-                    stale_allowed = False
-                    continue
-                worker.suspect()
-                record.errors.append(f"decode_lost: {error}")
-                log.warning("request %s: decode worker lost before it answered: %s", record.request_id, error)
-                tried |= {worker.name}
-                self._decode = self._pick_decode(tried)
-                if self._transfer is not None:
-                    self._kv_lost("decode_lost")
-        record.decode_answered = self._loop.time()
-        record.decode_timing = response.headers.get(b"server-timing", b"")
-        kv = response.headers.get(b"x-kvbelt-kv")
-        if kv is not None:
-            record.kv = kv.decode("latin-1")
-            if kv.startswith(b"recomputed"):
-                self._kv_lost(_reason_of(record.kv))
-        return response
-
-    async def _try_decode(
-        self, worker: Worker, target: str, make_body: Callable[[DecodeHandoff | None], bytes]
-    ) -> Response:
-        handoff = None
-        if self._transfer is not None:
-            seconds = min(self._settings.kv_wait_seconds, self._remaining())
-            handoff = DecodeHandoff(self._transfer, seconds)
-        response = await worker.post(target, self._headers, make_body(handoff))
-        self._legs.append(response)
-        if self._transfer is None or self._prefill is None:
-            await response.head()
-            return response
-        waiting = Waiting(self._transfer, self._prefill, response)
-        self._context.wait_for(waiting)
-        try:
-            await response.head()
-        finally:
-            self._context.wait_over(waiting)
-        return response
-
-    async def _relay_decode(self, target: str, make_body: Callable[[DecodeHandoff | None], bytes]) -> None:
-        response = await self._open_decode(target, make_body)
-        worker = self._decode
-        worker.in_flight += 1
-        try:
-            await self._relay(response)
-        finally:
-            worker.in_flight -= 1
+    async def _relay_decode(self, target: str, make_body: MakeBody) -> None:
+        await self._relay(await self._legs.open_decode(target, make_body))
 
     # Relaying
 
@@ -401,14 +239,14 @@ class Journey:
             self._exchange.start(200, self._head((b"content-type", kind)))
             await self._relay_stream(response, None)
         else:
-            self._pass_on(response, await self._read(response))
+            self._pass_on(response, await self._legs.read(response))
 
     async def _relay_stream(self, response: Response, transform: Callable[[bytes], bytes] | None) -> None:
         """Whole events, as they come; what a lost worker left of an event is dropped."""
         exchange, record = self._exchange, self._record
         rest = b""
         chunk = await response.chunk()
-        record.decode_first = self._loop.time()
+        record.decode_first = monotonic()
         if record.first_token is None:
             self._told_first_token()
         while chunk:
@@ -421,15 +259,25 @@ class Journey:
                 else:
                     events, rest = events[:whole], events[whole:]
             if events:
-                exchange.write(events if transform is None else transform(events))
+                shown = events if transform is None else self._transformed(events, transform)
+                if response.complete and not rest:  # as is usual, the last events and the end came together
+                    exchange.end(shown)
+                    return
+                exchange.write(shown)
                 if exchange.paused:
                     await exchange.drain()
             chunk = await response.chunk()
-        exchange.write(rest)
-        exchange.end()
+        exchange.end(rest)
 
-    async def _read(self, response: Response) -> bytes:
-        return await response.read(self._settings.max_answer_bytes)
+    def _transformed(self, events: bytes, transform: Callable[[bytes], bytes]) -> bytes:
+        try:
+            return transform(events)
+        except ValueError as error:
+            raise RequestError(
+                f"{self._legs.decode.name} sent an event that is not a completion's: {error}",
+                status=502,
+                kind="upstream_error",
+            ) from None
 
     def _pass_on(self, response: Response, body: bytes) -> None:
         """A worker's whole answer with its status."""
@@ -461,19 +309,10 @@ class Journey:
         if self._exchange.ended:
             return
         self._context.metrics.broken_streams += 1
-        log.warning("request %s: its stream ends with an error: %s", self._record.request_id, _excerpt(body))
-        self._exchange.write(error_event(body))
-        self._exchange.end()
+        log.warning("request %s: its stream ends with an error: %s", self._record.request_id, excerpt(body))
+        self._exchange.end(error_event(body))
 
     # The record
-
-    def _path(self, path: str, reason: str | None) -> None:
-        self._record.path = path
-        self._record.reason = reason
-
-    def _kv_lost(self, reason: str) -> None:
-        self._transfer = None
-        self._path("local", reason)
 
     def _path_value(self) -> bytes:
         path, reason = self._record.path, self._record.reason
@@ -486,23 +325,5 @@ class Journey:
         return head
 
     def _told_first_token(self) -> None:
-        now = self._record.first_token = self._loop.time()
+        now = self._record.first_token = monotonic()
         self._context.metrics.ttft.observe(now - self._record.began)
-
-    def _remaining(self) -> float:
-        return max(0.001, self._deadline - self._loop.time())
-
-
-def _was_stale(error: BaseException | None) -> bool:
-    """A kept connection ended without a byte of an answer: most likely the peer was just closing it."""
-    return isinstance(error, PeerClosedError) and error.reused and not error.started
-
-
-def _reason_of(kv: str) -> str:
-    """``recomputed; reason=deadline`` → ``deadline``."""
-    reason = kv.partition("reason=")[2].strip()
-    return reason if reason and reason.replace("_", "").replace("-", "").isalnum() else "kv_lost"
-
-
-def _excerpt(body: bytes) -> str:
-    return body[:200].decode("utf-8", "replace")

@@ -27,10 +27,9 @@ class Notifications:
     ) -> None:
         self._on_notification = on_notification
         self._on_malformed = on_malformed
-        self._context = zmq.Context()
-        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, 64 * 1024)
-        self._socket.setsockopt(zmq.LINGER, 0)
+        # Made in start: a context that is never closed blocks the process's end.
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._socket: zmq.Socket[bytes]
         self._loop: asyncio.AbstractEventLoop | None = None
         self._descriptor = -1
 
@@ -40,12 +39,17 @@ class Notifications:
         Raises:
             StartError: the port is taken.
         """
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.PULL)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, 64 * 1024)
+        self._socket.setsockopt(zmq.LINGER, 0)
         host = f"[{host}]" if ":" in host else host
         if ":" in host:
             self._socket.setsockopt(zmq.IPV6, 1)
         try:
             self._socket.bind(f"tcp://{host}:{port or '*'}")
         except zmq.ZMQError as error:
+            self.close()
             raise StartError(
                 f"cannot listen for notifications on {host}:{port}: {error}; choose another port"
             ) from None
@@ -60,8 +64,10 @@ class Notifications:
         if self._loop is not None:
             self._loop.remove_reader(self._descriptor)
             self._loop = None
-        self._socket.close(0)
-        self._context.term()
+        if self._context is not None:
+            self._socket.close(0)
+            self._context.term()
+            self._context = None
 
     def _read(self) -> None:
         if self._loop is None:

@@ -9,7 +9,7 @@ from kvbelt.wire.notification import Notification, TransferDone
 
 @dataclass(slots=True)
 class Record:
-    """One request. Moments are the loop's seconds; None: has not happened."""
+    """One request. Moments are ``time.monotonic()``; None: has not happened."""
 
     request_id: str
     route: str  #: ``/v1/completions`` or ``/v1/chat/completions``

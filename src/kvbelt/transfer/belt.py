@@ -20,6 +20,7 @@ from kvbelt.transfer.desk import Desk, DeskTimes
 from kvbelt.transfer.dispatch import Dispatch, Outgoing
 from kvbelt.transfer.fencing import this_process
 from kvbelt.transfer.handles import ReceivedSlot, SendingHandle
+from kvbelt.transfer.patience import PatientClock
 from kvbelt.transfer.peers import Peer
 from kvbelt.transfer.ports import Channel, Lost, PagedCopy, ReceivedKV, Region, Sending, TransferOutcome
 from kvbelt.transfer.pump import Load, Pump
@@ -76,7 +77,7 @@ class Belt:
         self._copy = copy
         self._send_region = send_region
         self._receive_region = receive_region
-        self._clock = clock
+        self._clock = PatientClock(clock)
         self._compatibility = identity.compatibility(channel.name)
         self._here = this_process()
         self._calls = Calls()
@@ -370,6 +371,7 @@ class Belt:
         """Sleep at most so long, then do everything there is to do."""
         if not self._calls.fall_asleep():
             seconds = 0.0
+        woke = self._clock.asleep(seconds)
         if seconds >= _POLL_RESOLUTION:
             # Rounded up: waking before a deadline would only mean to sleep again.
             ready = sockets.wait(-1 if seconds == float("inf") else int(seconds * 1000) + 1)
@@ -377,6 +379,7 @@ class Belt:
             ready = sockets.wait(0)
             if not ready and seconds > 0.0:
                 time.sleep(seconds)
+        woke()
         self._calls.wake()
         self._calls.run()
         now = self._clock()

@@ -15,7 +15,7 @@ from kvbelt.transfer.deadlines import Deadlines
 from kvbelt.transfer.peers import Peer
 from kvbelt.transfer.plan import Run
 from kvbelt.transfer.ports import Channel, TransferOutcome
-from kvbelt.transfer.pump import BlocksFree, Broken, Landed, Load, Pump, Stopped, Target
+from kvbelt.transfer.pump import BlocksFree, Broken, Landed, Load, Pump, Report, Stopped, Target
 from kvbelt.transfer.sender import AbortWrites, BeginWriting, Outcome, Say, SenderCommand, SenderSession, StopWriting
 from kvbelt.transfer.sender_states import (
     Abandon,
@@ -39,6 +39,9 @@ from kvbelt.wire.notification import Notification, TransferDone, TransferFailed
 from kvbelt.wire.notification import encode as encode_notification
 
 log = logging.getLogger(__name__)
+
+#: Bytes are moved for so long before the sockets have their turn again.
+STEP_SECONDS = 1e-3
 
 
 @dataclass(slots=True, eq=False)
@@ -152,8 +155,16 @@ class Dispatch:
                     log.warning("ignored a frame of %s: %s", peer.address.engine_id, error)
 
     def step(self) -> bool:
-        """Move bytes. True: there is more to do at once."""
-        reports, more = self._pump.step(self._clock())
+        """Move bytes for a while. True: there is more to do at once."""
+        until = self._clock() + STEP_SECONDS
+        while True:
+            now = self._clock()
+            reports, more = self._pump.step(now)
+            self._take_in(reports)
+            if not more or now >= until:
+                return more
+
+    def _take_in(self, reports: list[Report]) -> None:
         for report in reports:
             transfer = self._open.get(report.transfer_id)
             match report:
@@ -172,7 +183,6 @@ class Dispatch:
                     self._tell(transfer, Quiet())
             if transfer is not None:
                 self._forget_if_ended(transfer)
-        return more or bool(reports)
 
     def tick(self, now: float) -> None:
         """Let time pass."""

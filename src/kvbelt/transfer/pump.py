@@ -157,7 +157,7 @@ class Pump:
         for load in list(self._loads.values()):
             progressed |= self._advance(load, now, reports)
             self._conclude(load, reports)
-        return reports, progressed
+        return reports, progressed or bool(reports)
 
     def _advance(self, load: Load, now: float, reports: list[Report]) -> bool:
         progressed = self._gather(load)

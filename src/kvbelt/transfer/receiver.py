@@ -252,7 +252,7 @@ class ReceiverSession(Machine[ReceiverState]):
         answer: list[ReceiverCommand] = []
         if isinstance(message, wire.Cancel):
             answer = [self._answer(wire.Cancelled(transfer_id=self.transfer_id, slot=message.slot), message)]
-        names_another = message.slot is not None and message.slot != self._last_slot
+        names_another = None not in {message.slot, self._last_slot} and message.slot != self._last_slot
         if self.state in FINAL or self.state is S.CLAIMED or names_another:
             return answer
         if self.state is S.QUARANTINED:

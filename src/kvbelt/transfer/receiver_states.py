@@ -106,7 +106,7 @@ RECEIVER_TABLE: Table[ReceiverState] = {
         Cancelled: to(S.CANCELLED),
         Room: to(S.RESERVED),
         Claim: to(S.QUEUED),
-        Unclaim: to(S.CANCELLED),
+        Unclaim: to(S.CANCELLED, S.QUEUED),  # QUEUED: there was no reader
         WriterDead: to(S.EXPIRED),
         LeaseLapsed: to(S.EXPIRED),
         DeadlinePassed: to(S.EXPIRED),
@@ -118,7 +118,7 @@ RECEIVER_TABLE: Table[ReceiverState] = {
         Cancel: to(S.CANCELLED),
         Cancelled: to(S.CANCELLED),
         Claim: to(S.RESERVED),
-        Unclaim: to(S.QUARANTINED),
+        Unclaim: to(S.QUARANTINED, S.RESERVED),  # RESERVED: there was no reader
         WriterDead: to(S.EXPIRED),
         LeaseLapsed: to(S.QUARANTINED),
         DeadlinePassed: to(S.QUARANTINED),
@@ -151,7 +151,7 @@ RECEIVER_TABLE: Table[ReceiverState] = {
         Cancel: to(S.CANCELLED, S.EXPIRED),
         Cancelled: to(S.CANCELLED, S.EXPIRED),
         Claim: to(S.QUARANTINED),
-        Unclaim: to(S.QUARANTINED),
+        Unclaim: to(S.QUARANTINED, S.RESERVED),  # RESERVED: there was no reader
         WriterDead: to(S.CANCELLED, S.EXPIRED),
         ReminderDue: to(S.QUARANTINED),
     },

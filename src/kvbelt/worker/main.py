@@ -5,11 +5,15 @@ and so that ``/health`` can say ``loading``. The model loads off the event loop.
 """
 
 import asyncio
+import logging
+import os
 import signal
 import socket
+import threading
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import uvicorn
 import uvloop
@@ -62,6 +66,32 @@ def _engine_settings(settings: WorkerSettings) -> EngineSettings:
     )
 
 
+def _on_daemon_thread(work: Callable[[], None]) -> "asyncio.Future[None]":
+    """Run on a thread that ends with the process: loading a model cannot be interrupted, and must not be waited for."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def finish(error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+    def run() -> None:
+        error: BaseException | None = None
+        try:
+            work()
+        except BaseException as raised:  # noqa: BLE001 -- raised again where it is awaited
+            error = raised
+        with suppress(RuntimeError):  # the loop has closed: the process is ending
+            loop.call_soon_threadsafe(finish, error)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return done
+
+
 class _Server(uvicorn.Server):
     """uvicorn without its signal handlers: the worker decides when to stop."""
 
@@ -79,6 +109,7 @@ class Worker:
         self._engine: Engine | None = None
         self._belt: Belt | None = None
         self._prompts: Prompts | None = None
+        self.stopped_while_loading = False
         self._service = Service(
             role=settings.role,
             engine_id=EngineId(uuid.uuid4().hex),
@@ -111,21 +142,23 @@ class Worker:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        loading = asyncio.create_task(asyncio.to_thread(self._load))
+        loading = _on_daemon_thread(self._load)
         stopping = asyncio.create_task(stop.wait())
         try:
-            await asyncio.wait({loading, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+            first: set[asyncio.Future[Any]] = {loading, stopping, serving}
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
                 await loading
                 self._become_ready()
-                await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(first - {loading}, return_when=asyncio.FIRST_COMPLETED)
+            else:
+                self.stopped_while_loading = True
         finally:
             self._service.state = State.DRAINING
             stopping.cancel()
             server.should_exit = True
             await serving
             listener.close()
-            # A thread that is loading a model cannot be interrupted; it ends with the process.
             self._close()
 
     def _load(self) -> None:
@@ -168,4 +201,9 @@ def run_worker(settings: WorkerSettings) -> None:
         StartError: a port is taken or the model cannot be served.
     """
     configure_logging(json=settings.log_json)
-    uvloop.run(Worker(settings).run())
+    worker = Worker(settings)
+    uvloop.run(worker.run())
+    if worker.stopped_while_loading:
+        # The loading thread is inside native code, which aborts when the interpreter is taken down under it.
+        logging.shutdown()
+        os._exit(0)

@@ -1,0 +1,440 @@
+"""Whatever fails ends in the right answer or in an honest error, at once, and the next request is unharmed."""
+
+import asyncio
+import json
+
+import pytest
+
+from kvbelt.wire.notification import TransferDone, TransferFailed, encode
+from tests.proxy.support import Deployment, async_test, eventually
+
+BODY = {"prompt": "hello", "max_tokens": 12, "temperature": 0}
+STREAM = BODY | {"stream": True}
+REDERIVED = BODY | {"stream": True, "seed": 3, "temperature": 1.0}
+FAST_HEALTH = {"health_interval_seconds": 0.02, "health_timeout_seconds": 0.2}
+
+
+async def right(deployment, reply, body=None):
+    """The reply has one server's text."""
+    expected = await deployment.ask_alone({**(body or BODY), "stream": False})
+    return reply.status == 200 and reply.text == expected.text
+
+
+# The prefill worker fails: the decode worker computes the prompt itself.
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prefill_worker_that_is_gone_leaves_the_answer_right(stream):
+    """Nobody listens any more."""
+
+    @async_test
+    async def goes_local():
+        async with Deployment() as deployment:
+            await deployment.prefill[0].stop()
+            got = await deployment.ask(BODY | {"stream": stream})
+            assert got.path == "local; reason=prefill_unreachable"
+            assert await right(deployment, got)
+            # found out at once, not at the next health check
+            await eventually(lambda: not deployment.worker(deployment.prefill[0]).ready)
+            assert (await deployment.ask(BODY)).path == "local; reason=no_prefill_worker"
+
+    goes_local()
+
+
+@async_test
+async def test_a_prefill_worker_that_dies_over_the_prompt_leaves_the_answer_right():
+    """Killed before it answers."""
+    async with Deployment() as deployment:
+        deployment.prefill[0].script.die_before_head = True
+        got = await deployment.ask(STREAM)
+        assert got.path == "local; reason=prefill_lost"
+        assert await right(deployment, got)
+        assert "prefill_lost" in (await deployment.record())["errors"][0]
+
+
+@async_test
+async def test_a_prefill_worker_that_stops_answering_is_lost_by_its_health():
+    """Stopped (SIGSTOP), it keeps its connections open: only its silence tells."""
+    async with Deployment(**FAST_HEALTH) as deployment:
+        script = deployment.prefill[0].script
+        script.before_head = asyncio.Event()
+        asking = asyncio.create_task(deployment.ask(STREAM))
+        await deployment.prefill[0].arrived.wait()
+        script.health_hangs = True
+        got = await asking
+        assert got.path == "local; reason=prefill_lost"
+        assert await right(deployment, got)
+        script.health_hangs = False
+        script.before_head = None
+        await eventually(lambda: deployment.worker(deployment.prefill[0]).ready)
+        assert (await deployment.ask(STREAM)).path == "first-token"
+
+
+@async_test
+async def test_a_prefill_worker_that_fails_with_5xx_leaves_the_answer_right():
+    """Its trouble is not the client's."""
+    async with Deployment() as deployment:
+        deployment.prefill[0].script.status = 500
+        got = await deployment.ask(BODY)
+        assert got.path == "local; reason=prefill_5xx"
+        assert await right(deployment, got)
+
+
+@pytest.mark.parametrize("body", [b"{}", b"nonsense", b'{"id":"x","created":1,"model":"m","choices":[],"usage":{}}'])
+def test_a_prefill_worker_that_answers_nonsense_leaves_the_answer_right(body):
+    """200 with something else than an answer."""
+
+    @async_test
+    async def goes_local():
+        async with Deployment() as deployment:
+            deployment.prefill[0].script.status = 200
+            deployment.prefill[0].script.body = body
+            got = await deployment.ask(BODY)
+            assert got.path == "local; reason=prefill_bad_answer"
+            assert await right(deployment, got)
+
+    goes_local()
+
+
+@async_test
+async def test_a_prefill_worker_that_refuses_is_quoted():
+    """4xx: the request is at fault, and no other worker is asked."""
+    async with Deployment() as deployment:
+        deployment.prefill[0].script.status = 404
+        got = await deployment.ask(STREAM)
+        assert (got.status, got.json["error"]["message"]) == (404, "as scripted")
+        assert not deployment.decode[0].requests
+
+
+@pytest.mark.parametrize("body", [BODY, STREAM, REDERIVED])
+def test_a_transfer_that_failed_early_leaves_the_answer_right(body):
+    """The prefill worker's answer already says so: the decode worker is not told to wait."""
+
+    @async_test
+    async def goes_local():
+        async with Deployment() as deployment:
+            state = {"transfer_id": "t", "state": "failed", "reason": "refused_layout"}
+            deployment.prefill[0].script.transfer_state = state
+            got = await deployment.ask(body)
+            assert got.path == "local; reason=transfer_refused_layout"
+            assert await right(deployment, got, body)
+            assert "kv_transfer_params" not in deployment.decode[0].requests[0][2]
+
+    goes_local()
+
+
+@async_test
+async def test_kv_lost_on_the_way_is_said_in_the_header_or_in_a_comment():
+    """By a header while it is possible, by an SSE comment behind the first token."""
+    async with Deployment() as deployment:
+        deployment.decode[0].script.kv = "recomputed; reason=deadline"
+        got = await deployment.ask(STREAM)
+        assert got.path == "first-token"
+        assert b"\n\n: x-kvbelt-path local; reason=deadline\n\n" in got.body
+        assert await right(deployment, got)
+        for body in (BODY, REDERIVED):
+            assert (await deployment.ask(body)).path == "local; reason=deadline"
+        assert (await deployment.record())["decision"] == {"path": "local", "reason": "deadline"}
+
+
+@pytest.mark.parametrize("body", [BODY, STREAM, REDERIVED])
+def test_a_prefill_worker_lost_while_its_kv_is_awaited(body):
+    """The decode worker would wait for its deadline; the proxy asks it again without the KV."""
+
+    @async_test
+    async def asked_again():
+        async with Deployment(**FAST_HEALTH) as deployment:
+            decode, prefill = deployment.decode[0], deployment.prefill[0]
+            decode.script.kv_arrives = asyncio.Event()
+            asking = asyncio.create_task(deployment.ask(body))
+            await decode.arrived.wait()
+            prefill.script.health_hangs = True
+            got = await asking
+            assert "local; reason=prefill_lost" in got.path or b"local; reason=prefill_lost" in got.body
+            assert await right(deployment, got, body)
+
+    asked_again()
+
+
+@async_test
+async def test_a_failed_transfer_that_the_decode_worker_did_not_hear_of():
+    """The prefill worker's word is enough, after a moment."""
+    async with Deployment() as deployment:
+        decode = deployment.decode[0]
+        decode.script.kv_arrives = asyncio.Event()
+        asking = asyncio.create_task(deployment.ask(STREAM))
+        await decode.arrived.wait()
+        transfer_id = decode.requests[0][2]["kv_transfer_params"]["transfer_id"]
+        failed = TransferFailed(
+            transfer_id=transfer_id, sender="p0", receiver="d0", num_bytes=5, seconds=0.1, reason="peer_lost"
+        )
+        await deployment.notify(encode(failed))
+        got = await asking
+        assert b"local; reason=transfer_peer_lost" in got.body
+        assert await right(deployment, got)
+        assert (await deployment.record())["transfer"]["reason"] == "peer_lost"
+        assert b"lmcache_nixl_transfer_failures_total 1.0" in (await deployment.get("/metrics")).body
+
+
+# The decode worker fails.
+
+
+@pytest.mark.parametrize("body", [BODY, STREAM, REDERIVED])
+def test_a_decode_worker_lost_before_it_answers_is_replaced(body):
+    """Another one computes the prompt itself; the first token that the client has stays the first."""
+
+    @async_test
+    async def replaced():
+        async with Deployment(decode=2) as deployment:
+            deployment.decode[0].script.die_before_head = True
+            got = await deployment.ask(body)
+            assert await right(deployment, got, body)
+            assert "kv_transfer_params" not in deployment.decode[1].requests[0][2]
+            assert (await deployment.record())["decision"] == {"path": "local", "reason": "decode_lost"}
+
+    replaced()
+
+
+@async_test
+async def test_no_decode_worker_is_503_with_retry_after():
+    """Before the request is worked on, or when the last one is gone."""
+    async with Deployment() as deployment:
+        await deployment.decode[0].stop()
+        for _ in range(2):
+            got = await deployment.ask(BODY)
+            assert (got.status, got.headers[b"retry-after"]) == (503, b"1")
+            assert got.json["error"]["type"] == "unavailable"
+        await eventually(lambda: not deployment.worker(deployment.decode[0]).ready)
+        assert (await deployment.get("/health")).status == 503
+
+
+@async_test
+async def test_no_decode_worker_behind_the_first_token_is_an_error_event():
+    """The stream has begun: it ends with the error and [DONE]."""
+    async with Deployment() as deployment:
+        deployment.decode[0].script.die_before_head = True
+        got = await deployment.ask(STREAM)
+        assert got.status == 200
+        assert got.events[-1]["error"]["code"] == 503
+
+
+@pytest.mark.parametrize("body", [STREAM, REDERIVED, STREAM | {"return_token_ids": True}])
+def test_a_decode_worker_killed_in_mid_stream_ends_it_with_an_error_event(body):
+    """Whole events, then the error, then [DONE]: never silence, never half an event."""
+
+    @async_test
+    async def told():
+        async with Deployment() as deployment:
+            deployment.decode[0].script.die_after_tokens = 4
+            got = await deployment.ask(body)
+            assert "error" in got.events[-1]
+            assert all("choices" in event for event in got.events[:-1])
+            expected = (await deployment.ask_alone(BODY)).text
+            assert got.text
+            assert expected.startswith(got.text)
+            assert b"kvbelt_proxy_broken_streams_total 1.0" in (await deployment.get("/metrics")).body
+
+    told()
+
+
+@async_test
+async def test_a_decode_worker_frozen_in_mid_stream_ends_it_with_an_error_event():
+    """Its connection stays open; its health check does not answer."""
+    async with Deployment(**FAST_HEALTH) as deployment:
+        script = deployment.decode[0].script
+        script.stop_after_tokens = (4, asyncio.Event())
+        asking = asyncio.create_task(deployment.ask(STREAM))
+        await deployment.decode[0].arrived.wait()
+        script.health_hangs = True
+        got = await asking
+        assert "lost" in got.events[-1]["error"]["message"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"seed": 1}])
+def test_a_decode_worker_killed_under_a_whole_answer_is_502(fields):
+    """Nothing was sent: an honest status."""
+
+    @async_test
+    async def told():
+        async with Deployment() as deployment:
+            deployment.decode[0].script.stop_after_tokens = (4, asyncio.Event())
+            asking = asyncio.create_task(deployment.ask(BODY | fields))
+            await deployment.decode[0].arrived.wait()
+            await deployment.decode[0].stop()
+            got = await asking
+            assert got.status in (502, 503)
+            assert got.json["error"]["code"] == got.status
+
+    told()
+
+
+@pytest.mark.parametrize("status", [400, 429, 500, 503])
+def test_a_decode_workers_refusal_reaches_the_client(status):
+    """Status and body as they are; behind a first token, as an error event."""
+
+    @async_test
+    async def quoted():
+        async with Deployment() as deployment:
+            deployment.decode[0].script.status = status
+            for body in (BODY, REDERIVED):
+                got = await deployment.ask(body)
+                assert (got.status, got.json["error"]["message"]) == (status, "as scripted")
+            got = await deployment.ask(STREAM)
+            assert got.events[-1]["error"]["message"] == "as scripted"
+
+    quoted()
+
+
+@async_test
+async def test_an_event_that_is_no_event_ends_the_stream_with_an_error():
+    """Where events are re-wrapped (chat), nonsense is named rather than passed on or swallowed."""
+    async with Deployment() as deployment:
+        deployment.decode[0].script.bad_event = True
+        chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 9, "stream": True}
+        got = await deployment.ask(chat, chat=True)
+        assert got.events[-1]["error"]["code"] == 502
+        assert deployment.worker(deployment.decode[0]).in_flight == 0
+
+
+@async_test
+async def test_a_fault_of_the_proxy_itself_is_an_honest_500(monkeypatch, caplog):
+    """An OpenAI error, a line in the log, and the next request is unharmed."""
+    async with Deployment() as deployment:
+        with monkeypatch.context() as patch:
+            patch.setattr(deployment.proxy.context, "pick_prefill", lambda: 1 / 0)
+            got = await deployment.ask(BODY)
+        assert (got.status, got.json["error"]["type"]) == (500, "internal_error")
+        assert "ZeroDivisionError" in caplog.text
+        assert (await deployment.ask(BODY)).status == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prefill_worker_lost_over_a_single_token_leaves_the_answer_right(stream):
+    """The decode worker answers instead."""
+
+    @async_test
+    async def goes_local():
+        async with Deployment() as deployment:
+            deployment.prefill[0].script.die_before_head = True
+            body = BODY | {"max_tokens": 1, "stream": stream}
+            got = await deployment.ask(body)
+            assert got.path == "local; reason=prefill_lost"
+            assert await right(deployment, got, body)
+
+    goes_local()
+
+
+@async_test
+async def test_a_restarted_worker_is_used_again():
+    """Another life at the same address: its old connections are given up, its new engine_id is what is sent."""
+    async with Deployment(**FAST_HEALTH) as deployment:
+        decode = deployment.decode[0]
+        await deployment.ask(BODY)
+        port = decode.port
+        await decode.stop()
+        decode.engine_id = "second-life"
+        await decode.start(port)
+        await eventually(lambda: deployment.worker(decode).endpoint.report.engine_id == "second-life")
+        assert (await deployment.ask(BODY)).path == "first-token"
+        last = deployment.prefill[0].requests[-1][2]
+        assert last["kv_transfer_params"]["receiver"]["engine_id"] == "second-life"
+
+
+@async_test
+async def test_a_draining_worker_gets_nothing_new():
+    """503 on /health: unready, not lost."""
+    async with Deployment(decode=2, **FAST_HEALTH) as deployment:
+        deployment.decode[0].script.health_status = 503
+        await eventually(lambda: not deployment.worker(deployment.decode[0]).ready)
+        for _ in range(3):
+            assert (await deployment.ask(BODY)).status == 200
+        assert not deployment.decode[0].requests
+        states = [worker["state"] for worker in (await deployment.get("/health")).json["workers"]]
+        assert states == ["ready", "unready", "ready"]
+
+
+# The client fails, or takes too long.
+
+
+@pytest.mark.parametrize("where", ["prefill", "decode head", "decode stream"])
+def test_a_client_that_leaves_stops_the_work(where):
+    """Whichever worker is at it notices at once."""
+
+    @async_test
+    async def stopped():
+        async with Deployment() as deployment:
+            prefill, decode = deployment.prefill[0], deployment.decode[0]
+            if where == "prefill":
+                prefill.script.before_head = asyncio.Event()
+            elif where == "decode head":
+                decode.script.before_head = asyncio.Event()
+            else:
+                decode.script.stop_after_tokens = (4, asyncio.Event())
+            worker = prefill if where == "prefill" else decode
+            asking = asyncio.create_task(deployment.ask(STREAM))
+            await worker.arrived.wait()
+            asking.cancel()
+            await asyncio.wait_for(worker.gone_event.wait(), 5)
+            await eventually(lambda: not deployment.proxy.context.active)
+            assert (await deployment.record())["status"] == 499
+
+    stopped()
+
+
+@async_test
+async def test_a_slow_client_slows_the_decode_worker():
+    """Back-pressure goes all the way: what the client does not read is not produced."""
+    body = {"prompt": "x", "max_tokens": 4000, "stream": True, "ignore_eos": True}
+    async with Deployment() as deployment:
+        deployment.decode[0].script.pad = 20_000
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+        data = json.dumps(body).encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", deployment.proxy.port, limit=1024)
+        writer.write(head % len(data) + data)
+        connections = deployment.proxy._server._connections
+        await eventually(lambda: any(c._outlet.paused for c in connections))
+        received, ended = 0, b""
+        while not ended.endswith(b"0\r\n\r\n"):
+            chunk = await reader.read(1 << 20)
+            received += len(chunk)
+            ended = (ended + chunk)[-16:]
+        assert received > 4000 * 20_000
+        writer.close()
+
+
+@pytest.mark.parametrize(("body", "where"), [(BODY, "prefill"), (BODY, "decode"), (STREAM, "decode")])
+def test_the_deadline_ends_what_takes_too_long(body, where):
+    """504 before the first byte, an error event behind it; the worker is let go."""
+
+    @async_test
+    async def ended():
+        async with Deployment(deadline_seconds=0.2) as deployment:
+            worker = deployment.prefill[0] if where == "prefill" else deployment.decode[0]
+            worker.script.before_head = asyncio.Event()
+            got = await deployment.ask(body)
+            if body is STREAM:
+                assert got.events[-1]["error"]["code"] == 504
+            else:
+                assert (got.status, got.json["error"]["type"]) == (504, "timeout_error")
+            await asyncio.wait_for(worker.gone_event.wait(), 5)
+
+    ended()
+
+
+@async_test
+async def test_malformed_notifications_are_counted_and_good_ones_recorded():
+    """Nothing that comes to the port breaks it."""
+    async with Deployment() as deployment:
+        await deployment.ask(BODY)
+        transfer_id = (await deployment.record())["transfer_id"]
+        done = TransferDone(
+            transfer_id=transfer_id, sender="p0", receiver="d0", num_bytes=2_000_000, seconds=0.001, channel="nixl",
+            num_tokens=5, num_writes=3, exposed_seconds=0.0005,
+        )  # fmt: skip
+        for frames in ((b"",), (b"\xff" * 50,), (b"x" * 5000,), (b"two", b"frames"), (encode(done),)):
+            await deployment.notify(*frames)
+        context = deployment.proxy.context
+        await eventually(lambda: context.metrics.notifications_malformed == 4 and context.metrics.transfers_done == 1)
+        transfer = (await deployment.record())["transfer"]
+        assert (transfer["state"], transfer["bytes"], transfer["gb_per_second"]) == ("done", 2_000_000, 2.0)
+        assert (transfer["channel"], transfer["exposed_ms"]) == ("nixl", 0.5)

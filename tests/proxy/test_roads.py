@@ -1,0 +1,244 @@
+"""Every road gives one server's answer, and the legs keep the contract."""
+
+import asyncio
+import json
+
+import pytest
+
+from tests.proxy.standin import EOS, MAX_MODEL_LEN, next_token, tokenize
+from tests.proxy.support import Deployment, async_test, generated
+
+CHAT = [{"role": "user", "content": 'Hello "世界"\n'}]
+
+
+def comparable(reply):
+    """An answer without what legitimately differs between servers."""
+    if reply.headers[b"content-type"].startswith(b"text/event-stream"):
+        return [{name: value for name, value in event.items() if name != "created"} for event in reply.events]
+    return {name: value for name, value in reply.json.items() if name != "created"}
+
+
+def prompt_ending_at(step):
+    """A prompt after which the toy model's EOS is its ``step``-th token."""
+    for number in range(100_000):
+        ids = [number % 498 + 1, number // 498 + 1, 5]
+        for _ in range(step - 1):
+            token = next_token(ids)
+            ids.append(token)
+            if token == EOS:
+                break
+        else:
+            if next_token(ids) == EOS:
+                return ids[:3]
+    raise AssertionError("the toy model never ends there")
+
+
+PROMPTS = {
+    "text": 'Hello "quoted" \\ 世界\n',
+    "ids": list(range(1, 400)),
+    "one text in a list": ["Hello"],
+    "ends at once": prompt_ending_at(1),
+    "ends second": prompt_ending_at(2),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("token_ids", [False, True], ids=["", "ids"])
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
+def test_completions_equal_one_servers(prompt, stream, token_ids):
+    """Text, usage, ids, finish reasons and the shape of every event, for a greedy request on the fast path."""
+
+    @async_test
+    async def equal():
+        body = {"prompt": prompt, "max_tokens": 20, "temperature": 0, "return_token_ids": token_ids, "stream": stream}
+        if stream:
+            body["stream_options"] = {"include_usage": True}
+        async with Deployment() as deployment:
+            got, expected = await deployment.ask(body), await deployment.ask_alone(body)
+            assert got.path == "first-token"
+            assert comparable(got) == comparable(expected)
+
+    equal()
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("extra", [{}, {"return_token_ids": True}, {"max_completion_tokens": 7, "max_tokens": None}])
+def test_chats_equal_one_servers(stream, extra):
+    """The re-wrapped stream has the role first and the same events."""
+
+    @async_test
+    async def equal():
+        body = {"messages": CHAT, "max_tokens": 20, "stream": stream} | extra
+        if stream:
+            body["stream_options"] = {"include_usage": True}
+        async with Deployment() as deployment:
+            got, expected = await deployment.ask(body, chat=True), await deployment.ask_alone(body, chat=True)
+            assert got.path == "first-token"
+            assert comparable(got) == comparable(expected)
+            assert deployment.decode[0].requests[0][0] == "/v1/completions"
+
+    equal()
+
+
+@async_test
+async def test_every_event_of_an_answer_has_the_same_creation_time_and_id():
+    """The two legs' own times do not show."""
+    async with Deployment() as deployment:
+        events = (await deployment.ask({"prompt": "x", "max_tokens": 9, "stream": True})).events
+    assert {event["created"] for event in events} == {deployment.prefill[0].created}
+    assert {event["id"] for event in events} == {"cmpl-r1"}
+
+
+@async_test
+async def test_a_chat_without_a_limit_goes_up_to_the_context():
+    """The decode leg's limit is what the context leaves after the prompt and the first token."""
+    body = {"messages": CHAT}
+    async with Deployment() as deployment:
+        got, expected = await deployment.ask(body, chat=True), await deployment.ask_alone(body, chat=True)
+        assert comparable(got) == comparable(expected)
+        (leg,) = generated(deployment.decode[0])
+        assert leg["max_tokens"] + len(leg["prompt"]) == MAX_MODEL_LEN
+
+
+@async_test
+async def test_completions_without_a_limit_get_sixteen_tokens():
+    """OpenAI's default."""
+    async with Deployment() as deployment:
+        got = await deployment.ask({"prompt": "x", "ignore_eos": True})
+        assert got.json["usage"]["completion_tokens"] == 16
+        assert generated(deployment.decode[0])[0]["max_tokens"] == 15
+
+
+@async_test
+async def test_the_legs_keep_the_contract():
+    """Bodies, headers and handoffs are as docs/architecture.md says."""
+    async with Deployment() as deployment:
+        await deployment.ask({"prompt": "ab", "max_tokens": 5, "temperature": 0.5, "stream": True, "user": "u"})
+        ((_, p_headers, p),) = deployment.prefill[0].requests
+        ((_, d_headers, d),) = deployment.decode[0].requests
+    assert p_headers[b"x-request-id"] == d_headers[b"x-request-id"] == b"r1"
+    transfer_id = p["kv_transfer_params"]["transfer_id"]
+    assert p["kv_transfer_params"]["receiver"]["engine_id"] == "d0"
+    assert 0 < p["kv_transfer_params"].pop("deadline_seconds") <= 600
+    assert {name: p[name] for name in ("prompt", "max_tokens", "n", "stream", "return_token_ids", "temperature")} == {
+        "prompt": "ab", "max_tokens": 1, "n": 1, "stream": False, "return_token_ids": True, "temperature": 0.5,
+    }  # fmt: skip
+    ids = tokenize("ab")
+    assert d["prompt"] == [*ids, next_token(ids)]
+    assert (d["max_tokens"], d["stream"], d["temperature"]) == (4, True, 0.5)
+    assert d["kv_transfer_params"]["transfer_id"] == transfer_id
+
+
+@async_test
+async def test_one_token_is_the_prefill_workers_own_answer():
+    """No decode leg, no transfer, and everything that one server would say."""
+    body = {"prompt": "x", "max_tokens": 1, "stream": True, "stream_options": {"include_usage": True}}
+    async with Deployment() as deployment:
+        got, expected = await deployment.ask(body), await deployment.ask_alone(body)
+        assert got.path == "prefill-only"
+        assert comparable(got) == comparable(expected)
+        assert "kv_transfer_params" not in generated(deployment.prefill[0])[0]
+        assert not deployment.decode[0].requests
+
+
+@async_test
+async def test_a_first_token_that_ends_the_answer_calls_no_decode_worker():
+    """EOS at once: nothing is left to decode."""
+    async with Deployment() as deployment:
+        got = await deployment.ask({"prompt": PROMPTS["ends at once"], "max_tokens": 9})
+        assert got.json["choices"][0]["finish_reason"] == "stop"
+        assert not deployment.decode[0].requests
+
+
+@pytest.mark.parametrize("fields", [{"seed": 4}, {"stop": ["\n"]}, {"prompt": ["a", "b"]}, {"unheard_of": 1}])
+def test_a_rederived_answer_is_the_decode_workers_own(fields):
+    """The client's own body, over the transferred KV, unchanged bytes."""
+
+    @async_test
+    async def equal():
+        body = {"prompt": "x", "max_tokens": 9, "stream": True} | fields
+        async with Deployment() as deployment:
+            got, expected = await deployment.ask(body), await deployment.ask_alone(body)
+            assert got.path.startswith("re-derive; reason=")
+            assert comparable(got) == comparable(expected)
+            (leg,) = generated(deployment.decode[0])
+            handoff = leg.pop("kv_transfer_params")
+            assert leg == body
+            sent = generated(deployment.prefill[0])[0]["kv_transfer_params"]
+            assert handoff["transfer_id"] == sent["transfer_id"]
+
+    equal()
+
+
+@pytest.mark.parametrize("first_text", ["", "\ufffd", "a\ufffd"])
+def test_an_incomplete_first_character_is_rederived(first_text):
+    """The client never sees a character that is not there yet."""
+
+    @async_test
+    async def rederived():
+        async with Deployment() as deployment:
+            deployment.prefill[0].script.first_text = first_text
+            got = await deployment.ask({"prompt": "x", "max_tokens": 9, "stream": True})
+            assert got.path == "re-derive; reason=incomplete_text"
+            assert got.text == (await deployment.ask_alone({"prompt": "x", "max_tokens": 9})).text
+
+    rederived()
+
+
+@async_test
+async def test_a_limit_beyond_the_context_is_the_decode_workers_to_judge():
+    """Its refusal reaches the client as a status, because no first token was sent before."""
+    async with Deployment() as deployment:
+        body = {"prompt": "x", "max_tokens": MAX_MODEL_LEN, "stream": True}
+        got = await deployment.ask(body)
+        assert (got.status, got.json["error"]["param"]) == (400, "max_tokens")
+
+
+@async_test
+async def test_without_prefill_workers_everything_is_local():
+    """0p1d: the decode worker gets the client's bytes as they are."""
+    async with Deployment(prefill=0) as deployment:
+        got = await deployment.ask(b'{ "prompt" :"x","max_tokens":4}')
+        assert got.path == "local; reason=no_prefill_worker"
+        assert got.text == (await deployment.ask_alone({"prompt": "x", "max_tokens": 4})).text
+
+
+@async_test
+async def test_a_decode_worker_without_a_receiver_works_alone():
+    """And says so."""
+    async with Deployment() as deployment:
+        deployment.decode[0].has_receiver = False
+        deployment.worker(deployment.decode[0])._take(await deployment.worker(deployment.decode[0])._ask())
+        got = await deployment.ask({"prompt": "x", "max_tokens": 4})
+        assert got.path == "local; reason=decode_has_no_receiver"
+
+
+@async_test
+async def test_short_prompts_stay_local_where_a_threshold_is_set():
+    """The threshold counts tokens."""
+    async with Deployment(min_prompt_tokens=10) as deployment:
+        assert (await deployment.ask({"prompt": [5] * 9, "max_tokens": 4})).path == "local; reason=short_prompt"
+        assert (await deployment.ask({"prompt": [5] * 10, "max_tokens": 4})).path == "first-token"
+
+
+@async_test
+async def test_workers_take_turns():
+    """Round robin, prefill and decode each by itself."""
+    async with Deployment(prefill=3, decode=2) as deployment:
+        for _ in range(6):
+            await deployment.ask({"prompt": "x", "max_tokens": 4})
+        assert [len(s.requests) for s in deployment.prefill] == [2, 2, 2]
+        assert [len(s.requests) for s in deployment.decode] == [3, 3]
+
+
+@async_test
+async def test_the_first_event_leaves_before_the_decode_worker_answers():
+    """The transfer is not in the time to first token."""
+    async with Deployment() as deployment:
+        deployment.decode[0].script.kv_arrives = asyncio.Event()
+        body = json.dumps({"prompt": "x", "max_tokens": 4, "stream": True}).encode()
+        response = await deployment.pool.request("POST", "/v1/completions", (), body)
+        first = await response.chunk()
+        assert first.count(b"data: ") == 1
+        deployment.decode[0].script.kv_arrives.set()
+        assert (await response.read(1 << 20)).endswith(b"data: [DONE]\n\n")

@@ -1,0 +1,197 @@
+"""Bodies taken apart and put together are what a JSON parser would make of them."""
+
+import json
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from kvbelt.errors import RequestError
+from kvbelt.proxy import splice
+from kvbelt.proxy.client_body import ClientBody
+from kvbelt.proxy.prefill_answer import PrefillAnswer
+from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff, ReceiverAddress
+
+PREFILL = PrefillHandoff("t1", ReceiverAddress("e", "h", 1, 2), 5.0)
+DECODE = DecodeHandoff("t1", 5.0)
+PREFILL_JSON = {
+    "transfer_id": "t1",
+    "receiver": {"engine_id": "e", "host": "h", "init_port": 1, "alloc_port": 2},
+    "deadline_seconds": 5.0,
+}
+DECODE_JSON = {"transfer_id": "t1", "deadline_seconds": 5.0}
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+prompts = st.text() | st.lists(st.integers(0, 10**6), min_size=1) | st.lists(st.text(), min_size=1)
+extras = st.dictionaries(
+    st.text().filter(lambda n: n not in ("prompt", "kv_transfer_params"))
+    .filter(lambda n: n not in ClientBody.__slots__), json_values, max_size=4,
+).map(lambda d: {name: value for name, value in d.items() if name.startswith(("x", '"', "é", "\n"))})  # fmt: skip
+spacings = st.sampled_from([None, (",", ":"), (" , ", " : "), (",\n", ":\t")])
+
+
+def written(body, separators):
+    """As some client writes it."""
+    return json.dumps(body, separators=separators, ensure_ascii=len(str(body)) % 2 == 0).encode()
+
+
+@given(prompt=prompts, extra=extras, separators=spacings, limit=st.integers(2, 500))
+@example(prompt=[1, 2], extra={'x"prompt': [3]}, separators=None, limit=5)
+@example(prompt="a", extra={"x": {"prompt": [1]}}, separators=None, limit=5)
+@example(prompt=[7], extra={"x": {"prompt": [1]}}, separators=(",", ":"), limit=5)
+def test_the_legs_bodies_are_the_clients_with_the_overrides(prompt, extra, separators, limit):
+    """Parsed, each leg's body equals the dictionary one would build by hand."""
+    request = {
+        **extra, "prompt": prompt, "max_tokens": limit, "stream": True, "n": None, "min_tokens": 3, "temperature": 0,
+        "stream_options": {"include_usage": True}, "logprobs": None, "kv_transfer_params": {"transfer_id": "stolen"},
+    }  # fmt: skip
+    client = ClientBody(written(request, separators), chat=False)
+    plain = {name: value for name, value in request.items() if name != "kv_transfer_params"}
+    assert json.loads(client.plain()) == plain
+    dropped = ("stream_options", "logprobs")
+    forced = {"max_tokens": 1, "n": 1, "stream": False, "return_token_ids": True, "min_tokens": 1}
+    expected = {name: value for name, value in plain.items() if name not in dropped} | forced
+    assert json.loads(client.for_prefill(PREFILL)) == expected | {"kv_transfer_params": PREFILL_JSON}
+    assert json.loads(client.for_decode(DECODE)) == plain | {"kv_transfer_params": DECODE_JSON}
+    continued = json.loads(client.for_continuation(b"[1, 2]", 3, limit - 1, DECODE))
+    assert continued == {
+        "prompt": [1, 2, 3], "max_tokens": limit - 1, "stream": True, "temperature": 0,
+        "stream_options": {"include_usage": True}, "kv_transfer_params": DECODE_JSON,
+    }  # fmt: skip
+
+
+def test_a_chat_leg_limits_tokens_by_both_names():
+    """max_completion_tokens counts where both are sent."""
+    body = {"messages": [{"role": "user", "content": "x"}], "max_completion_tokens": 9, "max_tokens": 5}
+    client = ClientBody(json.dumps(body).encode(), chat=True)
+    assert client.limit == 9
+    leg = json.loads(client.for_prefill(PREFILL))
+    assert (leg["max_tokens"], leg["max_completion_tokens"]) == (1, 1)
+    assert leg["messages"] == body["messages"]
+
+
+def test_a_name_sent_twice_counts_the_last_time():
+    """In every leg, as in the worker's parser."""
+    client = ClientBody(b'{"prompt":[1],"prompt":"b","max_tokens":3,"max_tokens":4}', chat=False)
+    assert client.limit == 4
+    assert json.loads(client.for_decode(DECODE))["prompt"] == "b"
+
+
+def test_an_escaped_name_is_the_same_name():
+    """A client cannot smuggle a second prompt, or a handoff, behind an escape."""
+    body = rb'{"prompt":[1,2],"pr\u006fmpt":"real","kv\u005ftransfer_params":{"transfer_id":"x"}}'
+    client = ClientBody(body, chat=False)
+    assert json.loads(client.for_decode(DECODE)) == {"prompt": "real", "kv_transfer_params": DECODE_JSON}
+    assert json.loads(client.plain()) == {"prompt": "real"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "count"),
+    [("x", 1), ([1, 2], 1), (["a"], 1), (["a", "b"], 2), ([[1], [2]], 2), ([[1]], 1), ([], 1), ("", 1), (5, 1)],
+)
+def test_prompts_are_counted(prompt, count):
+    """One text or list of ids is one prompt; nonsense is left for the worker to refuse."""
+    assert ClientBody(json.dumps({"prompt": prompt}).encode(), chat=False).num_prompts == count
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b"", None),
+        (b"[]", None),
+        (b"nonsense", None),
+        (b'{"prompt": "x"', None),
+        (b'{"prompt": "\xff\xfe"}', None),
+        (b'{"prompt": "x"} trailing', None),
+        (b"{}", "prompt"),
+        (b'{"prompt": "x", "max_tokens": "many"}', "max_tokens"),
+        (b'{"prompt": "x", "max_tokens": 0}', "max_tokens"),
+        (b'{"prompt": "x", "max_tokens": -3}', "max_tokens"),
+        (b'{"prompt": "x", "stream": "yes"}', "stream"),
+        (b'{"prompt": "x", "stop": [5]}', "stop"),
+        (b'{"prompt": "x", "stream_options": {"include_usage": 7}}', "stream_options"),
+        (b'{"prompt": "x", "stream_options": {"include_usage": true}}', "stream_options"),
+    ],
+)
+def test_a_wrong_body_is_refused_with_the_field_at_fault(body, param):
+    """400, naming the field where there is one."""
+    with pytest.raises(RequestError) as caught:
+        ClientBody(body, chat=False)
+    assert caught.value.status == 400
+    assert caught.value.param == param
+
+
+@given(st.binary(max_size=60))
+def test_no_body_breaks_the_parser(body):
+    """Any bytes are a request or a RequestError."""
+    for chat in (False, True):
+        try:
+            ClientBody(body, chat=chat)
+        except RequestError:
+            continue
+
+
+@given(st.lists(st.integers(0, 99999), min_size=1), spacings)
+def test_cutting_a_list_and_putting_it_back_changes_nothing(ids, separators):
+    """The rest parses without it, and the list parses by itself."""
+    body = written({"a": 1, "ids": ids, "b": [2]}, separators)
+    rest, numbers = splice.cut_numbers(body, b"ids")
+    assert json.loads(numbers) == ids
+    assert json.loads(rest) == {"a": 1, "ids": json.loads(splice.PLACEHOLDER), "b": [2]}
+
+
+@pytest.mark.parametrize("value", ['"a]b"', '["a]", 1]', "[[1]]", "[{}]", "null", "[1", '{"ids": [1]}'])
+def test_only_flat_lists_without_text_are_cut(value):
+    """Anything that could hide a bracket is left to the parser."""
+    assert splice.cut_numbers(b'{"ids": ' + value.encode() + b"}", b"ids") is None
+
+
+def prefill_body(**choice):
+    """A prefill worker's answer."""
+    choice = {
+        "index": 0,
+        "text": " a",
+        "finish_reason": "length",
+        "token_ids": [5],
+        "prompt_token_ids": [1, 2],
+    } | choice
+    usage = {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}
+    return {"id": "cmpl-x", "created": 1, "model": "m", "choices": [choice], "usage": usage}
+
+
+@pytest.mark.parametrize("separators", [None, (",", ":")])
+def test_a_prefill_answer_is_read(separators):
+    """Text, ids, counts and the transfer's state, whatever the spacing."""
+    body = prefill_body() | {"kv_transfer_params": {"transfer_id": "t", "state": "failed", "reason": "deadline"}}
+    first = PrefillAnswer(json.dumps(body, separators=separators).encode())
+    assert (first.text, first.token_id, json.loads(first.prompt_token_ids)) == (" a", 5, [1, 2])
+    assert (first.prompt_tokens, first.handoff.reason, first.why_not_fast()) == (2, "deadline", None)
+
+
+@pytest.mark.parametrize(
+    ("choice", "reason"),
+    [
+        ({"text": ""}, "incomplete_text"),
+        ({"text": "a\ufffd"}, "incomplete_text"),
+        ({"token_ids": None}, "no_token_ids"),
+        ({"token_ids": [1, 2]}, "no_token_ids"),
+        ({"prompt_token_ids": None}, "no_token_ids"),
+        ({"prompt_token_ids": []}, "no_token_ids"),
+        ({"message": {"content": "x", "reasoning_content": "y"}}, "parsed_message"),
+        ({"message": {"content": "x", "tool_calls": [{}]}}, "parsed_message"),
+    ],
+)
+def test_a_first_token_that_cannot_be_shown_is_a_reason(choice, reason):
+    """The decode worker derives it again."""
+    assert PrefillAnswer(json.dumps(prefill_body(**choice)).encode()).why_not_fast() == reason
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b'{"id":1}', json.dumps(prefill_body() | {"choices": []}).encode()])
+def test_what_is_no_prefill_answer_is_an_error(body):
+    """A ValueError, for which the decode worker steps in."""
+    with pytest.raises(ValueError):
+        PrefillAnswer(body)

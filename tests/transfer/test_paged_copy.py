@@ -1,0 +1,80 @@
+"""Copies between paged blocks and staging: every byte, and nothing else."""
+
+import pytest
+import torch
+
+from kvbelt.worker.paged_copy import TorchPagedCopy
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
+]
+ORDERS = [[5, 2, 9, 0], [3, 4, 5, 6], [7], [9, 8]]
+
+
+def finish(fence):
+    """Wait for a copy."""
+    while not fence.done():
+        pass
+
+
+def make(device, dtype=torch.float32):
+    """Two layers of ten blocks, and two staging buffers."""
+    layers = [torch.randn(10, 4, 2, 3, 8, device=device).to(dtype) for _ in range(2)]
+    send, receive = (torch.zeros(64 << 10, dtype=torch.uint8, device=device) for _ in range(2))
+    return layers, send, receive, TorchPagedCopy(layers, send_staging=send, receive_staging=receive)
+
+
+@pytest.mark.parametrize("block_ids", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", DEVICES)
+def test_gather_takes_whole_blocks_in_order(device, dtype, block_ids):
+    """Block i of the call lies at offset + i * block_bytes."""
+    layers, send, _, copy = make(device, dtype)
+    block_bytes = copy.block_bytes
+    assert block_bytes == 4 * 2 * 3 * 8 * dtype.itemsize
+    finish(copy.gather(1, block_ids, 4096, None))
+    expected = torch.zeros_like(send)
+    expected[4096 : 4096 + len(block_ids) * block_bytes] = layers[1][block_ids].view(torch.uint8).reshape(-1)
+    assert torch.equal(send, expected)
+
+
+@pytest.mark.parametrize("block_ids", ORDERS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_scatter_fills_these_blocks_only(device, block_ids):
+    """The others keep their bytes."""
+    layers, _, receive, copy = make(device)
+    receive.random_(0, 256)
+    before = [layer.clone().view(torch.uint8) for layer in layers]
+    finish(copy.scatter(0, block_ids, 8192))
+    after = layers[0].view(torch.uint8)
+    for place, block in enumerate(block_ids):
+        start = 8192 + place * copy.block_bytes
+        assert torch.equal(after[block].reshape(-1), receive[start : start + copy.block_bytes])
+    others = [block for block in range(10) if block not in block_ids]
+    assert torch.equal(after[others], before[0][others])
+    assert torch.equal(layers[1].view(torch.uint8), before[1])
+
+
+@pytest.mark.parametrize("block_ids", [[10, 3], [-1, 3], [3, 99]])
+def test_block_ids_out_of_range_are_refused(block_ids):
+    """Never clipped, never wrapped."""
+    _, _, _, copy = make("cpu")
+    for call in (copy.gather, lambda layer, ids, offset, _: copy.scatter(layer, ids, offset)):
+        with pytest.raises(ValueError, match="of a pool of 10 blocks"):
+            call(0, block_ids, 0, None)
+
+
+def test_a_run_that_leaves_the_pool_is_refused():
+    """Consecutive ids are no exception."""
+    _, _, _, copy = make("cpu")
+    with pytest.raises(ValueError, match="of a pool of 10 blocks"):
+        copy.gather(0, [8, 9, 10], 0, None)
+
+
+def test_layers_that_cannot_be_viewed_as_bytes_are_refused():
+    """A copy made in passing would be gathered, and the pool never."""
+    with pytest.raises(ValueError, match="not contiguous"):
+        TorchPagedCopy([torch.zeros(4, 8, 6).transpose(1, 2)], send_staging=None, receive_staging=None)
+    with pytest.raises(ValueError, match="uint8 and flat"):
+        TorchPagedCopy([torch.zeros(4, 8)], send_staging=torch.zeros(4), receive_staging=None)

@@ -1,0 +1,123 @@
+"""Frames: what is encoded comes back, and whatever else comes raises FrameError and nothing else."""
+
+import contextlib
+
+import msgspec
+import pytest
+from hypothesis import given, settings, strategies
+
+from kvbelt.wire import codec
+from kvbelt.wire import handshake as h
+from kvbelt.wire import reservation as w
+from kvbelt.wire.ids import EngineId, SlotName, TransferId
+from kvbelt.wire.layout import KVLayout
+
+T, P, D = TransferId("t"), EngineId("p"), EngineId("d")
+NAME = SlotName(D, 3, 14)
+LAYOUT = KVLayout(
+    num_layers=2, num_kv_heads=3, head_dim=4, block_size=16, dtype="float32", order="T2HD", block_bytes=1536
+)
+FIT = h.Compatibility(
+    protocol=1, model="m", fingerprint="f", layout=LAYOUT, tp_size=1, tp_rank=0, hash_scheme="xxh3", channel="nixl"
+)
+PROCESS = h.ProcessIdentity(boot_id="b", pid_namespace="pid:[1]", pid=1, start_time=2)
+
+HANDSHAKES = [
+    h.Hello(engine_id=P, receiver=D, worker="w", role="prefill", process=PROCESS, compatibility=FIT),
+    h.Welcome(engine_id=D, compatibility=FIT, agent_metadata=b"\x00\xff", region=h.MemoryRegion(1 << 63, 2, "cuda", 1)),
+    h.HandshakeRefused(engine_id=D, field="dtype", ours="float32", theirs="bfloat16"),
+]
+FROM_SENDER = [
+    w.Reserve(transfer_id=T, sender=P, receiver=D, num_tokens=1, num_blocks=1, num_bytes=1 << 40, deadline_seconds=1.5),
+    w.Heartbeat(transfer_id=T, sender=P, slot=NAME),
+    w.Commit(transfer_id=T, sender=P, slot=NAME, num_tokens=1, num_bytes=2, digest=None),
+    w.Cancel(transfer_id=T, sender=P, slot=None, reason="x"),
+    w.Cancelled(transfer_id=T, sender=P, slot=NAME),
+]
+FROM_RECEIVER = [
+    w.Granted(transfer_id=T, slot=NAME, offset=0, num_bytes=1, lease_seconds=2.0),
+    w.Wait(transfer_id=T, retry_after_seconds=0.25, position=3),
+    w.Refused(transfer_id=T, reason="too_large", detail="9 > 8"),
+    w.Renewed(transfer_id=T, slot=NAME),
+    w.Committed(transfer_id=T, slot=NAME),
+    w.Expired(transfer_id=T, slot=None, reason="lease"),
+    w.Cancel(transfer_id=T, slot=NAME, reason="reader_gone"),
+    w.Cancelled(transfer_id=T, slot=None),
+]
+CODECS = [
+    (codec.handshakes, HANDSHAKES),
+    (codec.from_sender, FROM_SENDER),
+    (codec.from_receiver, FROM_RECEIVER),
+]
+EVERY = [(make, message) for make, messages in CODECS for message in messages]
+
+
+@pytest.mark.parametrize(("make", "message"), EVERY)
+def test_every_message_comes_back(make, message):
+    """Encoding loses nothing."""
+    assert make().decode(make().encode(message)) == message
+
+
+def test_every_message_of_the_protocol_is_tried():
+    """A message that is added to a union is added here."""
+    for union, messages in (
+        (h.HandshakeMessage, HANDSHAKES),
+        (w.FromSender, FROM_SENDER),
+        (w.FromReceiver, FROM_RECEIVER),
+    ):
+        assert {type(message) for message in messages} == set(union.__args__)
+
+
+@pytest.mark.parametrize(("make", "message"), EVERY)
+def test_every_truncation_is_refused(make, message):
+    """A frame cut anywhere is malformed."""
+    frame = make().encode(message)
+    for end in range(len(frame)):
+        with pytest.raises(codec.FrameError):
+            make().decode(frame[:end])
+
+
+@settings(deadline=None)
+@given(noise=strategies.binary(max_size=200))
+@pytest.mark.parametrize("make", [make for make, _ in CODECS])
+def test_noise_is_refused(make, noise):
+    """Random bytes, with and without a good header, raise FrameError only."""
+    for frame in (noise, codec.MAGIC + bytes([h.PROTOCOL_VERSION]) + noise):
+        with pytest.raises(codec.FrameError):
+            make().decode(frame)
+
+
+@settings(deadline=None)
+@given(data=strategies.data())
+@pytest.mark.parametrize(("make", "message"), EVERY)
+def test_a_flipped_byte_never_raises_anything_else(make, message, data):
+    """A damaged frame is either refused or still a message of the union."""
+    frame = bytearray(make().encode(message))
+    frame[data.draw(strategies.integers(0, len(frame) - 1))] ^= data.draw(strategies.integers(1, 255))
+    with contextlib.suppress(codec.FrameError):
+        assert isinstance(make().decode(bytes(frame)), msgspec.Struct)
+
+
+def test_another_version_is_named():
+    """The version is readable whatever follows it."""
+    with pytest.raises(codec.VersionError, match="version 9; this side speaks 1") as caught:
+        codec.handshakes().decode(b"KB\x09whatever follows")
+    assert caught.value.theirs == 9
+
+
+def test_an_oversized_frame_is_refused_unread():
+    """The limit is checked first."""
+    with pytest.raises(codec.FrameError, match="at most 16384"):
+        codec.from_sender().decode(b"KB\x01" + bytes(codec.MAX_RESERVATION_BYTES))
+
+
+def test_a_message_of_the_other_direction_is_refused():
+    """A receiver takes no Granted."""
+    with pytest.raises(codec.FrameError):
+        codec.from_sender().decode(codec.from_receiver().encode(FROM_RECEIVER[0]))
+
+
+def test_deep_nesting_is_refused():
+    """A frame built to exhaust the stack is a malformed frame."""
+    with pytest.raises(codec.FrameError):
+        codec.from_sender().decode(b"KB\x01" + b"\x91" * 10_000 + b"\xc0")
