@@ -31,7 +31,7 @@ from kvbelt.transfer.settings import BeltIdentity, BeltSettings
 from kvbelt.wire.handoff import PrefillHandoff, ReceiverAddress
 from kvbelt.wire.ids import EngineId, TransferId
 from kvbelt.wire.layout import KVLayout
-from kvbelt.worker.paged_copy import TorchPagedCopy
+from kvbelt.paged_copy import TorchPagedCopy
 
 TARGET_RATIO = 0.6
 WARM_UP_ROUNDS = 3
