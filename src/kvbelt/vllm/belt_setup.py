@@ -21,6 +21,11 @@ from kvbelt.wire.ids import EngineId
 from kvbelt.wire.layout import KVLayout
 
 
+#: Longer than a worker's of our own: on CPU the belt's thread is bound to the core that the model computes on, and
+#: on a full machine has gone without it for two seconds.
+LEASE_SECONDS = 4.0
+
+
 class _DeviceChannel(NixlChannel):
     """A NIXL channel whose thread works on one CUDA device: UCX takes the thread's current one."""
 
@@ -64,6 +69,7 @@ def make_belt(  # noqa: PLR0917 -- its seams
             init_port=settings.init_port,
             alloc_port=settings.alloc_port,
             notification_endpoint=settings.notification_endpoint,
+            lease_seconds=LEASE_SECONDS,
         ),
         _DeviceChannel(f"{settings.role}-{engine_id}", settings.nixl_backends, device),
         TorchPagedCopy(pages.rows, send_staging=send, receive_staging=receive),
