@@ -217,7 +217,8 @@ def run_case(shape: Shape, case: Case) -> dict[str, Any]:
     for place, side in enumerate(("prefill", "decode")):
         given = json.dumps([side, msgspec.to_builtins(shape), msgspec.to_builtins(case)])
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(place)}
-        environment.setdefault("UCX_TLS", "cuda_ipc,cuda_copy,tcp") if shape.device == "cuda" else None
+        if shape.device == "cuda":
+            environment.setdefault("UCX_TLS", "cuda_ipc,cuda_copy,tcp")
         command = [sys.executable, str(Path(__file__).resolve()), "--child", given]
         processes.append(
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
@@ -231,10 +232,11 @@ def run_case(shape: Shape, case: Case) -> dict[str, Any]:
 
     def told(process: subprocess.Popen[str]) -> dict[str, Any]:
         assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            raise SystemExit(f"a process of the benchmark ended with status {process.wait()}")
-        return dict(json.loads(line))
+        for line in process.stdout:
+            if line.startswith("{"):
+                return dict(json.loads(line))
+            print(line, end="", file=sys.stderr)  # UCX logs to standard output
+        raise SystemExit(f"a process of the benchmark ended with status {process.wait()}")
 
     handovers: list[float] = []
     wrong = blocks = 0

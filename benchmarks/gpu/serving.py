@@ -17,12 +17,14 @@ import contextlib
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -325,7 +327,10 @@ def run_system(plan: Plan, system: str) -> None:
             saved.pop("generated_texts", None)
             run = {"rate": rate, "prompts": prompts, "gpus": mean_utilisation(samples), "bench": saved}
             if system == "kvbelt":
-                run["requests"] = json.loads(get(f"http://127.0.0.1:{FRONT}/kvbelt/requests"))["requests"]
+                # The newest first; the proxy tells a hundred.
+                requests = json.loads(get(f"http://127.0.0.1:{FRONT}/kvbelt/requests"))["requests"][:prompts]
+                run["requests"] = requests
+                run["paths"] = Counter(request["decision"]["path"] for request in requests)
             result["runs"].append(run)
             print(line_of(system, run), flush=True)
     finally:
@@ -371,7 +376,7 @@ HEAD = (
 
 
 def cells(system: str, run: dict[str, Any]) -> list[str]:
-    """One row."""
+    """One row; ``gap 2`` is from the first token to the second, ``exposed`` from the end of prefill to the commit."""
     saved = run["bench"]
     exposed = sorted(
         request["transfer"]["exposed_ms"]
@@ -383,7 +388,10 @@ def cells(system: str, run: dict[str, Any]) -> list[str]:
     done = f"{saved['completed']}/{run['prompts']}"
     ends = [f"{exposed[len(exposed) // 2]:.1f}", f"{exposed[-1 - len(exposed) // 100]:.1f}"] if exposed else ["-", "-"]
     total = f"{saved['total_token_throughput']:,.0f}"
-    return [system, f"{run['rate']:g}", done, *(f"{value:.1f}" for value in figures), total, *ends, busy]
+    gaps = [gaps[0] * 1000 for gaps in saved["itls"] if gaps]
+    figures.append(statistics.median(gaps) if gaps else float("nan"))
+    paths = " ".join(f"{path}:{count}" for path, count in run.get("paths", {}).items()) or "-"
+    return [system, f"{run['rate']:g}", done, *(f"{value:.1f}" for value in figures), total, *ends, busy, paths]
 
 
 def line_of(system: str, run: dict[str, Any]) -> str:
