@@ -211,8 +211,25 @@ def decode(shape: Shape, case: Case) -> None:
     me.close()
 
 
-def run_case(shape: Shape, case: Case) -> dict[str, Any]:
-    """Both processes through all rounds of a case."""
+def tell(process: subprocess.Popen[str], message: dict[str, Any]) -> None:
+    """To a child."""
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(message) + "\n")
+    process.stdin.flush()
+
+
+def told(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """From a child."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("{"):
+            return dict(json.loads(line))
+        print(line, end="", file=sys.stderr)  # UCX logs to standard output
+    raise SystemExit(f"a process of the benchmark ended with status {process.wait()}")
+
+
+def start(shape: Shape, case: Case) -> list[subprocess.Popen[str]]:
+    """The sender on the first GPU, the receiver on the second."""
     processes = []
     for place, side in enumerate(("prefill", "decode")):
         given = json.dumps([side, msgspec.to_builtins(shape), msgspec.to_builtins(case)])
@@ -223,20 +240,13 @@ def run_case(shape: Shape, case: Case) -> dict[str, Any]:
         processes.append(
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         )
+    return processes
+
+
+def run_case(shape: Shape, case: Case) -> dict[str, Any]:
+    """Both processes through all rounds of a case."""
+    processes = start(shape, case)
     sender, receiver = processes
-
-    def tell(process: subprocess.Popen[str], message: dict[str, Any]) -> None:
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(message) + "\n")
-        process.stdin.flush()
-
-    def told(process: subprocess.Popen[str]) -> dict[str, Any]:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("{"):
-                return dict(json.loads(line))
-            print(line, end="", file=sys.stderr)  # UCX logs to standard output
-        raise SystemExit(f"a process of the benchmark ended with status {process.wait()}")
 
     handovers: list[float] = []
     wrong = blocks = 0
