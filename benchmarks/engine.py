@@ -118,7 +118,8 @@ def show(result: dict[str, Any]) -> None:
     """The table."""
     print(
         f"{result['model']} {result['dtype']}, {result['threads']} threads, {result['prompt_tokens']} tokens in, "
-        f"{result['tokens']} out, {result['rounds']} rounds, tokens the same: {'yes' if result['same_tokens'] else 'NO'}"
+        f"{result['tokens']} out, {result['rounds']} rounds, "
+        f"tokens the same: {'yes' if result['same_tokens'] else 'NO'}"
     )
     print(f"{'':34}{'median':>9}{'min':>9}{'max':>9}   to reach")
     rows = [

@@ -2,8 +2,9 @@
 
 Two processes, each with a belt, a pool of blocks and a staging buffer. A transfer begins when the first block is handed
 to the sender and ends when the last byte is in the receiver's own blocks: gather, write, commit, scatter. memcpy is the
-C library's, of as many bytes, between two pools of this process. Repetitions of both alternate, so that whatever else
-the machine does meets both; ratios are taken within a repetition.
+C library's, of as many bytes, between two pools of this process; "NIXL alone" is one write of as many contiguous bytes
+from pool to pool, which is what the transport can do at best. Repetitions of all three alternate, so that whatever else
+the machine does meets all of them; ratios are taken within a repetition.
 
 A second measurement is the handover: layers are handed over one by one with a pause between them, as a prompt's
 computation does, and time runs from the last one. To reach: 0.6 of memcpy for 46 MB and more, paged to paged.
@@ -76,6 +77,11 @@ CASES = [
 ]
 
 
+def region_of(memory: torch.Tensor) -> Region:
+    """All of it."""
+    return Region(memory.data_ptr(), memory.nbytes, "cpu")
+
+
 class Side:
     """One process's belt, pool and staging."""
 
@@ -86,7 +92,7 @@ class Side:
         self.pool = torch.ones((layout.num_layers, self.num_blocks, layout.block_bytes), dtype=torch.uint8)
         sends = role == "prefill"
         staging = torch.ones(max(64 << 20, 1) if sends else case.num_bytes + 4096, dtype=torch.uint8)
-        region = Region(staging.data_ptr(), staging.numel(), "cpu")
+        region = region_of(staging)
         engine_id = EngineId(f"{role}-{random.getrandbits(48):012x}")
         self.belt = Belt(
             BeltIdentity(engine_id, role, model="benchmark", fingerprint="benchmark", layout=layout),
@@ -112,7 +118,11 @@ def receive(connection: Connection, case: Case, piece_bytes: int) -> None:
     """The decode worker's process: scatters what it is told to expect, answers with when."""
     torch.set_num_threads(1)
     side = Side(case, "decode", piece_bytes)
-    connection.send(side.belt.receiver_address())
+    raw = NixlChannel(f"raw-{random.getrandbits(48):012x}")
+    raw.register(region_of(side.pool))
+    connection.send((side.belt.receiver_address(), raw.local_metadata(), side.pool.data_ptr()))
+    while not connection.poll(0.001):
+        raw.progress()  # until the other side has connected
     while (order := connection.recv()) is not None:
         transfer_id, check = order
         ids = side.pick(case)
@@ -136,6 +146,7 @@ def receive(connection: Connection, case: Case, piece_bytes: int) -> None:
         # One clock for both processes: CLOCK_MONOTONIC is the machine's.
         connection.send((committed, scattered, side.pool[:, ids].numpy().tobytes() if check else b""))
     side.belt.close()
+    raw.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,13 +172,19 @@ class Pair:
         self._process.start()
         self.side = Side(case, "prefill", piece_bytes)
         self.side.pool.random_(0, 256)
-        self._address: ReceiverAddress = self._connection.recv()
+        self._address: ReceiverAddress
+        self._address, metadata, self._there = self._connection.recv()
+        self._raw = NixlChannel(f"raw-{random.getrandbits(48):012x}")
+        self._raw.register(region_of(self.side.pool))
+        self._raw_peer = self._raw.add_peer(metadata)
+        self.nixl(4096)
 
     def close(self) -> None:
         """End both."""
         self._connection.send(None)
         self._process.join()
         self.side.belt.close()
+        self._raw.close()
 
     def move(self, *, pause: float = 0.0, check: bool = False) -> Moved:
         """One transfer; ``pause`` between layers; ``check`` compares every byte."""
@@ -211,6 +228,15 @@ class Pair:
         sending.computed()
         return begin, last
 
+    def nixl(self, num_bytes: int) -> float:
+        """Seconds of one write from pool to pool, without a belt."""
+        begin = time.perf_counter()
+        write = self._raw.write(self._raw_peer, [(self.side.pool.data_ptr(), self._there, num_bytes)], "cpu", "cpu")
+        while not write.done():
+            pass
+        write.release()
+        return time.perf_counter() - begin
+
     def memcpy(self, to: torch.Tensor) -> float:
         """Seconds to copy as many bytes."""
         begin = time.perf_counter()
@@ -225,24 +251,28 @@ def measure(case: Case, rounds: int, piece_bytes: int) -> dict[str, Any]:
         to = torch.ones_like(pair.side.pool)
         moved: list[Moved] = []
         copied: list[float] = []
+        nixl: list[float] = []
         pair.move(check=True)
         for _ in range(WARM_UP_ROUNDS + rounds):
             copied.append(pair.memcpy(to))
+            nixl.append(pair.nixl(case.num_bytes))
             moved.append(pair.move())
         handed_over = [pair.move(pause=LAYER_SECONDS) for _ in range(rounds)]
         pair.move(check=True)
     finally:
         pair.close()
-    moved, copied = moved[WARM_UP_ROUNDS:], copied[WARM_UP_ROUNDS:]
+    moved, copied, nixl = moved[WARM_UP_ROUNDS:], copied[WARM_UP_ROUNDS:], nixl[WARM_UP_ROUNDS:]
     gigabytes = case.num_bytes / 1e9
     return {
         "case": case.name,
         "bytes": case.num_bytes,
         "writes": moved[-1].num_writes,
         "memcpy_gb_per_s": summarise(gigabytes / seconds for seconds in copied),
+        "nixl_gb_per_s": summarise(gigabytes / seconds for seconds in nixl),
         "write_gb_per_s": summarise(gigabytes / max(m.write, 1e-9) for m in moved),
         "paged_to_paged_gb_per_s": summarise(gigabytes / m.paged_to_paged for m in moved),
         "paged_to_paged_ms": summarise(1e3 * m.paged_to_paged for m in moved),
+        "nixl_to_memcpy": summarise(c / n for c, n in zip(copied, nixl, strict=True)),
         "ratio_to_memcpy": summarise(c / m.paged_to_paged for c, m in zip(copied, moved, strict=True)),
         "handover_ms": summarise(1e3 * m.after_last_layer for m in handed_over),
         "scatter_ms": summarise(1e3 * m.scatter for m in handed_over),
@@ -260,11 +290,22 @@ def main() -> None:
     for case in CASES:
         note(f"measuring {case.name}")
         results.append(measure(case, options.rounds, options.piece_kib << 10))
-    head = ["case", "memcpy GB/s", "paged to paged GB/s", "of memcpy", "ms", "handover ms", "of it scatter", "writes"]
+    head = [
+        "case",
+        "memcpy GB/s",
+        "NIXL alone GB/s",
+        "paged to paged GB/s",
+        "of memcpy",
+        "ms",
+        "handover ms",
+        "of it scatter",
+        "writes",
+    ]
     rows = [
         [
             result["case"],
             str(result["memcpy_gb_per_s"]),
+            str(result["nixl_gb_per_s"]),
             str(result["paged_to_paged_gb_per_s"]),
             str(result["ratio_to_memcpy"]),
             str(result["paged_to_paged_ms"]),

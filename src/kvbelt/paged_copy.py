@@ -91,6 +91,7 @@ class CpuPagedCopy:
         self.block_bytes = self._layers[0].shape[1]
         self._send: Bytes | None = None if send_staging is None else send_staging.numpy()
         self._receive: Bytes | None = None if receive_staging is None else receive_staging.numpy()
+        self._filled: tuple[Sequence[int], npt.NDArray[np.int64], int | None] = ([], np.empty(0, np.int64), None)
 
     def gather(self, layer: int, block_ids: Sequence[int], offset: int, ready: Any) -> Fence:  # noqa: ARG002
         """Paged blocks to ``send_staging``. ``ready`` is None on CPU."""
@@ -110,14 +111,24 @@ class CpuPagedCopy:
         """``receive_staging`` to paged blocks."""
         assert self._receive is not None
         blocks = self._layers[layer]
-        ids = _checked(block_ids, len(blocks))
+        ids, first = self._ids_to_fill(block_ids)
         staged = self._receive[offset : offset + ids.size * self.block_bytes].reshape(-1, self.block_bytes)
-        first = _run_start(ids)
         if first is not None:
             np.copyto(blocks[first : first + ids.size], staged)
         else:
             blocks[ids] = staged
         return DONE
+
+    def _ids_to_fill(self, block_ids: Sequence[int]) -> tuple[npt.NDArray[np.int64], int | None]:
+        """The ids, and the first one if they follow one upon another."""
+        # A slot is scattered layer after layer into the same blocks: a tuple, seen before, need not be looked at again.
+        # (One attribute, read once: threads that scatter at the same time only lose the shortcut.)
+        seen, ids, first = self._filled
+        if block_ids is not seen or not isinstance(block_ids, tuple):
+            ids = _checked(block_ids, len(self._layers[0]))
+            first = _run_start(ids)
+            self._filled = (block_ids, ids, first)
+        return ids, first
 
 
 def _run_start(ids: npt.NDArray[np.int64]) -> int | None:

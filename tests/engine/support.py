@@ -33,14 +33,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")  # noqa: S106
 
 
-def save_model(folder: Path, config: PretrainedConfig, seed: int = 0) -> Path:
-    """A random model whose answers vary, with its tokenizer."""
+def save_model(folder: Path, config: PretrainedConfig, seed: int = 0, spread: float = 0.25) -> Path:
+    """A random model whose answers vary, with its tokenizer. The wider it is, the smaller must its weights' spread be."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(0, 0.25)
+                parameter.normal_(0, spread)
     model.generation_config.eos_token_id = EOS
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
@@ -124,21 +124,25 @@ class Client:
 
     @property
     def token_ids(self) -> list[int]:
+        """All tokens of the answer."""
         self.wait()
         return self._ids()
 
     @property
     def text(self) -> str:
+        """All text of the answer."""
         self.wait()
         return "".join(output.text for output in self.outputs)
 
     @property
     def last(self) -> Output:
+        """The output with the finish reason."""
         self.wait()
         return self.outputs[-1]
 
     @property
     def finish(self) -> FinishReason | None:
+        """Why it ended."""
         return self.last.finish_reason
 
 

@@ -27,6 +27,7 @@ class Carrier:
         self.fail_in_layer = fail_in_layer
 
     def blocks_written(self, layer: int, first: int, block_ids: Sequence[int], ready: object) -> None:
+        """Copy, and note the call."""
         if layer == self.fail_in_layer:
             raise OSError("the belt is torn")
         assert ready is None
@@ -36,6 +37,7 @@ class Carrier:
             self.copied[layer, first + i] = self.engine.pool.layers[layer][block].clone()
 
     def finished(self, hold: BlockHold, *, complete: bool) -> None:
+        """Keep the hold."""
         self.hold = hold
         self.ends.append(complete)
 
@@ -52,6 +54,7 @@ class Delivery:
         self.releases = 0
 
     def load(self, block_ids: Sequence[int]) -> None:
+        """Copy into the engine's blocks."""
         self.loads += 1
         if self.lost:
             raise IncomingKVLostError("slot expired")
@@ -61,6 +64,7 @@ class Delivery:
                 self.engine.pool.layers[layer][block].copy_(self.carrier.copied[layer, i])
 
     def release(self) -> None:
+        """Count."""
         self.releases += 1
 
 

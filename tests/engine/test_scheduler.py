@@ -27,6 +27,7 @@ class Simulation:
         self.first_steps: list[int] = []
 
     def add(self, prompt: int, answer: int, *, outgoing: bool = False) -> Sequence:
+        """A request of so many tokens in and out."""
         self.arrivals += 1
         request = GenerationRequest(
             str(self.arrivals), tuple(range(prompt)), SamplingParams(), print, outgoing=ANYONE if outgoing else None
@@ -36,6 +37,7 @@ class Simulation:
         return sequence
 
     def step(self) -> StepPlan:
+        """Plan, check the plan, and do it."""
         plan = self.scheduler.schedule()
         assert sum(chunk.length for chunk in plan.chunks) <= self.max_batch_tokens
         assert len({id(chunk.sequence) for chunk in plan.chunks}) == len(plan.chunks)
@@ -59,12 +61,14 @@ class Simulation:
         return plan
 
     def end(self, sequence: Sequence) -> None:
+        """It is over."""
         self.scheduler.remove(sequence)
         self.allocator.free(sequence.block_ids)
         sequence.block_ids = []
         self.finished.append(sequence)
 
     def validate(self) -> None:
+        """Check every invariant."""
         self.scheduler.validate()
         self.allocator.validate([sequence.block_ids for sequence in self.scheduler.running], [])
 

@@ -42,7 +42,7 @@ def record():
             "load": 1.5,
             "decode_queue": 0.5,
             "decode_headers": 45.0,
-            "first_decode_step": 0.1,
+            "first_decode_step": 40.0,
             "first_token": 85.2,
             "total": 900.0,
         },

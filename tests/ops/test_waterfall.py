@@ -31,7 +31,7 @@ def test_spans_stand_where_they_happened(body):
 
 def test_decode_workers_own_measure_is_preferred(body):
     """A first step that D itself measured is shown as it is."""
-    body["timings_ms"]["decode_step"] = 39.0
+    body["timings_ms"]["first_decode_step"] = 39.0
     assert spans(body)["first decode step"] == (90.0, 39.0)
 
 

@@ -320,6 +320,19 @@ def test_an_incomplete_prompt_is_never_committed(memory):
         assert arrival.lost().reason == "incomplete"
 
 
+def test_blocks_that_cannot_be_gathered_end_one_transfer(memory):
+    """An engine that names a block it does not have harms nobody else."""
+    with Side("p", "prefill", memory("p")) as p, Side("d", "decode", memory("d")) as d:
+        p.fill(1)
+        sending, sent = begin(p, d.belt.receiver_address(), "a", 32)
+        hand_over(sending, LAYOUT, [1, 64])
+        outcome = sent.outcome()
+        assert outcome.reason == "gather_failed"
+        assert "pool of 64 blocks" in outcome.detail
+        assert sent.blocks_free.wait(5)
+        transfer_once(p, d, "b", 100)
+
+
 def test_blocks_out_of_turn_are_the_callers_mistake(memory):
     """Each block of each layer once, in order."""
     with Side("p", "prefill", memory("p")) as p:
@@ -490,8 +503,8 @@ def test_an_idle_pair_sleeps(pair):
     transfer_once(p, d, "a", 100)
     turns = []
     for side in pair:
-        turn = side.belt._turn
-        side.belt._turn = lambda *a, turn=turn: (turns.append(1), turn(*a))[1]
+        turn = side.belt._driver._turn
+        side.belt._driver._turn = lambda *a, turn=turn: (turns.append(1), turn(*a))[1]
     threading.Event().wait(0.5)
     assert len(turns) <= 4
 

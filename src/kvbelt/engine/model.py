@@ -71,6 +71,8 @@ class PagedModel:
         self.vocab_size: int = self.config.vocab_size
         self.context: int = getattr(self.config, "max_position_embeddings", None) or 2048
         self.eos_token_ids = _eos_token_ids(self.tokenizer, self._model)
+        if device.type == "cpu" and self.dtype is torch.float32:
+            _store_inputs_first(self._model)
         try:
             self._prove()
         except ModelError as error:
@@ -163,6 +165,18 @@ class PagedModel:
                 f"transformers' own (largest difference {difference:.3g}, spread {spread:.3g}): its attention does "
                 "something this engine does not know"
             )
+
+
+def _store_inputs_first(model: torch.nn.Module) -> None:
+    """Lay the matrices of linear layers out with the input dimension first; their shape stays.
+
+    MKL multiplies a few fp32 rows (a decode batch of 8, a chunk of 64) 15 to 25 % faster so, one row and 512 as
+    fast as before. An output matrix that is the embedding too keeps its rows together for the look-ups.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and id(module.weight) not in embeddings:
+            module.weight.data = module.weight.data.t().contiguous().t()
 
 
 def _check_folder(model_dir: Path) -> None:

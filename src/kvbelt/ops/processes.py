@@ -35,6 +35,7 @@ class DeploymentSpec:
     auto_ports: bool = False
     threads: int | None = None  #: CPU threads of each worker; None: the cores shared out evenly
     kv_gb: float | None = None  #: GB of KV memory of each worker's engine; None: the worker decides
+    buffer_device: str | None = None  #: where the staging memory is: ``cpu`` or ``cuda``; None: where the engine is
     buffer_gb: float = 1.0  #: GiB of staging memory on each side of the belt (touched only as it is used)
     max_model_len: int | None = None
     log_dir: Path | None = None  #: where each process's log is written as well
@@ -97,7 +98,7 @@ def resolve_device(device: str) -> str:
     return "cuda" if torch_has_cuda and visible_gpus() else "cpu"
 
 
-def sender_config(spec: DeploymentSpec, ports: Ports, device: str) -> dict[str, Any]:
+def sender_config(spec: DeploymentSpec, ports: Ports) -> dict[str, Any]:
     """A prefill worker's file."""
     return {
         "local_cpu": True,
@@ -108,12 +109,12 @@ def sender_config(spec: DeploymentSpec, ports: Ports, device: str) -> dict[str, 
         "pd_proxy_host": WORKER_HOST,
         "pd_proxy_port": ports.notify,
         "pd_buffer_size": int(spec.buffer_gb * GIB),
-        "pd_buffer_device": device,
+        "pd_buffer_device": spec.buffer_device or resolve_device(spec.device),
         "nixl_backends": ["UCX"],
     }
 
 
-def receiver_config(spec: DeploymentSpec, ports: Ports, device: str, index: int) -> dict[str, Any]:
+def receiver_config(spec: DeploymentSpec, ports: Ports, index: int) -> dict[str, Any]:
     """Decode worker ``index``'s file."""
     return {
         "local_cpu": False,
@@ -124,7 +125,7 @@ def receiver_config(spec: DeploymentSpec, ports: Ports, device: str, index: int)
         "pd_peer_init_port": ports.init[index],
         "pd_peer_alloc_port": ports.alloc[index],
         "pd_buffer_size": int(spec.buffer_gb * GIB),
-        "pd_buffer_device": device,
+        "pd_buffer_device": spec.buffer_device or resolve_device(spec.device),
         "nixl_backends": ["UCX"],
     }
 
@@ -133,9 +134,8 @@ def write_configs(spec: DeploymentSpec, ports: Ports, directory: Path) -> dict[s
     """Write each worker's YAML file; by name of the worker. Without prefill workers there is no belt, and none."""
     if spec.topology.aggregated:
         return {}
-    device = resolve_device(spec.device)
-    contents = {f"prefill-{i}": sender_config(spec, ports, device) for i in range(spec.topology.prefill)}
-    contents |= {f"decode-{i}": receiver_config(spec, ports, device, i) for i in range(spec.topology.decode)}
+    contents = {f"prefill-{i}": sender_config(spec, ports) for i in range(spec.topology.prefill)}
+    contents |= {f"decode-{i}": receiver_config(spec, ports, i) for i in range(spec.topology.decode)}
     files = {}
     for name, content in contents.items():
         files[name] = directory / f"{name}.yaml"

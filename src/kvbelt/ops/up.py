@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-gb", type=positive_number, help="KV memory of each worker in GB (default: the worker decides)"
     )
+    parser.add_argument("--buffer-device", choices=["cpu", "cuda"], help="default: where the engine is")
     parser.add_argument(
         "--buffer-gb", type=positive_number, default=1.0, help="staging memory a side in GiB (default: 1)"
     )
@@ -95,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
             auto_ports=args.auto_ports,
             threads=args.threads,
             kv_gb=args.kv_gb,
+            buffer_device=args.buffer_device,
             buffer_gb=args.buffer_gb,
             max_model_len=args.max_model_len,
             log_dir=args.log_dir,

@@ -38,7 +38,7 @@ class Timings(msgspec.Struct, frozen=True):
     load: float | None = None  #: on D: scattering the slot into its blocks
     decode_queue: float | None = None
     decode_headers: float | None = None  #: from D's leg's departure to D's answer, which leaves with its first output
-    decode_step: float | None = None  #: D's first step, as D measured it
+    first_decode_step: float | None = None  #: D's first step, as D measured it
     first_token: float | None = None  #: moment of the first token's departure to the client
     total: float | None = None
 
@@ -133,7 +133,7 @@ def _on_two_workers(record: RequestRecord) -> list[Bar]:
     # D's leg departs when P's answer has come; P answers without waiting for the transfer.
     departed = (timings.proxy or 0.0) + (timings.prefill_leg or 0.0)
     waited, queued, loaded = timings.kv_wait or 0.0, timings.decode_queue or 0.0, timings.load or 0.0
-    step = timings.decode_step
+    step = timings.first_decode_step
     if step is None:
         step = max(0.0, timings.decode_headers - waited - queued - loaded)
     shown.append(Bar("KV wait", departed, waited))

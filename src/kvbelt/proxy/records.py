@@ -58,7 +58,10 @@ class Record:
                 "load": decode.get("load"),
                 "decode_queue": decode.get("queue"),
                 "decode_headers": ms(_between(self.decode_sent, self.decode_answered)),
-                "first_decode_step": ms(_between(self.decode_answered, self.decode_first)),
+                # Our workers' headers leave with their first output and tell the step; others' leave before it.
+                "first_decode_step": decode.get("prefill", ms(_between(self.decode_answered, self.decode_first)))
+                if self.prefill_worker is not None
+                else None,
                 "first_token": ms(since(self.first_token)),
                 "total": ms(since(self.ended)),
             },

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 import zmq
 
-from kvbelt.errors import ChannelError
 from kvbelt.transfer.deadlines import Deadlines
-from kvbelt.transfer.peers import Peer
+from kvbelt.transfer.peers import Peer, PeerEvents, Peers
 from kvbelt.transfer.plan import Run
 from kvbelt.transfer.ports import Channel, TransferOutcome
 from kvbelt.transfer.pump import BlocksFree, Broken, Landed, Load, Pump, Report, Stopped, Target
@@ -29,11 +28,11 @@ from kvbelt.transfer.sender_states import (
 )
 from kvbelt.transfer.settings import BeltSettings
 from kvbelt.transfer.snapshot import Sum
-from kvbelt.transfer.sockets import Sockets, endpoint
+from kvbelt.transfer.sockets import Sockets
 from kvbelt.wire import codec
 from kvbelt.wire import reservation as wire
 from kvbelt.wire.handoff import ReceiverAddress
-from kvbelt.wire.handshake import HandshakeRefused, Hello, Welcome, first_difference
+from kvbelt.wire.handshake import Hello
 from kvbelt.wire.ids import EngineId, TransferId
 from kvbelt.wire.notification import Notification, TransferDone, TransferFailed
 from kvbelt.wire.notification import encode as encode_notification
@@ -64,6 +63,7 @@ class Dispatch:
 
     def __init__(  # noqa: PLR0917 -- its seams
         self,
+        engine_id: EngineId,
         hello: Callable[[EngineId], Hello],
         settings: BeltSettings,
         sockets: Sockets,
@@ -71,16 +71,15 @@ class Dispatch:
         pump: Pump,
         clock: Callable[[], float],
     ) -> None:
-        self._hello = hello
-        self._settings = settings
+        self._engine_id = engine_id
         self._sockets = sockets
-        self._channel = channel
+        self._channel_name = channel.name
         self._pump = pump
         self._clock = clock
-        self._handshakes = codec.handshakes()
         self._reservations = codec.from_receiver()
-        self._peers: dict[EngineId, Peer] = {}
-        self._by_socket: dict[zmq.Socket[bytes], Peer] = {}
+        self.peers = Peers(
+            hello, settings, sockets, channel, PeerEvents(self._peer_ready, self._peer_lost, self._abort_writes)
+        )
         # Exactly the sessions that have not ended. An id that is not in it is written by nobody here.
         self._open: dict[TransferId, Outgoing] = {}
         self._deadlines: Deadlines[TransferId] = Deadlines()
@@ -97,7 +96,7 @@ class Dispatch:
     def begin(self, address: ReceiverAddress, outgoing: Callable[[Peer], Outgoing]) -> Outgoing:
         """A transfer to ``address`` begins."""
         now = self._clock()
-        peer = self._peer(address, now)
+        peer = self.peers.of(address, now)
         transfer = outgoing(peer)
         transfer_id = transfer.session.plan.transfer_id
         self._open[transfer_id] = transfer
@@ -138,18 +137,14 @@ class Dispatch:
 
     def hear(self, ready: set[zmq.Socket[bytes]], ignored: Counter[str]) -> None:
         """Frames have arrived on these sockets; those of others are left alone."""
+        self.peers.hear(ready, ignored)
         for socket in ready:
-            peer = self._by_socket.get(socket)
+            peer = self.peers.at_alloc_socket(socket)
             if peer is None:
                 continue
             for frames in self._sockets.frames(socket):
                 try:
-                    if socket is peer.init_socket:
-                        self._on_handshake(peer, self._handshakes.decode(frames[-1]))
-                    else:
-                        self._on_message(peer, self._reservations.decode(frames[-1]))
-                except codec.VersionError as error:
-                    self._lose(peer, "refused_protocol", str(error))
+                    self._on_message(peer, self._reservations.decode(frames[-1]))
                 except codec.FrameError as error:
                     ignored["malformed"] += 1
                     log.warning("ignored a frame of %s: %s", peer.address.engine_id, error)
@@ -176,7 +171,7 @@ class Dispatch:
                 case Broken(reason=reason, detail=detail, peer=peer) if transfer is not None:
                     if peer:
                         self._tell(transfer, WriteFailed(reason, detail))
-                        self._lose(transfer.peer, "peer_lost", f"a write to it failed: {detail}")
+                        self.peers.lose(transfer.peer, "peer_lost", f"a write to it failed: {detail}")
                     elif transfer.session.state is SenderState.WRITING:
                         self._tell(transfer, WriteFailed(reason, detail))
                 case Stopped() if transfer is not None and transfer.session.state is SenderState.STOPPING:
@@ -190,21 +185,12 @@ class Dispatch:
             transfer = self._open.get(transfer_id)
             if transfer is not None:
                 self._perform(transfer, transfer.session.tick(now))
-        for peer in list(self._peers.values()):
-            if peer.due <= now:
-                self._greet(peer, now)
-            elif peer.ready and not peer.transfers and peer.used_at + self._settings.peer_idle_seconds <= now:
-                self._lose(peer, "idle", "unused for long")
+        self.peers.tick(now)
 
     @property
     def due(self) -> float:
         """When ``tick`` has something to do."""
-        due = self._deadlines.due
-        for peer in self._peers.values():
-            due = min(due, peer.due)
-            if peer.ready and not peer.transfers:
-                due = min(due, peer.used_at + self._settings.peer_idle_seconds)
-        return due
+        return min(self._deadlines.due, self.peers.due)
 
     @property
     def busy(self) -> bool:
@@ -216,109 +202,24 @@ class Dispatch:
         """Transfers that have not ended."""
         return len(self._open)
 
-    @property
-    def num_peers(self) -> int:
-        """Receivers connected to."""
-        return sum(peer.ready for peer in self._peers.values())
-
     def states(self) -> Counter[str]:
         """Transfers by state."""
         return Counter(transfer.session.state.value for transfer in self._open.values())
 
     # Peers.
 
-    def _peer(self, address: ReceiverAddress, now: float) -> Peer:
-        peer = self._peers.get(address.engine_id)
-        if peer is not None and peer.address == address:
-            return peer
-        for other in list(self._peers.values()):
-            # A new life at an address proves the old one over: what is held for it is freed at once.
-            if (other.address.host, other.address.init_port) == (address.host, address.init_port):
-                self._lose(other, "stale_engine", f"{address.engine_id} has taken its place")
-        peer = Peer(
-            address=address,
-            init_socket=self._sockets.connect(zmq.DEALER, endpoint(address.host, address.init_port)),
-            alloc_socket=self._sockets.connect(zmq.DEALER, endpoint(address.host, address.alloc_port)),
-            hello_at=now,
-            give_up_at=now + self._settings.handshake_seconds,
-            used_at=now,
-        )
-        self._peers[address.engine_id] = peer
-        self._by_socket[peer.init_socket] = self._by_socket[peer.alloc_socket] = peer
-        self._greet(peer, now)
-        return peer
-
-    def _greet(self, peer: Peer, now: float) -> None:
-        if peer.give_up_at <= now:
-            detail = (
-                f"no answer from {peer.address.host} port {peer.address.init_port} "
-                f"within {self._settings.handshake_seconds:g} s"
-            )
-            self._lose(peer, "peer_unreachable", detail)
-            return
-        peer.hello_at = now + self._settings.heartbeat_seconds
-        Sockets.say(peer.init_socket, self._handshakes.encode(self._hello(peer.address.engine_id)))
-
-    def _on_handshake(self, peer: Peer, message: Hello | Welcome | HandshakeRefused) -> None:
-        if peer.ready or peer.lost:
-            return
-        match message:
-            case HandshakeRefused(field="engine_id", ours=ours):
-                self._lose(peer, "stale_engine", f"meant for {peer.address.engine_id}; there is {ours} now")
-            case HandshakeRefused(field=field, ours=theirs, theirs=ours):
-                field = field if field.isascii() and len(field) <= 64 else "unknown"
-                self._lose(
-                    peer,
-                    f"refused_{field.rpartition('.')[2]}",
-                    f"the decode worker refuses the handshake: {field} is {ours} here and {theirs} there",
-                )
-            case Welcome(engine_id=engine_id) if engine_id != peer.address.engine_id:
-                self._lose(peer, "stale_engine", f"meant for {peer.address.engine_id}; there is {engine_id} now")
-            case Welcome():
-                self._welcomed(peer, message)
-
-    def _welcomed(self, peer: Peer, message: Welcome) -> None:
-        ours = self._hello(peer.address.engine_id).compatibility
-        difference = first_difference(ours, message.compatibility)
-        if difference is not None:
-            self._lose(peer, f"refused_{difference.field.rpartition('.')[2]}", str(difference))
-            return
-        try:
-            peer.agent = self._channel.add_peer(message.agent_metadata)
-        except ChannelError as error:
-            self._lose(peer, "channel", f"the channel cannot reach {peer.address.engine_id}: {error}")
-            return
-        peer.region = message.region
+    def _peer_ready(self, peer: Peer) -> None:
         for transfer_id in sorted(peer.transfers):
             self._tell(self._open[transfer_id], PeerReady())
 
-    def _lose(self, peer: Peer, reason: str, detail: str) -> None:
-        """Forget a peer, and tell its transfers."""
-        if peer.lost:
-            return
-        peer.lost = True
-        if self._peers.get(peer.address.engine_id) is peer:
-            del self._peers[peer.address.engine_id]
-        transfers = [self._open[transfer_id] for transfer_id in sorted(peer.transfers)]
-        for transfer in transfers:
-            self._tell(transfer, PeerFailed(reason, detail))
-        for transfer in transfers:
-            self._pump.abort(transfer.load)
-        if peer.agent is not None:
-            # Without a connection nothing is in flight on it.
-            try:
-                self._channel.remove_peer(peer.agent)
-            except ChannelError as error:
-                log.warning("the channel cannot forget %s: %s", peer.address.engine_id, error)
-        for transfer in transfers:
-            self._pump.abort(transfer.load)
-        self._close_if_done(peer)
+    def _peer_lost(self, peer: Peer, reason: str, detail: str) -> None:
+        for transfer_id in sorted(peer.transfers):
+            self._tell(self._open[transfer_id], PeerFailed(reason, detail))
+        self._abort_writes(peer)
 
-    def _close_if_done(self, peer: Peer) -> None:
-        if peer.lost and not peer.transfers:
-            for socket in (peer.init_socket, peer.alloc_socket):
-                self._by_socket.pop(socket, None)
-                self._sockets.close(socket)
+    def _abort_writes(self, peer: Peer) -> None:
+        for transfer_id in peer.transfers:
+            self._pump.abort(self._open[transfer_id].load)
 
     # Sessions.
 
@@ -328,13 +229,13 @@ class Dispatch:
         if transfer is not None and transfer.peer.address.engine_id == peer.address.engine_id:
             self._tell(transfer, message)
             if isinstance(message, wire.Refused) and message.reason in {"no_handshake", "stale_engine"}:
-                self._lose(peer, message.reason, message.detail)
+                self.peers.lose(peer, message.reason, message.detail)
         elif isinstance(message, wire.Granted | wire.Expired | wire.Cancel):
             # Rule 5 of wire/reservation.py: what is not known here is not written here.
             answer = wire.Cancelled(
                 transfer_id=message.transfer_id,
                 slot=message.slot,
-                sender=self._hello(peer.address.engine_id).engine_id,
+                sender=self._engine_id,
             )
             Sockets.say(peer.alloc_socket, self._reservations.encode(answer))
 
@@ -351,7 +252,7 @@ class Dispatch:
                 case StopWriting():
                     self._pump.stop(transfer.load)
                 case AbortWrites():
-                    self._lose(transfer.peer, "peer_lost", "writes to it do not end")
+                    self.peers.lose(transfer.peer, "peer_lost", "writes to it do not end")
                 case Outcome():
                     self._conclude(transfer, command)
         self._deadlines.set(transfer.session.plan.transfer_id, transfer.session.due)
@@ -377,7 +278,7 @@ class Dispatch:
         if self._open.pop(plan.transfer_id, None) is not None:
             transfer.peer.transfers.discard(plan.transfer_id)
             transfer.peer.used_at = self._clock()
-            self._close_if_done(transfer.peer)
+            self.peers.close_if_done(transfer.peer)
 
     def _conclude(self, transfer: Outgoing, outcome: Outcome) -> None:
         """Tell the owner and the proxy."""
@@ -399,7 +300,7 @@ class Dispatch:
                 receiver=plan.receiver,
                 num_bytes=num_bytes,
                 seconds=seconds,
-                channel=self._channel.name,
+                channel=self._channel_name,
                 num_tokens=plan.num_tokens,
                 num_writes=load.num_writes,
                 exposed_seconds=exposed,

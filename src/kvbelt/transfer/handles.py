@@ -102,10 +102,12 @@ class ReceivedSlot:
                 raise SlotGoneError(f"slot {self._slot.name} was released")
             stride = self.num_blocks * self._layout.block_bytes
             offset = self._slot.offset + first * self._layout.block_bytes
-            same_ids = tuple(block_ids)
-            fences = [
-                self._copy.scatter(layer, same_ids, offset + layer * stride) for layer in range(self._layout.num_layers)
-            ]
+            blocks = tuple(block_ids)
+            fences: list[Fence] = []
+            for layer in range(self._layout.num_layers):
+                fences.append(self._copy.scatter(layer, blocks, offset + layer * stride))
+                # A copy may keep the interpreter to itself; who waits for it need not wait for all layers.
+                time.sleep(0)
             wait_for(fences)
 
     def release(self) -> None:

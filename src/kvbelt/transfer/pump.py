@@ -160,7 +160,11 @@ class Pump:
         return reports, progressed or bool(reports)
 
     def _advance(self, load: Load, now: float, reports: list[Report]) -> bool:
-        progressed = self._gather(load)
+        try:
+            progressed = self._gather(load)
+        except Exception as error:  # noqa: BLE001 -- an engine's blocks, or its device: this transfer's end, not the belt's
+            self._fail(load, load.pieces[-1], "gather_failed", repr(error), reports)
+            return True
         for piece in list(load.pieces):
             try:
                 if piece.write is None:
@@ -176,7 +180,9 @@ class Pump:
                     break
                 progressed |= self._reap(load, piece, now)
             except ChannelError as error:
-                self._fail(load, piece, str(error), reports)
+                self._fail(load, piece, "write_failed", str(error), reports)
+            except Exception as error:  # noqa: BLE001 -- likewise
+                self._fail(load, piece, "gather_failed", repr(error), reports)
         return progressed
 
     def _gather(self, load: Load) -> bool:
@@ -196,13 +202,12 @@ class Pump:
         if offset is None:
             return False
         self._held[agent] += num_bytes
-        runs = take_batch(load.pending, num_blocks)
-        fences: list[Fence] = []
+        piece = _Piece(take_batch(load.pending, num_blocks), offset, num_blocks, [])
+        load.pieces.append(piece)
         at = offset
-        for run in runs:
-            fences.append(self._copy.gather(run.layer, run.block_ids, at, run.ready))
+        for run in piece.runs:
+            piece.fences.append(self._copy.gather(run.layer, run.block_ids, at, run.ready))
             at += len(run.block_ids) * block_bytes
-        load.pieces.append(_Piece(runs, offset, num_blocks, fences))
         return True
 
     def _post(self, load: Load, piece: _Piece, now: float) -> None:
@@ -236,8 +241,8 @@ class Pump:
         if not self._held[load.target.agent]:
             del self._held[load.target.agent]
 
-    def _fail(self, load: Load, piece: _Piece, detail: str, reports: list[Report]) -> None:
-        """A write has failed: it is in flight no more."""
+    def _fail(self, load: Load, piece: _Piece, reason: str, detail: str, reports: list[Report]) -> None:
+        """A piece has failed: its write, if it had one, is in flight no more."""
         if piece.write is not None:
             try:
                 piece.write.release()
@@ -247,7 +252,7 @@ class Pump:
         self.stop(load)
         if not load.reported:
             load.reported = True
-            reports.append(Broken(load.transfer_id, "write_failed", detail, peer=True))
+            reports.append(Broken(load.transfer_id, reason, detail, peer=reason == "write_failed"))
 
     def _conclude(self, load: Load, reports: list[Report]) -> None:
         gathering = any(piece.write is None for piece in load.pieces)
