@@ -360,8 +360,8 @@ def versions(device: str) -> dict[str, Any]:
 
 
 HEAD = (
-    "system", "rate", "done", "TTFT p50", "p99", "TPOT p50", "ITL p50", "p99", "gap 2 p50", "tok/s", "exposed p50", "p99",
-    "GPU %", "paths",
+    "system", "rate", "done", "TTFT p50", "p99", "TPOT p50", "ITL p50", "p99", "gap 2 p50", "tok/s", "exposed p50",
+    "p99", "GPU %", "paths",
 )  # fmt: skip
 
 
