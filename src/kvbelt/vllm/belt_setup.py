@@ -20,7 +20,6 @@ from kvbelt.vllm.settings import ConnectorSettings
 from kvbelt.wire.ids import EngineId
 from kvbelt.wire.layout import KVLayout
 
-
 #: Longer than a worker's of our own: on CPU the belt's thread is bound to the core that the model computes on, and
 #: on a full machine has gone without it for two seconds.
 LEASE_SECONDS = 4.0
