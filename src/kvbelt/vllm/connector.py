@@ -80,6 +80,8 @@ class KVBeltConnector(KVConnectorBase_V1):
         for what in ("pipeline_parallel_size", "tensor_parallel_size"):
             if getattr(parallel, what) != 1:
                 raise StartError(f"{what} is {getattr(parallel, what)}; KVBeltConnector runs with 1 for now")
+        if vllm_config.speculative_config is not None:
+            raise StartError("speculative decoding with KVBeltConnector has not been tried; leave it out")
         if len(kv_cache_config.kv_cache_groups) != 1:
             raise StartError(
                 f"this model has {len(kv_cache_config.kv_cache_groups)} kinds of KV cache; KVBeltConnector moves one "
