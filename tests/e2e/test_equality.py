@@ -53,9 +53,7 @@ def test_the_prompts_are_what_they_claim(generated: list[tuple[int, tuple[int, .
     assert 1400 <= lengths[-1] <= 1600
 
 
-def test_aggregated_equals_generate(
-    yardstick: list[Answer], generated: list[tuple[int, tuple[int, ...]]]
-) -> None:
+def test_aggregated_equals_generate(yardstick: list[Answer], generated: list[tuple[int, tuple[int, ...]]]) -> None:
     """The aggregated server's ids, lengths and ends are those of transformers' generate."""
     for answer, (prompt_length, ids) in zip(yardstick, generated, strict=True):
         assert answer.token_ids == (ids,)

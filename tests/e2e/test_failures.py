@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,6 @@ class Asking:
     """One request under way on a thread, so that the test can break things meanwhile."""
 
     def __init__(self, url: str, body: dict[str, Any]) -> None:
-        from concurrent.futures import ThreadPoolExecutor
-
         self._pool = ThreadPoolExecutor(1)
         path = "/v1/completions"
         wanted = {**body, "return_token_ids": True}
@@ -171,7 +170,7 @@ def test_decode_killed_under_a_whole_answer(deployment: SyncDeployment) -> None:
 
 
 def test_client_gone_stops_both_workers(one_p_one_d: SyncDeployment) -> None:
-    """A client that leaves while its prompt is read, or while its answer streams, leaves no work and no bytes behind."""
+    """A client that leaves while its prompt is read, or while its answer streams, leaves no work behind."""
     prefill, decode = one_p_one_d.process("prefill-0"), one_p_one_d.process("decode-0")
 
     def busy(worker: RunningProcess) -> int:

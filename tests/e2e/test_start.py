@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from kvbelt.ops.deployment import running
+from tests.e2e.asking import until
 from tests.e2e.conftest import deployment_spec
 
 pytestmark = pytest.mark.e2e
@@ -147,8 +148,6 @@ def _free_port() -> int:
 
 
 def _until_ready(url: str) -> None:
-    from tests.e2e.asking import until
-
     def ready() -> bool:
         try:
             return httpx.get(url + "/health", timeout=2).status_code == 200

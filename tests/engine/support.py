@@ -34,7 +34,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_model(folder: Path, config: PretrainedConfig, seed: int = 0, spread: float = 0.25) -> Path:
-    """A random model whose answers vary, with its tokenizer. The wider it is, the smaller must its weights' spread be."""
+    """A random model whose answers vary, with its tokenizer. A wide one needs weights of small spread."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
