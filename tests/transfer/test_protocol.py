@@ -46,7 +46,12 @@ class Belts(RuleBasedStateMachine):
     def start(self):
         """Nothing has happened yet."""
         self.now = 0.0
-        self.desk = Desk(D, LAYOUT, BUFFER_BLOCKS * LAYOUT.block_bytes, DeskTimes(LEASE, BEAT, memory_seconds=60.0))
+        self.desk = Desk(
+            D,
+            LAYOUT,
+            BUFFER_BLOCKS * LAYOUT.block_bytes,
+            DeskTimes(LEASE, BEAT, claim_seconds=60.0, memory_seconds=60.0),
+        )
         self.to_desk, self.to_senders = [], []
         self.senders: dict[TransferId, Writing] = {}
         self.lives = Counter()  # how often a worker was killed

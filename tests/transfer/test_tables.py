@@ -93,7 +93,7 @@ def sender_in(state: str) -> SenderSession:
 
 def receiver_in(state: str) -> ReceiverSession:
     """A receiving session, brought to a state by events."""
-    session = ReceiverSession(T, 2.0, 0.25)
+    session = ReceiverSession(T, 2.0, 0.25, 10.0)
     for event in TO_RECEIVER_STATE[state]:
         session.handle(event, 0.0)
     assert session.state == state

@@ -45,6 +45,7 @@ class DeskTimes:
 
     lease_seconds: float
     heartbeat_seconds: float
+    claim_seconds: float
     memory_seconds: float
 
 
@@ -198,7 +199,9 @@ class Desk:
         return record
 
     def _new(self, transfer_id: TransferId) -> ReceiverSession:
-        record = ReceiverSession(transfer_id, self._times.lease_seconds, self._times.heartbeat_seconds)
+        record = ReceiverSession(
+            transfer_id, self._times.lease_seconds, self._times.heartbeat_seconds, self._times.claim_seconds
+        )
         self._live[transfer_id] = record
         return record
 

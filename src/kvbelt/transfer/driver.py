@@ -191,7 +191,9 @@ class Driver:
 
     def _make_reception(self, sockets: Sockets, region: Region) -> Reception:
         settings = self._settings
-        times = DeskTimes(settings.lease_seconds, settings.heartbeat_seconds, settings.memory_seconds)
+        times = DeskTimes(
+            settings.lease_seconds, settings.heartbeat_seconds, settings.claim_seconds, settings.memory_seconds
+        )
         desk = Desk(self._identity.engine_id, self._identity.layout, region.num_bytes, times)
         welcome = Welcome(
             engine_id=self._identity.engine_id,

@@ -87,11 +87,14 @@ ReceiverCommand = Answer | Enqueue | LeaveQueue | FreeSlot | Deliver | Lose | En
 class ReceiverSession(Machine[ReceiverState]):
     """One incoming transfer."""
 
-    def __init__(self, transfer_id: TransferId, lease_seconds: float, heartbeat_seconds: float) -> None:
+    def __init__(
+        self, transfer_id: TransferId, lease_seconds: float, heartbeat_seconds: float, claim_seconds: float
+    ) -> None:
         super().__init__(f"receive {transfer_id}", RECEIVER_TABLE, S.EXPECTED)
         self.transfer_id = transfer_id
         self._lease_seconds = lease_seconds
         self._heartbeat_seconds = heartbeat_seconds
+        self._claim_seconds = claim_seconds
         self.reservation: wire.Reserve | None = None  #: None exactly while EXPECTED, or ended from there
         self.slot: Slot | None = None  #: RESERVED, COMMITTED, CLAIMED and QUARANTINED have one, no other state
         self.has_reader = False  #: a reader waits and was not told yet
@@ -244,6 +247,7 @@ class ReceiverSession(Machine[ReceiverState]):
         ]
         if not self.has_reader:
             self.move(message, S.COMMITTED)
+            self._deadline = min(self._deadline, now + self._claim_seconds)
             return commands
         self.move(message, S.CLAIMED)
         return [*commands, self._deliver()]

@@ -56,6 +56,10 @@ class BeltSettings:
     notification_endpoint: str | None = None
     lease_seconds: float = 2.0
     heartbeat_seconds: float = 0.25
+    #: How long committed KV waits for its reader. The proxy calls the decode worker the moment the first token is
+    #: known, so KV that nobody has claimed by then belongs to a request that ended at its first token, or to a client
+    #: that has gone.
+    claim_seconds: float = 10.0
     #: How long a peer may take to answer a handshake.
     handshake_seconds: float = 5.0
     #: Bytes gathered and written in one go; 0: as suits the device (belt.py).
@@ -75,7 +79,14 @@ class BeltSettings:
         Raises:
             SettingsError: with the name, the value and what to do.
         """
-        for name in ("lease_seconds", "heartbeat_seconds", "handshake_seconds", "poll_seconds", "progress_seconds"):
+        for name in (
+            "lease_seconds",
+            "heartbeat_seconds",
+            "claim_seconds",
+            "handshake_seconds",
+            "poll_seconds",
+            "progress_seconds",
+        ):
             value = getattr(self, name)
             if not value > 0:
                 raise SettingsError(f"{name} is {value}; it must be greater than 0")

@@ -127,6 +127,7 @@ class GenerateEndpoint:
             prompts = [await service.prompts.of_chat(request)]
         else:
             prompts = await service.prompts.of_completion(request)
+        service.require_room(max(map(len, prompts)), samplings[0].max_tokens)
         echoes = [""] * len(prompts)
         if isinstance(request, CompletionRequest) and request.echo:
             echoes = await service.prompts.texts_of(prompts)

@@ -69,6 +69,19 @@ class Service:
                 param="model",
             )
 
+    def require_room(self, prompt_tokens: int, max_tokens: int | None) -> None:
+        """Raises RequestError 400 if an answer of ``max_tokens`` does not fit behind the prompt.
+
+        A prompt that is too long by itself is the engine's to refuse.
+        """
+        room = self.engine.max_model_len - prompt_tokens
+        if max_tokens is not None and max_tokens > room > 0:
+            raise RequestError(
+                f"max_tokens is {max_tokens}, but the prompt's {prompt_tokens} tokens leave room for {room} of the "
+                f"model's {self.engine.max_model_len}; ask for fewer or send less",
+                param="max_tokens",
+            )
+
     def health(self) -> tuple[int, dict[str, Any]]:
         """HTTP status and body of ``/health``."""
         body: dict[str, Any] = {
