@@ -26,13 +26,13 @@ import torch
 from benchmarks._run import figure, finish, note, parser, summarise, table, verdict
 
 from kvbelt.channels.nixl import NixlChannel
+from kvbelt.paged_copy import TorchPagedCopy
 from kvbelt.transfer.belt import Belt
 from kvbelt.transfer.ports import Lost, ReceivedKV, Region, Sending, TransferOutcome
 from kvbelt.transfer.settings import BeltIdentity, BeltSettings
 from kvbelt.wire.handoff import PrefillHandoff, ReceiverAddress
 from kvbelt.wire.ids import EngineId, TransferId
 from kvbelt.wire.layout import KVLayout
-from kvbelt.worker.paged_copy import TorchPagedCopy
 
 TARGET_RATIO = 0.6
 WARM_UP_ROUNDS = 3

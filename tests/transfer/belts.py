@@ -8,13 +8,13 @@ from typing import Self
 
 import torch
 
+from kvbelt.paged_copy import TorchPagedCopy
 from kvbelt.transfer.belt import Belt
 from kvbelt.transfer.ports import Channel, Lost, ReceivedKV, Region, TransferOutcome
 from kvbelt.transfer.settings import BeltIdentity, BeltSettings
 from kvbelt.wire.handoff import PrefillHandoff, ReceiverAddress
 from kvbelt.wire.ids import EngineId, TransferId
 from kvbelt.wire.layout import KVLayout
-from kvbelt.worker.paged_copy import TorchPagedCopy
 
 LAYOUT = KVLayout(
     num_layers=4, num_kv_heads=2, head_dim=8, block_size=16, dtype="float32", order="T2HD", block_bytes=2048

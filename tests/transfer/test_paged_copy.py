@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvbelt.worker.paged_copy import TorchPagedCopy
+from kvbelt.paged_copy import TorchPagedCopy
 
 DEVICES = [
     "cpu",

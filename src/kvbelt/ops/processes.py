@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from kvbelt.ops.ports import WORKER_HOST, Ports
 from kvbelt.ops.topology import Topology
+from kvbelt.ops.vllm_server import vllm_argv, vllm_env
 
 GIB = 1 << 30
 
@@ -26,6 +27,7 @@ class DeploymentSpec:
 
     topology: Topology
     model: Path  #: a local Hugging Face folder
+    engine: Literal["embedded", "vllm"] = "embedded"
     dtype: str = "float32"
     device: str = "auto"
     host: str = "127.0.0.1"  #: the proxy's; workers listen on ``WORKER_HOST``
@@ -150,8 +152,10 @@ def plan(spec: DeploymentSpec, ports: Ports, configs: Mapping[str, Path]) -> lis
         for index, port in enumerate(worker_ports):
             name = f"{role}-{index}"
             gpu = gpus[len(processes) % len(gpus)] if gpus else None
-            argv = _worker_argv(spec, role, port, configs.get(name))
-            processes.append(ProcessSpec(name, role, argv, _worker_env(spec, gpu), WORKER_HOST, port))
+            config = configs.get(name)
+            argv = _worker_argv(spec, role, port, config)
+            env = _worker_env(spec, gpu) | _engine_env(spec, config, place=len(processes))
+            processes.append(ProcessSpec(name, role, argv, env, WORKER_HOST, port))
 
     add("prefill", ports.prefill)
     add("both" if spec.topology.aggregated else "decode", ports.decode)
@@ -160,6 +164,11 @@ def plan(spec: DeploymentSpec, ports: Ports, configs: Mapping[str, Path]) -> lis
 
 
 def _worker_argv(spec: DeploymentSpec, role: str, port: int, config: Path | None) -> tuple[str, ...]:
+    if spec.engine == "vllm":
+        own = vllm_argv(
+            role, model=spec.model, host=WORKER_HOST, port=port, dtype=spec.dtype, max_model_len=spec.max_model_len
+        )
+        return (*own, *spec.worker_args)
     argv = [*(spec.command or kvbelt_command()), "worker", "--role", role]
     if config is not None:
         argv += ["--config", str(config)]
@@ -197,6 +206,19 @@ def _threads(spec: DeploymentSpec) -> int:
 def _env(spec: DeploymentSpec, threads: int) -> dict[str, str]:
     # Log lines must arrive as they are written, for the launcher names the last ones of a process that dies.
     return {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads), **spec.env}
+
+
+def _engine_env(spec: DeploymentSpec, config: Path | None, place: int) -> dict[str, str]:
+    if spec.engine != "vllm":
+        return {}
+    return vllm_env(
+        config=config,
+        device=resolve_device(spec.device),
+        threads=_threads(spec),
+        place=place,
+        cores=cpu_cores(),
+        kv_gb=spec.kv_gb,
+    )
 
 
 def _worker_env(spec: DeploymentSpec, gpu: str | None) -> dict[str, str]:

@@ -21,6 +21,7 @@ from kvbelt.ops.ports import PROXY_PORT
 from kvbelt.ops.processes import DeploymentSpec
 from kvbelt.ops.supervisor import NotReadyError
 from kvbelt.ops.topology import Topology
+from kvbelt.ops.vllm_server import require_vllm
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -41,6 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Everything that ``kvbelt up`` takes."""
     parser.add_argument("topology", help="XpYd, e.g. 1p1d or 2p2d; 0p1d is one aggregated server")
     add_model_arguments(parser)
+    parser.add_argument(
+        "--engine", choices=["embedded", "vllm"], default="embedded", help="what the workers are (default: embedded)"
+    )
+    parser.add_argument(
+        "--worker-arg",
+        action="append",
+        default=[],
+        metavar="ARG",
+        help="one more argument for every worker, e.g. --worker-arg=--enforce-eager; may be repeated",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="where the proxy listens (default: 127.0.0.1)")
     parser.add_argument("--port", type=positive_int, help=f"the proxy's port (default: {PROXY_PORT})")
     parser.add_argument("--auto-ports", action="store_true", help="take free ports instead of the well-known ones")
@@ -71,9 +82,13 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         topology = Topology.parse(args.topology)
+        if args.engine == "vllm":
+            require_vllm()
         spec = DeploymentSpec(
             topology=topology,
             model=prepare_model(args.model, console),
+            engine=args.engine,
+            worker_args=tuple(args.worker_arg),
             dtype=args.dtype,
             device=args.device,
             host=args.host,

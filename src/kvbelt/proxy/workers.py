@@ -15,6 +15,7 @@ from typing import Literal
 import msgspec
 
 from kvbelt.http import ClientLimits, ConnectError, HttpError, PeerClosedError, Pool, Response
+from kvbelt.proxy import description
 from kvbelt.proxy.settings import Address, ProxySettings
 from kvbelt.routing.endpoint import Endpoint, Health, Load, Report, Role
 from kvbelt.wire.handoff import ReceiverAddress
@@ -83,6 +84,8 @@ class Worker:
         self._on_lost = on_lost
         self._ask_now = asyncio.Event()
         self._asked = asyncio.Event()
+        # Of a vLLM server, for as long as it answers without a break.
+        self._description: description.Description | None = None
 
     @property
     def name(self) -> str:
@@ -147,10 +150,31 @@ class Worker:
                 response = await self._health_pool.request("GET", "/health")
                 body = await response.read(_MAX_HEALTH_BYTES)
         except TimeoutError:
+            self._description = None
             return Report(Health.LOST, f"no answer to /health within {self._timeout} s")
         except HttpError as error:
+            self._description = None
             return Report(Health.LOST, str(error))
+        if response.status == 200 and not body:
+            body = await self._describe()
         return report_of(response.status, body, self.endpoint.role)
+
+    async def _describe(self) -> bytes:
+        """A vLLM server's health, as a worker of ours would tell it; empty if it cannot be had now."""
+        if self._description is None:
+            try:
+                async with asyncio.timeout(self._timeout):
+                    headers = ((b"content-type", b"application/json"),)
+                    response = await self._health_pool.request("POST", description.PATH, headers, description.BODY)
+                    answer = await response.read(description.MAX_BYTES)
+            except (TimeoutError, HttpError) as error:
+                log.warning("worker %s does not say who it is: %s", self.name, error or "no answer in time")
+                return b""
+            self._description = description.description_of(response.status, answer)
+            if self._description is None:
+                log.warning("worker %s does not say who it is: status %d, %r", self.name, response.status, answer[:200])
+                return b""
+        return msgspec.json.encode(self._description)
 
     def _take(self, report: Report) -> None:
         before = self.endpoint.report

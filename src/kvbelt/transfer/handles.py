@@ -102,23 +102,24 @@ class ReceivedSlot:
         self._lock = threading.Lock()
         self._gone = False
 
-    def scatter(self, block_ids: Sequence[int]) -> None:
-        """Copy every layer's first ``len(block_ids)`` blocks into these; returns when they are in place.
+    def scatter(self, block_ids: Sequence[int], first: int = 0) -> None:
+        """Copy every layer's blocks, from the prompt's block ``first`` on, into these; returns when they are in place.
 
         Raises:
             SlotGoneError: it was released, or the belt was closed.
             ValueError: more blocks than there are.
         """
-        if len(block_ids) > self.num_blocks:
-            raise ValueError(f"{len(block_ids)} blocks to fill, the slot holds {self.num_blocks}")
+        if first < 0 or first + len(block_ids) > self.num_blocks:
+            raise ValueError(f"blocks {first} to {first + len(block_ids)} to fill, the slot holds {self.num_blocks}")
         with self._lock:
             if self._gone:
                 raise SlotGoneError(f"slot {self._slot.name} was released")
             stride = self.num_blocks * self._layout.block_bytes
+            offset = self._slot.offset + first * self._layout.block_bytes
             blocks = tuple(block_ids)
             fences: list[Fence] = []
             for layer in range(self._layout.num_layers):
-                fences.append(self._copy.scatter(layer, blocks, self._slot.offset + layer * stride))
+                fences.append(self._copy.scatter(layer, blocks, offset + layer * stride))
                 # A copy may keep the interpreter to itself; who waits for it need not wait for all layers.
                 time.sleep(0)
             wait_for(fences)

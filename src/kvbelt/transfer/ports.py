@@ -136,8 +136,10 @@ class ReceivedKV(Protocol):
 
     num_tokens: int
 
-    def scatter(self, block_ids: Sequence[int]) -> None:
-        """Copy every layer into these blocks; returns when they are in place. Thread of the caller.
+    def scatter(self, block_ids: Sequence[int], first: int = 0) -> None:
+        """Copy every layer's blocks, from the prompt's block ``first`` on, into these; returns when they are in place.
+
+        Thread of the caller.
 
         Raises:
             SlotGoneError: the slot is no longer this transfer's.

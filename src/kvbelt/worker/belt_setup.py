@@ -5,6 +5,7 @@ import torch
 from kvbelt.channels.nixl import NixlChannel
 from kvbelt.engine.engine import Engine
 from kvbelt.errors import SettingsError
+from kvbelt.paged_copy import TorchPagedCopy
 from kvbelt.settings import BeltFile, WorkerSettings
 from kvbelt.telemetry import get_logger
 from kvbelt.transfer.belt import Belt
@@ -12,7 +13,6 @@ from kvbelt.transfer.ports import Region
 from kvbelt.transfer.settings import BeltIdentity, BeltSettings
 from kvbelt.wire.ids import EngineId
 from kvbelt.wire.layout import KVLayout
-from kvbelt.worker.paged_copy import TorchPagedCopy
 
 log = get_logger(__name__)
 

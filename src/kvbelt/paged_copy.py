@@ -19,6 +19,7 @@ import torch
 from kvbelt.transfer.ports import Fence
 
 Bytes = npt.NDArray[np.uint8]
+_Ids = tuple[tuple[int, ...], torch.Tensor]
 
 
 class _Done:
@@ -162,6 +163,9 @@ class CudaPagedCopy:
         self._scatters = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         # Two engine threads never scatter at once, but nothing here rests on it.
         self._lock = threading.Lock()
+        # The layers of a prompt are copied one after another, with the same blocks: their ids travel once.
+        self._last_gather: _Ids | None = None
+        self._last_scatter: _Ids | None = None
 
     def gather(self, layer: int, block_ids: Sequence[int], offset: int, ready: Any) -> Fence:
         """Paged blocks to ``send_staging``, once ``ready`` (a CUDA event, or None) has happened."""
@@ -170,7 +174,7 @@ class CudaPagedCopy:
         with torch.cuda.stream(self._gathers):
             if ready is not None:
                 self._gathers.wait_event(ready)
-            ids = self._ids(block_ids)
+            ids, self._last_gather = self._cached_ids(block_ids, self._last_gather)
             if staged.is_cuda:
                 torch.index_select(self._layers[layer], 0, ids, out=staged)
                 held: tuple[torch.Tensor, ...] = (ids,)
@@ -185,13 +189,20 @@ class CudaPagedCopy:
         assert self._receive is not None
         staged = self._staged(self._receive, len(block_ids), offset)
         with self._lock, torch.cuda.stream(self._scatters):
-            ids = self._ids(block_ids)
+            ids, self._last_scatter = self._cached_ids(block_ids, self._last_scatter)
             here = staged.to(self._device, non_blocking=True)
             self._layers[layer].index_copy_(0, ids, here)
             return _EventFence(self._scatters.record_event(), (ids, here))
 
     def _staged(self, staging: torch.Tensor, num_blocks: int, offset: int) -> torch.Tensor:
         return staging[offset : offset + num_blocks * self.block_bytes].view(self._word).view(num_blocks, -1)
+
+    def _cached_ids(self, block_ids: Sequence[int], last: _Ids | None) -> tuple[torch.Tensor, _Ids | None]:
+        if last is not None and last[0] is block_ids:
+            return last[1], last
+        ids = self._ids(block_ids)
+        # A list could be changed behind our back.
+        return ids, (block_ids, ids) if isinstance(block_ids, tuple) else None
 
     def _ids(self, block_ids: Sequence[int]) -> torch.Tensor:
         ids = _checked(block_ids, len(self._layers[0]))

@@ -1,0 +1,342 @@
+"""The belt between two GPUs without vLLM: every byte compared, and how long the handover takes.
+
+    python benchmarks/gpu/belt.py                     # two GPUs, the KV of Llama-3.1-8B, 7,504 tokens
+    python benchmarks/gpu/belt.py --device cpu --tokens 512
+
+Two processes do what vLLM's model runners do: the one computes (matrix products that take as long as a layer would),
+and hands each layer's blocks over as the connector does; the other has them loaded into blocks of its own. Every
+block's bytes are a function of layer, block and round, so the receiver can tell every wrong one.
+
+Times are of one clock (both processes run on one machine): **handover** is from the end of the computation on the
+device to the KV usable in the receiver's blocks; **scatter** is the part of it that copies within the receiver.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from kvbelt.vllm.belt_setup import make_belt
+from kvbelt.vllm.compute import CpuCompute, CudaCompute
+from kvbelt.vllm.orders import Claim, Load, Orders, Send, Written
+from kvbelt.vllm.pages import Pages, pages_of
+from kvbelt.vllm.settings import load_settings
+from kvbelt.vllm.worker_side import WorkerSide
+from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff, ReceiverAddress
+from kvbelt.wire.ids import EngineId, TransferId
+from kvbelt.wire.layout import KVLayout
+
+#: Odd, so that different words stay different.
+_MIXER = 0x9E3779B97F4A7C15 - (1 << 64)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One series of transfers."""
+
+    block_size: int
+    chunk_tokens: int  #: of a step; the whole prompt if larger
+    concurrent: int
+    compute_ms: float  #: of one prompt, all layers
+    rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The model's."""
+
+    device: str
+    layers: int
+    token_bytes: int  #: of one layer: K and V, all heads
+    tokens: int
+    buffer_bytes: int
+
+
+def content(pages: Pages, layer: int, block_ids: torch.Tensor, salt: int) -> torch.Tensor:
+    """What these blocks hold: ``int64 [blocks, words]``."""
+    words = pages.rows[0].shape[1] // 8
+    inside = torch.arange(words, device=block_ids.device, dtype=torch.int64)
+    return (block_ids[:, None] * words + inside + layer * 1_000_003 + salt * 7_919) * _MIXER
+
+
+class Side:
+    """One process: KV, belt, and the connector's worker side."""
+
+    def __init__(self, shape: Shape, case: Case, role: str) -> None:
+        self.shape, self.case = shape, case
+        self.device = torch.device("cuda:0" if shape.device == "cuda" else "cpu")
+        per_prompt = -(-shape.tokens // case.block_size)
+        self.num_blocks = per_prompt * case.concurrent + 64
+        block_bytes = case.block_size * shape.token_bytes
+        kv = {
+            f"layers.{layer}": torch.zeros((self.num_blocks, block_bytes), dtype=torch.uint8, device=self.device)
+            for layer in range(shape.layers)
+        }
+        self.pages = pages_of(kv, self.num_blocks, block_bytes, "bench")
+        self.layout = KVLayout(shape.layers, 8, 128, case.block_size, "bfloat16", self.pages.order, block_bytes)
+        settings = load_settings(role, {"pd_buffer_size": shape.buffer_bytes}, shape.device, {})
+        self.belt = make_belt(settings, self.layout, self.pages, EngineId(uuid.uuid4().hex), "bench", "bench")
+        self.belt.start()
+        self.compute = CudaCompute(self.device) if shape.device == "cuda" else CpuCompute()
+        self.side = WorkerSide(self.belt, shape.layers, self.compute)
+
+    def close(self) -> None:
+        """End."""
+        self.belt.close()
+        self.side.close()
+        self.compute.close()
+
+
+def say(**message: Any) -> None:
+    """To the parent."""
+    print(json.dumps(message), flush=True)
+
+
+def hear() -> dict[str, Any]:
+    """From the parent."""
+    return dict(json.loads(sys.stdin.readline()))
+
+
+class Work:
+    """Something for the device to do, of a known length."""
+
+    def __init__(self, device: torch.device, milliseconds: float) -> None:
+        self._times = 0
+        if device.type != "cuda" or milliseconds <= 0:
+            return
+        self._matrix = torch.randn((4096, 4096), device=device, dtype=torch.bfloat16)
+        self._out = torch.empty_like(self._matrix)
+        for count in (20, 200):  # the first warms up
+            torch.cuda.synchronize()
+            began = time.monotonic()
+            for _ in range(count):
+                torch.mm(self._matrix, self._matrix, out=self._out)
+            torch.cuda.synchronize()
+            one = (time.monotonic() - began) * 1000 / count
+        self._times = max(1, round(milliseconds / one))
+
+    def do(self) -> None:
+        """Queue it."""
+        for _ in range(self._times):
+            torch.mm(self._matrix, self._matrix, out=self._out)
+
+
+def prefill(shape: Shape, case: Case) -> None:
+    """The sending process."""
+    me = Side(shape, case, "kv_producer")
+    work = Work(me.device, case.compute_ms / shape.layers)
+    receiver = msgspec.convert(hear()["receiver"], ReceiverAddress)
+    while (order := hear()).get("round") is not None:
+        salt, tables = int(order["round"]), order["tables"]
+        everything = torch.arange(me.num_blocks, device=me.device)
+        first_step = True
+        at = 0
+        while at < shape.tokens:
+            end = min(at + case.chunk_tokens, shape.tokens)
+            last = end == shape.tokens
+            done = at // case.block_size
+            ready = -(-end // case.block_size) if last else end // case.block_size
+            sends = [
+                Send(name, PrefillHandoff(TransferId(name), receiver, 60.0), shape.tokens)
+                for name in tables
+                if first_step
+            ]
+            written = [Written(name, done, tuple(ids[done:ready]), last) for name, ids in tables.items()]
+            me.side.begin_step(Orders(sends=tuple(sends), written=tuple(written)))
+            for layer in range(shape.layers):
+                work.do()
+                # Only what this step computes; blocks computed before must still hold what they held.
+                blocks = (
+                    everything
+                    if first_step
+                    else torch.tensor([block for ids in tables.values() for block in ids[done:ready]], device=me.device)
+                )
+                me.pages.rows[layer].view(torch.int64)[blocks] = content(me.pages, layer, blocks, salt)
+                me.side.layer_written(layer)
+            me.side.end_step()
+            first_step = False
+            at = end
+        if shape.device == "cuda":
+            torch.cuda.synchronize()
+        computed = time.monotonic()
+        held = set(tables)
+        asked = set(tables)
+        while held:
+            sent, _ = me.side.finished(asked)
+            asked = set()
+            held -= sent
+            time.sleep(0.0005)
+        say(computed=computed, free=time.monotonic(), failed={k: v for k, v in me.side.take_news().sent.items() if v})
+    me.close()
+
+
+def decode(shape: Shape, case: Case) -> None:
+    """The receiving process."""
+    me = Side(shape, case, "kv_consumer")
+    say(receiver=msgspec.to_builtins(me.belt.receiver_address()))
+    while (order := hear()).get("round") is not None:
+        salt, theirs, ours = int(order["round"]), order["theirs"], order["ours"]
+        claims = tuple(Claim(name, DecodeHandoff(TransferId(name), 60.0)) for name in ours)
+        loads = tuple(Load(name, 0, tuple(ids), shape.tokens) for name, ids in ours.items())
+        me.side.begin_step(Orders(claims=claims, loads=loads))
+        me.side.end_step()
+        times: dict[str, float] = {}
+        while len(times) < len(ours):
+            _, loaded = me.side.finished(set())
+            times |= dict.fromkeys(loaded, time.monotonic())
+            time.sleep(0.0002)
+        wrong = 0
+        for name, ids in ours.items():
+            here = torch.tensor(ids, device=me.device)
+            there = torch.tensor(theirs[name], device=me.device)
+            for layer, row in enumerate(me.pages.rows):
+                same = (row.view(torch.int64)[here] == content(me.pages, layer, there, salt)).all(dim=1)
+                wrong += int((~same).sum())
+        for row in me.pages.rows:
+            row.zero_()
+        if shape.device == "cuda":
+            torch.cuda.synchronize()
+        news = me.side.take_news().received
+        say(loaded=times, wrong=wrong, lost={name: reason for name, reason in news.items() if reason})
+    me.close()
+
+
+def tell(process: subprocess.Popen[str], message: dict[str, Any]) -> None:
+    """To a child."""
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(message) + "\n")
+    process.stdin.flush()
+
+
+def told(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """From a child."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("{"):
+            return dict(json.loads(line))
+        print(line, end="", file=sys.stderr)  # UCX logs to standard output
+    raise SystemExit(f"a process of the benchmark ended with status {process.wait()}")
+
+
+def start(shape: Shape, case: Case) -> list[subprocess.Popen[str]]:
+    """The sender on the first GPU, the receiver on the second."""
+    processes = []
+    for place, side in enumerate(("prefill", "decode")):
+        given = json.dumps([side, msgspec.to_builtins(shape), msgspec.to_builtins(case)])
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(place)}
+        if shape.device == "cuda":
+            environment.setdefault("UCX_TLS", "cuda_ipc,cuda_copy,tcp")
+        command = [sys.executable, str(Path(__file__).resolve()), "--child", given]
+        processes.append(
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        )
+    return processes
+
+
+def run_case(shape: Shape, case: Case) -> dict[str, Any]:
+    """Both processes through all rounds of a case."""
+    processes = start(shape, case)
+    sender, receiver = processes
+
+    handovers: list[float] = []
+    wrong = blocks = 0
+    failures: list[str] = []
+    per_prompt = -(-shape.tokens // case.block_size)
+    num_blocks = per_prompt * case.concurrent + 64
+    try:
+        tell(sender, told(receiver))
+        for number in range(case.rounds):
+            generator = torch.Generator().manual_seed(number)
+            names = [f"{number}-{place}" for place in range(case.concurrent)]
+            tables = []
+            for _ in range(2):
+                order = torch.randperm(num_blocks, generator=generator).tolist()
+                tables.append({name: order[i * per_prompt : (i + 1) * per_prompt] for i, name in enumerate(names)})
+            tell(receiver, {"round": number, "theirs": tables[0], "ours": tables[1]})
+            tell(sender, {"round": number, "tables": tables[0]})
+            sent, got = told(sender), told(receiver)
+            wrong += got["wrong"]
+            blocks += per_prompt * shape.layers * case.concurrent
+            failures += [*sent["failed"].values(), *got["lost"].values()]
+            if number > 0 or case.rounds == 1:  # the first round connects
+                handovers += [(at - sent["computed"]) * 1000 for at in got["loaded"].values()]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                tell(process, {"round": None})
+        for process in processes:
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+    handovers.sort()
+    return {
+        "case": msgspec.to_builtins(case),
+        "megabytes": shape.layers * per_prompt * case.block_size * shape.token_bytes / (1 << 20),
+        "blocks": blocks,
+        "wrong": wrong,
+        "failures": failures,
+        "handover_p50_ms": statistics.median(handovers),
+        "handover_max_ms": handovers[-1],
+    }
+
+
+def line_of(case: Case, result: dict[str, Any]) -> str:
+    """One case, as it is measured."""
+    what = f"block {case.block_size}, chunk {case.chunk_tokens}, {case.concurrent} at a time, {case.compute_ms:.0f} ms"
+    times = f"handover p50 {result['handover_p50_ms']:.2f} ms, max {result['handover_max_ms']:.2f}"
+    right = f"{result['wrong']} of {result['blocks']} blocks wrong, failures {result['failures']}"
+    return f"{what}, {result['megabytes']:.0f} MiB: {times}; {right}"
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tokens", type=int, default=7504)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--compute-ms", type=float, default=216.0)
+    parser.add_argument("--buffer-gb", type=float, default=4.0)
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"))
+    args = parser.parse_args()
+    if args.child:
+        side, shape, case = json.loads(args.child)
+        run = prefill if side == "prefill" else decode
+        run(Shape(**shape), Case(**case))
+        return
+    # 8 heads of 128, K and V, two bytes each.
+    shape = Shape(args.device, args.layers, 2 * 8 * 128 * 2, args.tokens, int(args.buffer_gb * (1 << 30)))
+    whole = args.tokens
+    cases = [
+        Case(16, whole, 1, args.compute_ms, args.rounds),
+        Case(16, whole, 1, 0.0, args.rounds),
+        Case(16, 2048, 1, args.compute_ms, args.rounds),
+        Case(128, whole, 1, args.compute_ms, args.rounds),
+        Case(16, 1000, 3, args.compute_ms, args.rounds),
+    ]
+    results = []
+    for case in cases:
+        result = run_case(shape, case)
+        results.append(result)
+        print(line_of(case, result), flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "belt.json").write_text(json.dumps({"shape": msgspec.to_builtins(shape), "results": results}))
+    if any(result["wrong"] or result["failures"] for result in results):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

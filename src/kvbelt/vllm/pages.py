@@ -1,0 +1,82 @@
+"""vLLM's KV tensors as rows of bytes: a row is one block of one layer, all of it.
+
+How keys and values lie inside a row differs by attention backend (on CPU K is transposed); it is compared in the
+handshake by ``order``, and never interpreted.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from kvbelt.errors import StartError
+
+_LAYER_NUMBER = re.compile(r"\.(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """A model's KV memory.
+
+    Attributes:
+        rows: one tensor a layer, ``uint8 [num_blocks, block_bytes]``, over vLLM's own memory.
+        layer_of: vLLM's name of a layer to its place in ``rows``; layers that share memory share the place.
+        order: shape, strides and type of a block, for the handshake.
+    """
+
+    rows: list[torch.Tensor]
+    layer_of: dict[str, int]
+    order: str
+
+
+def pages_of(kv_caches: Mapping[str, torch.Tensor], num_blocks: int, block_bytes: int, backend: str) -> Pages:
+    """View the tensors that vLLM registers.
+
+    Raises:
+        StartError: a layer's blocks are not each one run of ``block_bytes`` bytes.
+    """
+    rows: list[torch.Tensor] = []
+    layer_of: dict[str, int] = {}
+    place_of_address: dict[int, int] = {}
+    order = ""
+    for name in sorted(kv_caches, key=_in_model_order):
+        tensor = kv_caches[name]
+        if not isinstance(tensor, torch.Tensor):
+            raise StartError(
+                f"layer {name} keeps its state in a {type(tensor).__name__}; only attention KV can be moved"
+            )
+        address = tensor.data_ptr()
+        if address not in place_of_address:
+            place_of_address[address] = len(rows)
+            rows.append(_rows(name, tensor, num_blocks, block_bytes))
+            order = order or f"{backend} {tensor.dtype} {tuple(tensor.shape[1:])} {tensor.stride()[1:]}".replace(
+                "torch.", ""
+            )
+        layer_of[name] = place_of_address[address]
+    if not rows:
+        raise StartError("vLLM has registered no KV cache; a model without attention cannot be disaggregated")
+    return Pages(rows, layer_of, order)
+
+
+def _in_model_order(name: str) -> tuple[int, str]:
+    number = _LAYER_NUMBER.search(name)
+    return (int(number.group(1)) if number else -1, name)
+
+
+def _rows(name: str, tensor: torch.Tensor, num_blocks: int, block_bytes: int) -> torch.Tensor:
+    described = f"layer {name}: KV of shape {tuple(tensor.shape)}, strides {tensor.stride()}, {tensor.dtype}"
+    if tensor.numel() * tensor.element_size() != num_blocks * block_bytes:
+        raise StartError(f"{described} is not {num_blocks} blocks of {block_bytes} bytes")
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True), reverse=False):
+        if size != 1 and stride != expected:
+            raise StartError(f"{described} has gaps; its blocks cannot be moved as they are")
+        expected *= size
+    # The outermost dimension in memory must be blocks (vLLM may split a block into several of the kernel's).
+    if tensor.shape[0] % num_blocks or (tensor.shape[0] > 1 and tensor.stride(0) * tensor.shape[0] != tensor.numel()):
+        raise StartError(
+            f"{described} does not lie block by block; choose an attention backend whose blocks are contiguous"
+        )
+    flat = tensor.as_strided((tensor.numel(),), (1,))
+    return flat.view(torch.uint8).view(num_blocks, block_bytes)

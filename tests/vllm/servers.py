@@ -1,0 +1,150 @@
+"""Real vLLM servers for tests: started by us, ended by pid, logs kept in a folder."""
+
+# ruff: noqa: S310 -- the URLs are our own servers
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+#: Starting takes 26 to 60 s on an idle machine of two cores, and longer beside others.
+START_SECONDS = 300.0
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(slots=True)
+class Server:
+    """One vLLM server process group."""
+
+    name: str
+    port: int
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def url(self) -> str:
+        """Without a slash at its end."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def post(self, path: str, body: dict[str, Any], timeout: float = 120.0) -> dict[str, Any]:
+        """Ask, and parse the answer.
+
+        Raises:
+            urllib.error.HTTPError: a status other than 2xx.
+        """
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            return json.loads(answer.read())
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric over its labels."""
+        with urllib.request.urlopen(self.url + "/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((name + "{", name + " ")))
+
+    def ready(self) -> bool:
+        """Whether it answers."""
+        try:
+            with urllib.request.urlopen(self.url + "/health", timeout=1):
+                return True
+        except OSError:
+            return False
+
+    def tail(self, lines: int = 30) -> str:
+        """The end of its log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def signal(self, number: int) -> None:
+        """To every process of the server."""
+        os.killpg(self.process.pid, number)
+
+    def stop(self) -> None:
+        """End it, whatever state it is in."""
+        for number, seconds in ((signal.SIGCONT, 0.0), (signal.SIGTERM, 15.0), (signal.SIGKILL, 10.0)):
+            try:
+                os.killpg(self.process.pid, number)
+            except ProcessLookupError:
+                break
+            try:
+                self.process.wait(timeout=seconds)
+            except subprocess.TimeoutExpired:
+                continue
+        # Its engine's process is of the same group, and may outlive the one that was waited for.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@dataclass(slots=True)
+class Fleet:
+    """Servers that are started together and ended together."""
+
+    model: Path
+    logs: Path
+    arguments: tuple[str, ...] = ("--dtype", "float32", "--max-model-len", "2048", "--enforce-eager")
+    servers: list[Server] = field(default_factory=list)
+
+    def start(self, name: str, kv_transfer: dict[str, Any] | None, *arguments: str, core: int = 0) -> Server:
+        """Start one; ``wait`` waits for all."""
+        port = free_port()
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(self.model), "--port", str(port)]
+        command += ["--host", "127.0.0.1", "--served-model-name", "demo", *self.arguments, *arguments]
+        if kv_transfer is not None:
+            command += ["--kv-transfer-config", json.dumps(kv_transfer)]
+        environment = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": str(core),
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        log = self.logs / f"{name}.log"
+        with log.open("wb") as out:
+            process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
+        server = Server(name, port, process, log)
+        self.servers.append(server)
+        return server
+
+    def wait(self, seconds: float = START_SECONDS) -> None:
+        """Until every server answers.
+
+        Raises:
+            RuntimeError: one has ended, or takes too long.
+        """
+        give_up = time.monotonic() + seconds
+        for server in self.servers:
+            while not server.ready():
+                if server.process.poll() is not None or time.monotonic() > give_up:
+                    raise RuntimeError(f"{server.name} did not start:\n{server.tail(60)}")
+                time.sleep(0.5)
+
+    def stop(self) -> None:
+        """End all."""
+        for server in self.servers:
+            server.stop()
+        self.servers.clear()
+
+
+def kvbelt(role: str, **extra: Any) -> dict[str, Any]:
+    """``--kv-transfer-config`` of a server with this connector."""
+    return {
+        "kv_connector": "KVBeltConnector",
+        "kv_connector_module_path": "kvbelt.vllm",
+        "kv_role": role,
+        "kv_connector_extra_config": {"pd_buffer_size": 256 << 20, **extra},
+    }

@@ -1,0 +1,82 @@
+"""The connector's settings: file and extra config, checked together."""
+
+from pathlib import Path
+
+import pytest
+
+from kvbelt.errors import SettingsError, StartError
+from kvbelt.vllm.settings import load_settings
+from kvbelt.vllm.versions import require_supported
+
+SEEDS = """\
+local_cpu: False
+max_local_cpu_size: 0
+enable_pd: True
+transfer_channel: "nixl"
+pd_role: "receiver"
+pd_peer_host: "localhost"
+pd_peer_init_port: 7300
+pd_peer_alloc_port: 7400
+pd_buffer_size: 2147483648
+pd_buffer_device: "cpu"
+nixl_backends: [UCX]
+"""
+
+
+def test_defaults_are_enough() -> None:
+    """Nothing need be said on one machine."""
+    settings = load_settings("kv_consumer", {}, "cpu", {})
+    assert (settings.role, settings.init_port, settings.buffer_device) == ("decode", 0, "cpu")
+    assert settings.receives
+    assert not settings.sends
+
+
+def test_the_buffer_is_where_the_model_is() -> None:
+    """On a GPU, unless the file says otherwise."""
+    assert load_settings("kv_producer", {}, "cuda", {}).buffer_device == "cuda"
+    assert load_settings("kv_producer", {"pd_buffer_device": "cpu"}, "cuda", {}).buffer_device == "cpu"
+
+
+def test_a_file_is_read_and_overridden(tmp_path: Path) -> None:
+    """The belt's YAML works as it is; the extra config wins, and foreign keys of such commands are ignored."""
+    path = tmp_path / "d.yaml"
+    path.write_text(SEEDS)
+    extra = {
+        "pd_peer_init_port": [7301],
+        "discard_partial_chunks": False,
+        "lmcache_rpc_port": "c",
+        "skip_last_n_tokens": 1,
+    }
+    settings = load_settings("kv_consumer", extra, "cpu", {"LMCACHE_CONFIG_FILE": str(path)})
+    assert (settings.host, settings.init_port, settings.alloc_port) == ("localhost", 7301, 7400)
+    assert settings.buffer_bytes == 2 << 30
+
+
+@pytest.mark.parametrize(
+    ("role", "extra", "said"),
+    [
+        ("kv_producer", {"pd_buffer_sise": 1}, "pd_buffer_size"),
+        ("kv_producer", {"pd_role": "receiver"}, "kv_producer"),
+        ("kv_producer", {"pd_buffer_device": "cuda"}, "runs on cpu"),
+        ("kv_producer", {"transfer_channel": "mooncake"}, "mooncake"),
+        ("kv_producer", {"enable_pd": False}, "enable_pd"),
+        ("kv_both", {"pd_buffer_size": "large"}, "pd_buffer_size"),
+    ],
+)
+def test_contradictions_are_refused(role: str, extra: dict[str, object], said: str) -> None:
+    """In one line that names the key."""
+    with pytest.raises(SettingsError, match=said):
+        load_settings(role, extra, "cpu", {})
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.32.0", "0.32.1+cpu"])
+def test_tried_versions_are_taken(version: str) -> None:
+    """The ones that the tests run with."""
+    require_supported(version)
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.27.0", "1.0.0", "0.260.0"])
+def test_other_versions_are_refused(version: str) -> None:
+    """Plainly: which one it is, and which it should be."""
+    with pytest.raises(StartError, match=r"0\.26\.x and 0\.32\.x"):
+        require_supported(version)
