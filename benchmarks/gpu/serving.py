@@ -96,7 +96,8 @@ def server(plan: Plan, processes: Processes, name: str, place: int, kv: dict[str
     command += ["--port", str(port), "--served-model-name", NAME, "--no-enable-prefix-caching", *plan.server_arguments]
     if kv is not None:
         command += ["--kv-transfer-config", json.dumps(kv)]
-    environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    # The packed vLLM has no FlashInfer, and its sampler is not what is measured: torch's, for every system alike.
+    environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
     if plan.device == "cuda":
         environment |= {"CUDA_VISIBLE_DEVICES": str(place), "UCX_TLS": "cuda_ipc,cuda_copy,tcp"}
         environment |= {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(5600 + place)}

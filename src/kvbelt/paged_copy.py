@@ -10,6 +10,7 @@ On CUDA the copies are torch's, on a side stream, and a fence is an event.
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -78,8 +79,30 @@ def _blocks_of_bytes(layer: torch.Tensor) -> torch.Tensor:
     return layer.view(layer.shape[0], -1).view(torch.uint8)
 
 
+class _FutureFence:
+    """A copy on a thread of the copier's."""
+
+    def __init__(self, copy: "Future[None]") -> None:
+        self._copy = copy
+
+    def done(self) -> bool:
+        """Whether it has run. Raises what it raised."""
+        if not self._copy.done():
+            return False
+        self._copy.result()
+        return True
+
+
+#: Threads that fill runs of neighbouring blocks. One core copies 46 MB that another process has just written at 8 GB/s,
+#: two at 12 (``benchmarks/transfer.py`` on the machine of docs/performance.md); the request waits for nothing else.
+_FILLING_THREADS = 2
+
+
 class CpuPagedCopy:
-    """``PagedCopy`` on CPU. Every copy is complete when the call returns."""
+    """``PagedCopy`` on CPU. Gathers are complete when the call returns, on the belt's own thread.
+
+    Scatters into neighbouring blocks run on two threads, layer beside layer; they sleep while there is nothing to fill.
+    """
 
     def __init__(
         self,
@@ -91,6 +114,7 @@ class CpuPagedCopy:
         self.block_bytes = self._layers[0].shape[1]
         self._send: Bytes | None = None if send_staging is None else send_staging.numpy()
         self._receive: Bytes | None = None if receive_staging is None else receive_staging.numpy()
+        self._fillers = ThreadPoolExecutor(_FILLING_THREADS, thread_name_prefix="scatter")
         self._filled: tuple[Sequence[int], npt.NDArray[np.int64], int | None] = ([], np.empty(0, np.int64), None)
 
     def gather(self, layer: int, block_ids: Sequence[int], offset: int, ready: Any) -> Fence:  # noqa: ARG002
@@ -114,9 +138,8 @@ class CpuPagedCopy:
         ids, first = self._ids_to_fill(block_ids)
         staged = self._receive[offset : offset + ids.size * self.block_bytes].reshape(-1, self.block_bytes)
         if first is not None:
-            np.copyto(blocks[first : first + ids.size], staged)
-        else:
-            blocks[ids] = staged
+            return _FutureFence(self._fillers.submit(np.copyto, blocks[first : first + ids.size], staged))
+        blocks[ids] = staged  # keeps the interpreter to itself, so a second thread would not help
         return DONE
 
     def _ids_to_fill(self, block_ids: Sequence[int]) -> tuple[npt.NDArray[np.int64], int | None]:

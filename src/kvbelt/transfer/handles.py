@@ -134,7 +134,16 @@ class ReceivedSlot:
 
 
 def wait_for(fences: Sequence[Fence]) -> None:
-    """Until copies have completed. On CPU they have; on a GPU it is a matter of a few hundred microseconds."""
+    """Until every copy has ended, a matter of milliseconds.
+
+    Raises what the first failed one raised, but not earlier: what is still being copied must not be given back.
+    """
+    failure: Exception | None = None
     for fence in fences:
-        while not fence.done():
-            time.sleep(20e-6)
+        try:
+            while not fence.done():
+                time.sleep(20e-6)
+        except Exception as error:  # noqa: BLE001 -- raised below
+            failure = failure or error
+    if failure is not None:
+        raise failure
