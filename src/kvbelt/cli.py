@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from kvbelt import __version__
 from kvbelt.errors import KVBeltError
+from kvbelt.ops.arguments import count, hosts, port, ports, positive_int, positive_number
 from kvbelt.settings import Role, resembling
 
 
@@ -26,32 +27,6 @@ class _Parser(argparse.ArgumentParser):
         self.error(f"unknown argument {argument}{resembling(argument.partition('=')[0], known)}")
 
 
-def _port(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) < 65536:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port; give a number between 1 and 65535")
-    return int(text)
-
-
-def _ports(text: str) -> list[int]:
-    return [_port(item) for item in text.split(",")]
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
-
-
-def _positive_number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
-
-
 def _add_worker(commands: "argparse._SubParsersAction[_Parser]") -> None:
     worker = commands.add_parser("worker", help="one prefill or decode worker with the embedded engine")
     worker.set_defaults(run=_run_worker, parser=worker)
@@ -60,15 +35,15 @@ def _add_worker(commands: "argparse._SubParsersAction[_Parser]") -> None:
     worker.add_argument("--model", required=True, help="a Hugging Face folder, or 'demo'")
     worker.add_argument("--served-model-name", help="default: the folder's name")
     worker.add_argument("--host", default="127.0.0.1")
-    worker.add_argument("--port", type=_port, default=None, help="default: 7100 prefill, 7200 decode")
+    worker.add_argument("--port", type=port, default=None, help="default: 7100 prefill, 7200 decode")
     worker.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     worker.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-    worker.add_argument("--kv-gb", type=_positive_number, help="memory for KV blocks, in GB")
-    worker.add_argument("--block-size", type=_positive, default=16, help="tokens a block")
-    worker.add_argument("--max-model-len", type=_positive, help="default: the model's")
-    worker.add_argument("--max-batch-tokens", type=_positive, help="tokens a step, prefill chunks included")
-    worker.add_argument("--max-running", type=_positive, help="requests a step")
-    worker.add_argument("--threads", type=_positive, help="CPU threads of the model")
+    worker.add_argument("--kv-gb", type=positive_number, help="memory for KV blocks, in GB")
+    worker.add_argument("--block-size", type=positive_int, default=16, help="tokens a block")
+    worker.add_argument("--max-model-len", type=positive_int, help="default: the model's")
+    worker.add_argument("--max-batch-tokens", type=positive_int, help="tokens a step, prefill chunks included")
+    worker.add_argument("--max-running", type=positive_int, help="requests a step")
+    worker.add_argument("--threads", type=positive_int, help="CPU threads of the model")
     worker.add_argument("--log-json", action="store_true")
 
 
@@ -104,32 +79,19 @@ def _run_worker(args: argparse.Namespace) -> int:
     return 0
 
 
-def _hosts(text: str) -> list[str]:
-    hosts = [host.strip() for host in text.split(",")]
-    if not all(hosts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a host or a list of hosts")
-    return hosts
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of workers")
-    return int(text)
-
-
 def _add_proxy(commands: "argparse._SubParsersAction[_Parser]") -> None:
     proxy = commands.add_parser("proxy", help="the OpenAI API in front of prefill and decode workers")
     proxy.set_defaults(run=_run_proxy, parser=proxy)
     proxy.add_argument("--host", default="127.0.0.1", help="where to listen")
-    proxy.add_argument("--port", type=_port, default=9100)
+    proxy.add_argument("--port", type=port, default=9100)
     for kind, word, first in (("prefill", "prefillers", 7100), ("decode", "decoders", 7200)):
-        proxy.add_argument(f"--{kind}-host", type=_hosts, default=["localhost"], metavar="HOST[,HOST]")
-        proxy.add_argument(f"--{kind}-port", type=_ports, default=[first], metavar="PORT[,PORT]")
-        proxy.add_argument(f"--num-{word}", type=_count, metavar="N", help="on consecutive ports (default: 1)")
+        proxy.add_argument(f"--{kind}-host", type=hosts, default=["localhost"], metavar="HOST[,HOST]")
+        proxy.add_argument(f"--{kind}-port", type=ports, default=[first], metavar="PORT[,PORT]")
+        proxy.add_argument(f"--num-{word}", type=count, metavar="N", help="on consecutive ports (default: 1)")
     proxy.add_argument("--notify-host", default="127.0.0.1", help="where prefill workers report transfers")
-    proxy.add_argument("--notify-port", type=_port, default=7500)
-    proxy.add_argument("--deadline", type=_positive_number, default=600.0, help="seconds a request may take")
-    proxy.add_argument("--min-prompt-tokens", type=_count, default=0, help="shorter prompts are not disaggregated")
+    proxy.add_argument("--notify-port", type=port, default=7500)
+    proxy.add_argument("--deadline", type=positive_number, default=600.0, help="seconds a request may take")
+    proxy.add_argument("--min-prompt-tokens", type=count, default=0, help="shorter prompts are not disaggregated")
     proxy.add_argument("--log-json", action="store_true")
 
 

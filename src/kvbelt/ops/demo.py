@@ -17,6 +17,7 @@ from typing import Any
 from kvbelt.errors import KVBeltError, StartError
 from kvbelt.http import HttpError, Pool, Response
 from kvbelt.ops import probe, up, waterfall
+from kvbelt.ops.arguments import positive_int
 from kvbelt.ops.console import Console
 from kvbelt.ops.deployment import Deployment
 from kvbelt.ops.ports import check_free, seed_ports
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", default="1p1d", help="XpYd (default: 1p1d)")
     parser.add_argument("--once", action="store_true", help="end after the answer")
     parser.add_argument("--prompt", default=QUESTION, help="what to ask")
-    parser.add_argument("--max-tokens", type=up.positive_int, default=60, help="longest answer (default: 60)")
+    parser.add_argument("--max-tokens", type=positive_int, default=60, help="longest answer (default: 60)")
     parser.add_argument("--verbose", action="store_true", help="show the workers' logs")
 
 

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 from kvbelt.errors import KVBeltError
+from kvbelt.ops.arguments import port, positive_int, positive_number
 from kvbelt.ops.console import Console
 from kvbelt.ops.deployment import Deployment
 from kvbelt.ops.model_dir import find_model
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one more argument for every worker, e.g. --worker-arg=--enforce-eager; may be repeated",
     )
     parser.add_argument("--host", default="127.0.0.1", help="where the proxy listens (default: 127.0.0.1)")
-    parser.add_argument("--port", type=positive_int, help=f"the proxy's port (default: {PROXY_PORT})")
+    parser.add_argument("--port", type=port, help=f"the proxy's port (default: {PROXY_PORT})")
     parser.add_argument("--auto-ports", action="store_true", help="take free ports instead of the well-known ones")
     parser.add_argument(
         "--kv-gb", type=positive_number, help="KV memory of each worker in GB (default: the worker decides)"
@@ -177,21 +178,3 @@ async def _stop_signals() -> AsyncIterator[asyncio.Event]:
     finally:
         for number in _SIGNALS:
             loop.remove_signal_handler(number)
-
-
-def positive_int(text: str) -> int:
-    """An argument that counts something."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
-
-
-def positive_number(text: str) -> float:
-    """An argument that measures something."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
