@@ -26,10 +26,8 @@ def drawing(table: Table[StateT]) -> str:
 
 def page_part() -> str:
     """The two drawings, as they stand in the page."""
-    parts = []
-    for title, table in (("The sending side", SENDER_TABLE), ("The receiving side", RECEIVER_TABLE)):
-        parts.append(f"### {title}\n\n```mermaid\n{drawing(table)}\n```\n")
-    return "\n".join(parts)
+    sides = {"The sending side": drawing(SENDER_TABLE), "The receiving side": drawing(RECEIVER_TABLE)}
+    return "\n".join(f"### {title}\n\n```mermaid\n{drawn}\n```\n" for title, drawn in sides.items())
 
 
 if __name__ == "__main__":
