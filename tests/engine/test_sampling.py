@@ -191,6 +191,16 @@ def test_logprobs() -> None:
     assert [value for _, value in two.top] == pytest.approx([expected[1], expected[2]])
 
 
+@pytest.mark.parametrize("wild", [{"repetition_penalty": 1e-40}, {"temperature": 1e39, "min_tokens": 1}])
+def test_parameters_that_overflow_end_their_own_row_only(wild: dict[str, float]) -> None:
+    """No token id outside the vocabulary is ever drawn; the neighbour is served."""
+    logits = torch.linspace(0.5, 3.0, VOCAB).repeat(2, 1)
+    rows = [row(SamplingParams(**wild), prompt=(3,), ends=(0,)), row(SamplingParams(temperature=0.7))]
+    broken, fine = sample(logits, rows)
+    assert broken.token_id is None or broken.token_id < VOCAB
+    assert fine.token_id is not None
+
+
 def test_logits_that_are_not_numbers() -> None:
     """A broken row has no token; its neighbours do."""
     logits = torch.tensor([[1.0, float("nan")], [0.0, 1.0]])

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from kvbelt.wire.notification import TransferDone, TransferFailed, encode
-from tests.proxy.support import Deployment, async_test, eventually
+from tests.proxy.support import Deployment, async_test, eventually, generated
 
 BODY = {"prompt": "hello", "max_tokens": 12, "temperature": 0}
 STREAM = BODY | {"stream": True}
@@ -283,6 +283,25 @@ def test_a_decode_workers_refusal_reaches_the_client(status):
             assert got.events[-1]["error"]["message"] == "as scripted"
 
     quoted()
+
+
+@pytest.mark.parametrize("body", [BODY, REDERIVED, STREAM])
+def test_a_decode_worker_that_is_stopping_is_replaced_by_another(body):
+    """Its 503 is not the client's as long as another worker is ready, which computes the prompt itself."""
+
+    @async_test
+    async def replaced():
+        async with Deployment(decode=2) as deployment:
+            stopping, other = deployment.decode
+            stopping.script.status = 503
+            for _ in range(2):  # round robin: one of the two would be the stopping worker's
+                got = await deployment.ask(body)
+                assert got.status == 200
+                assert got.text
+            assert len(generated(stopping)) == 1
+            assert len(generated(other)) == 2
+
+    replaced()
 
 
 @async_test

@@ -150,7 +150,7 @@ async def test_a_first_token_that_ends_the_answer_calls_no_decode_worker():
         assert not deployment.decode[0].requests
 
 
-@pytest.mark.parametrize("fields", [{"seed": 4}, {"stop": ["\n"]}, {"prompt": ["a", "b"]}, {"unheard_of": 1}])
+@pytest.mark.parametrize("fields", [{"seed": 4}, {"stop": ["\n"]}, {"unheard_of": 1}])
 def test_a_rederived_answer_is_the_decode_workers_own(fields):
     """The client's own body, over the transferred KV, unchanged bytes."""
 
@@ -168,6 +168,17 @@ def test_a_rederived_answer_is_the_decode_workers_own(fields):
             assert handoff["transfer_id"] == sent["transfer_id"]
 
     equal()
+
+
+@async_test
+async def test_several_prompts_are_the_decode_workers_alone():
+    """Their KV could need more room together than there is, so none is sent."""
+    body = {"prompt": ["a", "b"], "max_tokens": 9}
+    async with Deployment() as deployment:
+        got, expected = await deployment.ask(body), await deployment.ask_alone(body)
+        assert got.path == "local; reason=many_prompts"
+        assert comparable(got) == comparable(expected)
+        assert not generated(deployment.prefill[0])
 
 
 @pytest.mark.parametrize("first_text", ["", "\ufffd", "a\ufffd"])

@@ -72,6 +72,8 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleInput]) -> list[Sampled]:
     if drawing:
         drawn = _draw(logits if len(drawing) == len(rows) else logits[drawing], [rows[i] for i in drawing])
         for i, token in zip(drawing, drawn, strict=True):
+            # Parameters at the edge of what a float holds can turn a row's weights into no numbers at all.
+            broken[i] = not token < logits.shape[-1]
             chosen[i] = token
     return [Sampled(None) if broken[i] else reports.of(i, chosen[i]) for i in range(len(rows))]
 

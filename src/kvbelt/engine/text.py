@@ -76,6 +76,9 @@ class Detokenizer:
             if not self._decoder.incomplete(self._decode(end), self._ids[:end]):
                 self._read = end
                 break
+        else:
+            # No clean cut: rather a stray character twice than text that can still change under what is compared.
+            self._read = max(0, len(self._ids) - _MAX_INCOMPLETE_TOKENS)
         self._read_text = self._decode(self._read)
 
     def push(self, token_id: int) -> str:

@@ -8,6 +8,8 @@ from kvbelt.engine.api import GenerationRequest, InvalidRequestError, SamplingPa
 
 #: Most alternatives a token; vLLM's default bound.
 MAX_LOGPROBS = 20
+#: Beyond it every token is as good as any other; far beyond it floats overflow.
+MAX_TEMPERATURE = 100.0
 _SEED_BITS = 63
 
 
@@ -39,15 +41,15 @@ def check_request(request: GenerationRequest, limits: Limits) -> None:
 
 
 def _check_sampling(p: SamplingParams, vocab_size: int) -> None:
-    _check("temperature", p.temperature, math.isfinite(p.temperature) and p.temperature >= 0, "at least 0")
+    _check("temperature", p.temperature, 0 <= p.temperature <= MAX_TEMPERATURE, f"between 0 and {MAX_TEMPERATURE:g}")
     _check("top_p", p.top_p, 0 < p.top_p <= 1, "above 0 and at most 1")
     _check("top_k", p.top_k, p.top_k >= -1, "-1 or 0 (off) or at least 1")
     _check("min_p", p.min_p, 0 <= p.min_p <= 1, "between 0 and 1")
     for name in ("presence_penalty", "frequency_penalty"):
         value = getattr(p, name)
         _check(name, value, -2 <= value <= 2, "between -2 and 2")
-    repetition = p.repetition_penalty
-    _check("repetition_penalty", repetition, math.isfinite(repetition) and repetition > 0, "above 0")
+    repetition, most_penalty = p.repetition_penalty, 100.0
+    _check("repetition_penalty", repetition, 1 / most_penalty <= repetition <= most_penalty, "between 0.01 and 100")
     if p.seed is not None:
         _check("seed", p.seed, -(1 << _SEED_BITS) <= p.seed < (1 << _SEED_BITS), "a 64-bit integer")
     if p.logprobs is not None:

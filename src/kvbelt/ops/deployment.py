@@ -104,7 +104,10 @@ class Deployment:
             self.ports = seed_ports(spec.topology, proxy=spec.port if spec.port is not None else PROXY_PORT)
         check_free(list(self.ports.claims(spec.host)))
         if spec.log_dir is not None:
-            spec.log_dir.mkdir(parents=True, exist_ok=True)
+            try:
+                spec.log_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StartError(f"--log-dir {spec.log_dir} cannot be made: {error.strerror}; choose another") from None
         self._config_dir = Path(tempfile.mkdtemp(prefix="kvbelt-"))
         try:
             processes = plan(spec, self.ports, write_configs(spec, self.ports, self._config_dir))

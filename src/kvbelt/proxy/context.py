@@ -93,7 +93,7 @@ class Context:
             asyncio.get_running_loop().call_later(HEARSAY_SECONDS, self._give_up, waiting, error)
 
     def _give_up(self, waiting: Waiting, error: KVLostError) -> None:
-        if self._waiting.get(waiting.transfer_id) is waiting:
+        if self._waiting.get(waiting.transfer_id) is waiting and not waiting.response.head_complete:
             waiting.response.abandon(error)
 
     def _lost(self, worker: Worker) -> None:
@@ -102,5 +102,5 @@ class Context:
         for waiting in list(self._waiting.values()):
             record = self.records.of_transfer(waiting.transfer_id)
             done = record is not None and isinstance(record.transfer, TransferDone)
-            if waiting.prefill is worker and not done:
+            if waiting.prefill is worker and not done and not waiting.response.head_complete:
                 waiting.response.abandon(KVLostError("prefill_lost"))

@@ -139,7 +139,7 @@ class Legs:
         receiver = self.decode.endpoint.report.receiver
         assert receiver is not None
         metrics, record = self._context.metrics, self._record
-        metrics.prefill_queue += 1
+        metrics.prefill_legs += 1
         worker.in_flight += 1
         try:
             for attempt in (1, 2):
@@ -157,16 +157,23 @@ class Legs:
             worker.suspect()
             raise LegFailedError("prefill_lost", str(error)) from error
         finally:
-            metrics.prefill_queue -= 1
+            metrics.prefill_legs -= 1
             worker.in_flight -= 1
         record.prefill_answered = monotonic()
         record.prefill_timing = response.headers.get(b"server-timing", b"")
         if response.status != 200:
+            if response.status == 400 and self._decode_takes_more(worker):
+                raise LegFailedError("prefill_refused", f"{worker.name}: {excerpt(body)}")
             raise RefusedError(response, body)
         try:
             return PrefillAnswer(body)
         except ValueError as error:
             raise LegFailedError("prefill_bad_answer", f"{worker.name}: {error}") from None
+
+    def _decode_takes_more(self, prefill: Worker) -> bool:
+        """Whether the decode worker's context is the larger one, so that the verdict is its own to give."""
+        here, there = prefill.endpoint.report.max_model_len, self.decode.endpoint.report.max_model_len
+        return here is not None and there is not None and here < there
 
     async def open_decode(self, target: str, make_body: MakeBody) -> Response:
         """The head of a decode worker's answer; the KV's fate is known then.
@@ -184,7 +191,14 @@ class Legs:
             record.decode_sent = monotonic()
             try:
                 response = await self._try_decode(worker, target, make_body)
-                break
+                if response.status != 503 or not self._another_decode(tried | {worker.name}):
+                    break
+                # It is stopping or still loading, and its next health check would have said so.
+                worker.suspect()
+                tried |= {worker.name}
+                self.decode = self.pick_decode(tried)
+                if self.transfer is not None:
+                    self.kv_lost("decode_unavailable")
             except KVLostError as lost:
                 self.kv_lost(lost.reason)
             except HttpError as error:
@@ -208,6 +222,13 @@ class Legs:
             if kv.startswith(b"recomputed"):
                 self.kv_lost(_reason_of(record.kv))
         return response
+
+    def _another_decode(self, tried: frozenset[str]) -> bool:
+        try:
+            self.pick_decode(tried)
+        except RequestError:
+            return False
+        return True
 
     async def _try_decode(self, worker: Worker, target: str, make_body: MakeBody) -> Response:
         handoff = None

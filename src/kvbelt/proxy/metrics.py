@@ -13,7 +13,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from kvbelt.proxy.workers import Worker
-from kvbelt.wire.notification import Notification, TransferDone
+from kvbelt.routing.endpoint import Role
+from kvbelt.wire.notification import ENDED_ON_PURPOSE, Notification, TransferDone
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _LONG_SECONDS = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -55,7 +56,7 @@ class Metrics(Collector):
         self.duration = Histogram(_LONG_SECONDS)
         self.transfer_seconds = Histogram(_SECONDS)
         self.in_flight = 0
-        self.prefill_queue = 0  #: prefill legs under way
+        self.prefill_legs = 0  #: prefill legs under way
         self.transfers_done = 0
         self.transfer_bytes = 0
         self.notifications_malformed = 0
@@ -70,7 +71,7 @@ class Metrics(Collector):
             self.transfers_done += 1
             self.transfer_bytes += notification.num_bytes
             self.transfer_seconds.observe(notification.seconds)
-        else:
+        elif notification.reason not in ENDED_ON_PURPOSE:
             self.failures[notification.reason] += 1
 
     def text(self) -> bytes:
@@ -89,7 +90,11 @@ class Metrics(Collector):
         yield CounterMetricFamily(
             "lmcache_nixl_transfer_failures", "Transfers that ended without a commit", sum(self.failures.values())
         )
-        yield GaugeMetricFamily("lmcache_prefill_queue_size", "Prefill legs under way", self.prefill_queue)
+        waiting = sum(
+            worker.endpoint.report.load.waiting for worker in self._workers() if worker.endpoint.role is Role.PREFILL
+        )
+        yield GaugeMetricFamily("lmcache_prefill_queue_size", "Prompts that wait in the prefill workers", waiting)
+        yield GaugeMetricFamily("kvbelt_proxy_prefill_legs", "Prefill legs under way", self.prefill_legs)
         yield CounterMetricFamily("nixl_transfer", "Transfers done", self.transfers_done)
         yield CounterMetricFamily("nixl_transfer_bytes", "Bytes of transfers done", self.transfer_bytes)
         yield self.transfer_seconds.family("nixl_transfer_seconds", "First write posted to last completed")

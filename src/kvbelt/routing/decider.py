@@ -43,6 +43,9 @@ def decide(
         return Decision(None, "short_prompt")
     if first.road is Road.PREFILL_ONLY:
         return Decision(Road.PREFILL_ONLY)
+    if first.reason == "many_prompts":
+        # Each prompt's KV would hold a slot until the last one's has come, and together they may not fit.
+        return Decision(None, "many_prompts")
     if decode.report.receiver is None:
         return Decision(None, "decode_has_no_receiver")
     return Decision(first.road, first.reason)

@@ -128,14 +128,14 @@ class GenerateEndpoint:
         else:
             prompts = await service.prompts.of_completion(request)
         service.require_room(max(map(len, prompts)), samplings[0].max_tokens)
-        echoes = [""] * len(prompts)
-        if isinstance(request, CompletionRequest) and request.echo:
-            echoes = await service.prompts.texts_of(prompts)
         shape = self._shape(request, request_id)
         generation = self._generation(request_id, prompts, samplings, handoff)
-        run = _Run(service, generation, shape, prompts, echoes, n=len(samplings))
         try:
-            await generation.start()
+            await generation.start()  # refuses ids that are none, which a tokenizer could not decode
+            echoes = [""] * len(prompts)
+            if isinstance(request, CompletionRequest) and request.echo:
+                echoes = await service.prompts.texts_of(prompts)
+            run = _Run(service, generation, shape, prompts, echoes, n=len(samplings))
             if request.stream:
                 await run.stream(send)
             else:
@@ -249,7 +249,9 @@ class _Run:
             spans = {"queue": timing.queue, "load": timing.load, "prefill": timing.prefill}
         if (fate := self._generation.kv_fate) is not None:
             spans["kv"] = fate.waited_seconds
-            received = fate.received and timing is not None and timing.loaded_tokens > 0
+            # Of a prompt of one token nothing is loaded: its last token is always computed.
+            loaded = timing is not None and (timing.loaded_tokens > 0 or len(self._choices[0].prompt_token_ids) == 1)
+            received = fate.received and loaded
             reason = fate.reason or "expired_before_load"
             headers["x-kvbelt-kv"] = "received" if received else f"recomputed; reason={reason}"
         headers["server-timing"] = ", ".join(f"{name};dur={seconds * 1e3:.3f}" for name, seconds in spans.items())

@@ -21,7 +21,7 @@ import uvloop
 from kvbelt.engine.api import ModelError
 from kvbelt.engine.engine import Engine
 from kvbelt.engine.settings import EngineSettings
-from kvbelt.errors import StartError
+from kvbelt.errors import SettingsError, StartError
 from kvbelt.settings import WorkerSettings
 from kvbelt.telemetry import configure_logging, get_logger
 from kvbelt.transfer.belt import Belt
@@ -50,20 +50,28 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _engine_settings(settings: WorkerSettings) -> EngineSettings:
+    """What the engine is built with.
+
+    Raises:
+        SettingsError: a value is out of range, or two of them do not fit together.
+    """
     given = {
         "kv_bytes": None if settings.kv_gb is None else int(settings.kv_gb * 1e9),
         "max_batch_tokens": settings.max_batch_tokens,
         "max_running": settings.max_running,
     }
-    return EngineSettings(
-        model_dir=settings.model_dir,
-        device=settings.device,
-        dtype=settings.dtype,
-        block_size=settings.block_size,
-        max_model_len=settings.max_model_len,
-        threads=settings.threads,
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    try:
+        return EngineSettings(
+            model_dir=settings.model_dir,
+            device=settings.device,
+            dtype=settings.dtype,
+            block_size=settings.block_size,
+            max_model_len=settings.max_model_len,
+            threads=settings.threads,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
 
 
 def _on_daemon_thread(work: Callable[[], None]) -> "asyncio.Future[None]":
@@ -106,6 +114,7 @@ class Worker:
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
+        self._engine_settings = _engine_settings(settings)
         self._engine: Engine | None = None
         self._belt: Belt | None = None
         self._prompts: Prompts | None = None
@@ -165,7 +174,7 @@ class Worker:
         settings = self._settings
         log.info("loading", model=str(settings.model_dir), role=settings.role)
         try:
-            engine = Engine(_engine_settings(settings))
+            engine = Engine(self._engine_settings)
         except ModelError as error:
             raise StartError(str(error)) from error
         self._engine = engine

@@ -14,22 +14,20 @@ from kvbelt.transfer.snapshot import BeltSnapshot
 class _Snapshots(Collector):
     """One scrape's worth of metric families."""
 
-    def __init__(self, role: str, load: EngineLoad | None, belt: BeltSnapshot | None) -> None:
-        self._role, self._load, self._belt = role, load, belt
+    def __init__(self, load: EngineLoad | None, belt: BeltSnapshot | None) -> None:
+        self._load, self._belt = load, belt
 
     def collect(self) -> Iterator[Metric]:
         """Every family that this worker has."""
         if self._load is not None:
-            yield from _engine_families(self._role, self._load)
+            yield from _engine_families(self._load)
         if self._belt is not None:
             yield from _belt_families(self._belt)
 
 
-def _engine_families(role: str, load: EngineLoad) -> Iterable[Metric]:
+def _engine_families(load: EngineLoad) -> Iterable[Metric]:
     yield GaugeMetricFamily("kvbelt_requests_running", "Sequences in the batch.", value=load.running)
     yield GaugeMetricFamily("kvbelt_requests_waiting", "Sequences not yet admitted.", value=load.waiting)
-    if role != "decode":
-        yield GaugeMetricFamily("lmcache_prefill_queue_size", "Prompts that wait for prefill.", value=load.waiting)
     yield GaugeMetricFamily("kvbelt_kv_blocks", "KV blocks of the engine.", value=load.blocks_total)
     yield GaugeMetricFamily("kvbelt_kv_blocks_free", "KV blocks nobody holds.", value=load.blocks_free)
     yield CounterMetricFamily("kvbelt_preemptions", "Sequences put back to recompute.", value=load.preemptions_total)
@@ -51,17 +49,15 @@ def _belt_families(belt: BeltSnapshot) -> Iterable[Metric]:
             states.add_metric([side, state], count)
     yield states
     ended = CounterMetricFamily("kvbelt_transfers_ended", "Transfers ended, by outcome.", labels=["side", "reason"])
-    failures = 0
     for side, totals in (("send", belt.sent_total), ("receive", belt.received_total)):
         for reason, count in totals.items():
             ended.add_metric([side, reason], count)
-            failures += count if side == "send" and reason not in ("done", "cancelled") else 0
     yield ended
-    yield CounterMetricFamily("lmcache_nixl_transfer_failures", "Outgoing transfers that failed.", value=failures)
-    yield CounterMetricFamily("nixl_transfer_bytes", "Bytes sent by completed transfers.", value=belt.sent_bytes_total)
-    yield CounterMetricFamily("nixl_transfer_writes", "Writes posted.", value=belt.writes_total)
+    yield CounterMetricFamily("kvbelt_sent_bytes", "Bytes sent by completed transfers.", value=belt.sent_bytes_total)
+    yield CounterMetricFamily("kvbelt_received_bytes", "Bytes of committed KV.", value=belt.received_bytes_total)
+    yield CounterMetricFamily("kvbelt_writes", "Writes posted.", value=belt.writes_total)
     yield SummaryMetricFamily(
-        "nixl_transfer_seconds",
+        "kvbelt_write_seconds",
         "First write posted to last completed.",
         count_value=belt.write_seconds.count,
         sum_value=belt.write_seconds.total,
@@ -78,8 +74,8 @@ def _belt_families(belt: BeltSnapshot) -> Iterable[Metric]:
     yield ignored
 
 
-def render_metrics(role: str, load: EngineLoad | None, belt: BeltSnapshot | None) -> bytes:
+def render_metrics(load: EngineLoad | None, belt: BeltSnapshot | None) -> bytes:
     """Prometheus text of one scrape."""
     registry = CollectorRegistry()
-    registry.register(_Snapshots(role, load, belt))
+    registry.register(_Snapshots(load, belt))
     return generate_latest(registry)

@@ -20,7 +20,6 @@ class State(StrEnum):
     LOADING = "loading"
     READY = "ready"
     DRAINING = "draining"
-    FAILED = "failed"
 
 
 class Service:
@@ -121,7 +120,6 @@ class Service:
     def metrics(self) -> bytes:
         """Prometheus text."""
         return render_metrics(
-            self.role,
             self._engine.load() if self._engine is not None else None,
             self.belt.snapshot() if self.belt is not None else None,
         )
