@@ -240,6 +240,26 @@ def test_a_silent_peer_does_not_hold_up_another(memory):
         assert stuck_sent.outcome().ok
 
 
+def test_a_transfer_abandoned_in_the_turn_of_its_handshake_disturbs_nobody(memory):
+    """The peer's welcome may come between the owner's cancel and the end of the transfer's bytes; the belt lives on."""
+    with Side("p", "prefill", memory("p")) as p, Side("d", "decode", memory("d")) as d:
+        p.fill(1)
+        asked = threading.Event()
+
+        def cancelled_then_welcomed() -> None:
+            dispatch = p.belt._driver.dispatch
+            transfer = dispatch._open[TransferId("a")]
+            dispatch.abandon(transfer, "aborted")
+            dispatch._peer_ready(transfer.peer)
+            asked.set()
+
+        _, sent = begin(p, d.belt.receiver_address(), "a", 100)
+        p.belt._driver.ask(cancelled_then_welcomed)
+        assert asked.wait(5)
+        assert sent.outcome().reason == "aborted"
+        transfer_once(p, d, "b", 100)
+
+
 def test_a_write_that_fails_loses_the_transfer_and_nothing_else(memory):
     """Both sides learn it, the slot comes back, and the next transfer works."""
     with Side("p", "prefill", memory("p")) as p, Side("d", "decode", memory("d")) as d:

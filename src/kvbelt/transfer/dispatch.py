@@ -209,13 +209,18 @@ class Dispatch:
     # Peers.
 
     def _peer_ready(self, peer: Peer) -> None:
-        for transfer_id in sorted(peer.transfers):
-            self._tell(self._open[transfer_id], PeerReady())
+        for transfer in self._under_way(peer):
+            self._tell(transfer, PeerReady())
 
     def _peer_lost(self, peer: Peer, reason: str, detail: str) -> None:
-        for transfer_id in sorted(peer.transfers):
-            self._tell(self._open[transfer_id], PeerFailed(reason, detail))
+        for transfer in self._under_way(peer):
+            self._tell(transfer, PeerFailed(reason, detail))
         self._abort_writes(peer)
+
+    def _under_way(self, peer: Peer) -> list[Outgoing]:
+        """Its transfers, without those that have ended and only wait for their blocks to be free."""
+        open_ones = [self._open[transfer_id] for transfer_id in sorted(peer.transfers)]
+        return [transfer for transfer in open_ones if not transfer.session.ended]
 
     def _abort_writes(self, peer: Peer) -> None:
         for transfer_id in peer.transfers:
