@@ -1,5 +1,9 @@
 """Writes the folder of a Llama-3.1-8B without weights: for ``--load-format dummy``, where speed matters, not sense.
 
+    python benchmarks/gpu/dummy_model.py FOLDER
+    python benchmarks/gpu/dummy_model.py FOLDER --small    # 8 layers of 1024, with random weights of its own
+
+vLLM's dummy weights are so small that an answer hardly depends on its prompt. The small model's does: wrong KV shows.
 The tokenizer is one word a token (``t17``), so that a random text of n words is n tokens.
 """
 
@@ -43,7 +47,28 @@ CONFIG = {
 }
 
 
-def write_model(folder: Path) -> None:
+#: What the small model changes. Attention over thousands of tokens is an average; a wider spread keeps it sharp.
+SMALL = {
+    "hidden_size": 1024,
+    "intermediate_size": 3584,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "initializer_range": 0.05,
+}
+
+
+def write_weights(folder: Path) -> None:
+    """Write the small model's weights, the same at every call."""
+    import torch  # noqa: PLC0415 -- seconds
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 -- seconds
+
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, torch_dtype=torch.bfloat16).save_pretrained(folder)
+
+
+def write_model(folder: Path, *, small: bool = False) -> None:
     """Write configuration and tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     words = {f"t{number}": number for number in range(VOCABULARY)}
@@ -60,9 +85,11 @@ def write_model(folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(CONFIG | SMALL if small else CONFIG))
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
 
 
 if __name__ == "__main__":
-    write_model(Path(sys.argv[1]))
+    write_model(Path(sys.argv[1]), small="--small" in sys.argv)
+    if "--small" in sys.argv:
+        write_weights(Path(sys.argv[1]))

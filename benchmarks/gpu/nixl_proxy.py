@@ -1,10 +1,11 @@
 """The smallest fair proxy for vLLM's NixlConnector: prefill, then decode with what prefill answered, relayed.
 
-One prefill and one decode server. No more than the rival needs: it pulls, so its decode leg begins when the prefill
+Servers take turns. No more than the rival needs: it pulls, so its decode leg begins when the prefill
 leg has answered, and the client's first token is decode's.
 """
 
 import argparse
+import itertools
 import json
 
 import aiohttp
@@ -20,9 +21,10 @@ _ASK = {
 }
 
 
-def make_app(prefill: str, decode: str) -> web.Application:
+def make_app(prefill: list[str], decode: list[str]) -> web.Application:
     """An application that serves ``/v1/completions`` and ``/health``."""
     app = web.Application(client_max_size=64 << 20)
+    prefill_turn, decode_turn = itertools.cycle(prefill), itertools.cycle(decode)
 
     async def session(application: web.Application):  # type: ignore[no-untyped-def]  # noqa: ANN202
         connector = aiohttp.TCPConnector(limit=0)
@@ -36,11 +38,13 @@ def make_app(prefill: str, decode: str) -> web.Application:
         first = {**body, "max_tokens": 1, "stream": False, "kv_transfer_params": _ASK}
         first.pop("stream_options", None)
         first.pop("min_tokens", None)
-        async with client.post(prefill + "/v1/completions", json=first) as answer:
+        async with client.post(next(prefill_turn) + "/v1/completions", json=first) as answer:
             if answer.status != 200:
                 return web.Response(status=answer.status, body=await answer.read())
             params = (await answer.json())["kv_transfer_params"]
-        async with client.post(decode + "/v1/completions", json={**body, "kv_transfer_params": params}) as answer:
+        async with client.post(
+            next(decode_turn) + "/v1/completions", json={**body, "kv_transfer_params": params}
+        ) as answer:
             relayed = web.StreamResponse(status=answer.status, headers={"content-type": answer.content_type})
             await relayed.prepare(request)
             async for chunk in answer.content.iter_any():
@@ -60,7 +64,7 @@ def make_app(prefill: str, decode: str) -> web.Application:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--prefill", required=True)
-    parser.add_argument("--decode", required=True)
+    parser.add_argument("--prefill", nargs="+", required=True)
+    parser.add_argument("--decode", nargs="+", required=True)
     args = parser.parse_args()
     web.run_app(make_app(args.prefill, args.decode), host="127.0.0.1", port=args.port, print=None, access_log=None)

@@ -1,197 +1,39 @@
-"""Serving on two GPUs: vLLM aggregated, vLLM with NixlConnector, and vLLM with kvbelt, under the same load.
+"""Serving on several GPUs: vLLM aggregated, vLLM with NixlConnector, and vLLM with kvbelt, under the same load.
 
-    python benchmarks/gpu/serving.py run --model DIR --system kvbelt --system nixl --system aggregated
-    python benchmarks/gpu/serving.py table
+    python -m benchmarks.gpu.serving run --model DIR --system kvbelt --system nixl --system aggregated
+    python -m benchmarks.gpu.serving table
 
 ``run`` starts one system after another, warms it, loads it with vLLM's own ``vllm bench serve`` at each rate, and
 writes one JSON file a system; ``table`` puts the files side by side. Every system gets the same model, seeds,
 arguments and clients, CUDA graphs on and prefix caching off.
 
-* aggregated: two plain servers, requests in turn (kvbelt's proxy without prefill workers: it relays bytes).
-* nixl: NixlConnector 1p1d behind the proxy of ``nixl_proxy.py``.
-* kvbelt: KVBeltConnector 1p1d behind kvbelt's proxy.
+* aggregated: as many plain servers, requests in turn (kvbelt's proxy without prefill workers: it relays bytes).
+* nixl: NixlConnector behind the proxy of ``nixl_proxy.py``.
+* kvbelt: KVBeltConnector behind kvbelt's proxy.
+
+``--shape 2p2d`` takes four GPUs. ``--gpus 0,0`` puts both servers on one GPU: that tells whether answers are right and,
+with ``--trace``, where the time between first and second token goes; it tells nothing about speed under load.
 """
 
 import argparse
 import contextlib
 import json
 import os
-import signal
+import re
 import statistics
 import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+from benchmarks.gpu._servers import FRONT, NAME, Plan, Processes, get, places, start_system
+
 SYSTEMS = ("aggregated", "nixl", "kvbelt")
-FRONT = 9100
-METRICS = ("ttft", "tpot", "itl")
-NAME = "bench"
-
-
-@dataclass(slots=True)
-class Plan:
-    """What is run."""
-
-    model: Path
-    out: Path
-    device: str
-    rates: list[float]
-    input_len: int
-    output_len: int
-    seconds: float
-    min_prompts: int
-    server_arguments: list[str]
-    buffer_bytes: int
-    ready_seconds: float
-
-
-@dataclass(slots=True)
-class Processes:
-    """Everything that was started, ended by pid."""
-
-    logs: Path
-    running: list[tuple[str, subprocess.Popen[bytes]]] = field(default_factory=list)
-
-    def start(self, name: str, command: list[str], environment: dict[str, str]) -> None:
-        """Start one in a process group of its own."""
-        with (self.logs / f"{name}.log").open("wb") as log:
-            process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | environment, start_new_session=True
-            )
-        self.running.append((name, process))
-
-    def require_alive(self) -> None:
-        """Raise with the end of the log if one has ended."""
-        for name, process in self.running:
-            if process.poll() is not None:
-                tail = (self.logs / f"{name}.log").read_text(errors="replace")[-4000:]
-                raise SystemExit(f"{name} ended with status {process.returncode}:\n{tail}")
-
-    def stop(self) -> None:
-        """End all: politely, then not."""
-        for number, seconds in ((signal.SIGTERM, 20.0), (signal.SIGKILL, 10.0)):
-            for _, process in self.running:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, number)
-            give_up = time.monotonic() + seconds
-            for _, process in self.running:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=max(0.1, give_up - time.monotonic()))
-        self.running.clear()
-
-
-def server(plan: Plan, processes: Processes, name: str, place: int, kv: dict[str, Any] | None) -> str:
-    """Start one vLLM server on GPU (or core) ``place``; returns its URL."""
-    port = (7200 if name.startswith("decode") else 7100) + place
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(plan.model), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--served-model-name", NAME, "--no-enable-prefix-caching", *plan.server_arguments]
-    if kv is not None:
-        command += ["--kv-transfer-config", json.dumps(kv)]
-    # The packed vLLM has no FlashInfer, and its sampler is not what is measured: torch's, for every system alike.
-    environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
-    if plan.device == "cuda":
-        environment |= {"CUDA_VISIBLE_DEVICES": str(place), "UCX_TLS": "cuda_ipc,cuda_copy,tcp"}
-        environment |= {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(5600 + place)}
-    else:
-        environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": str(place)}
-        environment |= {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(5600 + place)}
-    processes.start(name, command, environment)
-    return f"http://127.0.0.1:{port}"
-
-
-def start_system(plan: Plan, processes: Processes, system: str) -> None:
-    """Start servers and the proxy of a system, and wait until it serves."""
-    proxy = [sys.executable, "-m", "kvbelt", "proxy", "--port", str(FRONT)]
-    if system == "aggregated":
-        urls = [server(plan, processes, f"decode{place}", place, None) for place in (0, 1)]
-        proxy += [
-            "--num-prefillers",
-            "0",
-            "--decode-host",
-            "127.0.0.1",
-            "--decode-port",
-            ",".join(_port(url) for url in urls),
-        ]
-    elif system == "kvbelt":
-        common = {"kv_connector": "KVBeltConnector", "kv_connector_module_path": "kvbelt.vllm"}
-        extra = {"pd_buffer_size": plan.buffer_bytes, "pd_proxy_host": "127.0.0.1", "pd_proxy_port": 7500}
-        urls = [
-            server(
-                plan, processes, f"{name}{place}", place, common | {"kv_role": role, "kv_connector_extra_config": extra}
-            )
-            for place, (name, role) in enumerate((("prefill", "kv_producer"), ("decode", "kv_consumer")))
-        ]
-        proxy += ["--prefill-host", "127.0.0.1", "--prefill-port", _port(urls[0])]
-        proxy += ["--decode-host", "127.0.0.1", "--decode-port", _port(urls[1])]
-    else:
-        kv = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": plan.device}
-        urls = [
-            server(plan, processes, f"{name}{place}", place, kv) for place, name in enumerate(("prefill", "decode"))
-        ]
-        proxy = [
-            sys.executable,
-            str(HERE / "nixl_proxy.py"),
-            "--port",
-            str(FRONT),
-            "--prefill",
-            urls[0],
-            "--decode",
-            urls[1],
-        ]
-    for url in urls:
-        wait_for(url + "/health", processes, plan.ready_seconds)
-    processes.start("proxy", proxy, {})
-    wait_for(f"http://127.0.0.1:{FRONT}/health", processes, 60)
-    if system == "kvbelt":
-        wait_for_receiver(processes)
-
-
-def _port(url: str) -> str:
-    return url.rpartition(":")[2]
-
-
-def get(url: str, timeout: float = 5.0) -> bytes:
-    """GET.
-
-    Raises:
-        OSError: no answer, or a status other than 200.
-    """
-    with urllib.request.urlopen(url, timeout=timeout) as answer:  # noqa: S310 -- our own servers
-        return bytes(answer.read())
-
-
-def wait_for(url: str, processes: Processes, seconds: float) -> None:
-    """Until it answers."""
-    give_up = time.monotonic() + seconds
-    while True:
-        with contextlib.suppress(OSError):
-            get(url, 2.0)
-            return
-        processes.require_alive()
-        if time.monotonic() > give_up:
-            raise SystemExit(f"{url} does not answer after {seconds:.0f} s")
-        time.sleep(0.5)
-
-
-def wait_for_receiver(processes: Processes) -> None:
-    """Until the proxy knows both servers' belts."""
-    give_up = time.monotonic() + 30
-    while time.monotonic() < give_up:
-        workers = json.loads(get(f"http://127.0.0.1:{FRONT}/health"))["workers"]
-        if all(worker["engine_id"] and worker["state"] == "ready" for worker in workers):
-            return
-        processes.require_alive()
-        time.sleep(0.2)
-    raise SystemExit(f"the proxy does not know its workers' belts: {workers}")
 
 
 def bench(plan: Plan, folder: Path, tag: str, *, rate: float, prompts: int, seed: int) -> dict[str, Any]:
@@ -228,11 +70,12 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def verify(plan: Plan) -> list[dict[str, Any]]:
-    """Continue prompts on decode from prefill's KV, and again without it; wrong KV would tell in every logprob.
+    """Continue prompts on decode from prefill's KV, and again without it.
 
-    The two differ by rounding: one computes the last prompt token with the rest, the other by itself.
+    The two differ by rounding: one computes the last prompt token with the rest, the other by itself. ``control`` is
+    what a difference would look like: the same first token after a prompt of which the first tenth is another.
     """
-    prefill, decode = "http://127.0.0.1:7100", "http://127.0.0.1:7201"
+    prefill, decode = (side[0].url for side in places(plan))
     who = post(decode, {"prompt": [1], "max_tokens": 1, "kv_transfer_params": {"kvbelt": "describe"}})
     receiver = who["kv_transfer_params"]["receiver"]
     found: list[dict[str, Any]] = []
@@ -245,7 +88,10 @@ def verify(plan: Plan) -> list[dict[str, Any]]:
         body = {"prompt": prompt + first["choices"][0]["token_ids"], "max_tokens": 16, "logprobs": 1}
         loaded = post(decode, body | {"kv_transfer_params": {"transfer_id": name, "deadline_seconds": 60}})
         computed = post(decode, body)
-        one, other = (answer["choices"][0] for answer in (loaded, computed))
+        tenth = max(1, size // 10)
+        changed = [token + 1 for token in prompt[:tenth]] + body["prompt"][tenth:]
+        control = post(decode, body | {"prompt": changed})
+        one, other, third = (answer["choices"][0] for answer in (loaded, computed, control))
         pairs = list(zip(one["token_ids"], other["token_ids"], strict=True))
         same = next((place for place, (mine, theirs) in enumerate(pairs) if mine != theirs), len(pairs))
         logprobs = zip(
@@ -258,6 +104,10 @@ def verify(plan: Plan) -> list[dict[str, Any]]:
                 "same_tokens": same,
                 "of": len(pairs),
                 "largest_logprob_difference": max((abs(mine - theirs) for mine, theirs in logprobs), default=None),
+                "control_tokens_same": sum(a == b for a, b in zip(third["token_ids"], other["token_ids"], strict=True)),
+                "control_first_logprob_difference": abs(
+                    third["logprobs"]["token_logprobs"][0] - other["logprobs"]["token_logprobs"][0]
+                ),
             }
         )
     return found
@@ -305,6 +155,27 @@ def mean_utilisation(samples: list[list[float]]) -> dict[str, Any]:
     return found
 
 
+def one_run(plan: Plan, logs: Path, system: str, rate: float, seed: int) -> dict[str, Any]:
+    """One load of one system."""
+    prompts = max(plan.min_prompts, round(plan.seconds * rate))
+    with utilisation(plan.device) as samples:
+        saved = bench(plan, logs, f"rate-{rate:g}-{seed}", rate=rate, prompts=prompts, seed=seed)
+    saved.pop("generated_texts", None)
+    run = {"rate": rate, "prompts": prompts, "gpus": mean_utilisation(samples), "bench": saved}
+    if system == "kvbelt":
+        # The newest first; the proxy tells a hundred.
+        requests = json.loads(get(f"http://127.0.0.1:{FRONT}/kvbelt/requests"))["requests"][:prompts]
+        run["requests"] = requests
+        run["paths"] = Counter(request["decision"]["path"] for request in requests)
+    return run
+
+
+def own_metrics(url: str) -> list[str]:
+    """What a server's /metrics say of the belt."""
+    lines = get(url + "/metrics").decode().splitlines()
+    return [line for line in lines if line.startswith("kvbelt_") and "_bucket" not in line]
+
+
 def run_system(plan: Plan, system: str) -> None:
     """Start, warm, load at each rate, write, end."""
     logs = plan.out / "logs" / system
@@ -321,19 +192,15 @@ def run_system(plan: Plan, system: str) -> None:
         if system == "kvbelt":
             result["verified"] = verify(plan)
             print(f"verified: {result['verified']}", flush=True)
-        for number, rate in enumerate(plan.rates):
-            prompts = max(plan.min_prompts, round(plan.seconds * rate))
-            with utilisation(plan.device) as samples:
-                saved = bench(plan, logs, f"rate-{rate:g}", rate=rate, prompts=prompts, seed=100 + number)
-            saved.pop("generated_texts", None)
-            run = {"rate": rate, "prompts": prompts, "gpus": mean_utilisation(samples), "bench": saved}
-            if system == "kvbelt":
-                # The newest first; the proxy tells a hundred.
-                requests = json.loads(get(f"http://127.0.0.1:{FRONT}/kvbelt/requests"))["requests"][:prompts]
-                run["requests"] = requests
-                run["paths"] = Counter(request["decision"]["path"] for request in requests)
-            result["runs"].append(run)
-            print(line_of(system, run), flush=True)
+        for repetition in range(plan.repetitions):
+            for number, rate in enumerate(plan.rates):
+                run = one_run(plan, logs, system, rate, seed=100 + number + 1000 * repetition)
+                result["runs"].append(run)
+                print(line_of(system, run), flush=True)
+        if plan.trace:
+            result["traces"] = {path.stem: path.read_text().splitlines() for path in logs.glob("*.trace")}
+        if system == "kvbelt":
+            result["worker_metrics"] = {place.port: own_metrics(place.url) for side in places(plan) for place in side}
     finally:
         processes.stop()
         (plan.out / f"{system}.json").write_text(json.dumps(result))
@@ -415,6 +282,13 @@ def main() -> None:
     parser.add_argument("--min-prompts", type=int, default=50)
     parser.add_argument("--buffer-gb", type=float, default=4.0)
     parser.add_argument("--ready-seconds", type=float, default=400.0)
+    parser.add_argument("--shape", default="1p1d", metavar="XpYd")
+    parser.add_argument("--gpus", default="", help="one a server, prefill first: 0,1; 0,0 puts both on one")
+    parser.add_argument("--repetitions", type=int, default=1)
+    parser.add_argument(
+        "--kv", action="append", default=[], metavar="KEY=VALUE", help="a setting of kvbelt's connector"
+    )
+    parser.add_argument("--trace", action="store_true", help="note when each hook of the connector is called")
     parser.add_argument("--server", action="append", default=[], metavar="ARGUMENT", help="one more for every server")
     args = parser.parse_args()
     if args.what == "table":
@@ -424,9 +298,15 @@ def main() -> None:
     if args.device == "cpu":
         defaults = ["--dtype", "float32", "--max-model-len", "2048", "--enforce-eager"]
     args.out.mkdir(parents=True, exist_ok=True)
+    shape = re.fullmatch(r"(\d+)p(\d+)d", args.shape)
+    if shape is None:
+        parser.error(f"--shape is {args.shape!r}; give it as 1p1d or 2p2d")
+    gpus = [int(gpu) for gpu in args.gpus.split(",")] if args.gpus else []
+    extra = dict(pair.partition("=")[::2] for pair in args.kv)
     plan = Plan(
         args.model, args.out, args.device, args.rate or [1.0, 4.0], args.input_len, args.output_len, args.seconds,
         args.min_prompts, defaults + args.server, int(args.buffer_gb * (1 << 30)), args.ready_seconds,
+        int(shape[1]), int(shape[2]), gpus, args.repetitions, extra, args.trace,
     )  # fmt: skip
     for system in args.system or SYSTEMS:
         run_system(plan, system)

@@ -1,0 +1,88 @@
+"""KVBeltConnector with a diary: when each hook was called for which request, a JSON line each, into ``$KVBELT_TRACE``.
+
+Loaded by ``serving.py --trace`` through ``kv_connector_module_path``. Moments are ``time.monotonic()`` in milliseconds;
+both halves of a connector write into one file, because with one GPU they live in one process.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from kvbelt.transfer.ports import Lost, ReceivedKV
+from kvbelt.vllm import KVBeltConnector as _Plain
+from kvbelt.vllm.orders import Load
+
+_FILE = Path(os.environ["KVBELT_TRACE"]).open("a", buffering=1, encoding="utf-8")  # noqa: SIM115 -- of the process's life
+
+
+def note(what: str, request_id: str, **more: Any) -> None:
+    """One line."""
+    _FILE.write(json.dumps({"ms": time.monotonic() * 1000, "what": what, "request": request_id} | more) + "\n")
+
+
+class KVBeltConnector(_Plain):  # type: ignore[misc] # vllm has no types here
+    """The same, and notes."""
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        """Watch the loader too."""
+        super().register_kv_caches(kv_caches)
+        worker = self._worker
+        assert worker is not None
+        plain_arrival, plain_fill = worker._on_arrival, worker._fill  # noqa: SLF001 -- what is watched
+
+        def on_arrival(request_id: str, incoming: Any, arrival: ReceivedKV | Lost) -> None:
+            note("arrival", request_id, kind=type(arrival).__name__)
+            plain_arrival(request_id, incoming, arrival)
+
+        def fill(request_id: str, received: ReceivedKV, load: Load) -> str:
+            note("fill", request_id)
+            reason: str = plain_fill(request_id, received, load)
+            note("filled", request_id, reason=reason)
+            return reason
+
+        worker._on_arrival = on_arrival  # noqa: SLF001
+        worker._fill = fill  # noqa: SLF001
+
+    def on_new_request(self, request: Any) -> None:
+        """A request has come."""
+        note("new", request.request_id)
+        super().on_new_request(request)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """It has blocks."""
+        note("allocated", request.request_id, tokens=num_external_tokens)
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> Any:
+        """A step was scheduled."""
+        for request_id in scheduler_output.num_scheduled_tokens:
+            note("scheduled", request_id)
+        return super().build_connector_meta(scheduler_output)
+
+    def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        """A step begins."""
+        orders = connector_metadata.orders
+        for order in (*orders.claims, *orders.loads, *orders.sends):
+            note(type(order).__name__.lower(), order.request_id)
+        super().bind_connector_metadata(connector_metadata)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """What has ended."""
+        sent, loaded = super().get_finished(finished_req_ids)
+        for request_id in loaded or ():
+            note("reported", request_id)
+        return sent, loaded
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """What the scheduler hears."""
+        for request_id in connector_output.finished_recving or ():
+            note("heard", request_id)
+        super().update_connector_output(connector_output)
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """The end."""
+        note("finished", request.request_id)
+        outcome: tuple[bool, dict[str, Any] | None] = super().request_finished(request, block_ids)
+        return outcome
