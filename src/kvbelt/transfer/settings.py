@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from kvbelt.errors import SettingsError
+from kvbelt.wire.block_hash import HASH_SCHEME
 from kvbelt.wire.handshake import PROTOCOL_VERSION, Compatibility
 from kvbelt.wire.ids import EngineId
 from kvbelt.wire.layout import KVLayout
@@ -22,7 +23,7 @@ class BeltIdentity:
     worker: str = ""
     tp_rank: int = 0
     tp_size: int = 1
-    hash_scheme: str = "xxh3"
+    hash_scheme: str = HASH_SCHEME
 
     def compatibility(self, channel: str) -> Compatibility:
         """What the handshake compares."""
