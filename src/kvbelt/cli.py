@@ -1,4 +1,4 @@
-"""The command line: ``kvbelt worker | proxy | up | demo``.
+"""The command line: ``kvbelt worker | proxy | up | demo | keys``.
 
 What is wrong with a command line or a settings file is one line on standard error and exit status 2.
 """
@@ -7,12 +7,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from kvbelt import __version__
-from kvbelt.errors import KVBeltError
+from kvbelt.errors import KVBeltError, SettingsError
 from kvbelt.ops.arguments import count, hosts, port, ports, positive_int, positive_number
 from kvbelt.settings import Role, resembling
+
+if TYPE_CHECKING:
+    from kvbelt.security.keys import Keys
 
 
 class _Parser(argparse.ArgumentParser):
@@ -90,6 +93,9 @@ def _add_proxy(commands: "argparse._SubParsersAction[_Parser]") -> None:
         proxy.add_argument(f"--num-{word}", type=count, metavar="N", help="on consecutive ports (default: 1)")
     proxy.add_argument("--notify-host", default="127.0.0.1", help="where prefill workers report transfers")
     proxy.add_argument("--notify-port", type=port, default=7500)
+    proxy.add_argument("--key-file", type=Path, metavar="FILE", help="this proxy's secret key (kvbelt keys new)")
+    proxy.add_argument("--trusted-keys-dir", type=Path, metavar="DIR", help="public keys of the prefill workers")
+    proxy.add_argument("--insecure", action="store_true", help="take notifications beyond loopback without keys")
     proxy.add_argument("--deadline", type=positive_number, default=600.0, help="seconds a request may take")
     proxy.add_argument("--min-prompt-tokens", type=count, default=0, help="shorter prompts are not disaggregated")
     proxy.add_argument("--log-json", action="store_true")
@@ -109,8 +115,44 @@ def _run_proxy(args: argparse.Namespace) -> int:
         notification_port=args.notify_port,
         deadline_seconds=args.deadline,
         min_prompt_tokens=args.min_prompt_tokens,
+        keys=_proxy_keys(args.key_file, args.trusted_keys_dir, insecure=args.insecure),
+        insecure=args.insecure,
     )
     run_proxy(settings, log_json=args.log_json)
+    return 0
+
+
+def _proxy_keys(key_file: Path | None, trusted_dir: Path | None, *, insecure: bool) -> "Keys | None":
+    if key_file is None and trusted_dir is None:
+        return None
+    if key_file is None or trusted_dir is None:
+        raise SettingsError("--key-file and --trusted-keys-dir belong together; one of them is missing")
+    if insecure:
+        raise SettingsError("--insecure and --key-file contradict each other; remove one of them")
+    from kvbelt.security.keys import load_keys
+
+    return load_keys(key_file, trusted_dir)
+
+
+def _add_keys(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    keys = commands.add_parser("keys", help="keys for the control sockets")
+    words = keys.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    new = words.add_parser("new", help="make keys: DIR/NAME.key_secret for one process each, DIR/trusted for all")
+    new.add_argument("dir", type=Path, metavar="DIR")
+    new.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="one a process (default: proxy prefill decode); the proxy's must be proxy",
+    )
+    new.set_defaults(run=_run_keys_new, parser=new)
+
+
+def _run_keys_new(args: argparse.Namespace) -> int:
+    from kvbelt.security.keys import PROXY, write_new_keys
+
+    for file in write_new_keys(args.dir, args.names or [PROXY, "prefill", "decode"]):
+        print(file)
     return 0
 
 
@@ -139,6 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_proxy(commands)
     _add_up(commands)
     _add_demo(commands)
+    _add_keys(commands)
     return parser
 
 

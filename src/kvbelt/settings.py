@@ -16,6 +16,8 @@ import msgspec
 import yaml
 
 from kvbelt.errors import SettingsError
+from kvbelt.security.keys import PROXY, Keys, load_keys
+from kvbelt.security.loopback import require_keys_beyond_loopback
 
 #: Where a worker looks for its file when no ``--config`` is given.
 CONFIG_VARIABLE = "LMCACHE_CONFIG_FILE"
@@ -49,6 +51,9 @@ class BeltFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     pd_buffer_size: int | None = None  #: bytes
     pd_buffer_device: Literal["cpu", "cuda"] = "cpu"
     nixl_backends: list[str] = msgspec.field(default_factory=lambda: ["UCX"])
+    pd_key_file: str | None = None  #: this process's secret CURVE key
+    pd_trusted_keys_dir: str | None = None  #: the deployment's public keys
+    pd_insecure: bool = False  #: listen beyond loopback without keys
 
 
 def resembling(word: str, known: Sequence[str]) -> str:
@@ -89,6 +94,7 @@ def _check(file: BeltFile, source: str) -> None:
                 raise SettingsError(f"{source}: {key} is {port}; a port lies between 1 and 65535")
     if file.pd_buffer_size is not None and file.pd_buffer_size <= 0:
         raise SettingsError(f"{source}: pd_buffer_size is {file.pd_buffer_size}; it must be a positive number of bytes")
+    _check_keys(file, source)
     if not file.enable_pd:
         return
     need("transfer_channel", "with enable_pd it must be 'nixl'")
@@ -99,6 +105,41 @@ def _check(file: BeltFile, source: str) -> None:
             need(key, "a receiver listens there for its senders")
     elif (file.pd_proxy_host is None) != (file.pd_proxy_port is None):
         raise SettingsError(f"{source}: pd_proxy_host and pd_proxy_port belong together; one of them is missing")
+
+
+def _check_keys(file: BeltFile, source: str) -> None:
+    if (file.pd_key_file is None) != (file.pd_trusted_keys_dir is None):
+        raise SettingsError(f"{source}: pd_key_file and pd_trusted_keys_dir belong together; one of them is missing")
+    if file.pd_insecure and file.pd_key_file is not None:
+        raise SettingsError(f"{source}: pd_insecure and pd_key_file contradict each other; remove one of them")
+    if file.pd_peer_host is not None and file.pd_role != "sender":
+        require_keys_beyond_loopback(
+            file.pd_peer_host,
+            keys=file.pd_key_file is not None,
+            insecure=file.pd_insecure,
+            setting=f"{source}: pd_peer_host",
+            how="Set pd_key_file and pd_trusted_keys_dir (kvbelt keys new DIR makes them), or pd_insecure: True",
+        )
+
+
+def keys_of(file: BeltFile, source: str) -> Keys | None:
+    """The keys that a file names; None: it names none.
+
+    Raises:
+        SettingsError: they cannot be read, are none, or lack the proxy's.
+    """
+    if file.pd_key_file is None or file.pd_trusted_keys_dir is None:
+        return None
+    try:
+        keys = load_keys(file.pd_key_file, file.pd_trusted_keys_dir)
+    except SettingsError as error:
+        raise SettingsError(f"{source}: {error}") from None
+    if file.pd_proxy_host is not None and keys.public_key_of(PROXY) is None:
+        raise SettingsError(
+            f"{source}: pd_trusted_keys_dir {file.pd_trusted_keys_dir} has no {PROXY}.key; "
+            "with pd_proxy_host it must hold the proxy's public key under this name"
+        )
+    return keys
 
 
 def load_belt_file(path: Path) -> BeltFile:
@@ -166,4 +207,5 @@ def belt_for(role: Role, config: Path | None) -> BeltFile | None:
         raise SettingsError(f"{config}: transfer_channel 'mooncake' is not available yet; use 'nixl'")
     if file.nixl_backends != ["UCX"]:
         raise SettingsError(f"{config}: nixl_backends is {file.nixl_backends}; only ['UCX'] is supported")
+    keys_of(file, str(config))  # what is wrong with them is said now, not once the model has loaded
     return file

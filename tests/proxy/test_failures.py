@@ -453,7 +453,9 @@ async def test_malformed_notifications_are_counted_and_good_ones_recorded():
         for frames in ((b"",), (b"\xff" * 50,), (b"x" * 5000,), (b"two", b"frames"), (encode(done),)):
             await deployment.notify(*frames)
         context = deployment.proxy.context
-        await eventually(lambda: context.metrics.notifications_malformed == 4 and context.metrics.transfers_done == 1)
+        refused = {"notifications": {"malformed": 3, "oversized": 1}}
+        metrics = context.metrics
+        await eventually(lambda: metrics.refusals.totals() == refused and metrics.transfers_done == 1)
         transfer = (await deployment.record())["transfer"]
         assert (transfer["state"], transfer["bytes"], transfer["gb_per_second"]) == ("done", 2_000_000, 2.0)
         assert (transfer["channel"], transfer["exposed_ms"]) == ("nixl", 0.5)

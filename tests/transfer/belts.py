@@ -9,6 +9,7 @@ from typing import Self
 import torch
 
 from kvbelt.paged_copy import TorchPagedCopy
+from kvbelt.security.keys import new_engine_id
 from kvbelt.transfer.belt import Belt
 from kvbelt.transfer.ports import Channel, Lost, ReceivedKV, Region, TransferOutcome
 from kvbelt.transfer.settings import BeltIdentity, BeltSettings
@@ -57,9 +58,10 @@ class Side:
         self.staging = torch.zeros(staging_blocks * layout.block_bytes, dtype=torch.uint8)
         region = Region(self.staging.data_ptr(), self.staging.numel(), "cpu")
         sends = role != "decode"
+        settings = settings or BeltSettings()
         self.belt = Belt(
-            identity(engine, role, layout=layout, **changes),
-            settings or BeltSettings(),
+            identity(new_engine_id(settings.keys, engine), role, layout=layout, **changes),
+            settings,
             channel,
             TorchPagedCopy(
                 list(self.pool),

@@ -432,9 +432,10 @@ def test_noise_on_the_ports_is_counted_and_ignored(memory):
         stranger.connect(f"tcp://127.0.0.1:{address.init_port}")
         stranger.connect(f"tcp://127.0.0.1:{address.alloc_port}")
         for _ in range(4):
-            for frame in (b"", b"hello", bytes(2 << 20), b"KB\x01\xc1", b"KB\x63"):
+            for frame in (b"", b"hello", bytes(20_000), b"KB\x01\xc1", b"KB\x63"):
                 stranger.send(frame)
-        eventually(lambda: sum(d.belt.snapshot().ignored_total.values()) == 20, "all was counted")
+        each = {"malformed": 6, "oversized": 2, "version": 2}
+        eventually(lambda: d.belt.snapshot().refused_total == {"init": each, "alloc": each}, "all was counted")
         stranger.close()
         context.term()
         transfer_once(p, d, "a", 100)

@@ -23,7 +23,7 @@ from kvbelt.errors import StartError
 from kvbelt.ops.console import Console
 from kvbelt.ops.ports import PROXY_PORT, Ports, check_free, free_ports, seed_ports
 from kvbelt.ops.probe import reachable
-from kvbelt.ops.processes import DeploymentSpec, plan, write_configs
+from kvbelt.ops.processes import DeploymentSpec, plan, write_configs, write_keys
 from kvbelt.ops.supervisor import Supervisor
 
 T = TypeVar("T")
@@ -110,7 +110,8 @@ class Deployment:
                 raise StartError(f"--log-dir {spec.log_dir} cannot be made: {error.strerror}; choose another") from None
         self._config_dir = Path(tempfile.mkdtemp(prefix="kvbelt-"))
         try:
-            processes = plan(spec, self.ports, write_configs(spec, self.ports, self._config_dir))
+            keys = write_keys(spec, self._config_dir)
+            processes = plan(spec, self.ports, write_configs(spec, self.ports, self._config_dir, keys), keys)
             self._supervisor = Supervisor(processes, self._console, log_dir=spec.log_dir, restart=spec.restart)
             self._supervisor.start()
             await self._supervisor.wait_ready(spec.start_timeout)

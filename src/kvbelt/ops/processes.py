@@ -17,6 +17,7 @@ import yaml
 from kvbelt.ops.ports import WORKER_HOST, Ports
 from kvbelt.ops.topology import Topology
 from kvbelt.ops.vllm_server import vllm_argv, vllm_env
+from kvbelt.security.keys import PROXY, secret_file, trusted_folder, write_new_keys
 
 GIB = 1 << 30
 
@@ -45,6 +46,23 @@ class DeploymentSpec:
     proxy_args: tuple[str, ...] = ()
     command: tuple[str, ...] | None = None  #: what stands before ``worker`` and ``proxy``; None: ``kvbelt_command``
     env: Mapping[str, str] = field(default_factory=dict)  #: added to every process's environment
+    curve: bool = True  #: keys for the control sockets, made for this run
+
+
+@dataclass(frozen=True, slots=True)
+class KeyFiles:
+    """The keys of one run."""
+
+    directory: Path
+
+    def secret(self, name: str) -> Path:
+        """A process's own."""
+        return secret_file(self.directory, name)
+
+    @property
+    def trusted(self) -> Path:
+        """The folder of everybody's public keys."""
+        return trusted_folder(self.directory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +116,19 @@ def resolve_device(device: str) -> str:
     return "cuda" if torch_has_cuda and visible_gpus() else "cpu"
 
 
+def write_keys(spec: DeploymentSpec, directory: Path) -> KeyFiles | None:
+    """Make a key for every process of a deployment; None: it is to have none.
+
+    Raises:
+        StartError: this libzmq cannot do CURVE.
+    """
+    if not spec.curve:
+        return None
+    names = [f"{role}-{i}" for role in ("prefill", "decode") for i in range(getattr(spec.topology, role))]
+    write_new_keys(directory, [PROXY, *names])
+    return KeyFiles(directory)
+
+
 def sender_config(spec: DeploymentSpec, ports: Ports) -> dict[str, Any]:
     """A prefill worker's file."""
     return {
@@ -130,7 +161,7 @@ def receiver_config(spec: DeploymentSpec, ports: Ports, index: int) -> dict[str,
     }
 
 
-def write_configs(spec: DeploymentSpec, ports: Ports, directory: Path) -> dict[str, Path]:
+def write_configs(spec: DeploymentSpec, ports: Ports, directory: Path, keys: KeyFiles | None = None) -> dict[str, Path]:
     """Write each worker's YAML file; by name of the worker. Without prefill workers there is no belt, and none."""
     if spec.topology.aggregated:
         return {}
@@ -138,12 +169,16 @@ def write_configs(spec: DeploymentSpec, ports: Ports, directory: Path) -> dict[s
     contents |= {f"decode-{i}": receiver_config(spec, ports, i) for i in range(spec.topology.decode)}
     files = {}
     for name, content in contents.items():
+        if keys is not None:
+            content |= {"pd_key_file": str(keys.secret(name)), "pd_trusted_keys_dir": str(keys.trusted)}
         files[name] = directory / f"{name}.yaml"
         files[name].write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return files
 
 
-def plan(spec: DeploymentSpec, ports: Ports, configs: Mapping[str, Path]) -> list[ProcessSpec]:
+def plan(
+    spec: DeploymentSpec, ports: Ports, configs: Mapping[str, Path], keys: KeyFiles | None = None
+) -> list[ProcessSpec]:
     """Every process of a deployment, workers first and the proxy last."""
     gpus = visible_gpus() if resolve_device(spec.device) == "cuda" else []
     processes: list[ProcessSpec] = []
@@ -159,7 +194,8 @@ def plan(spec: DeploymentSpec, ports: Ports, configs: Mapping[str, Path]) -> lis
 
     add("prefill", ports.prefill)
     add("both" if spec.topology.aggregated else "decode", ports.decode)
-    processes.append(ProcessSpec("proxy", "proxy", _proxy_argv(spec, ports), _env(spec, 1), spec.host, ports.proxy))
+    argv = _proxy_argv(spec, ports, keys)
+    processes.append(ProcessSpec("proxy", "proxy", argv, _env(spec, 1), spec.host, ports.proxy))
     return processes
 
 
@@ -181,9 +217,11 @@ def _worker_argv(spec: DeploymentSpec, role: str, port: int, config: Path | None
     return (*argv, *spec.worker_args)
 
 
-def _proxy_argv(spec: DeploymentSpec, ports: Ports) -> tuple[str, ...]:
+def _proxy_argv(spec: DeploymentSpec, ports: Ports, keys: KeyFiles | None) -> tuple[str, ...]:
     argv = [*(spec.command or kvbelt_command()), "proxy", "--host", spec.host, "--port", str(ports.proxy)]
     argv += ["--notify-port", str(ports.notify)]
+    if keys is not None:
+        argv += ["--key-file", str(keys.secret(PROXY)), "--trusted-keys-dir", str(keys.trusted)]
     if ports.prefill:
         argv += ["--prefill-host", WORKER_HOST, "--prefill-port", _ports_argument(ports.prefill)]
     argv += ["--num-prefillers", str(len(ports.prefill))]

@@ -41,7 +41,7 @@ class Proxy:
             limits=ServerLimits(body_bytes=settings.max_body_bytes),
             refusal_body=lambda error: (JSON[1], error_body(str(error), kind=_kind(error.status), code=error.status)),
         )
-        self._notifications = Notifications(self.context.notified, self._malformed)
+        self._notifications = Notifications(self.context.notified, settings.keys, self.context.metrics.refusals)
         self._watches: list[asyncio.Task[None]] = []
         self._routes: dict[str, tuple[str, Route]] = {
             "/v1/completions": ("POST", self._completions),
@@ -72,7 +72,13 @@ class Proxy:
                 f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}; choose another --port"
             ) from None
         self._watches = [asyncio.create_task(worker.watch(), name=f"watch {worker.name}") for worker in self._workers]
-        log.info("proxy on %s:%s, notifications on %s", settings.host, self.port, self.notification_port)
+        log.info(
+            "proxy on %s:%s, notifications on %s (%s)",
+            settings.host,
+            self.port,
+            self.notification_port,
+            self._notifications.mechanism,
+        )
 
     async def workers_asked(self) -> None:
         """Wait until every worker's health is known for the first time."""
@@ -91,9 +97,6 @@ class Proxy:
         self._notifications.close()
         # Closed transports are freed by the loop's next turn.
         await asyncio.sleep(0)
-
-    def _malformed(self) -> None:
-        self.context.metrics.notifications_malformed += 1
 
     # Routes
 
@@ -177,6 +180,7 @@ class Proxy:
         body = {
             "status": "ok" if ready else "unavailable",
             "state": "ready" if ready else "waiting",
+            "notifications": {"port": self.notification_port, "mechanism": self._notifications.mechanism},
             "workers": workers,
         }
         exchange.respond(200 if ready else 503, (JSON,), _encode(body))

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from kvbelt.proxy.workers import Worker
 from kvbelt.routing.endpoint import Role
+from kvbelt.security.refusals import Refusals, Tally
 from kvbelt.wire.notification import ENDED_ON_PURPOSE, Notification, TransferDone
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -51,7 +52,8 @@ class Metrics(Collector):
     def __init__(self, workers: Callable[[], Iterable[Worker]]) -> None:
         self.requests: Counter[tuple[str, ...]] = Counter()  #: by path and reason
         self.answers: Counter[int] = Counter()  #: by HTTP status
-        self.failures: Counter[str] = Counter()  #: transfers, by reason
+        self.failures = Tally()  #: transfers, by reason
+        self.refusals = Refusals()
         self.ttft = Histogram(_SECONDS)
         self.duration = Histogram(_LONG_SECONDS)
         self.transfer_seconds = Histogram(_SECONDS)
@@ -59,7 +61,6 @@ class Metrics(Collector):
         self.prefill_legs = 0  #: prefill legs under way
         self.transfers_done = 0
         self.transfer_bytes = 0
-        self.notifications_malformed = 0
         self.broken_streams = 0
         self._workers = workers
         self._registry = CollectorRegistry()
@@ -72,7 +73,7 @@ class Metrics(Collector):
             self.transfer_bytes += notification.num_bytes
             self.transfer_seconds.observe(notification.seconds)
         elif notification.reason not in ENDED_ON_PURPOSE:
-            self.failures[notification.reason] += 1
+            self.failures.add(notification.reason)
 
     def text(self) -> bytes:
         """Prometheus' text format."""
@@ -108,8 +109,11 @@ class Metrics(Collector):
             "kvbelt_proxy_answers", "By HTTP status", ["status"], {(str(s),): n for s, n in self.answers.items()}
         )
         yield GaugeMetricFamily("kvbelt_proxy_requests_in_flight", "Requests under way", self.in_flight)
-        yield CounterMetricFamily(
-            "kvbelt_proxy_notifications_malformed", "Messages on the notification port", self.notifications_malformed
+        yield _labelled(
+            "kvbelt_refused_messages",
+            "Messages and peers refused on the notification port",
+            ["socket", "reason"],
+            {(s, r): n for s, reasons in self.refusals.totals().items() for r, n in reasons.items()},
         )
         yield CounterMetricFamily(
             "kvbelt_proxy_broken_streams", "Streams that ended with an error event", self.broken_streams

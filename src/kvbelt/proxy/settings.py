@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from kvbelt.errors import SettingsError
+from kvbelt.security.keys import Keys
+from kvbelt.security.loopback import require_keys_beyond_loopback
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +48,18 @@ class ProxySettings:
     min_prompt_tokens: int = 0  #: shorter prompts are not disaggregated
     records_kept: int = 1000
     drain_seconds: float = 2.0  #: for open requests at the end
+    keys: Keys | None = None  #: of the notification port; None: whoever reaches it may notify
+    insecure: bool = False  #: without keys, take notifications beyond loopback all the same
 
     def __post_init__(self) -> None:
         """Check."""
+        require_keys_beyond_loopback(
+            self.notification_host,
+            keys=self.keys is not None,
+            insecure=self.insecure,
+            setting="--notify-host",
+            how="Give --key-file and --trusted-keys-dir (kvbelt keys new DIR makes them), or --insecure",
+        )
         if not self.decode:
             raise SettingsError("no decode worker; give at least one")
         for role, addresses in (("prefill", self.prefill), ("decode", self.decode)):

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 
 from kvbelt.errors import SettingsError
+from kvbelt.security.keys import speaks_for
 from kvbelt.transfer.dispatch import Dispatch, Outgoing
 from kvbelt.transfer.driver import Driver
 from kvbelt.transfer.handles import SendingHandle
@@ -43,6 +44,9 @@ class Belt:
     ) -> None:
         if copy is None and (send_region or receive_region):
             raise SettingsError("a belt with a buffer needs something that copies blocks to and from it")
+        keys = settings.keys
+        if keys is not None and not speaks_for(keys.own.public, identity.engine_id):
+            raise SettingsError(f"engine id {identity.engine_id} does not go with this process's key (new_engine_id)")
         self.identity = identity
         self._settings = settings
         self._sends = send_region is not None
@@ -71,6 +75,7 @@ class Belt:
             host=self._settings.advertised_host,
             init_port=reception.init_port,
             alloc_port=reception.alloc_port,
+            public_key=self._settings.keys.own.public if self._settings.keys is not None else None,
         )
 
     def send(  # noqa: C901 -- the closures that cross to the belt's thread
@@ -147,7 +152,10 @@ class Belt:
         def begin() -> None:
             dispatch = self._driver.dispatch
             assert dispatch is not None
-            if dispatch.knows(plan.transfer_id):
+            problem = dispatch.peers.distrust(handoff.receiver)
+            if problem is not None:
+                refuse(*problem)
+            elif dispatch.knows(plan.transfer_id):
                 refuse("duplicate_transfer", f"transfer {plan.transfer_id} is already under way")
             else:
                 transfer.append(dispatch.begin(handoff.receiver, outgoing))

@@ -13,6 +13,7 @@ Rules:
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 
+from kvbelt.security.refusals import Tally
 from kvbelt.transfer.deadlines import Deadlines
 from kvbelt.transfer.receiver import (
     Answer,
@@ -35,6 +36,9 @@ S = ReceiverState
 
 #: Ends remembered at most; beyond it the oldest are forgotten early.
 MAX_ENDED = 4096
+
+#: Transfers of one writer that are not over; more are refused. A prefill worker has some tens under way.
+MAX_OPEN = 1024
 
 DeskCommand = Answer | Deliver | Lose
 
@@ -62,8 +66,10 @@ class Desk:
         self._ended: OrderedDict[TransferId, tuple[float, ReceiverSession]] = OrderedDict()
         # Exactly the records in QUEUED, in order of arrival.
         self._queue: OrderedDict[TransferId, None] = OrderedDict()
+        # How many of the live records each writer has reserved for; no zeros.
+        self._open: Counter[EngineId] = Counter()
         self._deadlines: Deadlines[TransferId] = Deadlines()
-        self.ended_total: Counter[str] = Counter()
+        self.ended_total = Tally()
         self.committed_bytes_total = 0
 
     # What happens.
@@ -80,6 +86,9 @@ class Desk:
             refusal = self._unacceptable(message)
             if refusal is not None:
                 return [self._refuse(message, sender, *refusal)]
+            if (record is None or record.reservation is None) and self._open[sender] >= MAX_OPEN:
+                detail = f"{MAX_OPEN} transfers of this prefill worker are open"
+                return [self._refuse(message, sender, "too_many", detail)]
         if record is None:
             if not isinstance(message, wire.Reserve):
                 return self._unknown(message, sender)
@@ -183,6 +192,9 @@ class Desk:
         queued = {key for key, record in self._live.items() if record.state is S.QUEUED}
         if queued != set(self._queue):
             raise AssertionError(f"queued {queued}, in the queue {list(self._queue)}")
+        reserved = Counter(record.reservation.sender for record in self._live.values() if record.reservation)
+        if reserved != self._open:
+            raise AssertionError(f"{reserved} transfers are open, counted {self._open}")
         for record in [*self._live.values(), *(record for _, record in self._ended.values())]:
             has_slot = record.state in (S.RESERVED, S.COMMITTED, S.CLAIMED, S.QUARANTINED)
             if has_slot != (record.slot is not None):
@@ -219,6 +231,8 @@ class Desk:
         for command in asked:
             match command:
                 case Enqueue():
+                    assert record.reservation is not None  # it is what was asked for
+                    self._open[record.reservation.sender] += 1
                     self._queue[record.transfer_id] = None
                     look_for_room = True
                 case LeaveQueue():
@@ -228,13 +242,16 @@ class Desk:
                     self._slots.free(slot.name)
                     look_for_room = True
                 case Ended(reason, num_bytes):
-                    self.ended_total[reason] += 1
+                    self.ended_total.add(reason)
                     self.committed_bytes_total += num_bytes
                 case Answer() | Deliver() | Lose():
                     commands.append(command)
         self._deadlines.set(record.transfer_id, record.due)
         if record.ended and self._live.pop(record.transfer_id, None) is not None:
             self._ended[record.transfer_id] = (now, record)
+            if record.reservation is not None:
+                self._open[record.reservation.sender] -= 1
+                self._open += Counter()  # drops the zeros
         if look_for_room:
             commands += self._give_room(now)
         return commands

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import zmq
 
+from kvbelt.security.refusals import Tally
 from kvbelt.transfer.deadlines import Deadlines
 from kvbelt.transfer.peers import Peer, PeerEvents, Peers
 from kvbelt.transfer.plan import Run
@@ -28,7 +29,7 @@ from kvbelt.transfer.sender_states import (
 )
 from kvbelt.transfer.settings import BeltSettings
 from kvbelt.transfer.snapshot import Sum
-from kvbelt.transfer.sockets import Sockets
+from kvbelt.transfer.sockets import Sockets, one
 from kvbelt.wire import codec
 from kvbelt.wire import reservation as wire
 from kvbelt.wire.handoff import ReceiverAddress
@@ -84,9 +85,11 @@ class Dispatch:
         self._open: dict[TransferId, Outgoing] = {}
         self._deadlines: Deadlines[TransferId] = Deadlines()
         self._proxy = (
-            sockets.connect(zmq.PUSH, settings.notification_endpoint) if settings.notification_endpoint else None
+            sockets.connect(zmq.PUSH, settings.notification_endpoint, settings.proxy_key)
+            if settings.notification_endpoint
+            else None
         )
-        self.ended_total: Counter[str] = Counter()
+        self.ended_total = Tally()
         self.bytes_total = 0
         self.write_seconds = Sum()
         self.exposed_seconds = Sum()
@@ -135,19 +138,18 @@ class Dispatch:
 
     # What happens.
 
-    def hear(self, ready: set[zmq.Socket[bytes]], ignored: Counter[str]) -> None:
+    def hear(self, ready: set[zmq.Socket[bytes]]) -> None:
         """Frames have arrived on these sockets; those of others are left alone."""
-        self.peers.hear(ready, ignored)
+        self.peers.hear(ready)
         for socket in ready:
             peer = self.peers.at_alloc_socket(socket)
             if peer is None:
                 continue
-            for frames in self._sockets.frames(socket):
+            for frames, _ in self._sockets.received(socket):
                 try:
-                    self._on_message(peer, self._reservations.decode(frames[-1]))
+                    self._on_message(peer, self._reservations.decode(one(frames)))
                 except codec.FrameError as error:
-                    ignored["malformed"] += 1
-                    log.warning("ignored a frame of %s: %s", peer.address.engine_id, error)
+                    self._sockets.refusals.add("alloc", error.reason, f"{peer.address.engine_id}: {error}")
 
     def step(self) -> bool:
         """Move bytes for a while. True: there is more to do at once."""
@@ -231,7 +233,7 @@ class Dispatch:
     def _on_message(self, peer: Peer, message: wire.FromReceiver) -> None:
         transfer = self._open.get(message.transfer_id)
         # By engine, not by connection: after a reconnect the receiver may answer on either.
-        if transfer is not None and transfer.peer.address.engine_id == peer.address.engine_id:
+        if transfer is not None and transfer.peer.is_of(peer.address):
             self._tell(transfer, message)
             if isinstance(message, wire.Refused) and message.reason in {"no_handshake", "stale_engine"}:
                 self.peers.lose(peer, message.reason, message.detail)
@@ -293,7 +295,7 @@ class Dispatch:
         seconds = (load.last_landed or now) - load.first_write if load.first_write is not None else 0.0
         exposed = now - transfer.computed_at if transfer.computed_at is not None else 0.0
         num_bytes = load.landed_blocks * (plan.num_bytes // load.total_blocks)
-        self.ended_total[outcome.reason] += 1
+        self.ended_total.add(outcome.reason)
         notification: Notification
         if done:
             self.bytes_total += num_bytes

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from kvbelt.errors import ChannelError, SettingsError, StartError
+from kvbelt.security.refusals import Refusals
 from kvbelt.transfer.calls import Calls
 from kvbelt.transfer.desk import Desk, DeskTimes
 from kvbelt.transfer.dispatch import Dispatch
@@ -43,6 +44,9 @@ PIECE_BYTES = {"cpu": 1 << 19, "cuda": 64 << 20}
 
 #: zmq's poller counts in milliseconds; shorter sleeps are slept.
 _POLL_RESOLUTION = 1e-3
+
+#: What zmq's poller can count. Deadlines come from peers, too, and may be as far away as they like.
+_LONGEST_SLEEP = 3600.0
 
 
 class Driver:
@@ -76,7 +80,8 @@ class Driver:
         self._gate = threading.Lock()
         self._closed = False
         self._more = False  # the last turn left something to do at once
-        self._ignored: Counter[str] = Counter()
+        self._refusals = Refusals()
+        self._mechanism = "NULL"
         self._pump: Pump | None = None
         self._delivered: dict[TransferId, ReceivedSlot] = {}
         self.dispatch: Dispatch | None = None  #: set by ``start`` where there is a send region
@@ -141,8 +146,9 @@ class Driver:
     # The thread.
 
     def _main(self) -> None:
-        sockets = Sockets()
+        sockets: Sockets | None = None
         try:
+            sockets = Sockets(self._settings.keys, self._refusals)
             self._set_up(sockets)
         except Exception as error:  # noqa: BLE001 -- raised again where start() was called
             self._start_error = error if isinstance(error, StartError | SettingsError) else StartError(str(error))
@@ -188,6 +194,10 @@ class Driver:
             self.dispatch = Dispatch(
                 identity.engine_id, self._hello, settings, sockets, self._channel, self._pump, self._clock
             )
+        self._mechanism = sockets.mechanism()
+        if self._settings.keys is not None:
+            trusted = len(self._settings.keys.trusted)
+            log.info("control sockets use %s; %d keys are trusted", self._mechanism, trusted)
 
     def _make_reception(self, sockets: Sockets, region: Region) -> Reception:
         settings = self._settings
@@ -243,7 +253,7 @@ class Driver:
         woke = self._clock.asleep(seconds)
         if seconds >= _POLL_RESOLUTION:
             # Rounded up: waking before a deadline would only mean to sleep again.
-            ready = sockets.wait(-1 if seconds == float("inf") else int(seconds * 1000) + 1)
+            ready = sockets.wait(-1 if seconds == float("inf") else int(min(seconds, _LONGEST_SLEEP) * 1000) + 1)
         else:
             ready = sockets.wait(0)
             if not ready and seconds > 0.0:
@@ -255,10 +265,10 @@ class Driver:
         if self.reception is not None:
             if self.reception.progress_every != float("inf"):
                 self._progress()
-            self.reception.hear(ready, self._ignored)
+            self.reception.hear(ready)
             self.reception.tick(now)
         if self.dispatch is not None:
-            self.dispatch.hear(ready, self._ignored)
+            self.dispatch.hear(ready)
             self.dispatch.tick(now)
             self._more = self.dispatch.step()
 
@@ -299,8 +309,9 @@ class Driver:
                 break
             self._turn(sockets, min(self._sleep_seconds(), 0.02))
 
-    def _tear_down(self, sockets: Sockets) -> None:
-        sockets.close_all()
+    def _tear_down(self, sockets: Sockets | None) -> None:
+        if sockets is not None:
+            sockets.close_all()
         try:
             self._channel.close()
         except Exception:
@@ -327,5 +338,6 @@ class Driver:
             write_seconds=dispatch.write_seconds if dispatch else Sum(),
             exposed_seconds=dispatch.exposed_seconds if dispatch else Sum(),
             peers=dispatch.peers.num_ready if dispatch else 0,
-            ignored_total=dict(self._ignored),
+            mechanism=self._mechanism,
+            refused_total=self._refusals.totals(),
         )

@@ -30,7 +30,8 @@ def same_machine(one: ProcessIdentity, other: ProcessIdentity) -> bool:
 
 def is_dead(process: ProcessIdentity, here: ProcessIdentity) -> bool:
     """Whether ``process`` is known to be dead, as seen from process ``here``."""
-    if not same_machine(process, here) or process.pid < 1:
+    # It is what a peer says of itself: what is no process id proves nothing, and the kernel would not take it.
+    if not same_machine(process, here) or not 0 < process.pid < 1 << 31:
         return False
     try:
         os.kill(process.pid, 0)

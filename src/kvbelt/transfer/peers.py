@@ -6,16 +6,16 @@ transfers that still have something to say to it have ended.
 """
 
 import logging
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import zmq
 
 from kvbelt.errors import ChannelError
+from kvbelt.security.keys import speaks_for
 from kvbelt.transfer.ports import Channel
 from kvbelt.transfer.settings import BeltSettings
-from kvbelt.transfer.sockets import Sockets, endpoint
+from kvbelt.transfer.sockets import Sockets, endpoint, one
 from kvbelt.wire import codec
 from kvbelt.wire.handoff import ReceiverAddress
 from kvbelt.wire.handshake import (
@@ -53,6 +53,11 @@ class Peer:
     def ready(self) -> bool:
         """Whether the handshake has succeeded."""
         return self.agent is not None and not self.lost
+
+    def is_of(self, address: ReceiverAddress) -> bool:
+        """Whether it is the same engine, known by the same key, wherever it is reached."""
+        ours = self.address
+        return (ours.engine_id, ours.public_key) == (address.engine_id, address.public_key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +103,8 @@ class Peers:
                 self.lose(other, "stale_engine", f"{address.engine_id} has taken its place")
         peer = Peer(
             address=address,
-            init_socket=self._sockets.connect(zmq.DEALER, endpoint(address.host, address.init_port)),
-            alloc_socket=self._sockets.connect(zmq.DEALER, endpoint(address.host, address.alloc_port)),
+            init_socket=self._connect(address, address.init_port),
+            alloc_socket=self._connect(address, address.alloc_port),
             hello_at=now,
             give_up_at=now + self._settings.handshake_seconds,
             used_at=now,
@@ -109,24 +114,41 @@ class Peers:
         self._greet(peer, now)
         return peer
 
+    def _connect(self, address: ReceiverAddress, port: int) -> zmq.Socket[bytes]:
+        return self._sockets.connect(zmq.DEALER, endpoint(address.host, port), address.public_key)
+
     def at_alloc_socket(self, socket: zmq.Socket[bytes]) -> Peer | None:
         """Whose reservations come over this socket."""
         return self._by_alloc.get(socket)
 
-    def hear(self, ready: set[zmq.Socket[bytes]], ignored: Counter[str]) -> None:
+    def hear(self, ready: set[zmq.Socket[bytes]]) -> None:
         """Handshakes have been answered on these sockets; those of others are left alone."""
         for socket in ready:
             peer = self._by_init.get(socket)
             if peer is None:
                 continue
-            for frames in self._sockets.frames(socket):
+            for frames, _ in self._sockets.received(socket):
                 try:
-                    self._on_answer(peer, self._codec.decode(frames[-1]))
+                    self._on_answer(peer, self._codec.decode(one(frames)))
                 except codec.VersionError as error:
                     self.lose(peer, "refused_protocol", str(error))
                 except codec.FrameError as error:
-                    ignored["malformed"] += 1
-                    log.warning("ignored a frame of %s: %s", peer.address.engine_id, error)
+                    self._sockets.refusals.add("init", error.reason, f"{peer.address.engine_id}: {error}")
+
+    def distrust(self, address: ReceiverAddress) -> tuple[str, str] | None:
+        """Why nothing is sent to an address: reason and detail. None: nothing speaks against it."""
+        keys, theirs = self._settings.keys, address.public_key
+        if keys is None and theirs is None:
+            return None
+        if keys is None:
+            return "no_key", f"{address.engine_id} asks for a key, and this worker has none; set pd_key_file"
+        if theirs is None:
+            return "no_key", f"{address.engine_id} has no key, and this worker asks for one; set pd_key_file there"
+        if not keys.trusts(theirs):
+            return "untrusted_key", f"the key of {address.engine_id}, {theirs}, is not in pd_trusted_keys_dir"
+        if not speaks_for(theirs, address.engine_id):
+            return "another_key", f"{address.engine_id} is not a name that goes with the key {theirs}"
+        return None
 
     def tick(self, now: float) -> None:
         """Let time pass."""
@@ -183,6 +205,8 @@ class Peers:
                 f"no answer from {peer.address.host} port {peer.address.init_port} "
                 f"within {self._settings.handshake_seconds:g} s"
             )
+            if self._settings.keys is not None:
+                detail += "; if it is up, it may not trust this worker's key"
             self.lose(peer, "peer_unreachable", detail)
             return
         peer.hello_at = now + self._settings.heartbeat_seconds

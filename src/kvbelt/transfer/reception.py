@@ -4,12 +4,12 @@ Everything here runs on the belt's thread.
 """
 
 import logging
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import zmq
 
+from kvbelt.security.keys import fingerprint, speaks_for
 from kvbelt.transfer.desk import Desk, DeskCommand
 from kvbelt.transfer.fencing import is_dead, same_machine
 from kvbelt.transfer.ports import Lost, ReceivedKV
@@ -27,7 +27,7 @@ from kvbelt.wire.handshake import (
     first_difference,
 )
 from kvbelt.wire.ids import EngineId, TransferId
-from kvbelt.wire.reservation import FromSender, Refused, Reserve
+from kvbelt.wire.reservation import Expired, FromSender, Refused, Reserve
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,12 @@ SUSPICION_SECONDS = 0.1
 #: A receiver remembers a writer for longer than a writer remembers a receiver: who is greeted stays known.
 WRITER_MEMORY = 2
 
+#: Writers known at once. Beyond it those that have nothing here are forgotten first, and greet again.
+MAX_WRITERS = 1024
+
+#: What an ``Expired`` says that answers a message about something that never was, or is no more.
+_STALE = frozenset({"stale_slot", "unknown_transfer"})
+
 
 @dataclass(slots=True, eq=False)
 class Writer:
@@ -44,6 +50,7 @@ class Writer:
 
     worker: str
     process: ProcessIdentity
+    key: str | None  #: its public key, as the gate has seen it; None: no keys are asked for
     seen_at: float
     route: bytes | None = None  #: of its latest message on the alloc port
 
@@ -67,7 +74,8 @@ class Reception:
         self._sockets = sockets
         self._deliver = deliver
         self._clock = clock
-        self._handshakes = codec.handshakes()
+        self._refusals = sockets.refusals
+        self._handshakes = codec.handshakes(codec.MAX_HELLO_BYTES)
         self._reservations = codec.from_sender()
         self._writers: dict[EngineId, Writer] = {}
         # One callback for every reader that was not told yet.
@@ -76,10 +84,10 @@ class Reception:
         self.desk = desk
         host = settings.bind_host
         self._init_socket, self.init_port = sockets.bind(
-            host, settings.init_port, "the handshake (init) port", "pd_peer_init_port"
+            "init", host, settings.init_port, "the handshake (init) port", "pd_peer_init_port"
         )
         self._alloc_socket, self.alloc_port = sockets.bind(
-            host, settings.alloc_port, "the reservation (alloc) port", "pd_peer_alloc_port"
+            "alloc", host, settings.alloc_port, "the reservation (alloc) port", "pd_peer_alloc_port"
         )
 
     # What the owner asks for.
@@ -103,20 +111,24 @@ class Reception:
 
     # What happens.
 
-    def hear(self, ready: set[zmq.Socket[bytes]], ignored: Counter[str]) -> None:
-        """Frames have arrived on these sockets; those of others are left alone."""
-        for socket, on_frame in ((self._init_socket, self._on_handshake), (self._alloc_socket, self._on_message)):
-            if socket not in ready:
-                continue
-            for frames in self._sockets.frames(socket):
-                try:
-                    on_frame(frames[0], frames[-1])
-                except codec.VersionError as error:
-                    ignored["version"] += 1
-                    self._refuse_version(socket, frames[0], error)
-                except codec.FrameError as error:
-                    ignored["malformed"] += 1
-                    log.warning("ignored a frame: %s", error)
+    def hear(self, ready: set[zmq.Socket[bytes]]) -> None:
+        """Messages have arrived on these sockets; those of others are left alone."""
+        if self._init_socket in ready:
+            self._take("init", self._init_socket, self._on_handshake)
+        if self._alloc_socket in ready:
+            self._take("alloc", self._alloc_socket, self._on_message)
+
+    def _take(self, name: str, socket: zmq.Socket[bytes], on_frame: Callable[[bytes, bytes, str | None], None]) -> None:
+        for frames, key in self._sockets.received(socket):
+            try:
+                if len(frames) != 2:
+                    raise codec.FrameError(f"{len(frames) - 1} frames instead of one")  # noqa: TRY301
+                on_frame(frames[0], frames[1], key)
+            except codec.VersionError as error:
+                self._refusals.add(name, error.reason, error)
+                self._refuse_version(socket, frames[0], error)
+            except codec.FrameError as error:
+                self._refusals.add(name, error.reason, error)
 
     def tick(self, now: float) -> None:
         """Let time pass."""
@@ -151,20 +163,27 @@ class Reception:
 
     # How.
 
-    def _on_handshake(self, route: bytes, frame: bytes) -> None:
+    def _on_handshake(self, route: bytes, frame: bytes, key: str | None) -> None:
         message = self._handshakes.decode(frame)
         if not isinstance(message, Hello):
             raise codec.FrameError(f"a {type(message).__name__} is not for a receiver")
-        Sockets.say(self._init_socket, route, self._handshakes.encode(self._greet(message)))
+        Sockets.say(self._init_socket, route, self._handshakes.encode(self._greet(message, key)))
 
-    def _greet(self, hello: Hello) -> HandshakeMessage:
-        """Judge a Hello."""
+    def _greet(self, hello: Hello, key: str | None) -> HandshakeMessage:
+        """Judge a Hello of whoever holds ``key``."""
         ours = self._welcome
 
         def refuse(field: str, mine: str, theirs: str) -> HandshakeRefused:
-            log.warning("refused prefill worker %s: %s is %s here and %s there", hello.engine_id, field, mine, theirs)
+            detail = f"prefill worker {hello.engine_id}: {field} is {mine} here and {theirs} there"
+            self._refusals.add("init", f"refused_{field.rpartition('.')[2]}", detail)
             return HandshakeRefused(engine_id=ours.engine_id, field=field, ours=mine, theirs=theirs)
 
+        if not _may_speak(key, hello.engine_id):
+            detail = f"whoever holds key {fingerprint(key or '')} says to be prefill worker {hello.engine_id}"
+            self._refusals.add("init", "another_key", detail)
+            return HandshakeRefused(
+                engine_id=ours.engine_id, field="key", ours=fingerprint(key or ""), theirs=hello.engine_id
+            )
         if hello.receiver != ours.engine_id:
             return refuse("engine_id", ours.engine_id, hello.receiver)
         if hello.role not in ("prefill", "both"):
@@ -180,11 +199,12 @@ class Reception:
             return ours
         for engine_id, writer in list(self._writers.items()):
             # On one machine a name proves nothing that the process table would not show better.
-            if writer.worker and writer.worker == hello.worker and not same_machine(writer.process, self._here):
+            again = writer.worker and writer.worker == hello.worker and writer.key == key
+            if again and not same_machine(writer.process, self._here):
                 log.info("prefill worker %s is %s now; its old slots are free", hello.worker, hello.engine_id)
                 self._perform(self.desk.writer_dead(engine_id, now))
                 del self._writers[engine_id]
-        self._writers[hello.engine_id] = Writer(hello.worker, hello.process, now)
+        self._writers[hello.engine_id] = Writer(hello.worker, hello.process, key, now)
         return ours
 
     def _forget_writers(self, now: float) -> None:
@@ -193,13 +213,20 @@ class Reception:
         for engine_id, writer in list(self._writers.items()):
             if engine_id not in busy and writer.seen_at + memory <= now:
                 del self._writers[engine_id]
+        idle = sorted((w.seen_at, engine_id) for engine_id, w in self._writers.items() if engine_id not in busy)
+        for _, engine_id in idle[: max(0, len(self._writers) - MAX_WRITERS)]:
+            del self._writers[engine_id]
 
-    def _on_message(self, route: bytes, frame: bytes) -> None:
+    def _on_message(self, route: bytes, frame: bytes, key: str | None) -> None:
         message: FromSender = self._reservations.decode(frame)
         if message.sender is None:
             raise codec.FrameError(f"a {type(message).__name__} without a sender")
+        if not _may_speak(key, message.sender):
+            self._refusals.add("alloc", "another_key", f"a {type(message).__name__} in the name of {message.sender}")
+            return
         writer = self._writers.get(message.sender)
         if writer is None:
+            self._refusals.add("alloc", "no_handshake", f"a {type(message).__name__} of {message.sender}")
             if isinstance(message, Reserve):
                 refused = Refused(
                     transfer_id=message.transfer_id,
@@ -210,10 +237,23 @@ class Reception:
             return
         writer.route = route
         writer.seen_at = self._clock()
-        self._perform(self.desk.hear(message, self._clock()))
+        commands = self.desk.hear(message, self._clock())
+        for command in commands:
+            self._count_refusal(message, command)
+        self._perform(commands)
+
+    def _count_refusal(self, message: FromSender, command: DeskCommand) -> None:
+        """Count what this message gets for an answer, where that is no."""
+        if not isinstance(command, Answer) or command.message.transfer_id != message.transfer_id:
+            return
+        match command.message:
+            case Refused(reason=reason, detail=detail):
+                self._refusals.add("alloc", reason, f"a {type(message).__name__} of {message.sender}: {detail}")
+            case Expired(reason=reason) if reason in _STALE:
+                detail = f"a {type(message).__name__} of {message.sender} about {message.transfer_id}"
+                self._refusals.add("alloc", reason, detail)
 
     def _refuse_version(self, socket: zmq.Socket[bytes], route: bytes, error: codec.VersionError) -> None:
-        log.warning("refused a peer: %s", error)
         if socket is self._init_socket:
             refused = HandshakeRefused(
                 engine_id=self._welcome.engine_id,
@@ -234,3 +274,8 @@ class Reception:
                     self._readers.pop(command.transfer_id)(self._deliver(command))
                 case Lose(transfer_id, reason, detail):
                     self._readers.pop(transfer_id)(Lost(reason, detail))
+
+
+def _may_speak(key: str | None, engine_id: EngineId) -> bool:
+    """Whether a peer may speak in an engine's name. Without keys anybody may: only this machine can be there."""
+    return key is None or speaks_for(key, engine_id)

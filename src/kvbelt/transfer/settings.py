@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from kvbelt.errors import SettingsError
+from kvbelt.security.keys import PROXY, Keys
+from kvbelt.security.loopback import require_keys_beyond_loopback
 from kvbelt.wire.block_hash import HASH_SCHEME
 from kvbelt.wire.handshake import PROTOCOL_VERSION, Compatibility
 from kvbelt.wire.ids import EngineId
@@ -55,6 +57,10 @@ class BeltSettings:
     alloc_port: int = 0
     #: Where the proxy takes notifications, e.g. ``"tcp://127.0.0.1:7500"``; None: nobody is told.
     notification_endpoint: str | None = None
+    #: Of this process and of those it trusts. None: control sockets are open to whoever reaches them.
+    keys: Keys | None = None
+    #: Without keys, listen beyond loopback all the same.
+    insecure: bool = False
     lease_seconds: float = 2.0
     heartbeat_seconds: float = 0.25
     #: How long committed KV waits for its reader. The proxy calls the decode worker the moment the first token is
@@ -83,6 +89,15 @@ class BeltSettings:
         Raises:
             SettingsError: with the name, the value and what to do.
         """
+        require_keys_beyond_loopback(
+            self.bind_host,
+            keys=self.keys is not None,
+            insecure=self.insecure,
+            setting="bind_host",
+            how="Give keys, or set insecure.",
+        )
+        if self.keys is not None and self.notification_endpoint is not None and self.proxy_key is None:
+            raise SettingsError(f"the proxy's public key ({PROXY}.key) is not in pd_trusted_keys_dir; put it there")
         for name in (
             "lease_seconds",
             "heartbeat_seconds",
@@ -107,3 +122,8 @@ class BeltSettings:
             port = getattr(self, name)
             if not 0 <= port <= 65535:
                 raise SettingsError(f"{name} is {port}; a port is 0 (any) to 65535")
+
+    @property
+    def proxy_key(self) -> str | None:
+        """Who must hold the other end of the notification socket; None: no keys, or it is not known."""
+        return self.keys.public_key_of(PROXY) if self.keys is not None else None

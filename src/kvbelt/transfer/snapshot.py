@@ -39,4 +39,6 @@ class BeltSnapshot:
     exposed_seconds: Sum  #: end of the prompt's computation to the acknowledged commit
     # Both.
     peers: int  #: receivers this process is connected to
-    ignored_total: Mapping[str, int]  #: messages not understood, by cause (``"malformed"``, ``"oversized"``, ...)
+    mechanism: str  #: of every control socket: ``"CURVE"`` or ``"NULL"``
+    #: Messages and peers refused, by socket (``"init"``, ``"alloc"``) and reason (``"unknown_key"``, ``"malformed"``)
+    refused_total: Mapping[str, Mapping[str, int]]

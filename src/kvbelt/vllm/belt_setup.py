@@ -68,6 +68,8 @@ def make_belt(  # noqa: PLR0917 -- its seams
             init_port=settings.init_port,
             alloc_port=settings.alloc_port,
             notification_endpoint=settings.notification_endpoint,
+            keys=settings.keys,
+            insecure=settings.insecure,
             lease_seconds=LEASE_SECONDS,
         ),
         _DeviceChannel(f"{settings.role}-{engine_id}", settings.nixl_backends, device),

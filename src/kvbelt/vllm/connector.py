@@ -8,7 +8,6 @@ depends on it.
 
 import logging
 import time
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 import vllm
 from kvbelt.errors import StartError
+from kvbelt.security.keys import new_engine_id
 from kvbelt.transfer.belt import Belt
 from kvbelt.vllm.belt_setup import make_belt, model_fingerprint
 from kvbelt.vllm.compute import CpuCompute, CudaCompute
@@ -35,7 +35,6 @@ from kvbelt.vllm.settings import ConnectorSettings, load_settings
 from kvbelt.vllm.versions import require_supported
 from kvbelt.vllm.worker_side import WorkerSide
 from kvbelt.wire.handoff import ReceiverAddress
-from kvbelt.wire.ids import EngineId
 from kvbelt.wire.layout import KVLayout
 
 require_supported(vllm.__version__)
@@ -141,7 +140,7 @@ class KVBeltConnector(KVConnectorBase_V1):
         print_of_model = model_fingerprint(
             model.model, model.revision, load_format, {"quantization": model.quantization, "dtype": model.dtype}
         )
-        engine_id = EngineId(uuid.uuid4().hex)
+        engine_id = new_engine_id(self._settings.keys)
         belt = make_belt(self._settings, layout, pages, engine_id, self._describe()["model"], print_of_model)
         belt.start()
         device = first.device

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import yaml
 
 from kvbelt.errors import SettingsError
-from kvbelt.settings import CONFIG_VARIABLE, parse_belt_file
+from kvbelt.security.keys import Keys
+from kvbelt.settings import CONFIG_VARIABLE, keys_of, parse_belt_file
 
 #: Keys of LMCache's connector that mean nothing here; accepted, so that launch commands written for it work.
 IGNORED_KEYS = frozenset({"discard_partial_chunks", "lmcache_rpc_port", "skip_last_n_tokens"})
@@ -36,6 +37,8 @@ class ConnectorSettings:
     alloc_port: int
     notification_endpoint: str | None
     nixl_backends: tuple[str, ...]
+    keys: Keys | None
+    insecure: bool  #: without keys, listen beyond loopback all the same
 
     @property
     def sends(self) -> bool:
@@ -89,6 +92,8 @@ def load_settings(
         alloc_port=_first(file.pd_peer_alloc_port),
         notification_endpoint=f"tcp://{file.pd_proxy_host}:{file.pd_proxy_port}" if notify else None,
         nixl_backends=tuple(file.nixl_backends),
+        keys=keys_of(file, source),
+        insecure=file.pd_insecure,
     )
 
 

@@ -14,8 +14,9 @@ from kvbelt.wire.reservation import FromReceiver, FromSender
 
 MAGIC = b"KB"
 
-#: A handshake carries an agent's metadata (some KiB with UCX); reservations are far smaller.
+#: The answer to a handshake carries an agent's metadata (some KiB with UCX); everything else is far smaller.
 MAX_HANDSHAKE_BYTES = 1 << 20
+MAX_HELLO_BYTES = 1 << 14
 MAX_RESERVATION_BYTES = 1 << 14
 
 _HEADER_BYTES = len(MAGIC) + 1
@@ -24,11 +25,25 @@ MessageT = TypeVar("MessageT")
 
 
 class FrameError(ValueError):
-    """A frame that is not a message of this protocol. The message says why."""
+    """A frame that is not a message of this protocol. The message says why.
+
+    Attributes:
+        reason: in one word, to be counted by.
+    """
+
+    reason = "malformed"
+
+
+class OversizedError(FrameError):
+    """A frame that is larger than any message of its kind. It was not looked into."""
+
+    reason = "oversized"
 
 
 class VersionError(FrameError):
     """A frame of another protocol version."""
+
+    reason = "version"
 
     def __init__(self, theirs: int) -> None:
         super().__init__(f"protocol version {theirs}; this side speaks {PROTOCOL_VERSION}")
@@ -55,11 +70,12 @@ class Codec(Generic[MessageT]):
         """The message in a frame.
 
         Raises:
+            OversizedError: it is too large.
             VersionError: the frame is of another protocol version.
-            FrameError: it is too large, or not a message of this union.
+            FrameError: it is not a message of this union.
         """
         if len(frame) > self._max_bytes:
-            raise FrameError(f"a frame of {len(frame)} bytes; at most {self._max_bytes} are accepted")
+            raise OversizedError(f"a frame of {len(frame)} bytes; at most {self._max_bytes} are accepted")
         if len(frame) < _HEADER_BYTES or frame[: len(MAGIC)] != MAGIC:
             raise FrameError(f"a frame that begins with {frame[:_HEADER_BYTES]!r} is not kvbelt's")
         version = frame[len(MAGIC)]
@@ -71,9 +87,9 @@ class Codec(Generic[MessageT]):
             raise FrameError(f"a malformed message: {error}") from None
 
 
-def handshakes() -> Codec[HandshakeMessage]:
+def handshakes(max_bytes: int = MAX_HANDSHAKE_BYTES) -> Codec[HandshakeMessage]:
     """The codec of the init port, both directions."""
-    return Codec(HandshakeMessage, MAX_HANDSHAKE_BYTES)
+    return Codec(HandshakeMessage, max_bytes)
 
 
 def from_sender() -> Codec[FromSender]:

@@ -11,13 +11,15 @@ import msgspec
 from kvbelt.wire.ids import EngineId, TransferId
 
 
-class ReceiverAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ReceiverAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Where a decode worker takes handshakes (init port) and reservations (alloc port)."""
 
     engine_id: EngineId
     host: str
     init_port: int
     alloc_port: int
+    #: Its CURVE key in Z85, which a sender believes only if it trusts that key already. None: it asks for no keys.
+    public_key: str | None = None
 
 
 class PrefillHandoff(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

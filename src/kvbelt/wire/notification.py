@@ -48,12 +48,20 @@ def encode(notification: Notification) -> bytes:
     return _encoder.encode(notification)
 
 
+class OversizedError(ValueError):
+    """It is larger than any notification, and was not looked into."""
+
+
 def decode(frame: bytes) -> Notification:
     """Parse what came from the socket.
 
     Raises:
-        ValueError: it is not a notification (msgspec's own errors are ValueErrors too).
+        OversizedError: it is too large.
+        ValueError: it is not a notification.
     """
     if len(frame) > MAX_BYTES:
-        raise ValueError(f"a notification of {len(frame)} bytes; at most {MAX_BYTES} are accepted")
-    return _decoder.decode(frame)
+        raise OversizedError(f"a notification of {len(frame)} bytes; at most {MAX_BYTES} are accepted")
+    try:
+        return _decoder.decode(frame)
+    except RecursionError as error:
+        raise ValueError(f"a malformed notification: {error}") from None

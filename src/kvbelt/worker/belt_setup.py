@@ -6,6 +6,7 @@ from kvbelt.channels.nixl import NixlChannel
 from kvbelt.engine.engine import Engine
 from kvbelt.errors import SettingsError
 from kvbelt.paged_copy import TorchPagedCopy
+from kvbelt.security.keys import Keys
 from kvbelt.settings import BeltFile, WorkerSettings
 from kvbelt.telemetry import get_logger
 from kvbelt.transfer.belt import Belt
@@ -31,7 +32,9 @@ def wire_layout(engine: Engine) -> KVLayout:
     )
 
 
-def make_belt(settings: WorkerSettings, file: BeltFile, engine: Engine, engine_id: EngineId, model_name: str) -> Belt:
+def make_belt(  # noqa: PLR0917 -- its seams
+    settings: WorkerSettings, file: BeltFile, keys: Keys | None, engine: Engine, engine_id: EngineId, model_name: str
+) -> Belt:
     """A belt that sends (prefill) or receives (decode), not yet started.
 
     Raises:
@@ -73,6 +76,8 @@ def make_belt(settings: WorkerSettings, file: BeltFile, engine: Engine, engine_i
             init_port=_port(file.pd_peer_init_port),
             alloc_port=_port(file.pd_peer_alloc_port),
             notification_endpoint=notify,
+            keys=keys,
+            insecure=file.pd_insecure,
         ),
         NixlChannel(name=f"{settings.role}-{engine_id}", backends=file.nixl_backends),
         TorchPagedCopy(

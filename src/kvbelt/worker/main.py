@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -22,10 +21,10 @@ from kvbelt.engine.api import ModelError
 from kvbelt.engine.engine import Engine
 from kvbelt.engine.settings import EngineSettings
 from kvbelt.errors import SettingsError, StartError
-from kvbelt.settings import WorkerSettings
+from kvbelt.security.keys import new_engine_id
+from kvbelt.settings import WorkerSettings, keys_of
 from kvbelt.telemetry import configure_logging, get_logger
 from kvbelt.transfer.belt import Belt
-from kvbelt.wire.ids import EngineId
 from kvbelt.worker.app import make_app
 from kvbelt.worker.belt_setup import make_belt
 from kvbelt.worker.prompts import Prompts
@@ -119,9 +118,10 @@ class Worker:
         self._belt: Belt | None = None
         self._prompts: Prompts | None = None
         self.stopped_while_loading = False
+        self._keys = keys_of(settings.belt, "the belt's settings") if settings.belt is not None else None
         self._service = Service(
             role=settings.role,
-            engine_id=EngineId(uuid.uuid4().hex),
+            engine_id=new_engine_id(self._keys),
             model_name=settings.served_model_name or settings.model_dir.name,
             aliases=(str(settings.model_dir), settings.model_dir.name),
         )
@@ -179,7 +179,9 @@ class Worker:
             raise StartError(str(error)) from error
         self._engine = engine
         if settings.belt is not None:
-            self._belt = make_belt(settings, settings.belt, engine, self._service.engine_id, self._service.model_name)
+            self._belt = make_belt(
+                settings, settings.belt, self._keys, engine, self._service.engine_id, self._service.model_name
+            )
             self._belt.start()
         engine.start()
 

@@ -68,10 +68,13 @@ def _belt_families(belt: BeltSnapshot) -> Iterable[Metric]:
         count_value=belt.exposed_seconds.count,
         sum_value=belt.exposed_seconds.total,
     )
-    ignored = CounterMetricFamily("kvbelt_messages_ignored", "Control messages not understood.", labels=["cause"])
-    for cause, count in belt.ignored_total.items():
-        ignored.add_metric([cause], count)
-    yield ignored
+    refused = CounterMetricFamily(
+        "kvbelt_refused_messages", "Messages and peers refused on the control ports.", labels=["socket", "reason"]
+    )
+    for socket, reasons in belt.refused_total.items():
+        for reason, count in reasons.items():
+            refused.add_metric([socket, reason], count)
+    yield refused
 
 
 def render_metrics(load: EngineLoad | None, belt: BeltSnapshot | None) -> bytes:

@@ -1,0 +1,1 @@
+"""Who may speak on a control socket: keys, the gate before each listening socket, and what was refused there."""
