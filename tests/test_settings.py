@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from kvbelt.errors import SettingsError
-from kvbelt.settings import Role, belt_for, load_belt_file
+from kvbelt.security.keys import write_new_keys
+from kvbelt.settings import Role, belt_for, keys_of, load_belt_file
 
 SENDER = """\
 # lmcache-prefiller-config.yaml
@@ -85,6 +86,20 @@ def test_the_environment_names_the_file_where_the_command_line_does_not(write, m
         (Role.DECODE, "- a", ("list",)),
         (Role.DECODE, RECEIVER.replace("[UCX]", "[GDS]"), ("nixl_backends", "GDS")),
         (Role.BOTH, SENDER, ("both", "sender")),
+        (Role.DECODE, RECEIVER.replace('"localhost"', '"0.0.0.0"'), ("pd_peer_host", "0.0.0.0", "pd_key_file")),
+        (Role.DECODE, RECEIVER + "pd_key_file: k\n", ("pd_trusted_keys_dir", "missing")),
+        (Role.DECODE, RECEIVER + "pd_trusted_key_dir: k\n", ("pd_trusted_key_dir", "pd_trusted_keys_dir")),
+        (
+            Role.DECODE,
+            RECEIVER + "pd_key_file: nowhere\npd_trusted_keys_dir: b\n",
+            ("key file nowhere", "No such file"),
+        ),
+        (
+            Role.DECODE,
+            RECEIVER + "pd_key_file: a\npd_trusted_keys_dir: b\npd_insecure: True\n",
+            ("pd_insecure", "contradict"),
+        ),
+        (Role.DECODE, RECEIVER + "pd_insecure: 1\n", ("pd_insecure", "bool")),
     ],
 )
 def test_what_is_wrong_is_named(role: Role, content: str, words: tuple[str, ...], write):
@@ -109,3 +124,40 @@ def test_a_prefill_worker_needs_a_file(monkeypatch):
     monkeypatch.delenv("LMCACHE_CONFIG_FILE", raising=False)
     with pytest.raises(SettingsError, match=r"--config.*LMCACHE_CONFIG_FILE"):
         belt_for(Role.PREFILL, None)
+
+
+def test_beyond_loopback_keys_or_the_explicit_word_are_enough(write, tmp_path):
+    """A receiver that others reach: with keys that can be read, or because it was said."""
+    open_to_all = RECEIVER.replace('"localhost"', '"0.0.0.0"')
+    assert belt_for(Role.DECODE, write(open_to_all + "pd_insecure: True\n"))
+    write_new_keys(tmp_path / "k", ["decode"])
+    keys = f"pd_key_file: {tmp_path}/k/decode.key_secret\npd_trusted_keys_dir: {tmp_path}/k/trusted\n"
+    file = belt_for(Role.DECODE, write(open_to_all + keys))
+    assert file is not None
+    loaded = keys_of(file, "file")
+    assert loaded is not None
+    assert loaded.trusted == {loaded.own.public: "decode"}
+
+
+def test_a_sender_must_know_the_proxys_key(write, tmp_path):
+    """Where it is to notify a proxy; the folder is named."""
+    write_new_keys(tmp_path / "k", ["prefill"])
+    keys = f"pd_key_file: {tmp_path}/k/prefill.key_secret\npd_trusted_keys_dir: {tmp_path}/k/trusted\n"
+    with pytest.raises(SettingsError, match=r"trusted has no proxy\.key"):
+        belt_for(Role.PREFILL, write(SENDER + keys))
+    write_new_keys(tmp_path / "k", ["proxy"])
+    assert belt_for(Role.PREFILL, write(SENDER + keys))
+
+
+def test_a_sender_listens_nowhere_and_needs_no_keys(write):
+    """A pd_peer_host in its file means nothing."""
+    assert belt_for(Role.PREFILL, write(SENDER + "pd_peer_host: 0.0.0.0\n"))
+
+
+def test_a_secret_key_that_others_may_read_is_refused_at_the_start(write, tmp_path):
+    """Before the model is loaded."""
+    write_new_keys(tmp_path / "k", ["decode"])
+    (tmp_path / "k" / "decode.key_secret").chmod(0o644)
+    keys = f"pd_key_file: {tmp_path}/k/decode.key_secret\npd_trusted_keys_dir: {tmp_path}/k/trusted\n"
+    with pytest.raises(SettingsError, match=r"chmod 600 .*decode\.key_secret"):
+        belt_for(Role.DECODE, write(RECEIVER + keys))

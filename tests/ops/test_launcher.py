@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -102,6 +103,10 @@ def test_everything_starts_and_leaves_no_trace(spec, shown):
         configs = [Path(line[line.index(b"--config") + 1].decode()) for line in lines]
         assert all(config.is_file() for config in configs)
         assert httpx.get(f"{deployment.url}/health").status_code == 200
+        secrets = sorted(configs[0].parent.glob("*.key_secret"))
+        assert [secret.stem for secret in secrets] == ["decode-0", "decode-1", "prefill-0", "prefill-1", "proxy"]
+        assert all(stat.S_IMODE(secret.stat().st_mode) == 0o600 for secret in secrets)
+        assert stat.S_IMODE(configs[0].parent.stat().st_mode) == 0o700
         processes = deployment.processes
     assert all(gone(process.pid) for process in processes)
     assert not any(listening(process.port) for process in processes)

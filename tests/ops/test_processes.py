@@ -7,9 +7,10 @@ import pytest
 from kvbelt.cli import build_parser
 from kvbelt.ops import processes
 from kvbelt.ops.ports import Ports, seed_ports
-from kvbelt.ops.processes import DeploymentSpec, plan, resolve_device, threads_per_worker, write_configs
+from kvbelt.ops.processes import DeploymentSpec, plan, resolve_device, threads_per_worker, write_configs, write_keys
 from kvbelt.ops.topology import Topology
-from kvbelt.settings import Role, belt_for
+from kvbelt.security.keys import load_keys
+from kvbelt.settings import Role, belt_for, keys_of, load_belt_file
 
 
 @pytest.fixture
@@ -43,6 +44,19 @@ def test_files_are_what_workers_read(spec, tmp_path):
     receiver = belt_for(Role.DECODE, files["decode-1"])
     assert (sender.pd_role, sender.pd_proxy_port, sender.pd_buffer_size) == ("sender", 7500, 1 << 28)
     assert (receiver.pd_role, receiver.pd_peer_init_port, receiver.pd_peer_alloc_port) == ("receiver", 7301, 7401)
+
+
+def test_every_process_has_a_key_of_its_own_and_trusts_all(spec, tmp_path):
+    """Files and the proxy's command line name them; a worker's own reading finds the proxy's."""
+    ports, keys = seed_ports(spec.topology), write_keys(spec, tmp_path)
+    files = write_configs(spec, ports, tmp_path, keys)
+    loaded = {name: keys_of(load_belt_file(file), name) for name, file in files.items()}
+    assert len({own.own.public for own in loaded.values()}) == 4
+    names = {"proxy", "prefill-0", "prefill-1", "decode-0", "decode-1"}
+    assert all(set(own.trusted.values()) == names for own in loaded.values())
+    proxy = plan(spec, ports, files, keys)[-1]
+    args = build_parser().parse_args(proxy.argv[proxy.argv.index("proxy") :])
+    assert load_keys(args.key_file, args.trusted_keys_dir).own.public == loaded["prefill-0"].public_key_of("proxy")
 
 
 def test_aggregated_server_has_no_belt(spec, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from kvbelt.errors import StartError
 from kvbelt.ops.ports import seed_ports
-from kvbelt.ops.processes import DeploymentSpec, plan, write_configs
+from kvbelt.ops.processes import DeploymentSpec, plan, write_configs, write_keys
 from kvbelt.ops.topology import Topology
 from kvbelt.ops.vllm_server import require_vllm, vllm_env
 from kvbelt.vllm.settings import load_settings
@@ -25,7 +25,8 @@ def planned(tmp_path: Path, topology: str):
         worker_args=("--enforce-eager",),
     )
     ports = seed_ports(spec.topology)
-    return plan(spec, ports, write_configs(spec, ports, tmp_path))
+    keys = write_keys(spec, tmp_path)
+    return plan(spec, ports, write_configs(spec, ports, tmp_path, keys), keys)
 
 
 def test_servers_have_their_roles(tmp_path: Path) -> None:
@@ -37,6 +38,8 @@ def test_servers_have_their_roles(tmp_path: Path) -> None:
         assert process.argv[-1] == "--enforce-eager"
         settings = load_settings(kv_role, {}, "cpu", process.env)
         assert settings.role == role
+        assert settings.keys is not None
+        assert settings.keys.trusted[settings.keys.own.public] == process.name
     assert (settings.init_port, settings.alloc_port) == (7300, 7400)
     assert "vllm" not in " ".join(proxy.argv)
 

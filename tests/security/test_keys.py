@@ -37,7 +37,7 @@ def test_secret_keys_are_for_their_owner_only(folder):
 
 
 def test_the_files_are_zeromqs_certificates(folder):
-    """pyzmq reads ours, and we read pyzmq's."""
+    """Both ways: pyzmq reads ours, and we read pyzmq's."""
     ours = load(folder).own
     loaded = zmq.auth.load_certificate(folder / "prefill.key_secret")
     assert loaded == (ours.public.encode(), ours.secret.encode())

@@ -24,9 +24,8 @@ LAYOUT = KVLayout(
 
 def identity(engine: str, role: str, **changes) -> BeltIdentity:
     """An identity that fits every other one made here, but for ``changes``."""
-    return BeltIdentity(
-        engine_id=EngineId(engine), role=role, **{"model": "tiny", "fingerprint": "f1", "layout": LAYOUT, **changes}
-    )
+    given = {"engine_id": EngineId(engine), "model": "tiny", "fingerprint": "f1", "layout": LAYOUT}
+    return BeltIdentity(role=role, **{**given, **changes})
 
 
 def eventually(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:

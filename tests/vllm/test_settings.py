@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from kvbelt.errors import SettingsError, StartError
+from kvbelt.security.keys import write_new_keys
 from kvbelt.vllm.settings import load_settings
 from kvbelt.vllm.versions import require_supported
 
@@ -61,12 +62,28 @@ def test_a_file_is_read_and_overridden(tmp_path: Path) -> None:
         ("kv_producer", {"transfer_channel": "mooncake"}, "mooncake"),
         ("kv_producer", {"enable_pd": False}, "enable_pd"),
         ("kv_both", {"pd_buffer_size": "large"}, "pd_buffer_size"),
+        ("kv_consumer", {"pd_peer_host": "0.0.0.0"}, "pd_peer_host is 0.0.0.0.*pd_key_file.*pd_insecure"),
+        ("kv_both", {"pd_peer_host": "10.0.0.7"}, "pd_peer_host is 10.0.0.7"),
+        ("kv_consumer", {"pd_key_file": "k"}, "pd_trusted_keys_dir"),
+        ("kv_consumer", {"pd_key_file": "nowhere", "pd_trusted_keys_dir": "k"}, "key file nowhere"),
     ],
 )
 def test_contradictions_are_refused(role: str, extra: dict[str, object], said: str) -> None:
     """In one line that names the key."""
     with pytest.raises(SettingsError, match=said):
         load_settings(role, extra, "cpu", {})
+
+
+def test_keys_and_the_explicit_word_are_taken(tmp_path: Path) -> None:
+    """As in a worker's own file."""
+    write_new_keys(tmp_path, ["decode"])
+    named = {"pd_key_file": str(tmp_path / "decode.key_secret"), "pd_trusted_keys_dir": str(tmp_path / "trusted")}
+    keys = load_settings("kv_consumer", {"pd_peer_host": "0.0.0.0", **named}, "cpu", {}).keys
+    assert keys is not None
+    assert list(keys.trusted.values()) == ["decode"]
+    settings = load_settings("kv_consumer", {"pd_peer_host": "0.0.0.0", "pd_insecure": True}, "cpu", {})
+    assert (settings.keys, settings.insecure) == (None, True)
+    assert load_settings("kv_producer", {"pd_peer_host": "0.0.0.0"}, "cpu", {}).keys is None  # it listens nowhere
 
 
 @pytest.mark.parametrize("version", ["0.26.0", "0.32.0", "0.32.1+cpu"])

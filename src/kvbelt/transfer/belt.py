@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from kvbelt.errors import SettingsError
 from kvbelt.security.keys import speaks_for
+from kvbelt.security.loopback import require_keys_beyond_loopback
 from kvbelt.transfer.dispatch import Dispatch, Outgoing
 from kvbelt.transfer.driver import Driver
 from kvbelt.transfer.handles import SendingHandle
@@ -28,6 +29,9 @@ class Belt:
     constructed over the same staging memory: gathers go to ``send_region``, scatters come from
     ``receive_region``. Callbacks run on the belt's thread, must return quickly and must not raise.
 
+    Raises:
+        SettingsError: settings contradict each other, or this process would listen beyond loopback without keys.
+
     The memory of the receive region must outlive the process's last peer, or the process: a writer that was
     stopped may write when it wakes up.
     """
@@ -47,6 +51,14 @@ class Belt:
         keys = settings.keys
         if keys is not None and not speaks_for(keys.own.public, identity.engine_id):
             raise SettingsError(f"engine id {identity.engine_id} does not go with this process's key (new_engine_id)")
+        if receive_region is not None:
+            require_keys_beyond_loopback(
+                settings.bind_host,
+                keys=keys is not None,
+                insecure=settings.insecure,
+                setting="bind_host",
+                how="Give keys, or set insecure.",
+            )
         self.identity = identity
         self._settings = settings
         self._sends = send_region is not None

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from kvbelt.errors import SettingsError
 from kvbelt.security.keys import PROXY, Keys
-from kvbelt.security.loopback import require_keys_beyond_loopback
 from kvbelt.wire.block_hash import HASH_SCHEME
 from kvbelt.wire.handshake import PROTOCOL_VERSION, Compatibility
 from kvbelt.wire.ids import EngineId
@@ -89,13 +88,6 @@ class BeltSettings:
         Raises:
             SettingsError: with the name, the value and what to do.
         """
-        require_keys_beyond_loopback(
-            self.bind_host,
-            keys=self.keys is not None,
-            insecure=self.insecure,
-            setting="bind_host",
-            how="Give keys, or set insecure.",
-        )
         if self.keys is not None and self.notification_endpoint is not None and self.proxy_key is None:
             raise SettingsError(f"the proxy's public key ({PROXY}.key) is not in pd_trusted_keys_dir; put it there")
         for name in (

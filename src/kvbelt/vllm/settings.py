@@ -68,8 +68,8 @@ def load_settings(
     if given.get("enable_pd") is False:
         raise SettingsError(f"{source}: enable_pd is False; with KVBeltConnector it must be True, or left out")
     # What a worker of its own must be told, this one has from vLLM: so the file is not checked as one of those.
-    file = parse_belt_file({**given, "enable_pd": False}, source=source)
     wanted = _BELT_ROLE.get(kv_role)
+    file = parse_belt_file({"pd_role": wanted, **given, "enable_pd": False}, source=source)
     if file.pd_role is not None and file.pd_role != wanted:
         raise SettingsError(
             f"{source}: pd_role is {file.pd_role!r}, but kv_role {kv_role!r} needs {wanted or 'no pd_role'}"

@@ -1,0 +1,122 @@
+"""``kvbelt up`` makes keys, and its control ports answer nobody else; the same without them shows the difference."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import zmq
+
+from kvbelt.ops.deployment import RunningProcess, SyncDeployment, running
+from kvbelt.security.keys import KeyPair, load_keys, new_key_pair
+from kvbelt.wire import codec
+from kvbelt.wire import handshake as h
+from kvbelt.wire.ids import EngineId
+from kvbelt.wire.layout import KVLayout
+from tests.e2e.asking import ask, until
+from tests.e2e.conftest import deployment_spec
+from tests.security.support import peer
+
+pytestmark = pytest.mark.e2e
+
+BODY: dict[str, Any] = {"prompt": "The capital of France is", "temperature": 0, "max_tokens": 4}
+LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=1, block_size=1, dtype="x", order="x", block_bytes=1)
+
+
+@pytest.fixture
+def without_keys(demo_model: Path) -> Iterator[SyncDeployment]:
+    """The switch: the same deployment with open ports."""
+    with running(deployment_spec(demo_model, "1p1d", curve=False)) as deployment:
+        yield deployment
+
+
+def health(process: RunningProcess) -> dict[str, Any]:
+    """What a process says of itself."""
+    body: dict[str, Any] = httpx.get(process.url + "/health", timeout=5).json()
+    return body
+
+
+def refusals(process: RunningProcess, reason: str) -> float:
+    """How often this was refused, on all its control ports, as its metrics say."""
+    text = httpx.get(process.url + "/metrics", timeout=5).text
+    lines = re.findall(rf'^kvbelt_refused_messages_total{{reason="{reason}",socket="\w+"}} (\S+)', text, re.MULTILINE)
+    return sum(map(float, lines))
+
+
+def hello(receiver: str) -> bytes:
+    """A well-formed Hello, of a model that nobody has."""
+    fit = h.Compatibility(
+        protocol=1, model="x", fingerprint="x", layout=LAYOUT, tp_size=1, tp_rank=0, hash_scheme="x", channel="nixl"
+    )
+    process = h.ProcessIdentity(boot_id="", pid_namespace="", pid=1, start_time=0)
+    message = h.Hello(
+        engine_id=EngineId("x"),
+        receiver=EngineId(receiver),
+        worker="",
+        role="prefill",
+        process=process,
+        compatibility=fit,
+    )
+    return codec.handshakes().encode(message)
+
+
+@pytest.mark.parametrize("key", ["none", "unknown"])
+def test_a_deployment_has_keys_and_answers_nobody_else(one_p_one_d: SyncDeployment, key: str) -> None:
+    """Every mechanism is CURVE; answers go over the belt; a stranger's Hello hears nothing and is counted."""
+    prefill, decode, proxy = (one_p_one_d.process(name) for name in ("prefill-0", "decode-0", "proxy"))
+    assert ask(one_p_one_d.url, BODY, stream=False).path.startswith("first-token")
+    assert health(prefill)["belt"]["mechanism"] == health(decode)["belt"]["mechanism"] == "CURVE"
+    assert health(proxy)["notifications"]["mechanism"] == "CURVE"
+    receiver = health(decode)["receiver"]
+    own: KeyPair | None = new_key_pair() if key == "unknown" else None
+    reason = "unknown_key" if key == "unknown" else "handshake"
+    before = refusals(decode, reason)
+    with peer(receiver["init_port"], own=own, server=receiver["public_key"], wait_ms=0) as socket:
+        socket.sndtimeo = 5_000
+        socket.send(hello(receiver["engine_id"]))
+        until(lambda: refusals(decode, reason) > before, within=20, what="it is counted")
+        assert ask(one_p_one_d.url, BODY, stream=False).path.startswith("first-token")
+        with pytest.raises(zmq.Again):
+            socket.recv()
+    with peer(one_p_one_d.ports.notify, zmq.PUSH, own=own, server=_proxy_key(prefill)) as socket:
+        before = refusals(proxy, reason)
+        socket.send(b"rubbish")
+        until(lambda: refusals(proxy, reason) > before, within=20, what="it is counted")
+
+
+def test_without_keys_the_stranger_is_answered(without_keys: SyncDeployment) -> None:
+    """So it is the keys that keep it out."""
+    receiver = health(without_keys.process("decode-0"))["receiver"]
+    assert "public_key" not in receiver
+    assert health(without_keys.process("decode-0"))["belt"]["mechanism"] == "NULL"
+    with peer(receiver["init_port"]) as socket:
+        socket.send(hello(receiver["engine_id"]))
+        assert isinstance(codec.handshakes().decode(socket.recv()), h.HandshakeRefused)
+
+
+def test_notifications_arrive_and_restarted_workers_are_let_in(demo_model: Path) -> None:
+    """A new life with the same key: the next answers go over the belt, and the proxy is told of them."""
+    with running(deployment_spec(demo_model, "1p1d")) as deployment:
+        for name in ("prefill-0", "decode-0", "proxy"):
+            deployment.restart(name)
+            until(
+                lambda: ask(deployment.url, BODY, stream=False).path.startswith("first-token"),
+                within=60,
+                what=f"an answer over the belt after the restart of {name}",
+            )
+            told = deployment.url + "/kvbelt/requests"
+            until(
+                lambda told=told: (httpx.get(told).json()["requests"][0]["transfer"] or {}).get("state") == "done",
+                within=20,
+                what="the proxy is told of the transfer",
+            )
+
+
+def _proxy_key(prefill: RunningProcess) -> str:
+    argv = Path(f"/proc/{prefill.pid}/cmdline").read_bytes().decode().split("\0")
+    folder = Path(argv[argv.index("--config") + 1]).parent
+    key = load_keys(folder / "prefill-0.key_secret", folder / "trusted").public_key_of("proxy")
+    assert key is not None
+    return key
