@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from kvbelt.security.keys import secret_file, trusted_folder, write_new_keys
 from tests.vllm.servers import Fleet, Server, free_port, kvbelt
 
 
@@ -50,20 +51,25 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     logs = tmp_path_factory.mktemp("vllm")
     fleet = Fleet(Path(model), logs)
     extra = shlex.split(os.environ.get("KVBELT_VLLM_ARGUMENTS", ""))
+    keys = logs / "keys"
+    write_new_keys(keys, ["proxy", "prefill", "decode"])
     notify = free_port()
     cores = len(os.sched_getaffinity(0))
     try:
         plain = fleet.start("plain", None, *extra, core=0)
-        told = {"pd_proxy_host": "127.0.0.1", "pd_proxy_port": notify}
+        told = {"pd_proxy_host": "127.0.0.1", "pd_proxy_port": notify, **keys_for("prefill", keys)}
         # Long prompts take several steps, so that one can be seen in vLLM's metrics while it is computed.
         chunks = () if "--max-num-batched-tokens" in extra else ("--max-num-batched-tokens", "256")
         prefill = [
             fleet.start(f"prefill{i}", kvbelt("kv_producer", **told), *extra, *chunks, core=i % cores)
             for i in range(number)
         ]
-        decode = [fleet.start(f"decode{i}", kvbelt("kv_consumer"), *extra, core=(i + 1) % cores) for i in range(number)]
+        decode = [
+            fleet.start(f"decode{i}", kvbelt("kv_consumer", **keys_for("decode", keys)), *extra, core=(i + 1) % cores)
+            for i in range(number)
+        ]
         fleet.wait()
-        proxy = start_proxy(fleet, prefill, decode, notify)
+        proxy = start_proxy(fleet, prefill, decode, notify, keys)
         found = Deployment(plain, prefill, decode, proxy)
         wait_until(lambda: all(worker["engine_id"] for worker in found.workers()), 30)
         yield found
@@ -71,10 +77,16 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         fleet.stop()
 
 
-def start_proxy(fleet: Fleet, prefill: list[Server], decode: list[Server], notify: int) -> Server:
+def keys_for(name: str, keys: Path) -> dict[str, str]:
+    """A server's settings that name its key, and whom it trusts."""
+    return {"pd_key_file": str(secret_file(keys, name)), "pd_trusted_keys_dir": str(trusted_folder(keys))}
+
+
+def start_proxy(fleet: Fleet, prefill: list[Server], decode: list[Server], notify: int, keys: Path) -> Server:
     """``kvbelt proxy`` as a process."""
     port = free_port()
     command = [sys.executable, "-m", "kvbelt", "proxy", "--port", str(port), "--notify-port", str(notify)]
+    command += ["--key-file", str(secret_file(keys, "proxy")), "--trusted-keys-dir", str(trusted_folder(keys))]
     for kind, servers in (("prefill", prefill), ("decode", decode)):
         command += [f"--{kind}-host", "127.0.0.1", f"--{kind}-port", ",".join(str(server.port) for server in servers)]
     log = fleet.logs / "proxy.log"

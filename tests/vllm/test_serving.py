@@ -88,6 +88,15 @@ def test_kv_arrives_and_is_used(deployment: Deployment) -> None:
     assert choice["token_ids"] + rest["choices"][0]["token_ids"] == expected[3]
 
 
+def test_control_sockets_ask_for_keys(deployment: Deployment) -> None:
+    """Each server and the proxy say so; the proxy was told of the transfers all the same."""
+    for server in (*deployment.prefill, *deployment.decode):
+        assert "control sockets use CURVE; 3 keys are trusted" in server.log.read_text(errors="replace")
+    with urllib.request.urlopen(deployment.proxy.url + "/health", timeout=10) as answer:  # noqa: S310 -- ours
+        assert json.loads(answer.read())["notifications"]["mechanism"] == "CURVE"
+    wait_until(lambda: deployment.proxy.metric("nixl_transfer_total") > 0, 10)
+
+
 def test_twenty_prompts_one_after_another(deployment: Deployment) -> None:
     """Through the proxy, every prompt's answer equals the plain server's, on the fast path."""
     for body in TWENTY:
