@@ -399,9 +399,9 @@ def test_a_belt_listens_beyond_loopback_with_keys_or_when_told_to(channel, trust
 @pytest.mark.parametrize("bounded", [True, False])
 def test_a_writer_may_open_so_many_transfers_and_no_more(channel, trusted, monkeypatch, bounded):
     """A flood of reservations leaves room for others. Without the bound it takes all there is."""
-    if not bounded:
-        monkeypatch.setattr(desk, "MAX_OPEN", 1 << 30)
-    engine, room = new_engine_id(trusted["q"]), 1200  # slots of one block
+    if bounded:
+        monkeypatch.setattr(desk, "MAX_OPEN", 100)
+    engine, room = new_engine_id(trusted["q"]), 150  # slots of one block
     with Side(
         "d", "decode", channel("d"), settings=belts(trusted["d"], lease_seconds=60.0), staging_blocks=4 * room
     ) as d:

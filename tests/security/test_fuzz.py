@@ -19,7 +19,7 @@ from kvbelt.security.refusals import Refusals
 from kvbelt.transfer.desk import Desk, DeskTimes
 from kvbelt.transfer.fencing import this_process
 from kvbelt.transfer.peers import PeerEvents, Peers
-from kvbelt.transfer.reception import Reception
+from kvbelt.transfer.reception import MAX_WRITERS, Reception
 from kvbelt.transfer.sender import SenderSession, SendPlan
 from kvbelt.transfer.sender_states import PeerReady, Quiet, SenderState, Written
 from kvbelt.transfer.sockets import Received, Sockets
@@ -259,6 +259,57 @@ def test_a_notification_is_one_or_a_value_error(frame):
     """Nothing else comes out of its parser."""
     with contextlib.suppress(ValueError):
         assert isinstance(notification.decode(frame), msgspec.Struct)
+
+
+def greet(here: Reception, lines: Lines, keys: Keys, engine: EngineId, worker: str = "") -> None:
+    """A Hello of a process on another machine."""
+    process = h.ProcessIdentity(boot_id="elsewhere", pid_namespace="", pid=1, start_time=1)
+    hello = h.Hello(
+        engine_id=engine,
+        receiver=here.desk._engine_id,
+        worker=worker,
+        role="prefill",
+        process=process,
+        compatibility=FIT,
+    )
+    lines.arrived = [Received([b"route", HANDSHAKES.encode(hello)], keys.own.public)]
+    here.hear({"init"})
+
+
+def test_those_who_only_say_hello_are_forgotten_in_time():
+    """Under a thousand names one peer costs no more memory than so much; who has something here stays known."""
+    keys, lines, now = deployment("d", "p", "q"), Lines(), [0.0]
+    here, p = reception(lines, now, keys["d"]), new_engine_id(keys["p"])
+    greet(here, lines, keys["p"], p)
+    wanted = w.Reserve(
+        transfer_id=TransferId("t"), sender=p, receiver=here.desk._engine_id, num_tokens=1, num_blocks=1,
+        num_bytes=LAYOUT.slot_bytes(1), deadline_seconds=9.0,
+    )  # fmt: skip
+    lines.arrived = [Received([b"route", FROM_SENDER.encode(wanted)], keys["p"].own.public)]
+    here.hear({"alloc"})
+    for number in range(MAX_WRITERS + 100):
+        now[0] += 1e-6
+        greet(here, lines, keys["q"], new_engine_id(keys["q"], str(number)))
+    assert len(here._writers) == MAX_WRITERS
+    assert p in here._writers
+
+
+@pytest.mark.parametrize("same_key", [True, False])
+def test_a_worker_is_declared_dead_by_its_own_next_life_only(same_key):
+    """A name that another key uses as well proves nothing: the slot stays with its writer."""
+    keys, lines, now = deployment("d", "p", "q"), Lines(), [0.0]
+    here, p = reception(lines, now, keys["d"]), new_engine_id(keys["p"])
+    greet(here, lines, keys["p"], p, worker="10.0.0.7:7100")
+    wanted = w.Reserve(
+        transfer_id=TransferId("t"), sender=p, receiver=here.desk._engine_id, num_tokens=1, num_blocks=1,
+        num_bytes=LAYOUT.slot_bytes(1), deadline_seconds=9.0,
+    )  # fmt: skip
+    lines.arrived = [Received([b"route", FROM_SENDER.encode(wanted)], keys["p"].own.public)]
+    here.hear({"alloc"})
+    assert here.desk.states() == {"reserved": 1}
+    who = keys["p" if same_key else "q"]
+    greet(here, lines, who, new_engine_id(who), worker="10.0.0.7:7100")
+    assert here.desk.states() == ({} if same_key else {"reserved": 1})
 
 
 def test_the_size_of_a_process_id_is_checked():

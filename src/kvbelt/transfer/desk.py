@@ -37,8 +37,8 @@ S = ReceiverState
 #: Ends remembered at most; beyond it the oldest are forgotten early.
 MAX_ENDED = 4096
 
-#: Transfers of one writer that are not over; more are refused. A prefill worker has some tens under way.
-MAX_OPEN = 1024
+#: Transfers of one writer that are not over; more are refused. A prefill worker has some hundreds at most.
+MAX_OPEN = 4096
 
 DeskCommand = Answer | Deliver | Lose
 

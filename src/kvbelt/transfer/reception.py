@@ -213,9 +213,11 @@ class Reception:
         for engine_id, writer in list(self._writers.items()):
             if engine_id not in busy and writer.seen_at + memory <= now:
                 del self._writers[engine_id]
-        idle = sorted((w.seen_at, engine_id) for engine_id, w in self._writers.items() if engine_id not in busy)
-        for _, engine_id in idle[: max(0, len(self._writers) - MAX_WRITERS)]:
-            del self._writers[engine_id]
+        too_many = len(self._writers) - MAX_WRITERS + 1
+        if too_many > 0:
+            idle = sorted((w.seen_at, engine_id) for engine_id, w in self._writers.items() if engine_id not in busy)
+            for _, engine_id in idle[:too_many]:
+                del self._writers[engine_id]
 
     def _on_message(self, route: bytes, frame: bytes, key: str | None) -> None:
         message: FromSender = self._reservations.decode(frame)
