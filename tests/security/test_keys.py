@@ -148,3 +148,33 @@ def test_a_libzmq_without_curve_is_refused(monkeypatch):
     monkeypatch.setattr(zmq, "has", lambda feature: False)
     with pytest.raises(StartError, match="built without CURVE"):
         k.new_key_pair()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--notify-host", "0.0.0.0"], ("--notify-host is 0.0.0.0", "--key-file", "--insecure")),
+        (["--key-file", "k"], ("--trusted-keys-dir", "missing")),
+        (["--key-file", "k", "--trusted-keys-dir", "d", "--insecure"], ("--insecure", "contradict")),
+        (["--key-file", "nowhere", "--trusted-keys-dir", "d"], ("nowhere", "No such file")),
+    ],
+)
+def test_the_proxys_command_line_refuses_what_is_not_safe(arguments, words, capsys):
+    """In one line, with status 2, before anything listens."""
+    assert main(["proxy", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert all(word in error for word in words)
+
+
+def test_a_workers_command_line_refuses_to_listen_beyond_loopback_without_keys(tmp_path, capsys):
+    """In one line, with status 2, before the model is looked for."""
+    file = tmp_path / "decode.yaml"
+    file.write_text(
+        "enable_pd: True\ntransfer_channel: nixl\npd_role: receiver\npd_buffer_size: 1000000\n"
+        "pd_peer_host: 0.0.0.0\npd_peer_init_port: 7300\npd_peer_alloc_port: 7400\n"
+    )
+    assert main(["worker", "--role", "decode", "--config", str(file), "--model", "/nowhere"]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert all(word in error for word in ("pd_peer_host is 0.0.0.0", "pd_key_file", "pd_insecure"))

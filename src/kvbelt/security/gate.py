@@ -152,12 +152,15 @@ class Gate:
         return True
 
 
-def key_of(frame: "zmq.Frame | Any") -> str | None:
-    """Whose message it is: the public key that this gate has let in; None: no keys are asked for."""
+def key_of(frame: "zmq.Frame | Any") -> str:
+    """Whose message it is: the public key that this gate has let in. Empty: nobody's, which a gate with keys prevents.
+
+    Not to be asked without keys: then a peer may have written there what it likes.
+    """
     try:
         return str(frame.get("User-Id"))
     except zmq.ZMQError:
-        return None
+        return ""
 
 
 def mechanism_of(socket: Socket) -> str:

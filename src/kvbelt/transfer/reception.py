@@ -279,5 +279,5 @@ class Reception:
 
 
 def _may_speak(key: str | None, engine_id: EngineId) -> bool:
-    """Whether a peer may speak in an engine's name. Without keys anybody may: only this machine can be there."""
+    """Whether a peer may speak in an engine's name. Where no keys are asked for (None) anybody may."""
     return key is None or speaks_for(key, engine_id)
