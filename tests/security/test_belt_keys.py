@@ -148,6 +148,20 @@ def test_without_an_answer_of_the_gate_nobody_passes(pair, trusted, monkeypatch)
             socket.recv()
 
 
+def test_where_there_is_no_gate_nobody_passes(channel, trusted, monkeypatch):
+    """Closed by default: libzmq's own would be to let everybody in who has some key."""
+    monkeypatch.setattr(gate, "_ZAP_ADDRESS", "inproc://elsewhere")
+    with (
+        Side("d", "decode", channel("d"), settings=belts(trusted["d"])) as d,
+        peer(
+            d.belt.receiver_address().init_port, own=trusted["p"].own, server=trusted["d"].own.public, wait_ms=500
+        ) as socket,
+    ):
+        socket.send(hello(new_engine_id(trusted["p"]), d))
+        with pytest.raises(zmq.Again):
+            socket.recv()
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_who_is_trusted_speaks_for_himself_only(pair, trusted, monkeypatch, tied):
     """In p's name q is refused on both ports, and counted. With the tie cut, q is answered."""

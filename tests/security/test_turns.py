@@ -5,7 +5,6 @@ import zmq
 
 from kvbelt.security import gate
 from kvbelt.security.gate import Gate
-from kvbelt.security.keys import new_key_pair
 from kvbelt.security.refusals import Refusals
 from kvbelt.transfer.sockets import MESSAGES_A_TURN, Sockets
 from tests.security.support import deployment, peer
@@ -57,19 +56,19 @@ def test_what_cannot_be_read_soon_waits_with_who_says_it(ports):
 
 def test_a_turn_judges_so_many_peers_and_no_more(monkeypatch):
     """The gate says that there is more, and goes on when it is asked again."""
-    monkeypatch.setattr(gate, "PER_TURN", 1)
+    monkeypatch.setattr(gate, "PER_TURN", 2)
     keys, refusals = deployment("d")["d"], Refusals()
-    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
-        socket.linger = 0
+    with zmq.Context() as context, context.socket(zmq.DEALER) as libzmq:
+        libzmq.linger = 0
         own = Gate(context, keys, refusals)
-        own.guard(socket, "alloc")
-        port = socket.bind_to_random_port("tcp://127.0.0.1")
-        stranger = new_key_pair()
-        with peer(port, own=stranger, server=keys.own.public), peer(port, own=stranger, server=keys.own.public):
-            seen = []
-            while sum(seen) < 2:
-                before = sum(refusals.totals().get("alloc", {}).values())
-                own.work()
-                seen.append(sum(refusals.totals().get("alloc", {}).values()) - before)
-        assert max(seen) == 1
+        libzmq.connect("inproc://zeromq.zap.01")  # in the place of what asks when somebody comes
+        for number in range(5):
+            request = [b"", b"1.0", str(number).encode(), b"alloc", b"10.0.0.7", b"", b"CURVE", bytes(32)]
+            libzmq.send_multipart(request)
+        seen = []
+        for more in (True, True, False):
+            assert own.work() is more
+            seen.append(sum(refusals.totals()["alloc"].values()))
+        assert seen == [2, 4, 5]
+        assert {libzmq.recv_multipart()[3] for _ in range(5)} == {b"400"}
         own.close()

@@ -45,9 +45,6 @@ PIECE_BYTES = {"cpu": 1 << 19, "cuda": 64 << 20}
 #: zmq's poller counts in milliseconds; shorter sleeps are slept.
 _POLL_RESOLUTION = 1e-3
 
-#: What zmq's poller can count. Deadlines come from peers, too, and may be as far away as they like.
-_LONGEST_SLEEP = 3600.0
-
 
 class Driver:
     """The thread, and everything it owns."""
@@ -253,7 +250,7 @@ class Driver:
         woke = self._clock.asleep(seconds)
         if seconds >= _POLL_RESOLUTION:
             # Rounded up: waking before a deadline would only mean to sleep again.
-            ready = sockets.wait(-1 if seconds == float("inf") else int(min(seconds, _LONGEST_SLEEP) * 1000) + 1)
+            ready = sockets.wait(-1 if seconds == float("inf") else int(seconds * 1000) + 1)
         else:
             ready = sockets.wait(0)
             if not ready and seconds > 0.0:
