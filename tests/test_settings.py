@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from kvbelt.channels.factory import ChannelSettings
 from kvbelt.errors import SettingsError
 from kvbelt.security.keys import write_new_keys
-from kvbelt.settings import Role, belt_for, keys_of, load_belt_file
+from kvbelt.settings import Role, belt_for, channel_of, keys_of, load_belt_file
 
 SENDER = """\
 # lmcache-prefiller-config.yaml
@@ -33,6 +34,8 @@ pd_buffer_size: 2147483648  # 2GB
 pd_buffer_device: "cuda"
 nixl_backends: [UCX]        # UCX
 """
+#: The same over the other carrier; NIXL's backends may stay.
+MOONCAKE = RECEIVER.replace('"nixl"', '"mooncake"')
 
 
 @pytest.fixture
@@ -63,6 +66,24 @@ def test_the_documented_receiver_file_loads(write):
     assert (file.pd_buffer_size, file.nixl_backends) == (1 << 31, ["UCX"])
 
 
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ("", ChannelSettings("mooncake")),
+        ("mooncake_protocol: tcp\n", ChannelSettings("mooncake")),
+        (
+            "mooncake_protocol: rdma\nmooncake_device: mlx5_0,mlx5_1\n",
+            ChannelSettings("mooncake", mooncake_protocol="rdma", mooncake_device="mlx5_0,mlx5_1"),
+        ),
+    ],
+)
+def test_the_other_carrier_is_a_word_in_the_file(more, expected, write):
+    """TCP where nothing is said; RDMA and its devices where it is."""
+    file = belt_for(Role.DECODE, write(MOONCAKE + more))
+    assert file is not None
+    assert channel_of(file) == expected
+
+
 def test_the_environment_names_the_file_where_the_command_line_does_not(write, monkeypatch):
     """LMCACHE_CONFIG_FILE is honoured."""
     monkeypatch.setenv("LMCACHE_CONFIG_FILE", str(write(SENDER)))
@@ -85,6 +106,19 @@ def test_the_environment_names_the_file_where_the_command_line_does_not(write, m
         (Role.DECODE, "a: [", ("not YAML",)),
         (Role.DECODE, "- a", ("list",)),
         (Role.DECODE, RECEIVER.replace("[UCX]", "[GDS]"), ("nixl_backends", "GDS")),
+        (
+            Role.DECODE,
+            RECEIVER + "mooncake_protocol: tcp\n",
+            ("mooncake_protocol", "'tcp'", "transfer_channel is 'nixl'"),
+        ),
+        (Role.DECODE, MOONCAKE + "mooncake_protocol: infiniband\n", ("mooncake_protocol", "infiniband")),
+        (Role.DECODE, MOONCAKE + "mooncake_device: mlx5_0\n", ("mooncake_device", "mlx5_0", "mooncake_protocol: rdma")),
+        (
+            Role.DECODE,
+            MOONCAKE + "mooncake_protocol: rdma\nmooncake_device: 'mlx5_0 mlx5_1'\n",
+            ("mooncake_device", "'mlx5_0 mlx5_1'", "commas"),
+        ),
+        (Role.DECODE, MOONCAKE + "mooncake_divice: a\n", ("mooncake_divice", "mooncake_device")),
         (Role.BOTH, SENDER, ("both", "sender")),
         (Role.DECODE, RECEIVER.replace('"localhost"', '"0.0.0.0"'), ("pd_peer_host", "0.0.0.0", "pd_key_file")),
         (Role.DECODE, RECEIVER + "pd_key_file: k\n", ("pd_trusted_keys_dir", "missing")),
@@ -161,3 +195,21 @@ def test_a_secret_key_that_others_may_read_is_refused_at_the_start(write, tmp_pa
     keys = f"pd_key_file: {tmp_path}/k/decode.key_secret\npd_trusted_keys_dir: {tmp_path}/k/trusted\n"
     with pytest.raises(SettingsError, match=r"chmod 600 .*decode\.key_secret"):
         belt_for(Role.DECODE, write(RECEIVER + keys))
+
+
+def test_a_value_may_come_from_the_environment(write, monkeypatch):
+    """One file serves many Pods, whose addresses differ."""
+    monkeypatch.setenv("POD_IP", "127.0.0.7")
+    file = belt_for(Role.DECODE, write(RECEIVER.replace('"localhost"', '"${POD_IP}"')))
+    assert file is not None
+    assert file.pd_peer_host == "127.0.0.7"
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_a_value_that_the_environment_lacks_is_refused(write, monkeypatch, value):
+    """By the key, the value and the name."""
+    monkeypatch.delenv("POD_IP", raising=False)
+    if value is not None:
+        monkeypatch.setenv("POD_IP", value)
+    with pytest.raises(SettingsError, match=r"pd_peer_host is \$\{POD_IP\}, but the environment has no POD_IP"):
+        load_belt_file(write(RECEIVER.replace('"localhost"', '"${POD_IP}"')))

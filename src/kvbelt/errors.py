@@ -33,16 +33,24 @@ class RequestError(KVBeltError):
         message: what was wrong, with which value, and what to do.
         kind: OpenAI's ``error.type``.
         param: the request field at fault, if one is.
+        reason: in one word of ``wire/reasons.py``, where the fault is not the request's.
     """
 
     def __init__(
-        self, message: str, *, status: int = 400, kind: str = "invalid_request_error", param: str | None = None
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        reason: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.kind = kind
         self.param = param
+        self.reason = reason
 
 
 class ChannelError(KVBeltError):

@@ -7,6 +7,7 @@ type is an error that names the key, the value's type and the type it should hav
 
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -15,12 +16,15 @@ from typing import Any, Literal
 import msgspec
 import yaml
 
+from kvbelt.channels.factory import ChannelSettings
 from kvbelt.errors import SettingsError
 from kvbelt.security.keys import PROXY, Keys, load_keys
 from kvbelt.security.loopback import require_keys_beyond_loopback
 
 #: Where a worker looks for its file when no ``--config`` is given.
 CONFIG_VARIABLE = "LMCACHE_CONFIG_FILE"
+
+_VARIABLE = re.compile(r"\$\{([A-Z_][A-Z0-9_]*)\}")
 
 
 class Role(StrEnum):
@@ -50,7 +54,11 @@ class BeltFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     pd_peer_alloc_port: int | list[int] | None = None
     pd_buffer_size: int | None = None  #: bytes
     pd_buffer_device: Literal["cpu", "cuda"] = "cpu"
+    pd_overflow_size: int = 0  #: bytes of host memory for KV that finds the buffer full; a receiver's
+    pd_verify: Literal["off", "sample", "always"] = "sample"  #: digests of what lands, compared before it is visible
     nixl_backends: list[str] = msgspec.field(default_factory=lambda: ["UCX"])
+    mooncake_protocol: Literal["tcp", "rdma"] | None = None  #: None: tcp
+    mooncake_device: str | None = None  #: RDMA devices, separated by commas; None: all of the host
     pd_key_file: str | None = None  #: this process's secret CURVE key
     pd_trusted_keys_dir: str | None = None  #: the deployment's public keys
     pd_insecure: bool = False  #: listen beyond loopback without keys
@@ -62,22 +70,34 @@ def resembling(word: str, known: Sequence[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def parse_belt_file(content: Mapping[str, Any], *, source: str) -> BeltFile:
-    """Check a loaded YAML mapping.
+def parse_belt_file(content: Mapping[str, Any], *, source: str, environ: Mapping[str, str] = os.environ) -> BeltFile:
+    """Check a loaded YAML mapping. A value ``${NAME}`` is what the environment says.
 
     Raises:
-        SettingsError: an unknown key, a wrong type, or keys that contradict each other.
+        SettingsError: an unknown key, a wrong type, keys that contradict each other, or a name that the environment
+            does not have.
     """
     known = [field.name for field in msgspec.structs.fields(BeltFile)]
     for key in content:
         if key not in known:
             raise SettingsError(f"{source}: unknown key {key!r}{resembling(str(key), known)}")
     try:
-        parsed = msgspec.convert(dict(content), BeltFile)
+        given = {key: _from_environment(key, value, source, environ) for key, value in content.items()}
+        parsed = msgspec.convert(given, BeltFile)
     except msgspec.ValidationError as error:
         raise SettingsError(f"{source}: {error}") from None
     _check(parsed, source)
     return parsed
+
+
+def _from_environment(key: str, value: Any, source: str, environ: Mapping[str, str]) -> Any:
+    """One file may serve many processes, as a ConfigMap does, where only their addresses differ."""
+    named = _VARIABLE.fullmatch(value) if isinstance(value, str) else None
+    if named is None:
+        return value
+    if not environ.get(named[1]):
+        raise SettingsError(f"{source}: {key} is {value}, but the environment has no {named[1]}; set it")
+    return environ[named[1]]
 
 
 def _check(file: BeltFile, source: str) -> None:
@@ -92,12 +112,12 @@ def _check(file: BeltFile, source: str) -> None:
         for port in value if isinstance(value, list) else [value]:
             if port is not None and not 0 < port < 65536:
                 raise SettingsError(f"{source}: {key} is {port}; a port lies between 1 and 65535")
-    if file.pd_buffer_size is not None and file.pd_buffer_size <= 0:
-        raise SettingsError(f"{source}: pd_buffer_size is {file.pd_buffer_size}; it must be a positive number of bytes")
+    _check_buffers(file, source)
+    _check_channel(file, source)
     _check_keys(file, source)
     if not file.enable_pd:
         return
-    need("transfer_channel", "with enable_pd it must be 'nixl'")
+    need("transfer_channel", "with enable_pd it must be 'nixl' or 'mooncake'")
     need("pd_role", "with enable_pd it must be 'sender' (prefill) or 'receiver' (decode)")
     need("pd_buffer_size", "with enable_pd it is the size in bytes of the staging buffer")
     if file.pd_role == "receiver":
@@ -105,6 +125,49 @@ def _check(file: BeltFile, source: str) -> None:
             need(key, "a receiver listens there for its senders")
     elif (file.pd_proxy_host is None) != (file.pd_proxy_port is None):
         raise SettingsError(f"{source}: pd_proxy_host and pd_proxy_port belong together; one of them is missing")
+
+
+def _check_buffers(file: BeltFile, source: str) -> None:
+    if file.pd_buffer_size is not None and file.pd_buffer_size <= 0:
+        raise SettingsError(f"{source}: pd_buffer_size is {file.pd_buffer_size}; it must be a positive number of bytes")
+    if file.pd_overflow_size < 0:
+        raise SettingsError(
+            f"{source}: pd_overflow_size is {file.pd_overflow_size}; it is a number of bytes, or 0 for none"
+        )
+    if file.pd_overflow_size and file.pd_role == "sender":
+        raise SettingsError(f"{source}: pd_overflow_size is a receiver's; a sender keeps what waits in its own blocks")
+
+
+def _check_channel(file: BeltFile, source: str) -> None:
+    for key in ("mooncake_protocol", "mooncake_device"):
+        value = getattr(file, key)
+        if value is not None and file.transfer_channel != "mooncake":
+            raise SettingsError(
+                f"{source}: {key} is {value!r}, but transfer_channel is {file.transfer_channel!r}; "
+                "set transfer_channel: mooncake, or remove it"
+            )
+    if file.mooncake_device is None:
+        return
+    if file.mooncake_protocol != "rdma":
+        raise SettingsError(
+            f"{source}: mooncake_device is {file.mooncake_device!r}, which names RDMA devices; "
+            "set mooncake_protocol: rdma, or remove it"
+        )
+    if not re.fullmatch(r"[\w.-]+(,[\w.-]+)*", file.mooncake_device):
+        raise SettingsError(
+            f"{source}: mooncake_device is {file.mooncake_device!r}; it must be names separated by commas, "
+            "such as mlx5_0,mlx5_1"
+        )
+
+
+def channel_of(file: BeltFile) -> ChannelSettings:
+    """What moves the bytes; NIXL where a file does not say."""
+    return ChannelSettings(
+        name=file.transfer_channel or "nixl",
+        nixl_backends=tuple(file.nixl_backends),
+        mooncake_protocol=file.mooncake_protocol or "tcp",
+        mooncake_device=file.mooncake_device or "",
+    )
 
 
 def _check_keys(file: BeltFile, source: str) -> None:
@@ -152,8 +215,10 @@ def load_belt_file(path: Path) -> BeltFile:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"cannot read the configuration file {path}: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: of a date or a number that is none
         raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise SettingsError(f"{path} is not a configuration file: it is nested too deeply") from None
     if content is None:
         content = {}
     if not isinstance(content, dict):
@@ -178,6 +243,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_running: int | None = None
     max_model_len: int | None = None
     threads: int | None = None
+    prefix_caching: bool = True
     log_json: bool = False
 
 
@@ -203,9 +269,7 @@ def belt_for(role: Role, config: Path | None) -> BeltFile | None:
     if _PD_ROLE.get(role) != file.pd_role:
         expected = f"pd_role {_PD_ROLE[role]!r}" if role in _PD_ROLE else "no enable_pd"
         raise SettingsError(f"{config}: pd_role is {file.pd_role!r}, but --role {role} needs {expected}")
-    if file.transfer_channel == "mooncake":
-        raise SettingsError(f"{config}: transfer_channel 'mooncake' is not available yet; use 'nixl'")
-    if file.nixl_backends != ["UCX"]:
+    if file.transfer_channel == "nixl" and file.nixl_backends != ["UCX"]:
         raise SettingsError(f"{config}: nixl_backends is {file.nixl_backends}; only ['UCX'] is supported")
     keys_of(file, str(config))  # what is wrong with them is said now, not once the model has loaded
     return file

@@ -48,7 +48,7 @@ def messages(ports: list[int], server: str, public: str, secret: str) -> None:
             dealer.connect(f"tcp://127.0.0.1:{port}")
             dealers.append(dealer)
     under_way()
-    rubbish = [b"", b"KB\x01" + os.urandom(300), os.urandom(1000), b"KB\x07", bytes(20_000), b"KB\x01\x81\xa4type"]
+    rubbish = [b"", b"KB\x02" + os.urandom(300), os.urandom(1000), b"KB\x07", bytes(20_000), b"KB\x02\x81\xa4type"]
     for number in itertools.count():
         for dealer in dealers:
             try:

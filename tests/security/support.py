@@ -18,14 +18,14 @@ def deployment(*names: str) -> dict[str, Keys]:
 
 
 def belts(keys: Keys | None, **changes: Any) -> BeltSettings:
-    """Settings with quick times."""
-    quick = {"lease_seconds": 1.0, "heartbeat_seconds": 0.1, "handshake_seconds": 1.0}
-    return BeltSettings(keys=keys, **(quick | changes))
+    """Settings of a belt that loses nobody because the machine stood still for some seconds."""
+    given = {"lease_seconds": 20.0, "heartbeat_seconds": 0.1, "handshake_seconds": 20.0, "claim_seconds": 30.0}
+    return BeltSettings(keys=keys, **(given | changes))
 
 
 @contextlib.contextmanager
 def peer(
-    port: int, kind: int = zmq.DEALER, *, own: KeyPair | None = None, server: str | None = None, wait_ms: int = 20_000
+    port: int, kind: int = zmq.DEALER, *, own: KeyPair | None = None, server: str | None = None, wait_ms: int = 60_000
 ) -> Iterator["zmq.Socket[bytes]"]:
     """A socket connected to a port; with ``own`` it shows a key, and expects ``server`` at the other end."""
     with zmq.Context() as context, context.socket(kind) as socket:
@@ -37,3 +37,9 @@ def peer(
             socket.curve_serverkey = server.encode()
         socket.connect(f"tcp://127.0.0.1:{port}")
         yield socket
+
+
+def knock(socket: "zmq.Socket[bytes]", frame: bytes) -> None:
+    """Say something to somebody who does not listen: it may have hung up already, and then nothing can be sent."""
+    with contextlib.suppress(zmq.Again):
+        socket.send(frame, zmq.NOBLOCK)

@@ -18,7 +18,7 @@ from kvbelt.wire import codec
 from kvbelt.wire import handshake as h
 from kvbelt.wire import reservation as w
 from kvbelt.wire.ids import EngineId, SlotName, TransferId
-from tests.security.support import belts, deployment, peer
+from tests.security.support import belts, deployment, knock, peer
 from tests.transfer.belts import LAYOUT, Side, begin, eventually, hand_over
 from tests.transfer.test_belt import transfer_once
 
@@ -107,8 +107,7 @@ def test_who_is_not_let_in_hears_nothing(pair, trusted, stranger, port):
     address = d.belt.receiver_address()
     engine = new_engine_id(trusted["p"])
     with peer(getattr(address, f"{port}_port"), own=own, server=server, wait_ms=0) as socket:
-        socket.sndtimeo = 5_000
-        socket.send(hello(engine, d) if port == "init" else reserve(engine, d))
+        knock(socket, hello(engine, d) if port == "init" else reserve(engine, d))
         eventually(lambda: refused(d).get(port, {}).get(reason, 0) > 0, "it was counted")
         transfer_once(p, d, "a", 100)  # the thread that would have answered has been around meanwhile
         with pytest.raises(zmq.Again):
@@ -173,7 +172,7 @@ def test_who_is_trusted_speaks_for_himself_only(pair, trusted, monkeypatch, tied
     with peer(address.init_port, own=q, server=server) as socket:
         socket.send(hello(stolen, d))
         answer = HANDSHAKES.decode(socket.recv())
-    with peer(address.alloc_port, own=q, server=server, wait_ms=20_000 if not tied else 200) as socket:
+    with peer(address.alloc_port, own=q, server=server, wait_ms=60_000 if not tied else 200) as socket:
         socket.send(reserve(stolen, d))
         if not tied:
             assert isinstance(answer, h.Welcome)
@@ -184,7 +183,7 @@ def test_who_is_trusted_speaks_for_himself_only(pair, trusted, monkeypatch, tied
         eventually(lambda: refused(d) == {"init": {"another_key": 1}, "alloc": {"another_key": 1}}, "both are counted")
         with pytest.raises(zmq.Again):
             socket.recv()
-        socket.rcvtimeo = 20_000
+        socket.rcvtimeo = 60_000
         socket.send(reserve(new_engine_id(trusted["q"]), d))
         assert FROM_RECEIVER.decode(socket.recv()).reason == "no_handshake"
 
@@ -222,7 +221,7 @@ def test_a_recorded_transfer_said_again_in_another_name_is_refused(pair, trusted
     with peer(
         d.belt.receiver_address().alloc_port, own=trusted["q"].own, server=trusted["d"].own.public, wait_ms=0
     ) as socket:
-        socket.sndtimeo = 5_000
+        socket.sndtimeo = 60_000
         for frame in frames:
             socket.send(frame)
         eventually(lambda: refused(d) == {"alloc": {"another_key": len(frames)}}, "all is counted")
@@ -285,7 +284,7 @@ def test_a_recorded_connection_is_worth_nothing(pair, trusted):
         assert isinstance(HANDSHAKES.decode(socket.recv()), h.Welcome)
     assert refused(d) == {}
     assert b"Hello" not in tap.bytes  # nor can it be read
-    with sockets.create_connection(("127.0.0.1", address.init_port), timeout=20) as thief:
+    with sockets.create_connection(("127.0.0.1", address.init_port), timeout=60) as thief:
         thief.sendall(tap.bytes)
         while thief.recv(65536):
             pass  # a greeting; then it hangs up
@@ -308,7 +307,12 @@ def test_what_comes_too_early_or_too_late_is_refused_and_counted(pair, trusted):
 
         guess = SlotName(d.belt.identity.engine_id, 0, 1)
         commit = w.Commit(
-            transfer_id=TransferId("t"), sender=engine, slot=guess, num_tokens=1, num_bytes=LAYOUT.slot_bytes(1)
+            transfer_id=TransferId("t"),
+            sender=engine,
+            slot=guess,
+            num_tokens=1,
+            num_bytes=LAYOUT.slot_bytes(1),
+            digest=0,  # of a buffer that nobody has written to
         )
         assert say(commit) == w.Expired(transfer_id=TransferId("t"), slot=guess, reason="unknown_transfer")
         granted = say(reserve(engine, d))
@@ -328,7 +332,7 @@ def test_a_frame_larger_than_anything_ends_its_connection(pair, trusted):
     address = d.belt.receiver_address()
     with peer(address.alloc_port, own=trusted["q"].own, server=trusted["d"].own.public) as socket:
         monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        monitor.rcvtimeo = 20_000
+        monitor.rcvtimeo = 60_000
         socket.send(bytes(codec.MAX_RESERVATION_BYTES + 1))
         eventually(lambda: refused(d) == {"alloc": {"oversized": 1}}, "it is counted")
         socket.send(bytes(gate.MAX_MESSAGE_BYTES + 1))
@@ -374,7 +378,7 @@ def test_a_prefill_worker_sends_to_whom_it_trusts_only(channel, trusted, pair, c
 def test_another_process_in_the_receivers_place_gets_no_kv(channel, trusted):
     """Whoever listens at its address without its key is not spoken to."""
     with (
-        Side("p", "prefill", channel("p"), settings=belts(trusted["p"])) as p,
+        Side("p", "prefill", channel("p"), settings=belts(trusted["p"], handshake_seconds=1.0)) as p,
         Side("q", "decode", channel("q"), settings=belts(trusted["q"])) as q,
     ):
         there = q.belt.receiver_address()

@@ -58,7 +58,7 @@ def test_transfers_finish_beside_a_flood(flood, case):
     own = {"none": None, "unknown": new_key_pair(), "trusted": keys["q"].own}[key]
     network = MemoryNetwork()
     with (
-        Side("d", "decode", MemoryChannel("d", network), settings=belts(keys["d"], handshake_seconds=10.0)) as d,
+        Side("d", "decode", MemoryChannel("d", network), settings=belts(keys["d"])) as d,
         Side("p", "prefill", MemoryChannel("p", network), settings=belts(keys["p"])) as p,
     ):
         p.fill(1)
@@ -67,9 +67,7 @@ def test_transfers_finish_beside_a_flood(flood, case):
         eventually(lambda: counted(d, reason) >= least, "the flood has come")
         for number in range(10):
             transfer_once(p, d, f"a{number}", 100, seed=number)
-        with Side(
-            "p2", "prefill", MemoryChannel("p2", network), settings=belts(keys["p2"], handshake_seconds=10.0)
-        ) as p2:
+        with Side("p2", "prefill", MemoryChannel("p2", network), settings=belts(keys["p2"])) as p2:
             p2.fill(2)
             for number in range(3):
                 transfer_once(p2, d, f"b{number}", 100, seed=number)

@@ -131,14 +131,14 @@ def reception(lines: Lines, now: list[float], keys: Keys | None = None) -> Recep
     """A receiver with room for eight blocks."""
     engine = new_engine_id(keys, "d")
     times = DeskTimes(2.0, 0.25, claim_seconds=10.0, memory_seconds=60.0)
-    desk = Desk(engine, LAYOUT, LAYOUT.slot_bytes(8), times)
+    desk = Desk(engine, LAYOUT, [LAYOUT.slot_bytes(8)], times)
     welcome = h.Welcome(
         engine_id=engine,
         compatibility=FIT,
         agent_metadata=b"",
-        region=h.MemoryRegion(0, LAYOUT.slot_bytes(8), "cpu", 0),
+        regions=(h.MemoryRegion(0, LAYOUT.slot_bytes(8), "cpu", 0),),
     )
-    return Reception(welcome, HERE, belts(keys), lines, desk, lambda deliver: None, lambda: now[0])
+    return Reception(welcome, HERE, belts(keys), lines, desk, None, lambda call: True, lambda: now[0])
 
 
 wild = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -209,7 +209,7 @@ def test_a_sender_outlives_whatever_it_hears(heard):
     """Any message in any state, at any time; in the end it is over within its deadline."""
     plan = SendPlan(
         transfer_id=TransferId("t"), sender=P, receiver=D, num_tokens=1, num_blocks=1,
-        num_bytes=LAYOUT.slot_bytes(1), deadline=30.0, heartbeat_seconds=0.25, lease_seconds=2.0,
+        num_bytes=LAYOUT.slot_bytes(1), deadline=30.0, heartbeat_seconds=0.25, lease_seconds=2.0, memory_seconds=5.0,
     )  # fmt: skip
     now = 0.0
     session = SenderSession(plan, now)
@@ -244,7 +244,7 @@ def test_a_handshake_outlives_whatever_is_answered(answers):
     for frames in answers:
         lines.arrived = [Received(frames, None)]
         peers.hear({peer.init_socket})
-    peers.tick(10.0)
+    peers.tick(100.0)  # later than any handshake takes
     assert peer.ready or lost
     assert all(len(reason) < 100 for reason in lost)
 

@@ -1,6 +1,8 @@
 """Key files: made safely, read strictly."""
 
 import stat
+import subprocess
+import sys
 
 import pytest
 import zmq.auth
@@ -167,14 +169,28 @@ def test_the_proxys_command_line_refuses_what_is_not_safe(arguments, words, caps
     assert all(word in error for word in words)
 
 
-def test_a_workers_command_line_refuses_to_listen_beyond_loopback_without_keys(tmp_path, capsys):
+def test_a_workers_command_line_refuses_to_listen_beyond_loopback_without_keys(tmp_path):
     """In one line, with status 2, before the model is looked for."""
     file = tmp_path / "decode.yaml"
     file.write_text(
         "enable_pd: True\ntransfer_channel: nixl\npd_role: receiver\npd_buffer_size: 1000000\n"
         "pd_peer_host: 0.0.0.0\npd_peer_init_port: 7300\npd_peer_alloc_port: 7400\n"
     )
-    assert main(["worker", "--role", "decode", "--config", str(file), "--model", "/nowhere"]) == 2
-    error = capsys.readouterr().err
+    # In a process of its own, which a worker ends by itself.
+    command = [
+        sys.executable,
+        "-m",
+        "kvbelt",
+        "worker",
+        "--role",
+        "decode",
+        "--config",
+        str(file),
+        "--model",
+        "/nowhere",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    error = done.stderr
     assert len(error.splitlines()) == 1
     assert all(word in error for word in ("pd_peer_host is 0.0.0.0", "pd_key_file", "pd_insecure"))

@@ -14,7 +14,7 @@ from kvbelt.security.keys import new_engine_id, new_key_pair
 from kvbelt.wire.notification import TransferDone, encode
 from tests.http.support import free_port
 from tests.proxy.support import Deployment, async_test, eventually
-from tests.security.support import deployment, peer
+from tests.security.support import deployment, knock, peer
 
 
 def done(sender: str) -> bytes:
@@ -30,10 +30,12 @@ def done(sender: str) -> bytes:
 def pushing(port: int, frame: bytes, own=None, server=None, until=None) -> None:
     """Push one message; stay until ``until`` is set, if given, for nobody answers."""
     with peer(port, zmq.PUSH, own=own, server=server) as socket:
-        socket.linger = 5_000 if until is None else 0
-        socket.send(frame)
-        if until is not None:
-            until.wait(20)
+        socket.linger = 60_000 if until is None else 0
+        if until is None:
+            socket.send(frame)
+            return
+        knock(socket, frame)
+        until.wait(60)
 
 
 @async_test
@@ -51,11 +53,11 @@ async def test_only_trusted_keys_notify_and_only_of_their_own():
         await asyncio.to_thread(pushing, port, frame, own["q"].own, server)
         await asyncio.to_thread(pushing, port, frame, own["p"].own, server)
         expected = {"handshake": 2, "unknown_key": 1, "another_key": 1}
-        await eventually(lambda: metrics.transfers_done == 1)
+        await eventually(lambda: metrics.transfer_size.count == 1)
         await eventually(lambda: set(metrics.refusals.totals().get("notifications", {})) == set(expected))
         over.set()
         await asyncio.gather(*strangers)
-        assert metrics.transfers_done == 1
+        assert metrics.transfer_size.count == 1
         assert (await running.get("/health")).json["notifications"] == {"port": port, "mechanism": "CURVE"}
         text = (await running.get("/metrics")).body.decode()
         assert 'kvbelt_refused_messages_total{reason="another_key",socket="notifications"} 1.0' in text
@@ -79,7 +81,7 @@ def test_with_a_mechanism_off_the_same_is_taken(off, monkeypatch):
     async def taken():
         async with Deployment(keys=None if off == "keys" else own["proxy"]) as running:
             await asyncio.to_thread(pushing, running.proxy.notification_port, frame, pair, server)
-            await eventually(lambda: running.proxy.context.metrics.transfers_done == 1)
+            await eventually(lambda: running.proxy.context.metrics.transfer_size.count == 1)
 
     taken()
 

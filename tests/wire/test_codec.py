@@ -22,23 +22,39 @@ FIT = h.Compatibility(
 )
 PROCESS = h.ProcessIdentity(boot_id="b", pid_namespace="pid:[1]", pid=1, start_time=2)
 
+REGIONS = (h.MemoryRegion(1 << 63, 2, "cuda", 1), h.MemoryRegion(1, 2, "cpu", 0))
+
+HEADER = codec.MAGIC + bytes([h.PROTOCOL_VERSION])
+
 HANDSHAKES = [
     h.Hello(engine_id=P, receiver=D, worker="w", role="prefill", process=PROCESS, compatibility=FIT),
-    h.Welcome(engine_id=D, compatibility=FIT, agent_metadata=b"\x00\xff", region=h.MemoryRegion(1 << 63, 2, "cuda", 1)),
+    h.Welcome(engine_id=D, compatibility=FIT, agent_metadata=b"\x00\xff", regions=REGIONS),
     h.HandshakeRefused(engine_id=D, field="dtype", ours="float32", theirs="bfloat16"),
 ]
 FROM_SENDER = [
     w.Reserve(transfer_id=T, sender=P, receiver=D, num_tokens=1, num_blocks=1, num_bytes=1 << 40, deadline_seconds=1.5),
     w.Heartbeat(transfer_id=T, sender=P, slot=NAME),
+    w.PartLanded(transfer_id=T, sender=P, slot=NAME, part=3, digest=(1 << 64) - 1),
     w.Commit(transfer_id=T, sender=P, slot=NAME, num_tokens=1, num_bytes=2, digest=None),
     w.Cancel(transfer_id=T, sender=P, slot=None, reason="x"),
     w.Cancelled(transfer_id=T, sender=P, slot=NAME),
 ]
 FROM_RECEIVER = [
-    w.Granted(transfer_id=T, slot=NAME, offset=0, num_bytes=1, lease_seconds=2.0),
+    w.Granted(
+        transfer_id=T,
+        slot=NAME,
+        region=0,
+        offset=0,
+        num_bytes=1,
+        lease_seconds=2.0,
+        first_block=0,
+        part_blocks=1,
+        verify="sample",
+    ),
     w.Wait(transfer_id=T, retry_after_seconds=0.25, position=3),
     w.Refused(transfer_id=T, reason="too_large", detail="9 > 8"),
     w.Renewed(transfer_id=T, slot=NAME),
+    w.PartsTaken(transfer_id=T, slot=NAME, parts=2),
     w.Committed(transfer_id=T, slot=NAME),
     w.Expired(transfer_id=T, slot=None, reason="lease"),
     w.Cancel(transfer_id=T, slot=NAME, reason="reader_gone"),
@@ -82,7 +98,7 @@ def test_every_truncation_is_refused(make, message):
 @pytest.mark.parametrize("make", [make for make, _ in CODECS])
 def test_noise_is_refused(make, noise):
     """Random bytes, with and without a good header, raise FrameError only."""
-    for frame in (noise, codec.MAGIC + bytes([h.PROTOCOL_VERSION]) + noise):
+    for frame in (noise, HEADER + noise):
         with pytest.raises(codec.FrameError):
             make().decode(frame)
 
@@ -100,15 +116,15 @@ def test_a_flipped_byte_never_raises_anything_else(make, message, data):
 
 def test_another_version_is_named():
     """The version is readable whatever follows it."""
-    with pytest.raises(codec.VersionError, match="version 9; this side speaks 1") as caught:
+    with pytest.raises(codec.VersionError, match="version 9; this side speaks 2") as caught:
         codec.handshakes().decode(b"KB\x09whatever follows")
     assert caught.value.theirs == 9
 
 
 def test_an_oversized_frame_is_refused_unread():
     """The limit is checked first."""
-    with pytest.raises(codec.FrameError, match="at most 16384"):
-        codec.from_sender().decode(b"KB\x01" + bytes(codec.MAX_RESERVATION_BYTES))
+    with pytest.raises(codec.FrameError, match="at most 61440"):
+        codec.from_sender().decode(HEADER + bytes(codec.MAX_RESERVATION_BYTES))
 
 
 def test_a_message_of_the_other_direction_is_refused():
@@ -120,4 +136,4 @@ def test_a_message_of_the_other_direction_is_refused():
 def test_deep_nesting_is_refused():
     """A frame built to exhaust the stack is a malformed frame."""
     with pytest.raises(codec.FrameError):
-        codec.from_sender().decode(b"KB\x01" + b"\x91" * 10_000 + b"\xc0")
+        codec.from_sender().decode(HEADER + b"\x91" * 10_000 + b"\xc0")

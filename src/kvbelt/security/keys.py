@@ -19,6 +19,7 @@ from pathlib import Path
 import zmq
 
 from kvbelt.errors import SettingsError, StartError
+from kvbelt.security.secret_files import others_may_read
 from kvbelt.wire.ids import EngineId
 
 #: The name of the proxy's public key in the folder of trusted keys: prefill workers must know it to notify the proxy.
@@ -175,7 +176,7 @@ def _write(path: Path, text: str, mode: int) -> Path:
 
 def _load_pair(path: Path) -> KeyPair:
     public, secret = _entry(path, "public-key"), _entry(path, "secret-key")
-    if _mode(path) & (stat.S_IRWXG | stat.S_IRWXO):
+    if others_may_read(_status(path)):
         raise SettingsError(f"{path} holds a secret key and others may read it; run: chmod 600 {path}")
     try:
         fits = zmq.curve_public(secret.encode("ascii")).decode("ascii") == public
@@ -206,7 +207,11 @@ def _entry(path: Path, name: str) -> str:
 
 
 def _mode(path: Path) -> int:
+    return _status(path).st_mode
+
+
+def _status(path: Path) -> os.stat_result:
     try:
-        return path.stat().st_mode
+        return path.stat()
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror}") from None

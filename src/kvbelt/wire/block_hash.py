@@ -19,7 +19,20 @@ HASH_SCHEME = "xxh3_128-chain-u32le"
 #: Of one block hash.
 HASH_BYTES = 16
 
+#: Sent with a reservation at most (wire/codec.py); what a longer prompt shares beyond them travels.
+MAX_SENT_HASHES = 3500
+
 _TOKEN_BYTES = 4
+
+
+def root(salt: str = "") -> bytes:
+    """What a first block's hash is chained to: the hash of no block."""
+    return xxhash.xxh3_128_digest(salt.encode())
+
+
+def chained(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """Hash of the full block of these tokens that comes after the block with hash ``parent``, or after ``root``."""
+    return xxhash.xxh3_128_digest(parent + struct.pack(f"<{len(token_ids)}I", *token_ids))
 
 
 def block_hashes(token_ids: Sequence[int], block_size: int, salt: str = "") -> tuple[bytes, ...]:
@@ -40,10 +53,21 @@ def block_hashes(token_ids: Sequence[int], block_size: int, salt: str = "") -> t
         packed = memoryview(struct.pack(f"<{num_tokens}I", *token_ids[:num_tokens]))
     except struct.error as error:
         raise ValueError(f"a token id is no number of four bytes: {error}") from None
-    parent = xxhash.xxh3_128_digest(salt.encode())
+    parent = root(salt)
     hashes: list[bytes] = []
     size = block_size * _TOKEN_BYTES
     for start in range(0, len(packed), size):
         parent = xxhash.xxh3_128_digest(parent + packed[start : start + size])
         hashes.append(parent)
     return tuple(hashes)
+
+
+def packed(hashes: Sequence[bytes]) -> bytes:
+    """The first of them, as a reservation carries them."""
+    return b"".join(hashes[:MAX_SENT_HASHES])
+
+
+def unpacked(prefix: bytes) -> tuple[bytes, ...]:
+    """What ``packed`` made; what is left over at the end is none."""
+    end = len(prefix) // HASH_BYTES * HASH_BYTES
+    return tuple(prefix[start : start + HASH_BYTES] for start in range(0, end, HASH_BYTES))

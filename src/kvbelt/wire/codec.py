@@ -17,7 +17,8 @@ MAGIC = b"KB"
 #: The answer to a handshake carries an agent's metadata (some KiB with UCX); everything else is far smaller.
 MAX_HANDSHAKE_BYTES = 1 << 20
 MAX_HELLO_BYTES = 1 << 14
-MAX_RESERVATION_BYTES = 1 << 14
+#: A Reserve carries hashes of a prompt's blocks. Less than what a gate lets through (security/gate.py).
+MAX_RESERVATION_BYTES = 60 * 1024
 
 _HEADER_BYTES = len(MAGIC) + 1
 

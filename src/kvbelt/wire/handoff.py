@@ -8,7 +8,20 @@ from typing import Literal
 
 import msgspec
 
+from kvbelt.wire.hosts import is_host, is_port
 from kvbelt.wire.ids import EngineId, TransferId
+
+
+class RankAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of one more rank of a tensor-parallel decode worker, on the same host and with the same key as its first."""
+
+    engine_id: EngineId
+    init_port: int
+    alloc_port: int
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be connected to, as ``ReceiverAddress`` does."""
+        _require_ports(self)
 
 
 class ReceiverAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -20,6 +33,33 @@ class ReceiverAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True, o
     alloc_port: int
     #: Its CURVE key in Z85, which a sender believes only if it trusts that key already. None: it asks for no keys.
     public_key: str | None = None
+    #: Ranks 1, 2, … where the worker is tensor-parallel; the fields above are rank 0's.
+    ranks: tuple[RankAddress, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be connected to.
+
+        Raises:
+            ValueError: which field it is, and its value; a decoder turns it into a ValidationError.
+        """
+        if not is_host(self.host):
+            raise ValueError(f"host is {self.host[:64]!r}; it must be a host's name or address")
+        _require_ports(self)
+
+    def of_rank(self, rank: int) -> "ReceiverAddress | None":
+        """The address of one rank by itself; None: the worker has no such rank."""
+        if rank > len(self.ranks):
+            return None
+        if rank == 0:
+            return msgspec.structs.replace(self, ranks=())
+        other = self.ranks[rank - 1]
+        return ReceiverAddress(other.engine_id, self.host, other.init_port, other.alloc_port, self.public_key)
+
+
+def _require_ports(address: RankAddress | ReceiverAddress) -> None:
+    for name in ("init_port", "alloc_port"):
+        if not is_port(getattr(address, name)):
+            raise ValueError(f"{name} is {getattr(address, name)}; it must be a port of 1 to 65535")
 
 
 class PrefillHandoff(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,6 +87,8 @@ class HandoffState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     transfer_id: TransferId
     state: Literal["open", "failed"]
     reason: str | None = None
+    #: Tokens whose KV came from the prefill worker's host memory instead of being computed.
+    loaded_tokens: int = 0
 
 
 def prompt_transfer_id(base: TransferId, prompt_index: int) -> TransferId:

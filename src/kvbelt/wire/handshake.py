@@ -19,7 +19,7 @@ from kvbelt.wire.ids import EngineId
 from kvbelt.wire.layout import KVLayout
 
 #: Grows with every change of a message of this protocol. Stands in every frame (codec.py).
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class ProcessIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,7 +49,7 @@ class Compatibility(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class MemoryRegion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The receive buffer, as a peer must address it."""
+    """A receive buffer, as a peer must address it."""
 
     address: int
     num_bytes: int
@@ -75,7 +75,8 @@ class Welcome(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
     engine_id: EngineId
     compatibility: Compatibility
     agent_metadata: bytes
-    region: MemoryRegion
+    #: Slots lie in one of them: the receive buffer, then the overflow buffer where there is one.
+    regions: tuple[MemoryRegion, ...]
 
 
 class HandshakeRefused(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):

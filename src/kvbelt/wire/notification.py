@@ -34,7 +34,7 @@ Notification = TransferDone | TransferFailed
 
 #: Reasons with which the sending side ends a transfer on purpose: its client has gone, its request was refused or
 #: preempted. They are not failures of the transfer, and no alert should fire for them.
-ENDED_ON_PURPOSE = frozenset({"aborted", "cancelled", "preempted", "refused"})
+ENDED_ON_PURPOSE = frozenset({"aborted", "cancelled", "preempted", "probed", "refused"})
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Notification] = msgspec.msgpack.Decoder(Notification)
