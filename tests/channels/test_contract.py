@@ -1,49 +1,27 @@
 """What every channel promises (transfer/ports.py: Channel), checked on each of them."""
 
-import itertools
-
 import pytest
 import torch
 
 from kvbelt.channels.memory import Fault, MemoryChannel, MemoryNetwork
 from kvbelt.channels.nixl import NixlChannel
 from kvbelt.errors import ChannelError
-from kvbelt.transfer.ports import Region
+from kvbelt.transfer.ports import Reads, Region
+from tests.channels.carriers import REMOTE, End, environment, maker, need
 from tests.transfer.belts import eventually
 
-NAMES = itertools.count()
 
-
-class End:
-    """A channel with registered memory."""
-
-    def __init__(self, channel, num_bytes=1 << 20):
-        self.memory = torch.zeros(num_bytes, dtype=torch.uint8)
-        self.region = Region(self.memory.data_ptr(), num_bytes, "cpu")
-        self.channel = channel
-        channel.register(self.region)
-
-    @property
-    def at(self):
-        """Address of the memory."""
-        return self.region.address
-
-
-@pytest.fixture(params=["memory", "nixl"])
-def ends(request):
+@pytest.fixture(params=["memory", *REMOTE])
+def ends(request, monkeypatch):
     """Two ends that know each other, and the name of the second at the first."""
-    network = MemoryNetwork()
-    made = []
-
-    def make():
-        name = f"end-{next(NAMES)}"
-        made.append(MemoryChannel(name, network) if request.param == "memory" else NixlChannel(name))
-        return End(made[-1])
-
-    here, there = make(), make()
+    need(request.param)
+    for name, value in environment(request.param).items():
+        monkeypatch.setenv(name, value)
+    make = maker(request.param)
+    here, there = End(make()), End(make())
     yield here, there, here.channel.add_peer(there.channel.local_metadata())
-    for channel in made:
-        channel.close()
+    here.channel.close()
+    there.channel.close()
 
 
 def land(there, write):
@@ -65,6 +43,20 @@ def test_a_write_puts_bytes_where_they_belong(ends):
     expected = torch.zeros_like(there.memory)
     expected[5000:5300] = here.memory[100:400]
     assert torch.equal(there.memory, expected)
+
+
+def test_a_read_fetches_what_is_there(ends):
+    """From a channel that can: the bytes that were asked for, into the place that was named, and nothing else."""
+    here, there, peer = ends
+    if not isinstance(here.channel, Reads):
+        pytest.skip("this channel does not read")
+    there.memory.random_(0, 256)
+    before = there.memory.clone()
+    land(there, here.channel.read(peer, [(here.at + 100, there.at + 5000, 300)], "cpu", "cpu"))
+    expected = torch.zeros_like(here.memory)
+    expected[100:400] = there.memory[5000:5300]
+    assert torch.equal(here.memory, expected)
+    assert torch.equal(there.memory, before)
 
 
 def test_one_write_of_many_spans(ends):
@@ -101,6 +93,24 @@ def test_an_unknown_peer_is_an_error(ends):
     here, there, _ = ends
     with pytest.raises(ChannelError):
         here.channel.write("nobody", [(here.at, there.at, 8)], "cpu", "cpu")
+
+
+def test_a_connection_may_be_opened_before_the_first_write(ends):
+    """It stays the same peer, and nothing is written."""
+    here, there, peer = ends
+    here.memory.fill_(1)
+    here.channel.connect(peer)
+    here.channel.connect(peer)
+    assert not there.memory.any()
+    land(there, here.channel.write(peer, [(here.at, there.at, 8)], "cpu", "cpu"))
+    assert there.memory[:8].tolist() == [1] * 8
+
+
+def test_connecting_to_an_unknown_peer_is_an_error(ends):
+    """As a write to it is."""
+    here, _, _ = ends
+    with pytest.raises(ChannelError, match="nobody"):
+        here.channel.connect("nobody")
 
 
 def test_metadata_that_is_none_is_an_error(ends):

@@ -61,6 +61,15 @@ class MemoryChannel:
         self._peers.add(agent)
         return agent
 
+    def connect(self, agent: str) -> None:
+        """Nothing to open.
+
+        Raises:
+            ChannelError: the peer is not known.
+        """
+        if agent not in self._peers:
+            raise ChannelError(f"peer {agent!r} is not known")
+
     def remove_peer(self, agent: str) -> None:
         """Forget a peer; what is in flight to it never lands."""
         self._peers.discard(agent)
@@ -81,6 +90,25 @@ class MemoryChannel:
         Raises:
             ChannelError: the peer is unknown, or a span lies outside registered memory.
         """
+        self._check(agent, spans)
+        return self._post(MemoryWrite(self._network, agent, tuple(spans)))
+
+    def read(
+        self,
+        agent: str,
+        spans: Sequence[tuple[int, int, int]],
+        device: str,  # noqa: ARG002
+        peer_device: str,  # noqa: ARG002
+    ) -> "MemoryWrite":
+        """Likewise, from the peer's memory to ours.
+
+        Raises:
+            ChannelError: as of a write.
+        """
+        self._check(agent, spans)
+        return self._post(MemoryWrite(self._network, agent, tuple((there, here, size) for here, there, size in spans)))
+
+    def _check(self, agent: str, spans: Sequence[tuple[int, int, int]]) -> None:
         if agent not in self._peers:
             raise ChannelError(f"peer {agent!r} is not known")
         peer = self._network.agents.get(agent)
@@ -88,8 +116,9 @@ class MemoryChannel:
             raise ChannelError(f"peer {agent!r} is gone")
         for local, remote, num_bytes in spans:
             if not self._holds(local, num_bytes) or not peer._holds(remote, num_bytes):  # noqa: SLF001
-                raise ChannelError(f"{num_bytes} bytes from {local:#x} to {remote:#x} are not registered")
-        write = MemoryWrite(self._network, agent, tuple(spans))
+                raise ChannelError(f"{num_bytes} bytes between {local:#x} and {remote:#x} are not registered")
+
+    def _post(self, write: "MemoryWrite") -> "MemoryWrite":
         if not write.try_land():
             self._in_flight.append(write)
         return write

@@ -1,0 +1,92 @@
+"""What UCX says that it has chosen."""
+
+import os
+import subprocess
+import sys
+
+import msgspec
+import pytest
+
+from kvbelt.channels.choice import Choice
+from kvbelt.channels.ucx_report import choices_in
+from kvbelt.channels.ucx_resources import resources_in
+from kvbelt.ops.doctor.measured import Measured
+from kvbelt.wire.about import Road
+
+#: As UCX 1.23 writes it; the second table's largest messages go another way than its smallest.
+SAID = """\
+[1795546609.703030] [vm:1 :0]     ucp_context.c:2753 UCX  INFO  Version 1.23.0 (loaded from /x/libucp.so)
+[1795546609.718431] [vm:1 :0]   +--------+-------------+-----------------------------------+
+[1795546609.718431] [vm:1 :0]   | a self cfg#0                                             |
+[1795546609.718431] [vm:1 :0]   | remote memory write by ucp_put* from host memory to host |
+[1795546609.718431] [vm:1 :0]   +--------+-------------+-----------------------------------+
+[1795546609.718431] [vm:1 :0]   | Range  | Description |              Config               |
+[1795546609.718431] [vm:1 :0]   +--------+-------------+-----------------------------------+
+[1795546609.718431] [vm:1 :0]   | 0..inf | zero-copy   | cma/memory                        |
+[1795546609.718431] [vm:1 :0]   +--------+-------------+-----------------------------------+
+[1795546609.721392] [vm:1 :0]   +------------+--------------------+---------------+
+[1795546609.721392] [vm:1 :0]   | a inter-node cfg#2                              |
+[1795546609.721392] [vm:1 :0]   | remote memory write by ucp_put* from cuda/GPU0 to cuda |
+[1795546609.721392] [vm:1 :0]   +------------+--------------------+---------------+
+[1795546609.721392] [vm:1 :0]   |   Range    |    Description     |    Config     |
+[1795546609.721392] [vm:1 :0]   +------------+--------------------+---------------+
+[1795546609.721392] [vm:1 :0]   |          0 | short              | tcp/lo        |
+[1795546609.721392] [vm:1 :0]   | 1..inf     | zero-copy          | rc_mlx5/mlx5_0:1 |
+[1795546609.721392] [vm:1 :0]   +------------+--------------------+---------------+
+"""
+
+
+def test_the_largest_messages_road_is_read_from_each_table() -> None:
+    """Scope, operation, memory and transport."""
+    assert list(choices_in(SAID)) == [
+        Choice("self", "write", "host", "cma/memory"),
+        Choice("inter-node", "write", "cuda", "rc_mlx5/mlx5_0:1"),
+    ]
+
+
+def test_what_ucx_could_use_is_read_from_its_context() -> None:
+    """Transports with their devices, each once."""
+    said = """\
+#            md 1  :  component 1  tcp
+#      resource 1  :  md 1  dev 1  flags -- tcp/eth0
+#      resource 5  :  md 4  dev 0  flags -- cma/memory
+#      resource 6  :  md 4  dev 0  flags a- cma/memory
+"""
+    assert resources_in(said) == ["tcp/eth0", "cma/memory"]
+
+
+def test_other_lines_mean_nothing() -> None:
+    """Logs hold much else."""
+    assert list(choices_in("nonsense\n| a | b |\n+---+\n" + SAID.partition("Config")[0])) == []
+
+
+def test_nixl_says_that_it_takes_tcp_where_nothing_else_is_allowed() -> None:
+    """Two real processes; how it says that of others is in tests/e2e/test_doctor.py."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("UCX_")}
+    command = [sys.executable, "-m", "kvbelt.ops.doctor.pair", "cpu"]
+    done = subprocess.run(command, env=environment | {"UCX_TLS": "tcp"}, capture_output=True, timeout=240, check=True)
+    measured = msgspec.json.decode(done.stdout, type=Measured)
+    assert not measured.error
+    writes = [road for road in measured.roads if road.operation == "write"]
+    assert writes
+    assert all(road.over_tcp and road.scope == "intra-node" for road in writes), writes
+    assert any(road.operation == "read" for road in measured.roads)
+    assert any(one.startswith("tcp/") for one in measured.resources)
+    assert not any(one.startswith("cma/") for one in measured.resources)  # UCX_TLS forbids it
+    assert measured.write_gb_per_second > 0
+    assert measured.read_us > 0
+
+
+@pytest.mark.parametrize(
+    ("transport", "tcp"),
+    [
+        ("tcp/eth0", True),
+        ("52% on tcp/lo and 48% on tcp/eth0", True),
+        ("cma/memory", False),
+        ("50% on rc_mlx5/mlx5_0:1 and 50% on tcp/eth0", False),
+        ("", False),
+    ],
+)
+def test_a_road_that_is_nothing_but_tcp(transport: str, tcp: bool) -> None:
+    """One way, or shares of several."""
+    assert Road("intra-node", "write", "host", transport).over_tcp is tcp
