@@ -2,16 +2,16 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import torch
 
 from kvbelt.paged_copy import TorchPagedCopy
 from kvbelt.security.keys import new_engine_id
 from kvbelt.transfer.belt import Belt
-from kvbelt.transfer.ports import Channel, Lost, ReceivedKV, Region, TransferOutcome
+from kvbelt.transfer.ports import Channel, Lost, PrefixIndex, ReceivedKV, Region, TransferOutcome
 from kvbelt.transfer.settings import BeltIdentity, BeltSettings
 from kvbelt.wire.handoff import PrefillHandoff, ReceiverAddress
 from kvbelt.wire.ids import EngineId, TransferId
@@ -22,13 +22,23 @@ LAYOUT = KVLayout(
 )
 
 
+#: How long anything may take before a test gives up, on a machine that does much else.
+SECONDS = 60.0
+
+
+def patient(**changes) -> BeltSettings:
+    """Settings of a belt that loses nobody because the machine stood still for some seconds."""
+    given = {"lease_seconds": 20.0, "claim_seconds": 30.0, "handshake_seconds": 20.0}
+    return BeltSettings(**(given | changes))
+
+
 def identity(engine: str, role: str, **changes) -> BeltIdentity:
     """An identity that fits every other one made here, but for ``changes``."""
     given = {"engine_id": EngineId(engine), "model": "tiny", "fingerprint": "f1", "layout": LAYOUT}
     return BeltIdentity(role=role, **{**given, **changes})
 
 
-def eventually(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
+def eventually(condition: Callable[[], bool], what: str, seconds: float = SECONDS) -> None:
     """Wait for something that must happen."""
     give_up = time.monotonic() + seconds
     while not condition():
@@ -47,6 +57,8 @@ class Side:
         channel: Channel,
         *,
         staging_blocks: int = 64,
+        overflow_blocks: int = 0,
+        prefix: PrefixIndex | None = None,
         pool_blocks: int = 64,
         layout: KVLayout = LAYOUT,
         settings: BeltSettings | None = None,
@@ -56,8 +68,10 @@ class Side:
         self.pool = torch.zeros((layout.num_layers, pool_blocks, layout.block_bytes), dtype=torch.uint8)
         self.staging = torch.zeros(staging_blocks * layout.block_bytes, dtype=torch.uint8)
         region = Region(self.staging.data_ptr(), self.staging.numel(), "cpu")
+        self.overflow = torch.zeros(overflow_blocks * layout.block_bytes, dtype=torch.uint8)
+        overflow = Region(self.overflow.data_ptr(), self.overflow.numel(), "cpu") if overflow_blocks else None
         sends = role != "decode"
-        settings = settings or BeltSettings()
+        settings = settings or patient()
         self.belt = Belt(
             identity(new_engine_id(settings.keys, engine), role, layout=layout, **changes),
             settings,
@@ -66,9 +80,12 @@ class Side:
                 list(self.pool),
                 send_staging=self.staging if sends else None,
                 receive_staging=None if sends else self.staging,
+                overflow_staging=self.overflow if overflow is not None else None,
             ),
             send_region=region if sends else None,
             receive_region=None if sends else region,
+            overflow_region=overflow,
+            prefix=prefix,
         )
         self.belt.start()
 
@@ -105,10 +122,32 @@ class Sent:
         self.frees += 1
         self.blocks_free.set()
 
-    def outcome(self, seconds: float = 20.0) -> TransferOutcome:
+    def freed(self) -> None:
+        """Wait until its blocks are."""
+        assert self.blocks_free.wait(SECONDS), "its blocks are still being read"
+
+    def outcome(self, seconds: float = SECONDS) -> TransferOutcome:
         """Wait for the end."""
         assert self.ended.wait(seconds), "the transfer did not end"
         return self.outcomes[0]
+
+
+class Told:
+    """What a belt has told a callback, which it is given by ``ask``."""
+
+    def __init__(self, ask: Callable[[Callable[[Any], None]], object]) -> None:
+        self._told = threading.Event()
+        self.answers: list[Any] = []
+        ask(self._on_end)
+
+    def _on_end(self, answer: Any) -> None:
+        self.answers.append(answer)
+        self._told.set()
+
+    def answer(self) -> Any:
+        """Wait for it."""
+        assert self._told.wait(SECONDS), "nothing was told"
+        return self.answers[0]
 
 
 @dataclass
@@ -123,29 +162,36 @@ class Arrival:
         self.arrivals.append(arrival)
         self.happened.set()
 
-    def get(self, seconds: float = 20.0) -> ReceivedKV | Lost:
+    def get(self, seconds: float = SECONDS) -> ReceivedKV | Lost:
         """Wait for it."""
         assert self.happened.wait(seconds), "nothing was told"
         return self.arrivals[0]
 
-    def kv(self, seconds: float = 20.0) -> ReceivedKV:
+    def kv(self, seconds: float = SECONDS) -> ReceivedKV:
         """Wait for KV."""
         got = self.get(seconds)
         assert not isinstance(got, Lost), got
         return got
 
-    def lost(self, seconds: float = 20.0) -> Lost:
+    def lost(self, seconds: float = SECONDS) -> Lost:
         """Wait for a loss."""
         got = self.get(seconds)
         assert isinstance(got, Lost), got
         return got
 
 
-def begin(sender: Side, to: ReceiverAddress, transfer: str, num_tokens: int, deadline: float = 30.0):
+def begin(  # noqa: PLR0917 -- as Belt.send
+    sender: Side,
+    to: ReceiverAddress,
+    transfer: str,
+    num_tokens: int,
+    deadline: float = 30.0,
+    prefix_hashes: Sequence[bytes] = (),
+):
     """Begin to send; nothing is handed over yet."""
     sent = Sent()
     handoff = PrefillHandoff(TransferId(transfer), to, deadline)
-    sending = sender.belt.send(handoff, num_tokens, sent.on_free, sent.on_end)
+    sending = sender.belt.send(handoff, num_tokens, sent.on_free, sent.on_end, prefix_hashes)
     return sending, sent
 
 

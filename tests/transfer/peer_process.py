@@ -1,14 +1,14 @@
 """A prefill worker's belt in a process of its own, driven over a pipe: something that can be stopped and killed.
 
-Run as ``python -m tests.transfer.peer_process``: reads one JSON object a line, answers with one.
+Run as ``python -m tests.transfer.peer_process ENGINE SEED CHANNEL``: reads one JSON object a line, answers with one.
 """
 
 import json
 import sys
 
-from kvbelt.channels.nixl import NixlChannel
 from kvbelt.transfer.settings import BeltSettings
 from kvbelt.wire.handoff import ReceiverAddress
+from tests.channels.carriers import maker
 from tests.transfer.belts import LAYOUT, Side, begin, hand_over
 
 
@@ -21,8 +21,8 @@ def say(answer: str) -> None:
 def main() -> None:
     """Do what is asked until the pipe closes."""
     engine = sys.argv[1]
-    settings = BeltSettings(lease_seconds=1.0, heartbeat_seconds=0.1, batch_bytes=1)
-    with Side(engine, "prefill", NixlChannel(engine), settings=settings) as side:
+    settings = BeltSettings(lease_seconds=2.0, handshake_seconds=20.0, heartbeat_seconds=0.1, batch_bytes=1)
+    with Side(engine, "prefill", maker(sys.argv[3])(), settings=settings) as side:
         side.fill(int(sys.argv[2]))
         sends = {}
         say("ready")

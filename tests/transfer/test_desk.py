@@ -3,7 +3,7 @@
 import pytest
 
 from kvbelt.transfer.desk import Desk, DeskTimes
-from kvbelt.transfer.receiver import Answer, Deliver, Lose
+from kvbelt.transfer.receiver_commands import Answer, Deliver, Lose
 from kvbelt.transfer.receiver_states import ReceiverState
 from kvbelt.wire import reservation as w
 from kvbelt.wire.ids import EngineId, SlotName, TransferId
@@ -16,7 +16,7 @@ D, P, Q = EngineId("d"), EngineId("p"), EngineId("q")
 @pytest.fixture
 def desk():
     """A receiver with room for four blocks; its invariants hold at the end of every test."""
-    desk = Desk(D, LAYOUT, 4 * 4096, DeskTimes(2.0, 0.25, claim_seconds=10.0, memory_seconds=60.0))
+    desk = Desk(D, LAYOUT, [4 * 4096], DeskTimes(2.0, 0.25, claim_seconds=10.0, memory_seconds=60.0))
     yield desk
     desk.validate()
 
@@ -122,7 +122,6 @@ def test_who_stops_asking_loses_the_place(desk):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"num_tokens": 5, "num_blocks": 5, "num_bytes": 5 * 4096}, "too_large"),
         ({"num_bytes": 1}, "wrong_size"),
         ({"num_tokens": -1}, "wrong_size"),
         ({"num_blocks": 2}, "wrong_size"),
@@ -144,6 +143,16 @@ def test_what_waiting_would_not_help_is_refused_at_once(desk, changes, reason):
     assert not desk.states()
 
 
+def test_a_buffer_of_less_than_two_blocks_takes_no_larger_prompt():
+    """There is nothing to stream through; both sizes are named."""
+    small = Desk(D, LAYOUT, [4096, 4096], DeskTimes(2.0, 0.25, claim_seconds=10.0, memory_seconds=60.0))
+    (refused,) = answers(small.hear(reserve("a", 2), 0.0), w.Refused)
+    assert refused.reason == "too_large"
+    assert "8192 bytes" in refused.detail
+    assert "4096" in refused.detail
+    assert grant(small, "b", 1)
+
+
 def test_a_lapsed_lease_quarantines_the_slot(desk):
     """The reader learns it at once; the slot is nobody's until the writer acknowledges."""
     granted = grant(desk, "a", 4)
@@ -163,6 +172,14 @@ def test_a_quarantined_writer_is_reminded(desk):
     desk.tick(2.0)
     assert answers(desk.tick(4.0), w.Expired)
     assert answers(desk.tick(6.0), w.Expired)
+
+
+def test_who_asks_for_a_quarantined_slot_is_told_to_stop(desk):
+    """The grant was lost, and so was the word that it is over: a refusal would leave the slot held."""
+    granted = grant(desk, "a", 4)
+    desk.tick(2.0)
+    (expired,) = answers(desk.hear(reserve("a", 4), 2.1), w.Expired)
+    assert expired.slot == granted.slot
 
 
 def test_a_late_commit_frees_the_quarantined_slot_and_delivers_nothing(desk):

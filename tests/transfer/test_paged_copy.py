@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from kvbelt.paged_copy import TorchPagedCopy
+from kvbelt.wire.digest import Choice
+from kvbelt.wire.ids import TransferId
 
 DEVICES = [
     "cpu",
@@ -78,3 +80,32 @@ def test_layers_that_cannot_be_viewed_as_bytes_are_refused():
         TorchPagedCopy([torch.zeros(4, 8, 6).transpose(1, 2)], send_staging=None, receive_staging=None)
     with pytest.raises(ValueError, match="uint8 and flat"):
         TorchPagedCopy([torch.zeros(4, 8)], send_staging=torch.zeros(4), receive_staging=None)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("verify", ["sample", "always"])
+def test_a_digest_is_the_same_wherever_the_bytes_lie(device, verify):
+    """What a GPU sums is what the CPU sums, for either buffer, in one go or in several."""
+    _, send, receive, copy = make(device)
+    send.random_(0, 256)
+    receive.copy_(send)
+    num_blocks = (64 << 10) // copy.block_bytes
+    _, on_cpu, _, reference = make("cpu")
+    on_cpu.copy_(send)
+    choice = Choice(TransferId("a"), num_blocks, verify)
+    for first, count in ((0, num_blocks), (3, 20), (num_blocks - 1, 1)):
+        cells = choice.of_run(0, first, count, row=first)
+        digests = [copy.digest_sent(0, cells), copy.digest_received(0, cells), reference.digest_sent(0, cells)]
+        for digest in digests:
+            finish(digest)
+        assert len({digest.value() for digest in digests}) == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_second_receive_buffer_is_scattered_from_by_its_number(device):
+    """The overflow is region 1."""
+    layers = [torch.zeros(10, 64, dtype=torch.uint8, device=device)]
+    receive, overflow = torch.zeros(640, dtype=torch.uint8), torch.arange(200, dtype=torch.uint8)
+    copy = TorchPagedCopy(layers, None, receive.to(device), overflow)
+    finish(copy.scatter(0, [4], 64, region=1))
+    assert torch.equal(layers[0][4].cpu(), overflow[64:128])

@@ -1,4 +1,4 @@
-"""Real NIXL between real processes that are stopped and killed: nothing hangs, nothing is overwritten."""
+"""Real channels between real processes that are stopped and killed: nothing hangs, nothing is overwritten."""
 
 import json
 import os
@@ -11,27 +11,31 @@ import msgspec
 import pytest
 import torch
 
-from kvbelt.channels.nixl import NixlChannel
+from kvbelt.transfer import probing
 from kvbelt.transfer.settings import BeltSettings
+from kvbelt.wire.handoff import ReceiverAddress
 from kvbelt.wire.ids import TransferId
-from tests.transfer.belts import LAYOUT, Arrival, Side, eventually
+from tests.channels.carriers import REMOTE, environment, maker, need
+from tests.transfer.belts import LAYOUT, SECONDS, Arrival, Side, begin, eventually
+from tests.transfer.test_probing import Asked
+from tests.transfer.test_warm import Warmed
 
 pytestmark = pytest.mark.e2e
 
-SETTINGS = BeltSettings(lease_seconds=1.0, heartbeat_seconds=0.1, batch_bytes=1)
+#: A lease lapses in these tests, and is short; nobody who is well is late by that much.
+SETTINGS = BeltSettings(lease_seconds=2.0, handshake_seconds=20.0, heartbeat_seconds=0.1, batch_bytes=1)
 
 
 class Peer:
     """A prefill worker in a process of its own."""
 
-    def __init__(self, engine, seed, **environment):
+    def __init__(self, engine, seed, kind):
         self.engine, self.seed = engine, seed
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.transfer.peer_process", engine, str(seed)],
+            [sys.executable, "-m", "tests.transfer.peer_process", engine, str(seed), kind],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **environment},
         )
         assert self.answer() == "ready"
 
@@ -69,13 +73,22 @@ class Peer:
         self.process.stdout.close()
 
 
+@pytest.fixture(params=REMOTE)
+def kind(request, monkeypatch):
+    """Each channel between processes; those that are started have its environment, too."""
+    need(request.param)
+    for name, value in environment(request.param).items():
+        monkeypatch.setenv(name, value)
+    return request.param
+
+
 @pytest.fixture
-def start():
+def start(kind):
     """Starts peers; all are gone afterwards."""
     peers = []
 
-    def make(engine, seed, **environment):
-        peers.append(Peer(engine, seed, **environment))
+    def make(engine, seed):
+        peers.append(Peer(engine, seed, kind))
         return peers[-1]
 
     yield make
@@ -83,11 +96,15 @@ def start():
         peer.close()
 
 
+def new_name(role):
+    """Of an engine that never was."""
+    return f"{role}-{os.getpid()}-{random.randrange(1 << 30)}"
+
+
 @pytest.fixture
-def d():
+def d(kind):
     """The decode worker, in this process."""
-    name = f"d-{os.getpid()}-{random.randrange(1 << 30)}"
-    with Side(name, "decode", NixlChannel(name), staging_blocks=4 * 16, settings=SETTINGS) as side:
+    with Side(new_name("d"), "decode", maker(kind)(), staging_blocks=4 * 16, settings=SETTINGS) as side:
         yield side
 
 
@@ -96,8 +113,10 @@ def receive(d, peer, name, tokens, seed=0):
     rng = random.Random(seed)
     here, there = rng.sample(range(64), LAYOUT.blocks(tokens)), rng.sample(range(64), LAYOUT.blocks(tokens))
     arrival = Arrival()
-    d.belt.receive(TransferId(name), 20.0, arrival)
     peer.send(d, name, tokens)
+    # Not before: a transfer that nobody has spoken of is waited for no longer than a lease.
+    eventually(lambda: d.belt.snapshot().bytes_reserved > 0, "it is granted")
+    d.belt.receive(TransferId(name), SECONDS, arrival)
     peer.ask(do="all", id=name, blocks=here)
     kv = arrival.kv()
     kv.scatter(there)
@@ -106,11 +125,9 @@ def receive(d, peer, name, tokens, seed=0):
     assert peer.ask(do="outcome", id=name) == "done"
 
 
-@pytest.mark.parametrize("tls", ["", "tcp"])
-def test_every_byte_arrives_from_two_processes(start, d, tls):
-    """Over what UCX chooses by itself, and over TCP, where the receiver must help."""
-    environment = {"UCX_TLS": tls} if tls else {}
-    one, two = start("p1", 1, **environment), start("p2", 2, **environment)
+def test_every_byte_arrives_from_two_processes(start, d):
+    """Over each channel, whether or not the receiver must help."""
+    one, two = start("p1", 1), start("p2", 2)
     for number in range(3):
         receive(d, one, f"a{number}", 200, number)
         receive(d, two, f"b{number}", 77, number)
@@ -120,12 +137,12 @@ def test_a_stopped_sender_is_fenced_until_it_wakes_up(start, d):
     """SIGSTOP: lost within the lease, quarantined; SIGCONT: it hears of it, stops, acknowledges."""
     peer, other = start("p1", 1), start("p2", 2)
     arrival = Arrival()
-    d.belt.receive(TransferId("a"), 20.0, arrival)
     peer.send(d, "a", 10 * 16)
     peer.ask(do="some", id="a", blocks=[1, 2, 3])
     eventually(lambda: d.belt.snapshot().bytes_reserved > 0, "it is granted")
+    d.belt.receive(TransferId("a"), SECONDS, arrival)
     peer.signal(signal.SIGSTOP)
-    assert arrival.lost(10).reason == "lease"
+    assert arrival.lost().reason == "lease"
     quarantined = LAYOUT.slot_bytes(10)
     assert d.belt.snapshot().bytes_quarantined == quarantined
     receive(d, other, "b", 6 * 16)
@@ -140,46 +157,109 @@ def test_a_killed_senders_slot_is_free_again(start, d):
     """Kill -9: lost within the lease; its death is seen in the process table."""
     peer = start("p1", 1)
     arrival = Arrival()
-    d.belt.receive(TransferId("a"), 20.0, arrival)
     peer.send(d, "a", 16 * 16)
     eventually(lambda: d.belt.snapshot().bytes_reserved > 0, "it is granted")
+    d.belt.receive(TransferId("a"), SECONDS, arrival)
     peer.signal(signal.SIGKILL)  # not waited for: a zombie is dead, too
-    assert arrival.lost(10).reason in {"lease", "peer_lost"}
+    assert arrival.lost().reason in {"lease", "peer_lost"}
     eventually(lambda: d.belt.snapshot().bytes_quarantined == 0, "its death is noticed")
     receive(d, start("p1-again", 3), "b", 16 * 16)
 
 
-def test_a_stopped_receiver_does_not_hold_the_sender(start):
-    """The other way round: this process sends, and the receiver is frozen in the middle."""
-    receiver = subprocess.Popen(
-        [sys.executable, "-c", RECEIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+@pytest.fixture
+def receiver(kind):
+    """A decode worker in a process of its own, and its address."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", RECEIVER, kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    try:
-        address = json.loads(receiver.stdout.readline())
-        name = f"p-{os.getpid()}-{random.randrange(1 << 30)}"
-        with Side(name, "prefill", NixlChannel(name), settings=SETTINGS) as p:
-            from kvbelt.wire.handoff import ReceiverAddress  # noqa: PLC0415
-            from tests.transfer.belts import begin  # noqa: PLC0415
+    yield process, ReceiverAddress(**json.loads(process.stdout.readline()))
+    process.kill()
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
 
-            sending, sent = begin(p, ReceiverAddress(**address), "a", 160)
-            sending.blocks_written(0, 0, [1, 2, 3], None)
-            eventually(lambda: p.belt.snapshot().writes_total > 0, "it writes")
-            receiver.send_signal(signal.SIGSTOP)
-            assert sent.outcome(10).reason == "peer_lost"
-            assert sent.blocks_free.wait(10)
-            eventually(lambda: p.belt.snapshot().staging_bytes_used == 0, "its staging is free")
-    finally:
-        receiver.kill()
-        receiver.wait()
-        receiver.stdin.close()
-        receiver.stdout.close()
+
+def test_a_stopped_receiver_does_not_hold_the_sender(kind, receiver):
+    """The other way round: this process sends, and the receiver is frozen in the middle.
+
+    The transfer ends and its blocks are free. Staging under a write that cannot be recalled is not: its bytes will
+    leave when the receiver wakes up, and so must be those that were meant.
+    """
+    process, address = receiver
+    with Side(new_name("p"), "prefill", maker(kind)(), settings=SETTINGS) as p:
+        sending, sent = begin(p, address, "a", 160)
+        eventually(lambda: p.belt.snapshot().sends.get("writing"), "it is granted")
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+        sending.blocks_written(0, 0, [1, 2, 3], None)
+        assert sent.outcome().reason == "peer_lost"
+        sent.freed()
+        if kind != "nixl":  # over shared memory the bytes may be there without its help
+            assert p.belt.snapshot().staging_bytes_used > 0
+            assert p.belt.snapshot().sends == {"stopping": 1}
+        process.send_signal(signal.SIGCONT)
+        eventually(lambda: p.belt.snapshot().staging_bytes_used == 0, "its staging is free")
+        eventually(lambda: not p.belt.snapshot().sends, "the receiver has heard of it")
+
+
+def test_a_killed_receiver_frees_the_senders_staging(kind, receiver):
+    """What could not be recalled from a frozen one is over when it dies."""
+    process, address = receiver
+    with Side(new_name("p"), "prefill", maker(kind)(), settings=SETTINGS) as p:
+        sending, sent = begin(p, address, "a", 160)
+        eventually(lambda: p.belt.snapshot().sends.get("writing"), "it is granted")
+        process.send_signal(signal.SIGSTOP)
+        sending.blocks_written(0, 0, [1, 2, 3], None)
+        eventually(lambda: p.belt.snapshot().writes_total > 0, "it writes")
+        process.kill()
+        assert sent.outcome().reason in {"peer_lost", "write_failed"}
+        eventually(lambda: p.belt.snapshot().staging_bytes_used == 0, "its staging is free")
+        eventually(lambda: "stopping" not in p.belt.snapshot().sends, "nothing is waited for")
+
+
+def test_a_link_is_measured_both_ways(kind, receiver):
+    """Over the connection that transfers use. A channel that cannot read says nothing of it."""
+    _, address = receiver
+    with Side(new_name("p"), "prefill", maker(kind)(), staging_blocks=4096, settings=SETTINGS) as p:
+        assert Warmed(p, address).answer().ok
+        probed = Asked(p, address.engine_id).answer()
+        assert probed.reason == "", probed
+        assert (probed.read is None) == (kind == "mooncake")
+        for figures in [figures for figures in (probed.write, probed.read) if figures is not None]:
+            assert figures.num_bytes == 1 << 19, "as a transfer's writes"
+            assert figures.gb_per_second > 0.01
+            assert 0 < figures.small_seconds < 0.1
+        eventually(lambda: not p.belt.snapshot().sends, "the receiver has heard of it")
+        assert p.belt.snapshot().staging_bytes_used == 0
+
+
+def test_a_receiver_that_is_stopped_while_it_is_measured(kind, receiver, monkeypatch):
+    """As with a transfer: it ends, and staging under what cannot be recalled is not used again before it is over."""
+    process, address = receiver
+    with Side(new_name("p"), "prefill", maker(kind)(), staging_blocks=4096, settings=SETTINGS) as p:
+        assert Warmed(p, address).answer().ok
+        with monkeypatch.context() as endless:
+            endless.setattr(probing, "SMALL_ROUNDS", 1 << 60)
+            endless.setattr(probing, "ENOUGH_SECONDS", 1e9)
+            asked = Asked(p, address.engine_id)
+            eventually(lambda: p.belt.snapshot().sends.get("writing"), "it is granted")
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+            assert asked.answer().reason == "peer_lost"
+        if kind != "nixl":  # over shared memory the bytes may be there without its help
+            assert p.belt.snapshot().staging_bytes_used > 0
+        process.send_signal(signal.SIGCONT)
+        eventually(lambda: not p.belt.snapshot().sends, "the receiver has heard of it")
+        assert p.belt.snapshot().staging_bytes_used == 0
+        assert Warmed(p, address).answer().ok
+        assert Asked(p, address.engine_id).answer().reason == ""
 
 
 RECEIVER = """
 import json, os, sys, msgspec
-from kvbelt.channels.nixl import NixlChannel
+from tests.channels.carriers import maker
 from tests.transfer.belts import Side
-with Side(f"d-{os.getpid()}", "decode", NixlChannel(f"d-{os.getpid()}")) as d:
+with Side(f"d-{os.getpid()}", "decode", maker(sys.argv[1])(), staging_blocks=4096) as d:
     print(json.dumps(msgspec.to_builtins(d.belt.receiver_address())), flush=True)
     sys.stdin.read()
 """

@@ -1,5 +1,6 @@
 """The sending session: what it says, when, and how it ends."""
 
+import msgspec
 import pytest
 
 from kvbelt.transfer.sender import AbortWrites, BeginWriting, Outcome, Say, StopWriting
@@ -29,13 +30,13 @@ def test_reserve_carries_the_remaining_time():
 
 def test_a_grant_starts_the_writing():
     """The slot and its place come with the grant."""
-    assert sender_in("reserving").handle(GRANTED, 0.1) == [BeginWriting(NAME, 0)]
+    assert sender_in("reserving").handle(GRANTED, 0.1) == [BeginWriting(GRANTED)]
 
 
 def test_a_slot_of_another_life_of_the_receiver_is_ignored():
     """A grant that names another engine is not ours."""
     session = sender_in("reserving")
-    stale = w.Granted(transfer_id=T, slot=SlotName(EngineId("old"), 0, 1), offset=0, num_bytes=64, lease_seconds=2.0)
+    stale = msgspec.structs.replace(GRANTED, slot=SlotName(EngineId("old"), 0, 1))
     assert session.handle(stale, 0.1) == []
     assert session.state is SenderState.RESERVING
 
@@ -88,18 +89,65 @@ def test_cancel_waits_for_writes_in_flight():
     (farewell,) = said(session.handle(Quiet(), 0.5))
     assert isinstance(farewell, w.Cancel)
     assert farewell.slot == NAME
+    session.handle(w.Cancelled(transfer_id=T, slot=NAME), 0.6)
     assert session.state is SenderState.CANCELLED
 
 
+def test_a_farewell_is_repeated_until_it_is_acknowledged():
+    """A lost one would leave the slot held for as long as this sender has nothing else to say there."""
+    session = sender_in("leaving")
+    for lease in range(1, 5):
+        (farewell,) = said(session.tick(lease * 2.0))
+        assert isinstance(farewell, w.Cancel)
+    session.handle(w.Granted(**{**msgspec.structs.asdict(GRANTED), "transfer_id": T}), 9.0)
+    assert session.state is SenderState.LEAVING
+    assert session.handle(w.Cancelled(transfer_id=T, slot=None), 9.1) == []
+    assert session.state is SenderState.CANCELLED
+    assert session.due == float("inf")
+
+
+def test_a_farewell_that_nobody_answers_ends_with_memory():
+    """When the other side has forgotten everything, too."""
+    session = sender_in("leaving")
+    session.tick(119.9)
+    assert session.state is SenderState.LEAVING
+    session.tick(120.0)
+    assert session.state is SenderState.CANCELLED
+
+
+@pytest.mark.parametrize("state", ["reserving", "waiting", "committing", "leaving"])
+def test_nobody_says_goodbye_to_a_life_that_is_over(state):
+    """A new life at the same address holds nothing of the old one's."""
+    session = sender_in(state)
+    assert said(session.handle(PeerFailed("stale_engine", "", gone=True), 0.1)) == []
+    assert session.ended
+
+
 def test_expired_is_acknowledged_when_writes_have_stopped():
-    """A sender told to stop says Cancelled once it is true, and again if asked again."""
+    """A sender told to stop says so once it is true, and again if asked again."""
     session = sender_in("writing")
     expired = w.Expired(transfer_id=T, slot=NAME, reason="lease")
     assert said(session.handle(expired, 0.1)) == []
     assert said(session.handle(expired, 0.2)) == []
-    assert said(session.handle(Quiet(), 0.3)) == [w.Cancelled(transfer_id=T, slot=NAME, sender=P)]
-    assert session.state is SenderState.EXPIRED
+    assert said(session.handle(Quiet(), 0.3)) == [w.Cancel(transfer_id=T, slot=NAME, reason="lease", sender=P)]
     assert said(session.handle(expired, 0.4)) == [w.Cancelled(transfer_id=T, slot=NAME, sender=P)]
+    session.handle(w.Cancelled(transfer_id=T, slot=NAME), 0.5)
+    assert session.state is SenderState.EXPIRED
+    assert said(session.handle(expired, 0.6)) == [w.Cancelled(transfer_id=T, slot=NAME, sender=P)]
+
+
+def test_a_grant_that_was_never_seen_is_let_go_of():
+    """The receiver asks about a slot that this sender has not heard of: it is told, by its name, that nobody writes."""
+    session = sender_in("leaving")
+    expired = w.Expired(transfer_id=T, slot=NAME, reason="lease")
+    assert said(session.handle(expired, 0.1)) == [w.Cancelled(transfer_id=T, slot=NAME, sender=P)]
+
+
+def test_a_receiver_that_was_full_is_the_reason_whoever_notices_first():
+    """The receiver's clock may be the first to see the deadline."""
+    session = sender_in("waiting")
+    (end,) = outcomes(session.handle(w.Expired(transfer_id=T, slot=None, reason="deadline"), 0.1))
+    assert end.reason == "receiver_full"
 
 
 def test_writes_that_do_not_stop_are_aborted():

@@ -37,7 +37,7 @@ def test_an_arena_tiles_its_buffer(total, steps):
 @given(steps=SIZES)
 def test_slot_names_are_never_used_twice(steps):
     """A slot number comes again, a name does not."""
-    slots = SlotAllocator(EngineId("d"), 16 * 4096)
+    slots = SlotAllocator(EngineId("d"), [16 * 4096, 4 * 4096])
     seen, taken = set(), []
     for take, size in steps:
         if take:
@@ -53,7 +53,7 @@ def test_slot_names_are_never_used_twice(steps):
 
 def test_an_older_generation_frees_nothing():
     """Freeing by a name that is over is refused."""
-    slots = SlotAllocator(EngineId("d"), 4096)
+    slots = SlotAllocator(EngineId("d"), [4096])
     first = slots.allocate(4096)
     slots.free(first.name)
     second = slots.allocate(4096)
@@ -65,6 +65,6 @@ def test_an_older_generation_frees_nothing():
 
 def test_a_full_buffer_gives_nothing():
     """None, not an exception: waiting helps."""
-    slots = SlotAllocator(EngineId("d"), 2 * 4096)
+    slots = SlotAllocator(EngineId("d"), [2 * 4096])
     assert slots.allocate(2 * 4096) is not None
     assert slots.allocate(1) is None

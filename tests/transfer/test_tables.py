@@ -1,5 +1,6 @@
 """The transition tables: complete, closed, and the machines keep to them."""
 
+import msgspec
 import pytest
 
 from kvbelt.transfer import receiver_states as r
@@ -7,31 +8,57 @@ from kvbelt.transfer import sender_states as s
 from kvbelt.transfer.machine import IllegalTransitionError
 from kvbelt.transfer.receiver import ReceiverSession
 from kvbelt.transfer.sender import SenderSession, SendPlan
+from kvbelt.transfer.shape import SlotShape
 from kvbelt.transfer.slots import Slot
 from kvbelt.wire import reservation as w
 from kvbelt.wire.ids import EngineId, SlotName, TransferId
+from kvbelt.wire.layout import KVLayout
 
 T, P, D = TransferId("t"), EngineId("p"), EngineId("d")
 NAME = SlotName(D, 0, 1)
-SLOT = Slot(NAME, 0, 64)
+SLOT = Slot(NAME, 0, 0, 64)
+LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=1, block_size=1, dtype="x", order="x", block_bytes=64)
+ROOM = r.Room(SLOT, SlotShape(LAYOUT, 1, 0, 1))
 
 RESERVE = w.Reserve(
     transfer_id=T, sender=P, receiver=D, num_tokens=1, num_blocks=1, num_bytes=64, deadline_seconds=10.0
 )
 COMMIT = w.Commit(transfer_id=T, sender=P, slot=NAME, num_tokens=1, num_bytes=64)
-GRANTED = w.Granted(transfer_id=T, slot=NAME, offset=0, num_bytes=64, lease_seconds=2.0)
+GRANTED = w.Granted(
+    transfer_id=T,
+    slot=NAME,
+    region=0,
+    offset=0,
+    num_bytes=64,
+    lease_seconds=2.0,
+    first_block=0,
+    part_blocks=1,
+    verify="off",
+)
+
+#: A prompt of two blocks that comes in two parts.
+TWO = w.Reserve(transfer_id=T, sender=P, receiver=D, num_tokens=2, num_blocks=2, num_bytes=128, deadline_seconds=10.0)
+ROOM_FOR_TWO = r.Room(Slot(NAME, 0, 0, 128), SlotShape(LAYOUT, 2, 0, 1))
+
+
+def landed(part: int) -> w.PartLanded:
+    """A part is there."""
+    return w.PartLanded(transfer_id=T, sender=P, slot=NAME, part=part, digest=7)
+
 
 SENDER_EVENTS = [
     GRANTED,
     w.Wait(transfer_id=T, retry_after_seconds=0.1, position=0),
     w.Refused(transfer_id=T, reason="too_large", detail=""),
     w.Renewed(transfer_id=T, slot=NAME),
+    w.PartsTaken(transfer_id=T, slot=NAME, parts=1),
     w.Committed(transfer_id=T, slot=NAME),
     w.Expired(transfer_id=T, slot=NAME, reason="lease"),
     w.Cancel(transfer_id=T, slot=NAME, reason="reader_gone"),
     w.Cancelled(transfer_id=T, slot=NAME),
     s.PeerReady(),
     s.PeerFailed("peer_lost", ""),
+    s.PartWritten(0, None),
     s.Written(),
     s.WriteFailed("write_failed", ""),
     s.Quiet(),
@@ -40,14 +67,18 @@ SENDER_EVENTS = [
     s.PeerSilent(),
     s.DeadlinePassed(),
     s.StopOverdue(),
+    s.Unanswered(),
 ]
 RECEIVER_EVENTS = [
     RESERVE,
     w.Heartbeat(transfer_id=T, sender=P, slot=NAME),
+    landed(0),
     COMMIT,
     w.Cancel(transfer_id=T, sender=P, slot=NAME, reason="cancelled"),
     w.Cancelled(transfer_id=T, sender=P, slot=NAME),
-    r.Room(SLOT),
+    ROOM,
+    r.Verified(None, right=True),
+    r.PartTaken(),
     r.Claim(10.0, 2.0),
     r.Unclaim(),
     r.Release(),
@@ -66,17 +97,21 @@ TO_SENDER_STATE = {
     "stopping": [s.PeerReady(), GRANTED, s.WriteFailed("write_failed", "")],
     "done": [s.PeerReady(), GRANTED, s.Written(), w.Committed(transfer_id=T, slot=NAME)],
     "failed": [s.PeerFailed("peer_unreachable", "")],
-    "cancelled": [s.PeerReady(), s.Abandon("cancelled")],
-    "expired": [s.PeerReady(), s.DeadlinePassed()],
+    "leaving": [s.PeerReady(), s.Abandon("cancelled")],
+    "cancelled": [s.Abandon("cancelled")],
+    "expired": [s.PeerReady(), s.DeadlinePassed(), s.Unanswered()],
 }
 TO_RECEIVER_STATE = {
     "expected": [r.Claim(10.0, 2.0)],
     "queued": [RESERVE],
-    "reserved": [RESERVE, r.Room(SLOT)],
-    "committed": [RESERVE, r.Room(SLOT), COMMIT],
-    "claimed": [RESERVE, r.Room(SLOT), r.Claim(10.0, 2.0), COMMIT],
-    "quarantined": [RESERVE, r.Room(SLOT), r.LeaseLapsed()],
-    "released": [RESERVE, r.Room(SLOT), r.Claim(10.0, 2.0), COMMIT, r.Release()],
+    "reserved": [RESERVE, ROOM],
+    "streaming": [TWO, ROOM_FOR_TWO, r.Claim(10.0, 2.0)],
+    "taken": [TWO, ROOM_FOR_TWO, r.Claim(10.0, 2.0), landed(0), r.PartTaken(), landed(1), r.PartTaken()],
+    "verifying": [RESERVE, ROOM, msgspec.structs.replace(COMMIT, digest=7)],
+    "committed": [RESERVE, ROOM, COMMIT],
+    "claimed": [RESERVE, ROOM, r.Claim(10.0, 2.0), COMMIT],
+    "quarantined": [RESERVE, ROOM, r.LeaseLapsed()],
+    "released": [RESERVE, ROOM, r.Claim(10.0, 2.0), COMMIT, r.Release()],
     "cancelled": [RESERVE, w.Cancel(transfer_id=T, sender=P, slot=None, reason="cancelled")],
     "expired": [RESERVE, r.LeaseLapsed()],
 }
@@ -93,7 +128,7 @@ def sender_in(state: str) -> SenderSession:
 
 def receiver_in(state: str) -> ReceiverSession:
     """A receiving session, brought to a state by events."""
-    session = ReceiverSession(T, 2.0, 0.25, 10.0)
+    session = ReceiverSession(T, 2.0, 10.0, "always" if state == "verifying" else "off")
     for event in TO_RECEIVER_STATE[state]:
         session.handle(event, 0.0)
     assert session.state == state
@@ -147,7 +182,7 @@ def test_whatever_a_peer_says_is_defined_in_every_sender_state():
 def test_whatever_a_writer_says_is_defined_in_every_receiver_state():
     """No message of a writer can raise."""
     for row in r.RECEIVER_TABLE.values():
-        assert {w.Reserve, w.Heartbeat, w.Commit, w.Cancel, w.Cancelled} <= set(row)
+        assert {w.Reserve, w.Heartbeat, w.PartLanded, w.Commit, w.Cancel, w.Cancelled} <= set(row)
 
 
 @pytest.mark.parametrize("state", sorted(s.FINAL))

@@ -1,34 +1,58 @@
-"""The receiving side as a whole: every incoming transfer, the buffer, the queue for room. Pure.
+"""The receiving side as a whole: every incoming transfer, the buffers, the queue for room. Pure.
 
 Rules:
 
 1. One record a transfer, from its first mention until some time after its end (messages come late).
 2. Room is given in the order in which it was asked for. Who is at the head waits until it fits; nobody
    overtakes, so a large prompt is never starved by small ones.
-3. A prompt larger than the buffer, an unknown engine_id, a size that does not follow from the layout: refused
-   at once, because waiting would not help.
-4. A writer speaks for its own transfers only.
+3. Room is asked for once: a prompt that is larger than every buffer gets a slot of two parts, and streams through it.
+   So nobody who has room waits for more of it.
+4. A prompt of which not even two blocks fit, an unknown engine_id, a size that does not follow from the layout:
+   refused at once, because waiting would not help.
+5. A writer speaks for its own transfers only.
+6. What the engine holds of a prompt already need not travel. It is asked at the moment of the grant, and promises
+   nothing: should it have lost a block by the time the prompt is read, the prompt is computed.
 """
 
 from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvbelt.security.refusals import Tally
 from kvbelt.transfer.deadlines import Deadlines
-from kvbelt.transfer.receiver import (
+from kvbelt.transfer.receiver import ReceiverSession
+from kvbelt.transfer.receiver_commands import (
     Answer,
+    Break,
+    Check,
     Deliver,
     Ended,
     Enqueue,
+    Finish,
     FreeSlot,
     LeaveQueue,
     Lose,
+    PartReady,
     ReceiverCommand,
-    ReceiverSession,
+    ToReader,
 )
-from kvbelt.transfer.receiver_states import Claim, ReceiverEvent, ReceiverState, Release, Room, Unclaim, WriterDead
+from kvbelt.transfer.receiver_states import (
+    HOLDING,
+    Claim,
+    PartTaken,
+    ReceiverEvent,
+    ReceiverState,
+    Release,
+    Room,
+    Unclaim,
+    Verified,
+    WriterDead,
+)
+from kvbelt.transfer.shape import PLACES, SlotShape
 from kvbelt.transfer.slots import SlotAllocator
 from kvbelt.wire import reservation as wire
+from kvbelt.wire.block_hash import unpacked
+from kvbelt.wire.digest import Verify
 from kvbelt.wire.ids import EngineId, TransferId
 from kvbelt.wire.layout import KVLayout
 
@@ -40,7 +64,18 @@ MAX_ENDED = 4096
 #: Transfers of one writer that are not over; more are refused. A prefill worker has some hundreds at most.
 MAX_OPEN = 4096
 
-DeskCommand = Answer | Deliver | Lose
+#: A prompt in parts gets at most this share of a buffer, so that others find room beside it.
+PARTS_SHARE = 2
+
+DeskCommand = Answer | Check | ToReader
+
+#: Blocks, from the first on, with these hashes that this process's engine holds (ports.py: PrefixIndex).
+Held = Callable[[Sequence[bytes]], int]
+
+
+def nothing_held(hashes: Sequence[bytes]) -> int:  # noqa: ARG001
+    """Of an engine that shares no prefixes."""
+    return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +89,32 @@ class DeskTimes:
 
 
 class Desk:
-    """Takes what writers and readers say; returns what to answer them."""
+    """Takes what writers and readers say; returns what to answer them.
 
-    def __init__(self, engine_id: EngineId, layout: KVLayout, num_bytes: int, times: DeskTimes) -> None:
+    Args:
+        engine_id: of this process.
+        layout: of its KV.
+        sizes: bytes of its buffers, the first one used first.
+        times: of leases and memory.
+        verify: which digests writers are asked for.
+        held: what the engine has of a prompt.
+    """
+
+    def __init__(  # noqa: PLR0917 -- its seams
+        self,
+        engine_id: EngineId,
+        layout: KVLayout,
+        sizes: Sequence[int],
+        times: DeskTimes,
+        verify: Verify = "off",
+        held: Held = nothing_held,
+    ) -> None:
         self._engine_id = engine_id
         self._layout = layout
         self._times = times
-        self._slots = SlotAllocator(engine_id, num_bytes)
+        self._verify: Verify = verify
+        self._held = held
+        self._slots = SlotAllocator(engine_id, sizes)
         # One record a transfer, in exactly one of the two. Ended ones, oldest first, until they are forgotten.
         self._live: dict[TransferId, ReceiverSession] = {}
         self._ended: OrderedDict[TransferId, tuple[float, ReceiverSession]] = OrderedDict()
@@ -71,6 +125,7 @@ class Desk:
         self._deadlines: Deadlines[TransferId] = Deadlines()
         self.ended_total = Tally()
         self.committed_bytes_total = 0
+        self.reused_bytes_total = 0
 
     # What happens.
 
@@ -107,7 +162,7 @@ class Desk:
     def claim(self, transfer_id: TransferId, deadline: float, now: float) -> list[DeskCommand]:
         """A reader wants this transfer, until ``deadline``. At most one a transfer."""
         record = self._find(transfer_id) or self._new(transfer_id)
-        if record.has_reader or record.state in (S.CLAIMED, S.RELEASED):
+        if record.has_reader or record.reason == "done" or record.state in (S.STREAMING, S.CLAIMED):
             return [Lose(transfer_id, "already_claimed", "another request reads this transfer")]
         return self._handle(record, Claim(deadline, now + self._times.lease_seconds), now)
 
@@ -115,8 +170,16 @@ class Desk:
         """The reader wants it no more."""
         return self._if_known(transfer_id, Unclaim(), now)
 
+    def verified(self, transfer_id: TransferId, part: int | None, now: float, *, right: bool) -> list[DeskCommand]:
+        """The digest of a part, or of the whole slot, was compared."""
+        return self._if_known(transfer_id, Verified(part, right), now)
+
+    def part_taken(self, transfer_id: TransferId, now: float) -> list[DeskCommand]:
+        """The reader has read the next part."""
+        return self._if_known(transfer_id, PartTaken(), now)
+
     def release(self, transfer_id: TransferId, now: float) -> list[DeskCommand]:
-        """The reader has read it."""
+        """The reader has read it, or reads no more of it."""
         return self._if_known(transfer_id, Release(), now)
 
     def writer_dead(self, writer: EngineId, now: float) -> list[DeskCommand]:
@@ -151,7 +214,7 @@ class Desk:
     @property
     def expects_writes(self) -> bool:
         """Whether a peer may be writing: then the channel must be given a chance to work."""
-        return any(record.state is S.RESERVED for record in self._live.values())
+        return any(record.state in (S.RESERVED, S.STREAMING) for record in self._live.values())
 
     def suspects(self) -> set[EngineId]:
         """Writers that hold a slot without a valid lease: whose death would free it."""
@@ -178,9 +241,13 @@ class Desk:
         return total
 
     @property
-    def num_bytes(self) -> int:
-        """Size of the buffer."""
-        return self._slots.num_bytes
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of each buffer."""
+        return self._slots.sizes
+
+    def overflow_bytes(self) -> int:
+        """Bytes of slots in other buffers than the first."""
+        return sum(record.slot.num_bytes for record in self._live.values() if record.slot and record.slot.region)
 
     def validate(self) -> None:
         """Check the invariants.
@@ -196,10 +263,9 @@ class Desk:
         if reserved != self._open:
             raise AssertionError(f"{reserved} transfers are open, counted {self._open}")
         for record in [*self._live.values(), *(record for _, record in self._ended.values())]:
-            has_slot = record.state in (S.RESERVED, S.COMMITTED, S.CLAIMED, S.QUARANTINED)
-            if has_slot != (record.slot is not None):
+            if (record.state in HOLDING) != (record.slot is not None):
                 raise AssertionError(f"{record.name} is {record.state} with slot {record.slot}; {record.story()}")
-            if record.has_reader and record.state not in (S.EXPECTED, S.QUEUED, S.RESERVED):
+            if record.has_reader and record.state not in (S.EXPECTED, S.QUEUED, S.RESERVED, S.VERIFYING):
                 raise AssertionError(f"{record.name} is {record.state} and its reader was not told")
 
     # How it is done.
@@ -211,9 +277,7 @@ class Desk:
         return record
 
     def _new(self, transfer_id: TransferId) -> ReceiverSession:
-        record = ReceiverSession(
-            transfer_id, self._times.lease_seconds, self._times.heartbeat_seconds, self._times.claim_seconds
-        )
+        record = ReceiverSession(transfer_id, self._times.lease_seconds, self._times.claim_seconds, self._verify)
         self._live[transfer_id] = record
         return record
 
@@ -241,10 +305,11 @@ class Desk:
                 case FreeSlot(slot):
                     self._slots.free(slot.name)
                     look_for_room = True
-                case Ended(reason, num_bytes):
+                case Ended(reason, num_bytes, reused_bytes):
                     self.ended_total.add(reason)
                     self.committed_bytes_total += num_bytes
-                case Answer() | Deliver() | Lose():
+                    self.reused_bytes_total += reused_bytes
+                case Answer() | Check() | Deliver() | PartReady() | Finish() | Break() | Lose():
                     commands.append(command)
         self._deadlines.set(record.transfer_id, record.due)
         if record.ended and self._live.pop(record.transfer_id, None) is not None:
@@ -261,12 +326,24 @@ class Desk:
         while self._queue:
             record = self._live[next(iter(self._queue))]
             assert record.reservation is not None  # invariant of QUEUED
-            slot = self._slots.allocate(record.reservation.num_bytes)
+            shape = self._shape_for(record.reservation)
+            slot = self._slots.allocate(shape.slot_bytes)
             if slot is None:
                 break
             self._queue.popitem(last=False)
-            commands += self._handle(record, Room(slot), now)
+            commands += self._handle(record, Room(slot, shape), now)
         return commands
+
+    def _shape_for(self, asked: wire.Reserve) -> SlotShape:
+        """What of a prompt travels, and whether it does so in parts."""
+        # The last block always travels: a slot is never empty.
+        first = min(self._held(unpacked(asked.prefix)), asked.num_blocks - 1) if asked.prefix else 0
+        travelling = asked.num_blocks - first
+        if self._layout.slot_bytes(travelling) <= max(self.sizes):
+            return SlotShape(self._layout, asked.num_blocks, first, travelling)
+        window = self._layout.slot_bytes(PLACES)
+        blocks = self.sizes[0] // PARTS_SHARE // window or max(self.sizes) // window
+        return SlotShape(self._layout, asked.num_blocks, first, blocks)
 
     def _unacceptable(self, message: wire.Reserve) -> tuple[str, str] | None:
         if message.receiver != self._engine_id:
@@ -278,10 +355,11 @@ class Desk:
                 f"{message.num_blocks} blocks in {message.num_bytes} bytes for {message.num_tokens} tokens; "
                 f"this layout needs {blocks} blocks in {num_bytes} bytes"
             )
-        if num_bytes > self.num_bytes:
+        least = self._layout.slot_bytes(PLACES)
+        if max(self.sizes) < min(num_bytes, least):
             return "too_large", (
-                f"{message.num_tokens} tokens need {num_bytes} bytes; the receive buffer has {self.num_bytes} "
-                "(pd_buffer_size on the decode worker)"
+                f"{message.num_tokens} tokens need {num_bytes} bytes, or {least} to stream through; "
+                f"the receive buffer has {max(self.sizes)} (pd_buffer_size on the decode worker)"
             )
         if not 0 < message.deadline_seconds < float("inf"):
             return "deadline", f"{message.deadline_seconds} seconds are left"
@@ -292,7 +370,7 @@ class Desk:
 
     def _unknown(self, message: wire.FromSender, sender: EngineId) -> list[DeskCommand]:
         """A transfer nobody here remembers."""
-        if isinstance(message, wire.Heartbeat | wire.Commit):
+        if isinstance(message, wire.Heartbeat | wire.PartLanded | wire.Commit):
             slot = message.slot
             return [Answer(sender, wire.Expired(transfer_id=message.transfer_id, slot=slot, reason="unknown_transfer"))]
         if isinstance(message, wire.Cancel):

@@ -12,28 +12,31 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from kvbelt.errors import ChannelError, SettingsError, StartError
 from kvbelt.security.refusals import Refusals
 from kvbelt.transfer.calls import Calls
-from kvbelt.transfer.desk import Desk, DeskTimes
+from kvbelt.transfer.desk import Desk, DeskTimes, nothing_held
 from kvbelt.transfer.dispatch import Dispatch
 from kvbelt.transfer.fencing import this_process
-from kvbelt.transfer.handles import ReceivedSlot
+from kvbelt.transfer.links import LinkTallies
 from kvbelt.transfer.patience import PatientClock
-from kvbelt.transfer.ports import Channel, PagedCopy, Region
+from kvbelt.transfer.ports import Channel, PagedCopy, PrefixIndex, Region
 from kvbelt.transfer.pump import Pump
-from kvbelt.transfer.receiver import Deliver
 from kvbelt.transfer.receiver_states import ReceiverState
 from kvbelt.transfer.reception import Reception
 from kvbelt.transfer.settings import BeltIdentity, BeltSettings
 from kvbelt.transfer.snapshot import BeltSnapshot, Sum
 from kvbelt.transfer.sockets import Sockets
+from kvbelt.wire.about import Link
 from kvbelt.wire.handshake import Hello, MemoryRegion, Welcome
-from kvbelt.wire.ids import EngineId, TransferId
+from kvbelt.wire.ids import EngineId
 
 log = logging.getLogger(__name__)
+
+SeenT = TypeVar("SeenT")
 
 #: How long ``close`` waits for peers to say that they have stopped writing here, and for the thread.
 CLOSE_SECONDS = 1.0
@@ -41,6 +44,9 @@ CLOSE_SECONDS = 1.0
 #: Bytes of a piece where the settings leave it to the device: on CPU what stays in a core's cache between
 #: gather and write, on a GPU enough that posting (some 10 us a write) does not matter.
 PIECE_BYTES = {"cpu": 1 << 19, "cuda": 64 << 20}
+
+#: Of a transfer whose every byte has landed, and whose slot is not free yet.
+COMMITTED = (ReceiverState.VERIFYING, ReceiverState.COMMITTED, ReceiverState.CLAIMED, ReceiverState.TAKEN)
 
 #: zmq's poller counts in milliseconds; shorter sleeps are slept.
 _POLL_RESOLUTION = 1e-3
@@ -56,7 +62,8 @@ class Driver:
         channel: Channel,
         copy: PagedCopy | None,
         send_region: Region | None,
-        receive_region: Region | None,
+        receive_regions: Sequence[Region],
+        prefix: PrefixIndex | None,
         clock: Callable[[], float],
     ) -> None:
         self._identity = identity
@@ -64,7 +71,8 @@ class Driver:
         self._channel = channel
         self._copy = copy
         self._send_region = send_region
-        self._receive_region = receive_region
+        self._receive_regions = receive_regions
+        self._prefix = prefix
         self._clock = PatientClock(clock)
         self._compatibility = identity.compatibility(channel.name)
         self._here = this_process()
@@ -80,7 +88,6 @@ class Driver:
         self._refusals = Refusals()
         self._mechanism = "NULL"
         self._pump: Pump | None = None
-        self._delivered: dict[TransferId, ReceivedSlot] = {}
         self.dispatch: Dispatch | None = None  #: set by ``start`` where there is a send region
         self.reception: Reception | None = None  #: set by ``start`` where there is a receive region
 
@@ -105,8 +112,8 @@ class Driver:
             if self._closed:
                 return
             self._closed = True
-        for slot in list(self._delivered.values()):
-            slot.release()
+        if self.reception is not None:
+            self.reception.deliveries.close()
         if self._thread.is_alive():
             self._calls.add(self._begin_closing)
             self._thread.join()
@@ -126,18 +133,26 @@ class Driver:
 
     def snapshot(self) -> BeltSnapshot:
         """Counters and gauges. Waits a turn of the belt; after ``close`` it is the last state."""
-        taken: list[BeltSnapshot] = []
+        return self._seen(self.look)
+
+    def links(self) -> list[Link]:
+        """What has moved to each receiver. Likewise."""
+        return self._seen(lambda: self.dispatch.links() if self.dispatch is not None else [])
+
+    def _seen(self, look: Callable[[], SeenT]) -> SeenT:
+        """What a look on the belt's thread sees."""
+        taken: list[SeenT] = []
         ready = threading.Event()
 
         def take() -> None:
-            taken.append(self.look())
+            taken.append(look())
             ready.set()
 
         if threading.current_thread() is self._thread or not self.ask(take):
-            return self.look()
+            return look()
         while not ready.wait(timeout=0.1):
             if not self._thread.is_alive():
-                return self.look()
+                return look()
         return taken[0]
 
     # The thread.
@@ -161,6 +176,9 @@ class Driver:
             log.exception("the belt has failed; every transfer of this process is lost")
             self._fail_all()
         finally:
+            if self.reception is not None:
+                # Also of what was delivered in the last turns, or before a failure: no part of it comes any more.
+                self.reception.deliveries.close()
             self._tear_down(sockets)
 
     def _fail_all(self) -> None:
@@ -179,36 +197,55 @@ class Driver:
     def _set_up(self, sockets: Sockets) -> None:
         settings, identity = self._settings, self._identity
         sockets.watch(self._calls.fileno)
-        for region in (self._send_region, self._receive_region):
+        for region in (self._send_region, *self._receive_regions):
             if region is not None:
                 self._channel.register(region)
-        if self._receive_region is not None:
-            self.reception = self._make_reception(sockets, self._receive_region)
+        if self._receive_regions:
+            self.reception = self._make_reception(sockets, self._receive_regions)
         if self._send_region is not None:
             assert self._copy is not None
             piece_bytes = settings.piece_bytes or PIECE_BYTES[self._send_region.device]
-            self._pump = Pump(self._channel, self._copy, self._send_region, identity.layout, piece_bytes)
+            links = LinkTallies(self._clock)
+            self._pump = Pump(self._channel, self._copy, self._send_region, identity.layout, piece_bytes, links)
             self.dispatch = Dispatch(
-                identity.engine_id, self._hello, settings, sockets, self._channel, self._pump, self._clock
+                identity.engine_id,
+                identity.layout,
+                self._hello,
+                settings,
+                sockets,
+                self._channel,
+                self._pump,
+                self._clock,
+                links,
             )
         self._mechanism = sockets.mechanism()
         if self._settings.keys is not None:
             trusted = len(self._settings.keys.trusted)
             log.info("control sockets use %s; %d keys are trusted", self._mechanism, trusted)
 
-    def _make_reception(self, sockets: Sockets, region: Region) -> Reception:
+    def _make_reception(self, sockets: Sockets, regions: Sequence[Region]) -> Reception:
+        assert self._copy is not None
         settings = self._settings
         times = DeskTimes(
             settings.lease_seconds, settings.heartbeat_seconds, settings.claim_seconds, settings.memory_seconds
         )
-        desk = Desk(self._identity.engine_id, self._identity.layout, region.num_bytes, times)
+        desk = Desk(
+            self._identity.engine_id,
+            self._identity.layout,
+            [region.num_bytes for region in regions],
+            times,
+            settings.verify,
+            self._prefix.held if self._prefix is not None else nothing_held,
+        )
         welcome = Welcome(
             engine_id=self._identity.engine_id,
             compatibility=self._compatibility,
             agent_metadata=self._channel.local_metadata(),
-            region=MemoryRegion(region.address, region.num_bytes, region.device, region.device_index),
+            regions=tuple(
+                MemoryRegion(region.address, region.num_bytes, region.device, region.device_index) for region in regions
+            ),
         )
-        return Reception(welcome, self._here, settings, sockets, desk, self._received, self._clock)
+        return Reception(welcome, self._here, settings, sockets, desk, self._copy, self.ask, self._clock)
 
     def _hello(self, receiver: EngineId) -> Hello:
         return Hello(
@@ -219,29 +256,6 @@ class Driver:
             process=self._here,
             compatibility=self._compatibility,
         )
-
-    def _received(self, delivery: Deliver) -> ReceivedSlot:
-        assert self._copy is not None
-        transfer_id = delivery.transfer_id
-
-        def released() -> None:
-            assert self.reception is not None
-            self._delivered.pop(transfer_id, None)
-            self.reception.release(transfer_id)
-
-        def release() -> None:
-            self.ask(released)
-
-        slot = ReceivedSlot(
-            delivery.slot,
-            delivery.num_tokens,
-            delivery.num_blocks,
-            self._identity.layout,
-            self._copy,
-            release=release,
-        )
-        self._delivered[transfer_id] = slot
-        return slot
 
     def _turn(self, sockets: Sockets, seconds: float) -> None:
         """Sleep at most so long, then do everything there is to do."""
@@ -259,15 +273,20 @@ class Driver:
         self._calls.wake()
         self._calls.run()
         now = self._clock()
+        if self._progress_every != float("inf"):
+            self._progress()
         if self.reception is not None:
-            if self.reception.progress_every != float("inf"):
-                self._progress()
             self.reception.hear(ready)
             self.reception.tick(now)
         if self.dispatch is not None:
             self.dispatch.hear(ready)
             self.dispatch.tick(now)
             self._more = self.dispatch.step()
+
+    @property
+    def _progress_every(self) -> float:
+        sides = (self.reception, self.dispatch)
+        return min((side.progress_every for side in sides if side is not None), default=float("inf"))
 
     def _progress(self) -> None:
         try:
@@ -282,12 +301,10 @@ class Driver:
         seconds = float("inf")
         now = self._clock()
         if self.dispatch is not None:
-            seconds = min(seconds, self.dispatch.due - now)
-            if self.dispatch.busy:
-                seconds = min(seconds, self._settings.poll_seconds)
+            seconds = min(seconds, self.dispatch.due - now, self.dispatch.look_every)
         if self.reception is not None:
-            seconds = min(seconds, self.reception.due - now, self.reception.progress_every)
-        return max(seconds, 0.0)
+            seconds = min(seconds, self.reception.due - now)
+        return max(min(seconds, self._progress_every), 0.0)
 
     def _begin_closing(self) -> None:
         self._closing = True
@@ -319,13 +336,16 @@ class Driver:
         dispatch, reception = self.dispatch, self.reception
         held = reception.desk.bytes_by_state() if reception else Counter[ReceiverState]()
         return BeltSnapshot(
-            receive_bytes=reception.desk.num_bytes if reception else 0,
-            bytes_reserved=held[ReceiverState.RESERVED],
-            bytes_committed=held[ReceiverState.COMMITTED] + held[ReceiverState.CLAIMED],
+            receive_bytes=reception.desk.sizes[0] if reception else 0,
+            overflow_bytes=sum(reception.desk.sizes[1:]) if reception else 0,
+            overflow_bytes_used=reception.desk.overflow_bytes() if reception else 0,
+            bytes_reserved=held[ReceiverState.RESERVED] + held[ReceiverState.STREAMING],
+            bytes_committed=sum(held[state] for state in COMMITTED),
             bytes_quarantined=held[ReceiverState.QUARANTINED],
             arrivals=dict(reception.desk.states()) if reception else {},
             received_total=dict(reception.desk.ended_total) if reception else {},
             received_bytes_total=reception.desk.committed_bytes_total if reception else 0,
+            reused_bytes_total=reception.desk.reused_bytes_total if reception else 0,
             staging_bytes=self._send_region.num_bytes if self._send_region else 0,
             staging_bytes_used=self._pump.staging_bytes_used if self._pump else 0,
             sends=dict(dispatch.states()) if dispatch else {},

@@ -3,10 +3,11 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvbelt.transfer.plan import Run
 from kvbelt.transfer.ports import Fence, PagedCopy, SlotGoneError
+from kvbelt.transfer.shape import Part, SlotShape
 from kvbelt.transfer.slots import Slot
 from kvbelt.wire.layout import KVLayout
 
@@ -83,46 +84,34 @@ class SendingHandle:
 class ReceivedSlot:
     """``ReceivedKV``: a committed slot."""
 
-    def __init__(  # noqa: PLR0917 -- its seams
-        self,
-        slot: Slot,
-        num_tokens: int,
-        num_blocks: int,
-        layout: KVLayout,
-        copy: PagedCopy,
-        release: Callable[[], None],
+    whole = True
+
+    def __init__(
+        self, slot: Slot, num_tokens: int, shape: SlotShape, copy: PagedCopy, release: Callable[[], None]
     ) -> None:
         self.num_tokens = num_tokens
-        self.num_blocks = num_blocks
+        self.num_blocks = shape.num_blocks
+        self.first_block = shape.first_block
         self._slot = slot
-        self._layout = layout
+        self._shape = shape
         self._copy = copy
         self._release = release
         # Held while the slot is read, so that it cannot be released under a reader.
         self._lock = threading.Lock()
         self._gone = False
 
-    def scatter(self, block_ids: Sequence[int], first: int = 0) -> None:
+    def scatter(self, block_ids: Sequence[int], first: int | None = None) -> None:
         """Copy every layer's blocks, from the prompt's block ``first`` on, into these; returns when they are in place.
 
         Raises:
             SlotGoneError: it was released, or the belt was closed.
-            ValueError: more blocks than there are.
+            ValueError: blocks that were not sent.
         """
-        if first < 0 or first + len(block_ids) > self.num_blocks:
-            raise ValueError(f"blocks {first} to {first + len(block_ids)} to fill, the slot holds {self.num_blocks}")
+        wanted = _wanted(self._shape, block_ids, first)
         with self._lock:
             if self._gone:
                 raise SlotGoneError(f"slot {self._slot.name} was released")
-            stride = self.num_blocks * self._layout.block_bytes
-            offset = self._slot.offset + first * self._layout.block_bytes
-            blocks = tuple(block_ids)
-            fences: list[Fence] = []
-            for layer in range(self._layout.num_layers):
-                fences.append(self._copy.scatter(layer, blocks, offset + layer * stride))
-                # A copy may keep the interpreter to itself; who waits for it need not wait for all layers.
-                time.sleep(0)
-            wait_for(fences)
+            scatter_part(self._copy, self._slot, self._shape, self._shape.part(0), wanted)
 
     def release(self) -> None:
         """Free the slot. Waits for a scatter under way. Idempotent."""
@@ -131,6 +120,131 @@ class ReceivedSlot:
                 return
             self._gone = True
         self._release()
+
+
+class ReceivedParts:
+    """``ReceivedKV``: a prompt that comes in parts. Its parts and its end are told by the belt's thread."""
+
+    whole = False
+
+    def __init__(  # noqa: PLR0917 -- its seams
+        self,
+        slot: Slot,
+        num_tokens: int,
+        shape: SlotShape,
+        copy: PagedCopy,
+        taken: Callable[[], None],
+        release: Callable[[], None],
+    ) -> None:
+        self.num_tokens = num_tokens
+        self.num_blocks = shape.num_blocks
+        self.first_block = shape.first_block
+        self._slot = slot
+        self._shape = shape
+        self._copy = copy
+        self._taken = taken
+        self._release = release
+        # Guards what follows, and wakes the reader.
+        self._told = threading.Condition()
+        self._ready = 0  # parts that may be taken out
+        self._finished = False
+        self._broken: str | None = None
+        self._begun = False
+        self._released = False
+
+    # The reader's thread.
+
+    def scatter(self, block_ids: Sequence[int], first: int | None = None) -> None:
+        """Copy the prompt's blocks as they come; returns when all are in place.
+
+        It waits as long as the transfer may take: the belt ends it at its deadline, or when its writer is lost.
+
+        Raises:
+            SlotGoneError: a part did not come, it was released, or it is called for a second time.
+            ValueError: blocks that were not sent.
+        """
+        wanted = _wanted(self._shape, block_ids, first)
+        with self._told:
+            if self._begun:
+                raise SlotGoneError(f"slot {self._slot.name} comes in parts, and they can be taken out once")
+            self._begun = True
+        for part in self._shape.parts():
+            self._wait(lambda part=part: self._ready > part.number)  # type: ignore[misc]
+            scatter_part(self._copy, self._slot, self._shape, part, wanted)
+            self._taken()
+        # What was copied while the writer was being lost may be anything: only the belt knows that it is whole.
+        self._wait(lambda: self._finished)
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        with self._told:
+            self._told.wait_for(lambda: condition() or self._broken is not None)
+            if self._broken is not None:
+                raise SlotGoneError(self._broken)
+
+    def release(self) -> None:
+        """Read no more of it. A scatter under way ends with SlotGoneError. Idempotent."""
+        with self._told:
+            if self._released:
+                return
+            self._released = True
+            if not self._finished:
+                self._broken = self._broken or f"slot {self._slot.name} was released"
+            self._told.notify_all()
+        self._release()
+
+    # The belt's thread.
+
+    def part_ready(self) -> None:
+        """The next part has landed, and is right."""
+        with self._told:
+            self._ready += 1
+            self._told.notify_all()
+
+    def finish(self) -> None:
+        """Every part was taken while it was whole."""
+        with self._told:
+            self._finished = True
+            self._told.notify_all()
+
+    def fail(self, why: str) -> None:
+        """No part follows."""
+        with self._told:
+            self._broken = self._broken or why
+            self._told.notify_all()
+
+
+class Wanted(NamedTuple):
+    """Which of the engine's blocks the prompt's blocks ``first ..`` go into."""
+
+    block_ids: tuple[int, ...]
+    first: int
+
+
+def _wanted(shape: SlotShape, block_ids: Sequence[int], first: int | None) -> Wanted:
+    first = shape.first_block if first is None else first
+    if first < shape.first_block or first + len(block_ids) > shape.num_blocks:
+        raise ValueError(
+            f"blocks {first} to {first + len(block_ids)} to fill; {shape.first_block} to {shape.num_blocks} were sent"
+        )
+    return Wanted(tuple(block_ids), first)
+
+
+def scatter_part(copy: PagedCopy, slot: Slot, shape: SlotShape, part: Part, wanted: Wanted) -> None:
+    """Copy what is wanted of one part, every layer; returns when it is in place."""
+    start = max(part.first, wanted.first)
+    end = min(part.first + part.num_blocks, wanted.first + len(wanted.block_ids))
+    if start >= end:
+        return
+    whole = (start, end) == (wanted.first, wanted.first + len(wanted.block_ids))
+    # The same tuple where it can be: a copier knows it again (paged_copy.py).
+    blocks = wanted.block_ids if whole else wanted.block_ids[start - wanted.first : end - wanted.first]
+    fences: list[Fence] = []
+    for layer in range(shape.layout.num_layers):
+        offset = slot.offset + shape.offset_of(part, layer, start)
+        fences.append(copy.scatter(layer, blocks, offset, slot.region))
+        # A copy may keep the interpreter to itself; who waits for it need not wait for all layers.
+        time.sleep(0)
+    wait_for(fences)
 
 
 def wait_for(fences: Sequence[Fence]) -> None:

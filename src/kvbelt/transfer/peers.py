@@ -6,7 +6,7 @@ transfers that still have something to say to it have ended.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import zmq
@@ -30,6 +30,9 @@ from kvbelt.wire.ids import EngineId, TransferId
 
 log = logging.getLogger(__name__)
 
+#: Receivers at once. Each takes two of libzmq's sockets, of which a process has some thousand.
+MAX_PEERS = 256
+
 #: A field's name becomes part of a reason, and reasons label metrics: nothing longer than ours.
 _MAX_FIELD = 64
 
@@ -45,7 +48,7 @@ class Peer:
     give_up_at: float
     used_at: float
     agent: str | None = None  #: None: connecting
-    region: MemoryRegion | None = None  #: set together with ``agent``
+    regions: tuple[MemoryRegion, ...] = ()  #: set together with ``agent``
     lost: bool = False
     transfers: set[TransferId] = field(default_factory=set)  #: that have not ended
 
@@ -137,6 +140,11 @@ class Peers:
 
     def distrust(self, address: ReceiverAddress) -> tuple[str, str] | None:
         """Why nothing is sent to an address: reason and detail. None: nothing speaks against it."""
+        if address.engine_id not in self._peers and len(self._by_init) >= MAX_PEERS:
+            return "too_many_peers", f"{MAX_PEERS} decode workers are connected to, or being connected to"
+        return self._distrust_key(address)
+
+    def _distrust_key(self, address: ReceiverAddress) -> tuple[str, str] | None:
         keys, theirs = self._settings.keys, address.public_key
         if keys is None and theirs is None:
             return None
@@ -169,6 +177,10 @@ class Peers:
         if not peer.ready:
             return min(peer.hello_at, peer.give_up_at)
         return float("inf") if peer.transfers else peer.used_at + self._settings.peer_idle_seconds
+
+    def connected(self) -> Iterator[Peer]:
+        """Receivers connected to."""
+        return (peer for peer in self._peers.values() if peer.ready)
 
     @property
     def num_ready(self) -> int:
@@ -234,14 +246,15 @@ class Peers:
             return
         try:
             peer.agent = self._channel.add_peer(message.agent_metadata)
+            self._channel.connect(peer.agent)
         except ChannelError as error:
             self.lose(peer, "channel", f"the channel cannot reach {peer.address.engine_id}: {error}")
             return
-        peer.region = message.region
+        peer.regions = message.regions
         self._events.ready(peer)
 
 
 def _refused(field: str) -> str:
     """A refusal's reason, of low cardinality whatever the peer says."""
     name = field.rpartition(".")[2]
-    return f"refused_{name}" if name.isidentifier() and len(name) <= _MAX_FIELD else "refused"
+    return f"refused_{name}" if name.isidentifier() and len(name) <= _MAX_FIELD else "refused_unnamed"

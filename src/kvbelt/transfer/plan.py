@@ -6,11 +6,11 @@ descriptor, not by the byte, so neighbours on both sides are merged into one spa
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from kvbelt.wire.layout import KVLayout
+from kvbelt.transfer.shape import Part, SlotShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,11 @@ class Run:
     block_ids: Sequence[int]
     ready: Any = None
 
+    def cut(self, start: int, end: int) -> "Run":
+        """Its blocks from the prompt's block ``start`` up to ``end``, as far as it has them."""
+        skipped = max(start - self.first, 0)
+        return Run(self.layer, self.first + skipped, self.block_ids[skipped : max(end - self.first, 0)], self.ready)
+
 
 class Span(NamedTuple):
     """One descriptor: bytes here to bytes there."""
@@ -31,6 +36,19 @@ class Span(NamedTuple):
     num_bytes: int
 
 
+def by_part(run: Run, shape: SlotShape) -> Iterator[tuple[int, Run]]:
+    """A run cut at the borders of parts, each piece with its part. Blocks that do not travel are left out."""
+    first, end = max(run.first, shape.first_block), run.first + len(run.block_ids)
+    if end - first == len(run.block_ids) and not shape.in_parts:
+        yield 0, run
+        return
+    while first < end:
+        number = shape.part_of(first)
+        following = shape.first_block + (number + 1) * shape.part_blocks
+        yield number, run.cut(first, following)
+        first = following
+
+
 def take_batch(runs: deque[Run], max_blocks: int) -> list[Run]:
     """Take up to ``max_blocks`` blocks from the front, splitting the run that does not fit."""
     batch: list[Run] = []
@@ -38,22 +56,22 @@ def take_batch(runs: deque[Run], max_blocks: int) -> list[Run]:
     while runs and room > 0:
         run = runs.popleft()
         if len(run.block_ids) > room:
-            runs.appendleft(Run(run.layer, run.first + room, run.block_ids[room:], run.ready))
-            run = Run(run.layer, run.first, run.block_ids[:room], run.ready)
+            runs.appendleft(run.cut(run.first + room, run.first + len(run.block_ids)))
+            run = run.cut(run.first, run.first + room)
         batch.append(run)
         room -= len(run.block_ids)
     return batch
 
 
 def plan_writes(
-    batch: Sequence[Run], layout: KVLayout, num_blocks: int, staging_address: int, slot_address: int
+    batch: Sequence[Run], shape: SlotShape, part: Part, staging_address: int, slot_address: int
 ) -> list[Span]:
-    """The fewest spans from a batch, staged contiguously at ``staging_address``, to a slot of ``num_blocks``."""
+    """The fewest spans from a batch of one part, staged contiguously at ``staging_address``, to a slot."""
     spans: list[Span] = []
     local = staging_address
     for run in batch:
-        remote = slot_address + (run.layer * num_blocks + run.first) * layout.block_bytes
-        num_bytes = len(run.block_ids) * layout.block_bytes
+        remote = slot_address + shape.offset_of(part, run.layer, run.first)
+        num_bytes = len(run.block_ids) * shape.layout.block_bytes
         if spans and spans[-1].remote + spans[-1].num_bytes == remote:
             spans[-1] = Span(spans[-1].local, spans[-1].remote, spans[-1].num_bytes + num_bytes)
         else:

@@ -7,7 +7,9 @@ callbacks run on the belt's thread and must return quickly.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
+
+from kvbelt.wire.digest import Cells
 
 
 class SlotGoneError(Exception):
@@ -36,18 +38,42 @@ class Fence(Protocol):
         """Whether its bytes are in place. Never blocks."""
 
 
-class PagedCopy(Protocol):
-    """Copies whole blocks between an engine's paged KV and a contiguous staging buffer.
+class Digest(Fence, Protocol):
+    """A digest under way."""
 
-    ``offset`` is in bytes from the start of the staging buffer; block *i* of the call lies at
-    ``offset + i * layout.block_bytes``.
+    def value(self) -> int:
+        """What it is, once it is done (wire/digest.py)."""
+
+
+class PagedCopy(Protocol):
+    """Copies whole blocks between an engine's paged KV and contiguous staging buffers, and looks at what lies in these.
+
+    ``offset`` is in bytes from the start of a staging buffer; block *i* of the call lies at
+    ``offset + i * layout.block_bytes``. ``region`` says which receive buffer: 0, or 1 for the overflow.
     """
 
     def gather(self, layer: int, block_ids: Sequence[int], offset: int, ready: Any) -> Fence:
         """Paged blocks to staging, after ``ready`` (an engine's event, or None)."""
 
-    def scatter(self, layer: int, block_ids: Sequence[int], offset: int) -> Fence:
+    def scatter(self, layer: int, block_ids: Sequence[int], offset: int, region: int = 0) -> Fence:
         """Staging to paged blocks."""
+
+    def digest_sent(self, offset: int, cells: Cells) -> Digest:
+        """Of blocks that have been gathered."""
+
+    def digest_received(self, offset: int, cells: Cells, region: int = 0) -> Digest:
+        """Of blocks that a peer has written."""
+
+
+class PrefixIndex(Protocol):
+    """What an engine holds of prompts that it has seen."""
+
+    def held(self, hashes: Sequence[bytes]) -> int:
+        """How many blocks, from the first on, with these hashes are here; they count as used just now.
+
+        Called on the belt's thread; returns at once. A promise without a pin: a block may be evicted before the
+        prompt is read, and then the prompt is computed here. So nothing waits for anything that is held.
+        """
 
 
 class WriteHandle(Protocol):
@@ -82,6 +108,15 @@ class Channel(Protocol):
     def add_peer(self, metadata: bytes) -> str:
         """Learn a peer. Returns its agent name."""
 
+    def connect(self, agent: str) -> None:
+        """Begin to open the connection to a peer that was learnt, so that the first write finds it open.
+
+        Returns at once. What is left to do is done on the vendor's own threads, or in ``progress`` of both sides.
+
+        Raises:
+            ChannelError: the peer is not known, or cannot be reached.
+        """
+
     def remove_peer(self, agent: str) -> None:
         """Forget a peer and everything posted to it."""
 
@@ -99,6 +134,18 @@ class Channel(Protocol):
 
     def close(self) -> None:
         """Deregister and end."""
+
+
+@runtime_checkable
+class Reads(Protocol):
+    """A channel that can read, too. Transfers never do; a link is measured both ways (probing.py)."""
+
+    def read(self, agent: str, spans: Sequence[tuple[int, int, int]], device: str, peer_device: str) -> WriteHandle:
+        """Post one read into ``(local address, remote address, bytes)`` spans; returns at once.
+
+        Raises:
+            ChannelError: it could not be posted.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,21 +179,40 @@ class Sending(Protocol):
 
 
 class ReceivedKV(Protocol):
-    """A committed slot on a decode worker."""
+    """A prompt's KV on a decode worker: committed, or coming in parts.
 
-    num_tokens: int
+    What is larger than the buffer comes in parts while it is read: ``scatter`` then takes as long as they take to
+    come, and can be called once. So it is called on a thread that may wait.
+    """
 
-    def scatter(self, block_ids: Sequence[int], first: int = 0) -> None:
+    num_tokens: int  #: of the prompt
+    num_blocks: int  #: of the prompt
+    first_block: int  #: those before it were not sent, because this process's engine had them (PrefixIndex)
+    whole: bool  #: every byte is there: ``scatter`` takes as long as the copies take
+
+    def scatter(self, block_ids: Sequence[int], first: int | None = None) -> None:
         """Copy every layer's blocks, from the prompt's block ``first`` on, into these; returns when they are in place.
 
-        Thread of the caller.
+        Args:
+            block_ids: as many of the engine's blocks as are wanted.
+            first: the prompt's block that goes into the first of them; None: ``first_block``.
 
         Raises:
-            SlotGoneError: the slot is no longer this transfer's.
+            SlotGoneError: the slot is no longer this transfer's, or a part did not come.
+            ValueError: blocks that were not sent.
         """
 
     def release(self) -> None:
         """Free the slot. Idempotent."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerOutcome:
+    """Whether a receiver could be connected to."""
+
+    ok: bool
+    reason: str  #: empty, or a low-cardinality cause as in TransferOutcome
+    detail: str  #: for people; of a refused handshake, the two values that differ
 
 
 @dataclass(frozen=True, slots=True)

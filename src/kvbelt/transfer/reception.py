@@ -1,4 +1,4 @@
-"""The receiving side's driver: performs what the desk commands, greets peers, and looks after dead ones.
+"""The receiving side's driver: performs what the desk commands, greets peers, looks after dead ones, compares digests.
 
 Everything here runs on the belt's thread.
 """
@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import zmq
 
 from kvbelt.security.keys import fingerprint, speaks_for
+from kvbelt.transfer.checks import Checks, Verdict
+from kvbelt.transfer.deliveries import Deliveries
 from kvbelt.transfer.desk import Desk, DeskCommand
 from kvbelt.transfer.fencing import is_dead, same_machine
-from kvbelt.transfer.ports import Lost, ReceivedKV
-from kvbelt.transfer.receiver import Answer, Deliver, Lose
+from kvbelt.transfer.ports import Lost, PagedCopy, ReceivedKV
+from kvbelt.transfer.receiver_commands import Answer, Break, Check, Deliver, Finish, Lose, PartReady
 from kvbelt.transfer.settings import BeltSettings
 from kvbelt.transfer.sockets import Sockets
 from kvbelt.wire import codec
@@ -27,7 +29,7 @@ from kvbelt.wire.handshake import (
     first_difference,
 )
 from kvbelt.wire.ids import EngineId, TransferId
-from kvbelt.wire.reservation import Expired, FromSender, Refused, Reserve
+from kvbelt.wire.reservation import Cancel, Cancelled, Expired, FromSender, Refused, Reserve
 
 log = logging.getLogger(__name__)
 
@@ -65,14 +67,15 @@ class Reception:
         settings: BeltSettings,
         sockets: Sockets,
         desk: Desk,
-        deliver: Callable[[Deliver], ReceivedKV],
+        copy: PagedCopy,
+        ask: Callable[[Callable[[], None]], object],
         clock: Callable[[], float],
     ) -> None:
         self._welcome = welcome
         self._here = here
         self._settings = settings
         self._sockets = sockets
-        self._deliver = deliver
+        self._checks = Checks(copy, settings.verify)
         self._clock = clock
         self._refusals = sockets.refusals
         self._handshakes = codec.handshakes(codec.MAX_HELLO_BYTES)
@@ -81,7 +84,9 @@ class Reception:
         # One callback for every reader that was not told yet.
         self._readers: dict[TransferId, Callable[[ReceivedKV | Lost], None]] = {}
         self._look_at = 0.0
+        self._opening_until = 0.0  # the latest writer's connection is being opened
         self.desk = desk
+        self.deliveries = Deliveries(copy, ask, taken=self.part_taken, released=self.release)
         host = settings.bind_host
         self._init_socket, self.init_port = sockets.bind(
             "init", host, settings.init_port, "the handshake (init) port", "pd_peer_init_port"
@@ -105,8 +110,12 @@ class Reception:
         if self._readers.get(transfer_id) is on_arrival:
             self._perform(self.desk.unclaim(transfer_id, self._clock()))
 
+    def part_taken(self, transfer_id: TransferId) -> None:
+        """The next part of it has been read."""
+        self._perform(self.desk.part_taken(transfer_id, self._clock()))
+
     def release(self, transfer_id: TransferId) -> None:
-        """It has been read."""
+        """It has been read, or nobody reads on."""
         self._perform(self.desk.release(transfer_id, self._clock()))
 
     # What happens.
@@ -114,11 +123,11 @@ class Reception:
     def hear(self, ready: set[zmq.Socket[bytes]]) -> None:
         """Messages have arrived on these sockets; those of others are left alone."""
         if self._init_socket in ready:
-            self._take("init", self._init_socket, self._on_handshake)
+            self._read("init", self._init_socket, self._on_handshake)
         if self._alloc_socket in ready:
-            self._take("alloc", self._alloc_socket, self._on_message)
+            self._read("alloc", self._alloc_socket, self._on_message)
 
-    def _take(self, name: str, socket: zmq.Socket[bytes], on_frame: Callable[[bytes, bytes, str | None], None]) -> None:
+    def _read(self, name: str, socket: zmq.Socket[bytes], on_frame: Callable[[bytes, bytes, str | None], None]) -> None:
         for frames, key in self._sockets.received(socket):
             try:
                 if len(frames) != 2:
@@ -133,6 +142,8 @@ class Reception:
     def tick(self, now: float) -> None:
         """Let time pass."""
         self._perform(self.desk.tick(now))
+        for verdict in self._checks.ended():
+            self._take(verdict)
         suspects = self.desk.suspects()
         if suspects and self._look_at <= now:
             self._look_at = now + SUSPICION_SECONDS
@@ -150,7 +161,9 @@ class Reception:
     @property
     def progress_every(self) -> float:
         """How often the channel must be given a chance to work; infinity: not at all."""
-        if self.desk.expects_writes:
+        if self._checks.under_way:
+            return self._settings.poll_seconds
+        if self.desk.expects_writes or self._clock() < self._opening_until:
             return self._settings.progress_seconds
         return SUSPICION_SECONDS if self.desk.suspects() else float("inf")
 
@@ -205,6 +218,7 @@ class Reception:
                 self._perform(self.desk.writer_dead(engine_id, now))
                 del self._writers[engine_id]
         self._writers[hello.engine_id] = Writer(hello.worker, hello.process, key, now)
+        self._opening_until = now + self._settings.opening_seconds
         return ours
 
     def _forget_writers(self, now: float) -> None:
@@ -236,6 +250,10 @@ class Reception:
                     detail=f"{message.sender} has not said hello to {self._welcome.engine_id}",
                 )
                 Sockets.say(self._alloc_socket, route, self._reservations.encode(refused))
+            elif isinstance(message, Cancel):
+                # Who is not known has nothing here, and may go: rule 4 of sender_states.py.
+                known = Cancelled(transfer_id=message.transfer_id, slot=message.slot)
+                Sockets.say(self._alloc_socket, route, self._reservations.encode(known))
             return
         writer.route = route
         writer.seen_at = self._clock()
@@ -272,10 +290,20 @@ class Reception:
                     writer = self._writers.get(engine_id)
                     if writer is not None and writer.route is not None:
                         Sockets.say(self._alloc_socket, writer.route, self._reservations.encode(message))
+                case Check():
+                    verdict = self._checks.begin(command)
+                    if verdict is not None:
+                        self._take(verdict)
                 case Deliver():
-                    self._readers.pop(command.transfer_id)(self._deliver(command))
+                    self._readers.pop(command.transfer_id)(self.deliveries.make(command))
+                case PartReady() | Finish() | Break():
+                    self.deliveries.tell(command)
                 case Lose(transfer_id, reason, detail):
                     self._readers.pop(transfer_id)(Lost(reason, detail))
+
+    def _take(self, verdict: Verdict) -> None:
+        transfer_id, part, right = verdict
+        self._perform(self.desk.verified(transfer_id, part, self._clock(), right=right))
 
 
 def _may_speak(key: str | None, engine_id: EngineId) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from kvbelt.errors import SettingsError
 from kvbelt.security.keys import PROXY, Keys
 from kvbelt.wire.block_hash import HASH_SCHEME
+from kvbelt.wire.digest import Verify
 from kvbelt.wire.handshake import PROTOCOL_VERSION, Compatibility
 from kvbelt.wire.ids import EngineId
 from kvbelt.wire.layout import KVLayout
@@ -65,9 +66,11 @@ class BeltSettings:
     #: How long committed KV waits for its reader. The proxy calls the decode worker the moment the first token is
     #: known, so KV that nobody has claimed by then belongs to a request that ended at its first token, or to a client
     #: that has gone.
-    claim_seconds: float = 10.0
+    claim_seconds: float = 5.0
     #: How long a peer may take to answer a handshake.
     handshake_seconds: float = 5.0
+    #: Which digests of what lands here are compared before it becomes visible (wire/digest.py).
+    verify: Verify = "sample"
     #: Bytes gathered and written in one go; 0: as suits the device (belt.py).
     piece_bytes: int = 0
     #: Blocks are passed on to the belt's thread in batches of at least so many bytes: a short prompt's layers are
@@ -77,6 +80,8 @@ class BeltSettings:
     poll_seconds: float = 100e-6
     #: Between two calls of ``Channel.progress`` while a peer may be writing here.
     progress_seconds: float = 1e-3
+    #: For so long after a handshake the channel may work, too: it opens the connection (``Channel.connect``).
+    opening_seconds: float = 0.5
     #: A peer unused for so long is forgotten, and what the channel holds for it is freed.
     peer_idle_seconds: float = 600.0
     #: How long the end of a transfer is remembered, for messages that come late.
@@ -97,6 +102,7 @@ class BeltSettings:
             "handshake_seconds",
             "poll_seconds",
             "progress_seconds",
+            "opening_seconds",
         ):
             value = getattr(self, name)
             if not value > 0:

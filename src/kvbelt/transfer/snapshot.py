@@ -22,12 +22,15 @@ class BeltSnapshot:
 
     # The receiving side.
     receive_bytes: int  #: size of the receive buffer; 0: this process receives nothing
+    overflow_bytes: int  #: size of the overflow buffer; 0: there is none
+    overflow_bytes_used: int
     bytes_reserved: int  #: granted, being written
     bytes_committed: int  #: complete, not yet released by a reader
     bytes_quarantined: int  #: ended, but the writer has not acknowledged and is not known dead
     arrivals: Mapping[str, int]  #: transfers now in each receiver state (``"queued"``, ``"reserved"``, ...)
     received_total: Mapping[str, int]  #: ended transfers by reason (``"done"``, ``"cancelled"``, ``"lease"``, ...)
-    received_bytes_total: int  #: committed bytes
+    received_bytes_total: int  #: that came and were made visible
+    reused_bytes_total: int  #: that did not have to come, because this process's engine had them
     # The sending side.
     staging_bytes: int
     staging_bytes_used: int

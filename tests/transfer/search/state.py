@@ -1,0 +1,201 @@
+"""One state of the model of both machines: its parts, how it is copied, and how equal ones are known."""
+
+import functools
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import msgspec
+
+from kvbelt.transfer import receiver_states, sender_states
+from kvbelt.transfer.desk import Desk, DeskTimes
+from kvbelt.transfer.receiver_commands import Deliver
+from kvbelt.transfer.receiver_states import RECEIVER_TABLE, LeaseLapsed, ReminderDue
+from kvbelt.transfer.receiver_states import DeadlinePassed as ReceiverDeadline
+from kvbelt.transfer.sender import Outcome, SenderSession, SendPlan
+from kvbelt.transfer.sender_states import (
+    SENDER_TABLE,
+    DeadlinePassed,
+    PeerSilent,
+    SenderState,
+    StopOverdue,
+    Unanswered,
+)
+from kvbelt.transfer.shape import SlotShape
+from kvbelt.wire import reservation as wire
+from kvbelt.wire.digest import Verify
+from kvbelt.wire.ids import EngineId, SlotName, TransferId
+from kvbelt.wire.layout import KVLayout
+from tests.transfer.search.snapshots import Snapshots
+
+CELL = 4096
+LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=1, block_size=1, dtype="x", order="x", block_bytes=CELL)
+D = EngineId("d")
+LEASE, BEAT, DEADLINE = 2.0, 0.25, 15.0
+
+#: Words and figures for people, which no side acts on: in them alone messages do not differ.
+_WORDS = {"reason": "", "detail": "", "position": 0, "retry_after_seconds": 0.0}
+
+
+def plain(message: Any) -> Any:
+    """A message without words."""
+    words = {name: value for name, value in _WORDS.items() if name in message.__struct_fields__}
+    return msgspec.structs.replace(message, **words) if words else message
+
+
+#: Which of the ends without success it was is told to people; neither side does anything else because of it.
+_OVER = dict.fromkeys((*sender_states.FINAL, *receiver_states.FINAL), "over") | {SenderState.DONE: "done"}
+
+SNAPSHOTS = Snapshots(shared=(SENDER_TABLE, RECEIVER_TABLE), alike=_OVER)
+
+
+SENDERS_TIMERS = (PeerSilent, DeadlinePassed, StopOverdue, Unanswered)
+RECEIVERS_TIMERS = (LeaseLapsed, ReceiverDeadline, ReminderDue)
+ALL_TIMERS = (*SENDERS_TIMERS, *RECEIVERS_TIMERS)
+#: All that lead to different states: a deadline is an end like others.
+SOME_TIMERS = (PeerSilent, StopOverdue, LeaseLapsed, ReminderDue)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What is in a search."""
+
+    blocks: tuple[int, ...] = (2,)  #: of each transfer's prompt; each block is one write
+    buffer: int = 2  #: blocks
+    verify: Verify = "off"
+    once: bool = False  #: a message arrives once, in any order: of a network that is well
+    in_flight: int = 1  #: writes of one transfer at a time
+    troubled: int = 2  #: so many of the transfers, the first ones, have any of the following trouble
+    claimed: bool = False  #: readers have asked before anything else happens
+    beats: bool = True  #: heartbeats are said
+    timers: tuple[type, ...] = ALL_TIMERS  #: that go off, at any time, wherever the tables allow it
+    cancels: bool = True  #: either side's client may go away
+    stops: bool = True  #: a worker may be stopped, and wake up
+    kills: bool = True
+    faults: bool = True  #: a write may fail, or land nothing where digests are there to find it
+    forgets: bool = True  #: a side forgets what is over, and hears of it again; the desk once
+    lands: bool = True  #: False: writes stay in flight until they are aborted
+
+
+@functools.cache
+def _without_trouble(bounds: Bounds) -> Bounds:
+    return replace(bounds, timers=(), beats=False, cancels=False, stops=False, kills=False, faults=False, forgets=False)
+
+
+@dataclass(slots=True)
+class Side:
+    """One transfer on its prefill worker: the session, and what its driver and its writes do."""
+
+    session: SenderSession | None  #: None: forgotten
+    life: str = "running"  #: of the process; or ``stopped``, ``dead``
+    shape: SlotShape | None = None
+    slot: SlotName | None = None
+    base: int = 0  #: block of the buffer that the slot begins at
+    posted: int = 0
+    flying: list[int] = field(default_factory=list)
+    landed: set[int] = field(default_factory=set)
+    reported: int = 0  #: parts
+    taken: int = 0
+    told: int = 0  #: outcomes
+    outcome: Outcome | None = None
+    stopped_once: bool = False
+    abandoned: bool = False
+
+
+@dataclass(slots=True)
+class Reader:
+    """One transfer's reader on the decode worker."""
+
+    asked: bool = False
+    forgotten: bool = False  #: the desk has forgotten the transfer once
+    gone: bool = False
+    told: int = 0
+    delivery: Deliver | None = None
+    ready: int = 0
+    taken: int = 0
+    finished: bool = False
+    broken: bool = False
+    released: bool = False
+
+
+class State:
+    """Of the model.
+
+    States share what they have in common: a part is copied when it changes (``_own``), and its key is kept until then.
+    """
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
+        self._owned: set[tuple[str, int]] = set()
+        self._keys: dict[tuple[str, int], int] = {}
+        times = DeskTimes(LEASE, BEAT, claim_seconds=60.0, memory_seconds=60.0)
+        self.desk = Desk(D, LAYOUT, [bounds.buffer * CELL], times, bounds.verify)
+        self.memory: dict[int, tuple[int, int]] = {}  #: block of the buffer: (transfer, block of the prompt)
+        self.checks: set[tuple[int, int | None]] = set()
+        self.to_desk: set[wire.FromSender] = set()
+        self.to_sides: set[tuple[int, wire.FromReceiver]] = set()
+        self.sides = [Side(SenderSession(self._plan(number), 0.0)) for number in range(len(bounds.blocks))]
+        self.readers = [Reader() for _ in bounds.blocks]
+        self.now = 0.0
+
+    def _bounds_of(self, number: int) -> Bounds:
+        return self.bounds if number < self.bounds.troubled else _without_trouble(self.bounds)
+
+    def _plan(self, number: int) -> SendPlan:
+        blocks = self.bounds.blocks[number]
+        return SendPlan(
+            TransferId(f"t{number}"),
+            EngineId(f"p{number}"),
+            D,
+            blocks,
+            blocks,
+            LAYOUT.slot_bytes(blocks),
+            DEADLINE,
+            BEAT,
+            LEASE,
+        )
+
+    # As a model.
+
+    def copy(self) -> Self:
+        """Another one in the same state."""
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        new.memory, new.checks = self.memory.copy(), self.checks.copy()
+        new.to_desk, new.to_sides = self.to_desk.copy(), self.to_sides.copy()
+        new.sides, new.readers = self.sides.copy(), self.readers.copy()
+        new._owned, new._keys = set(), self._keys.copy()
+        # Also of the state that is copied: nothing of it may change any more.
+        self._owned.clear()
+        return new
+
+    def _own(self, kind: str, number: int = 0) -> Any:
+        """A part of this state that is about to change."""
+        parts = self.__dict__ if kind == "desk" else getattr(self, kind)
+        where = kind if kind == "desk" else number
+        if (kind, number) not in self._owned:
+            self._owned.add((kind, number))
+            parts[where] = SNAPSHOTS.copy(parts[where])
+        self._keys.pop((kind, number), None)
+        return parts[where]
+
+    def _key_of(self, kind: str, number: int = 0) -> int:
+        known = self._keys.get((kind, number))
+        if known is None:
+            part = self.desk if kind == "desk" else getattr(self, kind)[number]
+            known = self._keys[kind, number] = hash(SNAPSHOTS.key(part))
+        return known
+
+    def key(self) -> Hashable:
+        """Equal for equal states."""
+        return (self.without_network(), frozenset(self.to_desk), frozenset(self.to_sides))
+
+    def without_network(self) -> Hashable:
+        """Equal for states that differ in what was said only."""
+        return (
+            self._key_of("desk"),
+            *(self._key_of("sides", number) for number in range(len(self.sides))),
+            *(self._key_of("readers", number) for number in range(len(self.readers))),
+            frozenset(self.memory.items()),
+            frozenset(self.checks),
+        )
