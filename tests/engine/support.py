@@ -9,9 +9,18 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
-from kvbelt.engine.api import FinishReason, GenerationRequest, IncomingKV, OutgoingKV, Output, SamplingParams
+from kvbelt.engine.api import (
+    FinishReason,
+    GenerationRequest,
+    IncomingKV,
+    OutgoingKV,
+    Output,
+    PrefixHashes,
+    SamplingParams,
+)
 from kvbelt.engine.engine import Engine
 from kvbelt.engine.settings import EngineSettings
+from kvbelt.wire.block_hash import block_hashes, chained, root
 
 EOS = 256
 VOCAB = 260
@@ -77,6 +86,11 @@ def engine_of(folder: Path, *, num_blocks: int = 64, block_size: int = 4, **more
         engine.validate()
 
 
+def prefix_of(tokens: Sequence[int], block_size: int, salt: str = "") -> PrefixHashes:
+    """How a worker names a prompt's blocks."""
+    return PrefixHashes(root(salt), block_hashes(tokens, block_size, salt), chained)
+
+
 class Client:
     """One request and everything that was said to it."""
 
@@ -89,13 +103,14 @@ class Client:
         name: str | None = None,
         incoming: IncomingKV | None = None,
         outgoing: OutgoingKV | None = None,
+        prefix: PrefixHashes | None = None,
         submit: bool = True,
     ) -> None:
         self.engine = engine
         self.outputs: list[Output] = []
         self.changed = threading.Condition()
         self.request = GenerationRequest(
-            name or f"request-{id(self)}", tuple(prompt), params, self._on_output, incoming, outgoing
+            name or f"request-{id(self)}", tuple(prompt), params, self._on_output, incoming, outgoing, prefix
         )
         if submit:
             engine.submit(self.request)

@@ -49,19 +49,19 @@ class Delivery:
         self.engine = engine
         self.carrier = carrier
         self.num_tokens = num_tokens
+        self.first_block = 0
         self.lost = lost
         self.loads = 0
         self.releases = 0
 
-    def load(self, block_ids: Sequence[int]) -> None:
+    def load(self, block_ids: Sequence[int], first: int) -> None:
         """Copy into the engine's blocks."""
         self.loads += 1
         if self.lost:
             raise IncomingKVLostError("slot expired")
-        assert len(block_ids) == self.engine.layout.blocks(self.num_tokens)
         for layer in range(self.engine.layout.num_layers):
             for i, block in enumerate(block_ids):
-                self.engine.pool.layers[layer][block].copy_(self.carrier.copied[layer, i])
+                self.engine.pool.layers[layer][block].copy_(self.carrier.copied[layer, first + i])
 
     def release(self) -> None:
         """Count."""

@@ -1,71 +1,10 @@
-"""Blocks have one owner, neighbours are preferred, and both ways of reading see the same."""
+"""A block is a run of bytes, and both ways of reading see the same."""
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from kvbelt.engine.attention import Segment, Step
-from kvbelt.engine.pool import BlockAllocator, KVPool, OutOfBlocksError, is_run, make_layout
-
-
-@given(data=st.data())
-def test_blocks_have_one_owner_whatever_happens(data: st.DataObject) -> None:
-    """Any order of allocating, growing, freeing, holding and releasing keeps every block in exactly one place."""
-    allocator = BlockAllocator(24)
-    tables: list[list[int]] = []
-    holds: list[list[int]] = []
-    for _ in range(data.draw(st.integers(1, 40))):
-        action = data.draw(st.sampled_from(["allocate", "grow", "free", "hold", "release"]))
-        count = data.draw(st.integers(0, 8))
-        if action == "allocate" and count <= allocator.num_free:
-            tables.append(allocator.allocate(count, data.draw(st.integers(0, 30))))
-        elif action == "grow" and tables and count <= allocator.num_free:
-            allocator.grow(data.draw(st.sampled_from(tables)), count)
-        elif action in {"free", "hold"} and tables:
-            table = tables.pop(data.draw(st.integers(0, len(tables) - 1)))
-            if action == "free":
-                allocator.free(table)
-            else:
-                allocator.hold(table)
-                holds.append(table)
-        elif action == "release" and holds:
-            allocator.release(holds.pop())
-        allocator.validate(tables, holds)
-        assert allocator.num_held == sum(map(len, holds))
-
-
-def test_growing_requests_keep_their_neighbours() -> None:
-    """Two requests that grow in turn each stay one run, because newcomers leave room."""
-    allocator = BlockAllocator(32)
-    first = allocator.allocate(2, may_grow_to=8)
-    second = allocator.allocate(2, may_grow_to=8)
-    for _ in range(6):
-        allocator.grow(first, 1)
-        allocator.grow(second, 1)
-    assert is_run(first)
-    assert is_run(second)
-
-
-def test_claimed_blocks_are_given_away_in_need() -> None:
-    """A claim promises nothing: the last blocks go to whoever asks."""
-    allocator = BlockAllocator(8)
-    allocator.allocate(1, may_grow_to=8)
-    assert len(allocator.allocate(7)) == 7
-    with pytest.raises(OutOfBlocksError):
-        allocator.allocate(1)
-
-
-def test_foreign_blocks_cannot_be_given_back() -> None:
-    """Freeing twice, or what is held, is a bug that is caught."""
-    allocator = BlockAllocator(8)
-    blocks = allocator.allocate(2)
-    allocator.hold(blocks)
-    with pytest.raises(AssertionError):
-        allocator.free(blocks)
-    allocator.release(blocks)
-    with pytest.raises(AssertionError):
-        allocator.release(blocks)
+from kvbelt.engine.pool import KVPool, make_layout
 
 
 def test_a_block_is_contiguous_bytes() -> None:

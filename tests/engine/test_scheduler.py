@@ -1,79 +1,53 @@
 """The plan of a step, without any model."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvbelt.engine.api import GenerationRequest, SamplingParams
-from kvbelt.engine.pool import BlockAllocator
-from kvbelt.engine.scheduler import Scheduler, Sequence, StepPlan
+from kvbelt.engine.api import PrefixHashes
+from kvbelt.engine.scheduler import PREFIX_EVICTED, Load, Scheduler
+from kvbelt.engine.sequence import Sequence, SequenceState
+from kvbelt.wire.block_hash import chained, root
+from tests.engine.simulation import BLOCK, Arrived, Simulation, states
 
-BLOCK = 4
-ANYONE = object()
-
-
-class Simulation:
-    """Runs plans: computes chunks, draws a token where one is due, ends what is full."""
-
-    def __init__(self, num_blocks: int, max_batch_tokens: int = 8, max_running: int = 4) -> None:
-        self.allocator = BlockAllocator(num_blocks)
-        self.scheduler = Scheduler(
-            self.allocator, block_size=BLOCK, max_batch_tokens=max_batch_tokens, max_running=max_running
-        )
-        self.num_blocks = num_blocks
-        self.max_batch_tokens = max_batch_tokens
-        self.max_running = max_running
-        self.arrivals = 0
-        self.finished: list[Sequence] = []
-        self.first_steps: list[int] = []
-
-    def add(self, prompt: int, answer: int, *, outgoing: bool = False) -> Sequence:
-        """A request of so many tokens in and out."""
-        self.arrivals += 1
-        request = GenerationRequest(
-            str(self.arrivals), tuple(range(prompt)), SamplingParams(), print, outgoing=ANYONE if outgoing else None
-        )
-        sequence = Sequence(request, self.arrivals, answer)
-        self.scheduler.add(sequence)
-        return sequence
-
-    def step(self) -> StepPlan:
-        """Plan, check the plan, and do it."""
-        plan = self.scheduler.schedule()
-        assert sum(chunk.length for chunk in plan.chunks) <= self.max_batch_tokens
-        assert len({id(chunk.sequence) for chunk in plan.chunks}) == len(plan.chunks)
-        assert len(self.scheduler.running) <= self.max_running
-        assert all(sequence.preemptible for sequence in plan.preempted)
-        lengths = [chunk.length == 1 for chunk in plan.chunks]
-        assert lengths == sorted(lengths, reverse=True), "single tokens come first"
-        self.first_steps.extend(sequence.arrival for sequence in plan.admitted if not sequence.preemptions)
-        for chunk in plan.chunks:
-            sequence = chunk.sequence
-            assert chunk.start == sequence.computed
-            assert chunk.length > 0
-            assert len(sequence.block_ids) * BLOCK >= chunk.start + chunk.length
-            samples = chunk.samples
-            sequence.computed += chunk.length
-            if samples:
-                sequence.token_ids.append(0)
-                if sequence.output_len == sequence.max_tokens:
-                    self.end(sequence)
-        self.validate()
-        return plan
-
-    def end(self, sequence: Sequence) -> None:
-        """It is over."""
-        self.scheduler.remove(sequence)
-        self.allocator.free(sequence.block_ids)
-        sequence.block_ids = []
-        self.finished.append(sequence)
-
-    def validate(self) -> None:
-        """Check every invariant."""
-        self.scheduler.validate()
-        self.allocator.validate([sequence.block_ids for sequence in self.scheduler.running], [])
+#: Few tokens, so that prompts begin alike now and then.
+prompts = st.lists(st.sampled_from([0, 0, 0, 1]), min_size=1, max_size=20)
+kinds = st.sampled_from(["plain", "plain", "outgoing", "incoming", "both"])
+request = st.tuples(prompts, st.integers(1, 16), kinds, st.integers(0, 2), st.booleans())
 
 
-request = st.tuples(st.integers(1, 20), st.integers(1, 16), st.booleans())
+def run_at_random(simulation: Simulation, requests, data: st.DataObject) -> None:
+    """Requests come, are aborted, load and are held in any order, until all are over."""
+    to_come = list(requests)
+
+    def let_go() -> bool:
+        """Somebody else does something for which the engine may have waited."""
+        ends = [lambda load=load: simulation.end_load(load, lost=data.draw(st.booleans())) for load in simulation.loads]
+        ends += [lambda hold=hold: simulation.release(hold) for hold in simulation.holds]
+        if ends:
+            data.draw(st.sampled_from(ends))()
+        return bool(ends)
+
+    for _ in range(2000):
+        if to_come and data.draw(st.integers(0, 2)) == 0:
+            tokens, answer, kind, first_block, caches = to_come.pop()
+            kv = (
+                Arrived(len(tokens), min(first_block, (len(tokens) - 1) // BLOCK))
+                if kind in {"incoming", "both"}
+                else None
+            )
+            simulation.add(tokens, answer, outgoing=kind in {"outgoing", "both"}, incoming=kv, caches=caches)
+        if not (simulation.alive or to_come or simulation.loads or simulation.holds):
+            break
+        if simulation.alive and data.draw(st.integers(0, 25)) == 0:
+            simulation.end(data.draw(st.sampled_from(simulation.alive)))
+        if data.draw(st.integers(0, 3)) == 0:
+            let_go()
+        plan = simulation.step()
+        if not (plan.chunks or plan.preempted or plan.admitted) and simulation.alive:
+            assert let_go(), "nobody gets on, and nothing could change that"
+    assert len(simulation.finished) == len(requests)
+    assert simulation.allocator.num_free == simulation.num_blocks
 
 
 @settings(deadline=None)
@@ -84,23 +58,10 @@ request = st.tuples(st.integers(1, 20), st.integers(1, 16), st.booleans())
     data=st.data(),
 )
 def test_everybody_gets_served(requests, num_blocks, budget, data) -> None:
-    """Whatever comes and whenever it is aborted, every request ends, newcomers start in order, and no block leaks."""
+    """Whatever is shared, loads, is lost or aborted: every request ends, in order, and reads nothing but its own."""
     simulation = Simulation(num_blocks, budget)
-    to_come = list(requests)
-    for _ in range(2000):
-        if to_come and data.draw(st.integers(0, 2)) == 0:
-            prompt, answer, outgoing = to_come.pop()
-            simulation.add(prompt, answer, outgoing=outgoing)
-        everybody = simulation.scheduler.running + simulation.scheduler.waiting
-        if not everybody and not to_come:
-            break
-        if everybody and data.draw(st.integers(0, 25)) == 0:
-            simulation.end(data.draw(st.sampled_from(everybody)))
-        plan = simulation.step()
-        assert plan.chunks or not simulation.scheduler.running + simulation.scheduler.waiting
-    assert len(simulation.finished) == len(requests)
+    run_at_random(simulation, requests, data)
     assert simulation.first_steps == sorted(simulation.first_steps)
-    assert simulation.allocator.num_free == num_blocks
 
 
 def test_decodes_do_not_wait_for_a_long_prompt() -> None:
@@ -127,6 +88,140 @@ def test_the_youngest_is_preempted_and_comes_back_first() -> None:
     while len(simulation.finished) < 3:
         simulation.step()
     assert old.preemptions == 0
+
+
+def test_shared_blocks_are_counted_once() -> None:
+    """Requests that could not run side by side with blocks of their own do with shared ones."""
+    simulation = Simulation(12, max_batch_tokens=40)
+    prompt = [1] * 6 * BLOCK
+    simulation.add(prompt, 1, caches=True)
+    simulation.step()
+    for _ in range(3):
+        simulation.add([*prompt, 2], 3, caches=True)
+    simulation.step()
+    assert states(simulation) == [SequenceState.RUNNING] * 3
+
+
+def test_kv_from_elsewhere_is_loaded_before_a_request_runs() -> None:
+    """While it loads it has its blocks and is not scheduled; others go on, and it follows when it is told."""
+    simulation = Simulation(20, max_batch_tokens=16)
+    other = simulation.add(4, 20)
+    loading = simulation.add(10, 3, incoming=Arrived(10))
+    plan = simulation.step()
+    assert [load.sequence for load in plan.loads] == [loading]
+    for _ in range(3):
+        assert [chunk.sequence for chunk in simulation.step().chunks] == [other]
+    simulation.end_load(simulation.loads[0])
+    (chunk,) = (chunk for chunk in simulation.step().chunks if chunk.sequence is loading)
+    assert (chunk.start, chunk.length) == (9, 1)
+
+
+def test_lost_kv_is_computed() -> None:
+    """A load that fails leaves the request where any newcomer begins."""
+    simulation = Simulation(20, max_batch_tokens=16)
+    loading = simulation.add(10, 3, incoming=Arrived(10))
+    simulation.step()
+    simulation.end_load(simulation.loads[0], lost=True)
+    (chunk,) = simulation.step().chunks
+    assert (chunk.start, chunk.length) == (0, 10)
+    assert loading.lost == "lost"
+
+
+def test_only_what_is_not_cached_is_loaded() -> None:
+    """The table begins with cached blocks; the load fills those behind them, and not the last token's own block."""
+    simulation = Simulation(20, max_batch_tokens=40)
+    head = [1] * 3 * BLOCK
+    simulation.add(head, 1, caches=True)
+    simulation.step()
+    loading = simulation.add(
+        [*head, *range(2 * BLOCK), 7], 3, incoming=Arrived(5 * BLOCK + 1, first_block=2), caches=True
+    )
+    (load,) = simulation.step().loads
+    assert (load.first, load.num_tokens) == (3, 5 * BLOCK)
+    assert load.block_ids == tuple(loading.block_ids[3:5])
+
+
+def test_nothing_is_loaded_that_is_cached() -> None:
+    """Where the cache has the whole prompt, the request runs at once."""
+    simulation = Simulation(20, max_batch_tokens=40)
+    prompt = [1] * 3 * BLOCK
+    simulation.add([*prompt, 2], 1, caches=True)
+    simulation.step()
+    again = simulation.add([*prompt, 2], 3, incoming=Arrived(3 * BLOCK + 1, first_block=2), caches=True)
+    plan = simulation.step()
+    assert (plan.loads, [chunk.sequence for chunk in plan.chunks]) == ((), [again])
+    assert again.lost is None
+
+
+def test_kv_behind_evicted_blocks_is_lost() -> None:
+    """Blocks that were not sent because they were here, and are not any more, take the rest of the KV with them."""
+    simulation = Simulation(20, max_batch_tokens=40)
+    late = simulation.add(5 * BLOCK, 3, incoming=Arrived(5 * BLOCK, first_block=2), caches=True)
+    plan = simulation.step()
+    assert (plan.loads, late.lost, late.incoming) == ((), PREFIX_EVICTED, None)
+    assert [(chunk.start, chunk.length) for chunk in plan.chunks] == [(0, 5 * BLOCK)]
+
+
+def test_choices_of_one_request_load_once() -> None:
+    """The second choice stands aside while the first loads, lets others pass, and shares what was loaded."""
+    simulation = Simulation(20, max_batch_tokens=40)
+    kv = Arrived(4 * BLOCK)
+    first, second = (simulation.add(4 * BLOCK, 3, incoming=kv, caches=True) for _ in range(2))
+    other = simulation.add(3, 3)
+    simulation.step()
+    assert states(simulation) == [SequenceState.LOADING, SequenceState.WAITING, SequenceState.RUNNING]
+    assert other.output_len == 1
+    simulation.end_load(simulation.loads[0])
+    (load,) = simulation.step().loads
+    assert (load.sequence, load.first, len(load.block_ids)) == (second, 3, 1)
+    assert first.block_ids[:3] == second.block_ids[:3]
+    assert second.cached_tokens == 3 * BLOCK
+
+
+def test_a_load_begins_beside_a_full_step() -> None:
+    """A request that needs no tokens of the step is admitted though a long prompt takes them all."""
+    simulation = Simulation(30, max_batch_tokens=8)
+    simulation.add(40, 1)
+    simulation.step()
+    simulation.add(10, 1, incoming=Arrived(10))
+    assert len(simulation.step().loads) == 1
+
+
+class PublishedAtAdmission(Scheduler):
+    """A mutant: blocks can be found as soon as they have an owner."""
+
+    def _admit(self, sequence: Sequence) -> Load | None:
+        load = super()._admit(sequence)
+        computed, sequence.computed = sequence.computed, sequence.prompt_len
+        self._publish(sequence)
+        sequence.computed = computed
+        sequence.published = computed // BLOCK  # so that it does not notice
+        return load
+
+
+def named_by_content_alone(tokens, block: int) -> PrefixHashes:
+    """A mutant: a block's name does not depend on what is before it."""
+    hashes = tuple(chained(root(), tokens[at : at + block]) for at in range(0, len(tokens) - block + 1, block))
+    return PrefixHashes(root(), hashes, lambda _parent, ids: chained(root(), ids))
+
+
+@pytest.mark.parametrize(
+    "mutant", [{"scheduler": PublishedAtAdmission}, {"naming": named_by_content_alone}], ids=["early", "unchained"]
+)
+def test_a_broken_cache_would_be_seen(mutant) -> None:
+    """Blocks that are published too early, or under the wrong name, are read by somebody, and the simulation tells."""
+
+    def serve(**how) -> None:
+        simulation = Simulation(40, max_batch_tokens=6, **how)
+        for head in (1, 2):
+            for _ in range(2):
+                simulation.add([head] * BLOCK + [3] * 2 * BLOCK, 2, caches=True)
+        while simulation.alive:
+            simulation.step()
+
+    serve()
+    with pytest.raises(AssertionError, match=r"not its own|others may read"):
+        serve(**mutant)
 
 
 def test_outgoing_gets_all_its_blocks_at_once() -> None:

@@ -1,7 +1,7 @@
 """The engine's face: what goes in, what comes out, and the two seams for KV that crosses processes.
 
 Threads: everything here may be called from any thread. Callbacks (``on_output`` and the two seams) run
-on the engine's thread and must return quickly.
+on the engine's thread and must return quickly, except ``IncomingKV``'s, which run on a loader's.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,11 @@ class ModelError(Exception):
 
 
 class IncomingKVLostError(Exception):
-    """KV that was to be loaded is gone; the engine computes it itself."""
+    """KV that was to be loaded is gone; the engine computes it itself. ``reason``: low cardinality."""
+
+    def __init__(self, message: str, *, reason: str = "expired_before_load") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +81,12 @@ class Timing:
     """Seconds that a request spent, as measured inside the engine."""
 
     queue: float  #: from submit to its first scheduled step
-    load: float  #: scattering incoming KV
+    load: float  #: from its admission until its incoming KV was in its blocks, or lost
     prefill: float  #: from its first step to the first token
     computed_tokens: int  #: prompt tokens computed here
     loaded_tokens: int  #: prompt tokens whose KV came from elsewhere
+    cached_tokens: int = 0  #: prompt tokens whose KV was here already
+    lost: str | None = None  #: why KV that came from elsewhere was not used
     preemptions: int = 0
 
 
@@ -109,23 +115,27 @@ class BlockHold(Protocol):
 
 
 class IncomingKV(Protocol):
-    """KV of the first ``num_tokens`` prompt tokens, computed elsewhere and complete.
+    """KV of the first ``num_tokens`` prompt tokens, computed elsewhere; of its blocks from ``first_block`` on.
 
-    The engine calls ``load`` once it has blocks for the request (again, into new blocks, after a
-    preemption is not possible: then it computes), and ``release`` exactly once, whatever happens.
+    The engine calls ``load`` once it has blocks for the request, at most once (after a preemption it computes), and
+    ``release`` exactly once, whatever happens. If it does not have the blocks before ``first_block`` by then, it
+    computes the prompt. Requests with one prompt may share one; their loads do not overlap.
     """
 
     num_tokens: int
+    first_block: int
 
-    def load(self, block_ids: Sequence[int]) -> None:
-        """Put the KV into these blocks, in order.
+    def load(self, block_ids: Sequence[int], first: int) -> None:
+        """Put the KV of the prompt's blocks ``first ..`` into these, in order. May take seconds.
+
+        On a thread of its own, beside the engine's.
 
         Raises:
             IncomingKVLostError: it is no longer there.
         """
 
     def release(self) -> None:
-        """The engine needs it no more."""
+        """The engine needs it no more. A load under way ends soon, in whatever way; this may wait for it."""
 
 
 class OutgoingKV(Protocol):
@@ -138,12 +148,23 @@ class OutgoingKV(Protocol):
         """Blocks ``first .. first+len(block_ids)`` of the request are final in ``layer``.
 
         Called inside the forward pass, layer after layer, chunk after chunk, each block of each layer once,
-        in ascending order; the prompt's last, partly filled block comes with the last chunk.
+        in ascending order; the prompt's last, partly filled block comes with the last chunk. What was in the prefix
+        cache comes with the first.
         ``ready`` is None on CPU; on CUDA an event after which the bytes are there.
         """
 
     def finished(self, hold: BlockHold, *, complete: bool) -> None:
         """The request has ended; ``complete``: every block of every layer was handed over. Called exactly once."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixHashes:
+    """Names of a prompt's full blocks, under which they are shared: where they are equal, so are the prefixes."""
+
+    root: bytes  #: what the first block's hash is chained to
+    hashes: tuple[bytes, ...]  #: of each full block
+    #: Hash of the block after one: (that one's hash, the block's token ids). For blocks of the answer.
+    extend: Callable[[bytes, Sequence[int]], bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +177,7 @@ class GenerationRequest:
     on_output: Callable[[Output], None]
     incoming: IncomingKV | None = None
     outgoing: OutgoingKV | None = None
+    prefix: PrefixHashes | None = None  #: None: its blocks are shared with nobody
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +185,15 @@ class EngineLoad:
     """A snapshot, cheap enough for every health check."""
 
     running: int
-    waiting: int
+    waiting: int  #: those that load included
+    loading: int
     blocks_total: int
-    blocks_free: int
+    blocks_free: int  #: cached ones included
+    blocks_cached: int  #: in the prefix cache, in use or not
     preemptions_total: int
-    prompt_tokens_total: int
+    prompt_tokens_total: int  #: computed here
     generated_tokens_total: int
+    cache_query_tokens_total: int  #: prompt tokens looked for in the prefix cache
+    cache_hit_tokens_total: int  #: found there
+    busy_seconds_total: float  #: in steps
+    steps_total: int

@@ -1,14 +1,15 @@
 """The engine: one thread that turns requests into tokens.
 
-Theory of operation. Everything that changes state happens on the engine's thread. Other threads only *post*: a request,
-an abort, a hold's release. The thread takes what was posted, plans a step (scheduler), runs it (model), draws tokens
-(sampling), and tells the clients (answer). With nothing to compute it sleeps on a condition until something is posted.
+Theory of operation. Everything that changes state happens on the engine's thread. Other threads only *post*: a
+request, an abort, a hold's release, a load's end. The thread takes what was posted, plans a step (scheduler), has KV
+from elsewhere loaded beside it (loading), runs the step (model), draws tokens (sampling), and tells the clients
+(answer). With nothing to compute it sleeps on a condition until something is posted.
 
 Invariants, checked by ``validate`` in tests:
 
 1. A request is in ``_live`` from its submission to its last output, and gets exactly one output with a finish reason.
 2. Its ``incoming`` is released exactly once, its ``outgoing`` is told ``finished`` exactly once, however it ends.
-3. Every block is free, in the table of one running request, or in one unreleased hold.
+3. Every block has as many users as there are tables, unreleased holds and loads under way that name it.
 4. An exception inside a step ends the requests of that step with ERROR, and nobody else's.
 """
 
@@ -18,27 +19,32 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from functools import partial
 
 import torch
 
+from kvbelt.engine.announce import announcements, tell
 from kvbelt.engine.answer import Answer
 from kvbelt.engine.api import (
     EngineLoad,
     FinishReason,
     GenerationRequest,
-    IncomingKVLostError,
     InvalidRequestError,
     ModelError,
     Output,
 )
 from kvbelt.engine.attention import LayerListener, Segment
 from kvbelt.engine.fingerprint import fingerprint
-from kvbelt.engine.live import Hold, Live
+from kvbelt.engine.holds import Holds
+from kvbelt.engine.live import Live
+from kvbelt.engine.loading import Loaders
 from kvbelt.engine.model import PagedModel
 from kvbelt.engine.pool import KVPool
 from kvbelt.engine.sampling import Sampled, SampleInput, sample
-from kvbelt.engine.scheduler import Chunk, Scheduler, Sequence, StepPlan
+from kvbelt.engine.scheduler import Load, Scheduler, StepPlan
+from kvbelt.engine.sequence import Sequence
 from kvbelt.engine.settings import EngineSettings
 from kvbelt.engine.sizing import bound_length, choose_device, count_blocks
 from kvbelt.engine.text import Decoder
@@ -96,11 +102,14 @@ class Engine:
             max_batch_tokens=settings.max_batch_tokens,
             max_running=settings.max_running,
         )
+        self._loaders = Loaders(self.pool.allocator, clock, self._post, self._on_loaded)
         self._live: dict[str, Live] = {}
-        self._holds: set[Hold] = set()
+        self._holds = Holds(self.pool.allocator, self._post)
         self._arrivals = 0
         self._prompt_tokens_total = 0
         self._generated_tokens_total = 0
+        self._busy_seconds_total = 0.0
+        self._steps_total = 0
         self._posted: list[Callable[[], None]] = []
         self._wake = threading.Condition()
         self._closing = False
@@ -117,9 +126,15 @@ class Engine:
 
         Raises:
             InvalidRequestError: it can never be served. None of its callbacks is called then.
+            ValueError: its block hashes are not of this engine's blocks.
             RuntimeError: the engine is closed.
         """
         check_request(request, self._limits)
+        full_blocks = len(request.prompt_token_ids) // self.layout.block_size
+        if request.prefix is not None and len(request.prefix.hashes) != full_blocks:
+            raise ValueError(f"{len(request.prefix.hashes)} block hashes of a prompt with {full_blocks} full blocks")
+        if not self.settings.prefix_caching:
+            request = replace(request, prefix=None)
         room = self.max_model_len - len(request.prompt_token_ids)
         wanted = request.sampling.max_tokens
         max_tokens = room if wanted is None else min(wanted, room)
@@ -147,17 +162,30 @@ class Engine:
         """End a request; its last output says ABORT. Unknown and finished ones are ignored."""
         self._post(partial(self._abort, request_id))
 
+    def held(self, hashes: SequenceOf[bytes]) -> int:
+        """How many blocks, from the first on, with these hashes are here; they count as used now.
+
+        Nothing pins them: they may be gone when somebody comes for them.
+        """
+        return self.pool.allocator.cache.held(hashes)
+
     def load(self) -> EngineLoad:
         """How busy it is."""
         running = len(self._scheduler.running)
         return EngineLoad(
             running=running,
             waiting=max(0, len(self._live) - running),
+            loading=len(self._scheduler.loading),
             blocks_total=self.pool.num_blocks,
             blocks_free=self.pool.allocator.num_free,
+            blocks_cached=len(self.pool.allocator.cache),
             preemptions_total=self._scheduler.preemptions_total,
             prompt_tokens_total=self._prompt_tokens_total,
             generated_tokens_total=self._generated_tokens_total,
+            cache_query_tokens_total=self._scheduler.cache_queries_total,
+            cache_hit_tokens_total=self._scheduler.cache_hits_total,
+            busy_seconds_total=self._busy_seconds_total,
+            steps_total=self._steps_total,
         )
 
     def close(self) -> None:
@@ -178,7 +206,11 @@ class Engine:
         """
         self._scheduler.validate()
         self.pool.allocator.validate(
-            [sequence.block_ids for sequence in self._scheduler.running], [hold.block_ids for hold in self._holds]
+            [
+                *(sequence.block_ids for sequence in self._scheduler.running + self._scheduler.loading),
+                *self._holds.block_ids(),
+                *self._loaders.block_ids(),
+            ]
         )
 
     def _post(self, command: Callable[[], None]) -> None:
@@ -204,14 +236,24 @@ class Engine:
                     command()
                 if closing:
                     break
+                began = self._clock()
                 idle = not self._step()
+                if not idle:
+                    self._busy_seconds_total += self._clock() - began
+                    self._steps_total += 1
             for live in list(self._live.values()):
                 self._end(live, FinishReason.ABORT)
+            self._loaders.close()
+            with self._wake:
+                posted, self._posted = self._posted, []
+            for command in posted:  # the loads' ends, and what came too late to matter
+                command()
 
     def _step(self) -> bool:
         """Plan and run one step; False if there was nothing to do."""
         try:
-            plan = self._scheduler.schedule(self._on_admit)
+            plan = self._scheduler.schedule()
+            self._admit(plan)
         except Exception as error:  # noqa: BLE001 - a bug of ours; better every request failed than every one hanging
             _log.exception("planning a step failed")
             for live in list(self._live.values()):
@@ -235,27 +277,32 @@ class Engine:
                 self._end(live, FinishReason.ERROR, error=f"the engine failed: {error}")
         return True
 
-    def _on_admit(self, sequence: Sequence) -> None:
-        """A newcomer has blocks: load what was computed elsewhere."""
-        live = self._live[sequence.request.request_id]
-        if live.started is None:
-            live.started = self._clock()
-        incoming = sequence.request.incoming
-        if incoming is None or live.incoming_released:
-            return
-        usable = min(incoming.num_tokens, sequence.prompt_len)
-        begin = self._clock()
-        try:
-            if usable > 0:
-                incoming.load(sequence.block_ids[: self.layout.blocks(usable)])
-                # The last token is always computed: its logits are wanted.
-                sequence.computed = live.loaded_tokens = min(usable, sequence.prompt_len - 1)
-        except IncomingKVLostError as error:
-            _log.warning("request %s: incoming KV is lost (%s); computing it", sequence.request.request_id, error)
-        except Exception:  # noqa: BLE001 - somebody else's code
-            _log.exception("request %s: incoming KV could not be loaded; computing it", sequence.request.request_id)
-        live.load_seconds = self._clock() - begin
-        self._release_incoming(live)
+    def _admit(self, plan: StepPlan) -> None:
+        """Newcomers have blocks: have loaded what was computed elsewhere."""
+        for sequence in plan.admitted:
+            live = self._live[sequence.request.request_id]
+            if live.started is None:
+                live.started = self._clock()
+            if sequence.lost is not None and not sequence.preemptions:
+                _log.warning(
+                    "request %s: incoming KV is lost (%s); computing it", live.request.request_id, sequence.lost
+                )
+            if sequence.incoming is None:
+                self._release_incoming(live)
+        for load in plan.loads:
+            self._live[load.sequence.request.request_id].incoming_released = True  # by its load
+            ready = None
+            if self._model.device.type == "cuda":
+                # An earlier step may still be writing into blocks that were given back since.
+                ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                ready.record()
+            self._loaders.start(load, ready)
+
+    def _on_loaded(self, load: Load, seconds: float, lost: str | None) -> None:
+        self._scheduler.loaded(load, lost)
+        live = self._live.get(load.sequence.request.request_id)
+        if live is not None and live.sequence is load.sequence:
+            live.load_seconds = seconds
 
     def _compute(self, plan: StepPlan, lives: list[Live]) -> list[tuple[Live, Sampled]]:
         segments: list[Segment] = []
@@ -269,15 +316,15 @@ class Engine:
             if chunk.samples:
                 rows.append(len(token_ids) - 1)
                 sampling.append(live)
-        news = self._news(plan.chunks, lives)
-        listener: LayerListener | None = partial(_tell, news) if news else None
+        news = announcements(zip(plan.chunks, lives, strict=True), self.layout)
+        listener: LayerListener | None = partial(tell, news) if news else None
         logits = self._model.forward(self.pool, segments, token_ids, rows, listener)
         for chunk in plan.chunks:
-            computed = chunk.start + chunk.length
-            self._prompt_tokens_total += max(0, min(computed, chunk.sequence.prompt_len) - chunk.start)
-            chunk.sequence.computed = computed
-        for live, first, block_ids in news:
-            live.announced = first + len(block_ids)
+            end = chunk.start + chunk.length
+            self._prompt_tokens_total += max(0, min(end, chunk.sequence.prompt_len) - chunk.start)
+            self._scheduler.computed(chunk)
+        for piece in news:
+            piece.live.announced = piece.first + len(piece.block_ids)
         inputs = [
             SampleInput(
                 live.request.sampling,
@@ -289,21 +336,6 @@ class Engine:
             for live in sampling
         ]
         return list(zip(sampling, sample(logits, inputs), strict=True)) if inputs else []
-
-    def _news(self, chunks: tuple[Chunk, ...], lives: list[Live]) -> list[tuple[Live, int, list[int]]]:
-        """Which prompt blocks this step completes, for those who carry them away: (request, first block, ids)."""
-        news: list[tuple[Live, int, list[int]]] = []
-        for chunk, live in zip(chunks, lives, strict=True):
-            sequence = live.sequence
-            if sequence.request.outgoing is None or live.outgoing_broken:
-                continue
-            end = chunk.start + chunk.length
-            whole = (
-                end // self.layout.block_size if end < sequence.prompt_len else self.layout.blocks(sequence.prompt_len)
-            )
-            if whole > live.announced:
-                news.append((live, live.announced, sequence.block_ids[live.announced : whole]))
-        return news
 
     def _deliver(self, live: Live, sampled: Sampled) -> None:
         """One token more."""
@@ -351,29 +383,21 @@ class Engine:
         with self._wake:
             del self._live[sequence.request.request_id]
         self._release_incoming(live)
+        self._loaders.cancel(sequence.arrival)
         block_ids, sequence.block_ids = sequence.block_ids, []
         outgoing = sequence.request.outgoing
         if outgoing is None:
-            self.pool.allocator.free(block_ids)
+            self.pool.allocator.release(block_ids)
             return
         prompt_blocks = self.layout.blocks(sequence.prompt_len)
-        held = block_ids[:prompt_blocks]
-        self.pool.allocator.free(block_ids[prompt_blocks:])
-        hold = Hold(tuple(held), lambda hold: self._post(partial(self._release_hold, hold)))
-        if held:
-            self.pool.allocator.hold(held)
-            self._holds.add(hold)
+        self.pool.allocator.release(block_ids[prompt_blocks:])
+        hold = self._holds.take_over(block_ids[:prompt_blocks])
         complete = live.announced == prompt_blocks and not live.outgoing_broken
         try:
             outgoing.finished(hold, complete=complete)
         except Exception:  # noqa: BLE001 - somebody else's code
             _log.exception("request %s: outgoing KV failed at the end", sequence.request.request_id)
             hold.release()
-
-    def _release_hold(self, hold: Hold) -> None:
-        if hold in self._holds:
-            self._holds.remove(hold)
-            self.pool.allocator.release(hold.block_ids)
 
     def _release_incoming(self, live: Live) -> None:
         incoming = live.request.incoming
@@ -390,16 +414,3 @@ class Engine:
             _log.exception("request %s: its client's callback failed; the request is dropped", output.request_id)
             return False
         return True
-
-
-def _tell(news: list[tuple[Live, int, list[int]]], layer: int, ready: object) -> None:
-    """A layer was written: tell those who carry it away. Their failure is theirs alone."""
-    for live, first, block_ids in news:
-        outgoing = live.request.outgoing
-        if outgoing is None or live.outgoing_broken:
-            continue
-        try:
-            outgoing.blocks_written(layer, first, block_ids, ready)
-        except Exception:  # noqa: BLE001 - somebody else's code
-            live.outgoing_broken = True
-            _log.exception("request %s: outgoing KV failed in layer %d", live.request.request_id, layer)

@@ -1,12 +1,10 @@
-"""A request under way, and what may outlive it."""
+"""A request under way."""
 
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kvbelt.engine.answer import Answer
 from kvbelt.engine.api import GenerationRequest, Timing
-from kvbelt.engine.scheduler import Sequence
+from kvbelt.engine.sequence import Sequence
 
 
 @dataclass(slots=True, eq=False)
@@ -20,8 +18,7 @@ class Live:
     started: float | None = None  #: when its first step was planned
     first_token: float | None = None
     load_seconds: float = 0.0
-    loaded_tokens: int = 0
-    incoming_released: bool = False
+    incoming_released: bool = False  #: or about to be, by its load
     announced: int = 0  #: blocks of the prompt that ``outgoing`` was told of, in every layer
     outgoing_broken: bool = False
 
@@ -38,25 +35,9 @@ class Live:
             queue=started - self.submitted,
             load=self.load_seconds,
             prefill=prefill,
-            computed_tokens=self.sequence.prompt_len - self.loaded_tokens,
-            loaded_tokens=self.loaded_tokens,
+            computed_tokens=self.sequence.prompt_len - self.sequence.loaded_tokens - self.sequence.cached_tokens,
+            loaded_tokens=self.sequence.loaded_tokens,
+            cached_tokens=self.sequence.cached_tokens,
+            lost=self.sequence.lost,
             preemptions=self.sequence.preemptions,
         )
-
-
-@dataclass(eq=False)
-class Hold:
-    """Blocks of a finished request; see ``BlockHold``."""
-
-    block_ids: tuple[int, ...]
-    _give_back: Callable[["Hold"], None]
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _released: bool = False
-
-    def release(self) -> None:
-        """Give the blocks back; a second time does nothing."""
-        with self._lock:
-            if self._released:
-                return
-            self._released = True
-        self._give_back(self)

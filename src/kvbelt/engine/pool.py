@@ -6,21 +6,16 @@ Rules:
    K or V, head, element. So a block can travel as it is, and a run of neighbouring blocks *is* a tensor of tokens,
    whose keys and values are strided views: attention reads them where they lie.
 2. A block id means the same place in every layer.
-3. Every block is in exactly one state: free, in one request's block table, or held for somebody who still reads it.
-
-Neighbouring blocks are worth having (rule 1), so a newcomer *claims* the run that it may grow into. A claim
-promises nothing: when nothing else is free, claimed blocks are given away, and the request that wanted them goes
-on in scattered blocks, which attention gathers by copying.
+3. Who uses a block, and when its memory is given to somebody else, is told in ``blocks``; which prefix it holds, in
+   ``prefix_cache``.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-_FREE, _TABLE, _HELD = 0, 1, 2
-_NO_CLAIM = 0
+from kvbelt.engine.blocks import BlockAllocator
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,133 +48,6 @@ def make_layout(
         order="T2HD",
         block_bytes=block_size * 2 * num_kv_heads * head_dim * dtype.itemsize,
     )
-
-
-class OutOfBlocksError(Exception):
-    """More blocks were asked for than are free. Callers check ``num_free`` first, so this is a bug."""
-
-
-class BlockAllocator:
-    """Who has which block. Not thread-safe: the engine's thread owns it."""
-
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-        # _num_free == count of _FREE in _state; _num_held == count of _HELD.
-        self._state = np.zeros(num_blocks, dtype=np.uint8)
-        self._claim = np.zeros(num_blocks, dtype=np.int64)
-        self._num_free = num_blocks
-        self._num_held = 0
-        self._last_claim = _NO_CLAIM
-
-    @property
-    def num_free(self) -> int:
-        """Blocks that nobody has."""
-        return self._num_free
-
-    @property
-    def num_held(self) -> int:
-        """Blocks of finished requests that are still being read."""
-        return self._num_held
-
-    def allocate(self, count: int, may_grow_to: int = 0) -> list[int]:
-        """Blocks for a newcomer: neighbours where possible, with room to grow to ``may_grow_to``.
-
-        Raises:
-            OutOfBlocksError: fewer are free.
-        """
-        self._require(count)
-        if count == 0:
-            return []
-        want = max(count, may_grow_to)
-        run = self._best_run((self._state == _FREE) & (self._claim == _NO_CLAIM), count, want)
-        if run is None:
-            run = self._best_run(self._state == _FREE, count, want)
-        if run is None:
-            return self._take(np.flatnonzero(self._state == _FREE)[:count])
-        start, length = run
-        blocks = self._take(np.arange(start, start + count))
-        self._last_claim += 1
-        self._claim[start : start + min(want, length)] = self._last_claim
-        return blocks
-
-    def grow(self, block_ids: list[int], count: int) -> None:
-        """Append ``count`` blocks to a table, the next neighbour where it is free.
-
-        Raises:
-            OutOfBlocksError: fewer are free.
-        """
-        self._require(count)
-        for _ in range(count):
-            following = block_ids[-1] + 1 if block_ids else self.num_blocks
-            if following < self.num_blocks and self._state[following] == _FREE:
-                block_ids.extend(self._take(np.array([following])))
-            else:
-                block_ids.extend(self.allocate(1))
-
-    def free(self, block_ids: Sequence[int]) -> None:
-        """Give a table's blocks back."""
-        self._give_back(block_ids, _TABLE)
-
-    def hold(self, block_ids: Sequence[int]) -> None:
-        """A table's blocks become held: the request is over, a reader is not."""
-        ids = np.asarray(block_ids, dtype=np.int64)
-        assert (self._state[ids] == _TABLE).all(), "only a table's blocks can be held"
-        self._state[ids] = _HELD
-        self._num_held += len(ids)
-
-    def release(self, block_ids: Sequence[int]) -> None:
-        """Give held blocks back."""
-        self._give_back(block_ids, _HELD)
-        self._num_held -= len(block_ids)
-
-    def validate(self, tables: Sequence[Sequence[int]], holds: Sequence[Sequence[int]]) -> None:
-        """Check rule 3 against everybody who has blocks.
-
-        Raises:
-            AssertionError: somebody's blocks are not theirs, or a block has leaked.
-        """
-        expected = np.zeros(self.num_blocks, dtype=np.uint8)
-        for state, owners in ((_TABLE, tables), (_HELD, holds)):
-            for owner in owners:
-                for block in owner:
-                    assert expected[block] == _FREE, f"block {block} has two owners"
-                    expected[block] = state
-        assert (expected == self._state).all(), f"blocks leaked: {np.flatnonzero(expected != self._state)}"
-        assert self._num_free == int((self._state == _FREE).sum()), "free count is wrong"
-        assert self._num_held == int((self._state == _HELD).sum()), "held count is wrong"
-
-    def _require(self, count: int) -> None:
-        if count > self._num_free:
-            raise OutOfBlocksError(f"{count} blocks wanted, {self._num_free} free of {self.num_blocks}")
-
-    @staticmethod
-    def _best_run(
-        usable: "np.ndarray[tuple[int], np.dtype[np.bool_]]", count: int, want: int
-    ) -> tuple[int, int] | None:
-        """The smallest run of at least ``want``, else the longest, as (start, length); None if below ``count``."""
-        edges = np.flatnonzero(np.diff(np.concatenate(([False], usable, [False])).astype(np.int8)))
-        starts, lengths = edges[::2], edges[1::2] - edges[::2]
-        if len(starts) == 0 or lengths.max() < count:
-            return None
-        roomy = np.flatnonzero(lengths >= want)
-        best = roomy[lengths[roomy].argmin()] if len(roomy) else lengths.argmax()
-        return int(starts[best]), int(lengths[best])
-
-    def _take(self, ids: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> list[int]:
-        self._state[ids] = _TABLE
-        self._num_free -= len(ids)
-        return [int(block) for block in ids]
-
-    def _give_back(self, block_ids: Sequence[int], state: int) -> None:
-        if not block_ids:
-            return
-        ids = np.asarray(block_ids, dtype=np.int64)
-        assert (self._state[ids] == state).all(), "blocks given back by somebody who does not have them"
-        self._state[ids] = _FREE
-        self._num_free += len(ids)
-        # The claim goes with its owner, the part that was never used included.
-        claims = np.unique(self._claim[ids])
-        self._claim[np.isin(self._claim, claims[claims != _NO_CLAIM])] = _NO_CLAIM
 
 
 class KVPool:

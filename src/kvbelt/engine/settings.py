@@ -30,6 +30,7 @@ class EngineSettings:
     max_running: int = 64  #: requests in one step
     max_model_len: int | None = None  #: None: the model's context, or what the KV memory holds if that is less
     threads: int | None = None  #: CPU threads of the forward pass; None: PyTorch's choice
+    prefix_caching: bool = True  #: share blocks of equal prefixes (requests that say which: ``PrefixHashes``)
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
