@@ -1,0 +1,130 @@
+"""The catalogue, the page and what is exported are one."""
+
+import re
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from kvbelt.channels.nixl import NixlChannel
+from kvbelt.metrics import CATALOGUE, GROUPS, By, Histogram, Kind, counter, gauge, histogram, render
+from kvbelt.ops.draw_metrics import RULES, redrawn
+from kvbelt.proxy.metrics import Metrics
+from kvbelt.routing.pairs import Pairs
+from kvbelt.vllm.belt_setup import families_of
+from kvbelt.vllm.figures import host_families
+from kvbelt.vllm.host_scheduler import HostScheduler
+from tests.metrics.scrape import expected, names_in
+from tests.proxy.support import Deployment, async_test
+from tests.transfer.belts import Side
+from tests.worker.test_peers import MemoryChannel, MemoryNetwork
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_page_is_what_is_drawn() -> None:
+    """To the letter; python -m kvbelt.ops.draw_metrics docs/metrics.md draws it anew."""
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert page == redrawn(page, ROOT / RULES)
+
+
+@async_test
+async def test_a_running_proxy_exports_its_part_of_the_catalogue() -> None:
+    """Every name of it, of the right kind, and no other."""
+    async with Deployment() as deployment:
+        await deployment.ask({"prompt": "x", "max_tokens": 3, "stream": True})
+        text = (await deployment.get("/metrics")).body.decode()
+    assert set(names_in(text)) == expected(By.PROXY)
+    assert all(CATALOGUE[name].kind is kind for name, kind in names_in(text).items())
+
+
+def test_a_vllm_server_exports_its_part_of_the_catalogue() -> None:
+    """The belt's and host memory's; all others there are vLLM's own."""
+    with Side("p", "prefill", MemoryChannel("p", MemoryNetwork())) as side:
+        families = [*families_of(side.belt, NixlChannel("p")), *host_families(HostScheduler(4, 10))]
+    assert set(names_in(render(families).decode())) == expected(By.VLLM)
+
+
+def test_a_name_stands_in_the_catalogue_once() -> None:
+    """Counters end in _total, nothing else does, and each has a meaning."""
+    specs = [spec for group in GROUPS for spec in group.specs]
+    assert len(specs) == len(CATALOGUE)
+    for spec in specs:
+        assert spec.name.endswith("_total") is (spec.kind is Kind.COUNTER)
+        assert spec.help.endswith(".")
+        assert re.fullmatch(r"[a-z][a-z0-9_]+", spec.name)
+
+
+def test_what_is_not_in_the_catalogue_is_not_exported() -> None:
+    """Nor under another kind."""
+    with pytest.raises(LookupError, match="kvbelt_unheard_of"):
+        gauge("kvbelt_unheard_of", 1)
+    with pytest.raises(LookupError, match="kvbelt_kv_blocks is no counter"):
+        counter("kvbelt_kv_blocks", 1)
+
+
+def test_a_histogram_s_buckets_are_cumulative() -> None:
+    """With bounds and sum in the unit of the metric's name."""
+    seen = Histogram((0.1, 0.5))
+    for value in (0.05, 0.1, 0.3, 7.0):
+        seen.observe(value)
+    text = render([histogram("lmcache_ttft", seen, 1000.0)]).decode()
+    assert 'lmcache_ttft_bucket{le="100.0"} 2.0' in text
+    assert 'lmcache_ttft_bucket{le="500.0"} 3.0' in text
+    assert 'lmcache_ttft_bucket{le="+Inf"} 4.0' in text
+    assert "lmcache_ttft_sum 7450.0" in text
+
+
+def test_many_values_at_once_are_counted_as_one_by_one() -> None:
+    """On the bounds, between them, and beyond."""
+    values = [0.0, 0.1, 0.1000001, 0.3, 0.5, 0.7, 9.0, 0.05]
+    alone, together = Histogram((0.1, 0.5)), Histogram((0.1, 0.5))
+    for value in values:
+        alone.observe(value)
+    together.observe_all(values[:3])
+    together.observe_all(values[3:])
+    together.observe_all([])
+    assert list(together.cumulative()) == list(alone.cumulative())
+    assert together.total == pytest.approx(alone.total)
+
+
+def test_a_proxy_without_workers_is_scraped_all_the_same() -> None:
+    """Every sum is 0."""
+    assert "lmcache_prefill_queue_size 0.0" in Metrics(lambda: (), Pairs()).text().decode()
+
+
+@async_test
+async def test_only_a_streamed_answer_s_first_bytes_are_its_first_token() -> None:
+    """One in one piece counts from the prefill worker's token, or not at all."""
+    async with Deployment() as deployment:
+        metrics = deployment.proxy.context.metrics
+        ttft, tpot = metrics.ttft, metrics.tpot
+        await deployment.ask({"prompt": "x", "max_tokens": 3, "stream": True}, request_id="a")
+        metrics.count()
+        assert (ttft.count, tpot.count) == (1, 1)
+        await deployment.ask({"prompt": "x", "max_tokens": 3}, request_id="b")
+        metrics.count()
+        assert ttft.count == 2
+        record = deployment.proxy.context.records.get("b")
+        assert record is not None
+        assert record.prefill_answered is not None
+        assert record.first_token is not None
+        before = ttft.total
+        await deployment.ask({"prompt": "x", "max_tokens": 3, "seed": 1}, request_id="c")
+        metrics.count()
+        assert (ttft.count, ttft.total) == (2, before)
+        await deployment.ask({"prompt": "x", "max_tokens": 1}, request_id="d")
+        metrics.count()
+        assert (ttft.count, tpot.count) == (3, 1)
+
+
+@async_test
+async def test_workers_and_their_states_are_labels() -> None:
+    """Of each worker one state, and who it is."""
+    async with Deployment(prefill=2) as deployment:
+        text = (await deployment.get("/metrics")).body.decode()
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    states = [sample.labels["state"] for sample in samples if sample.name == "kvbelt_proxy_worker_state"]
+    assert states == ["ready"] * 3
+    engines = {sample.labels["engine_id"] for sample in samples if sample.name == "kvbelt_proxy_worker_info"}
+    assert engines == {"p0", "p1", "d0"}
