@@ -26,6 +26,12 @@ from kvbelt.errors import RequestError
 from kvbelt.telemetry import get_logger
 from kvbelt.worker.answers import DONE, ChatShape, Choice, CompletionShape, event, usage_of
 from kvbelt.worker.generation import Generation
+from kvbelt.worker.metrics import Gaps
+from kvbelt.worker.peers import MAX_BODY_BYTES as MAX_PEERS_BYTES
+from kvbelt.worker.peers import connect_peers, parse_peers
+from kvbelt.worker.probe import MAX_BODY_BYTES as MAX_PROBE_BYTES
+from kvbelt.worker.probe import parse_probe, probe_link
+from kvbelt.worker.prompts import Prompt
 from kvbelt.worker.requests import (
     MAX_BODY_BYTES,
     ChatRequest,
@@ -59,7 +65,7 @@ class _ClientGoneError(Exception):
     """The client closed its connection."""
 
 
-async def _body_of(receive: Receive) -> bytes:
+async def _body_of(receive: Receive, max_bytes: int = MAX_BODY_BYTES) -> bytes:
     parts: list[bytes] = []
     size = 0
     while True:
@@ -68,8 +74,8 @@ async def _body_of(receive: Receive) -> bytes:
             raise _ClientGoneError
         parts.append(message.get("body", b""))
         size += len(parts[-1])
-        if size > MAX_BODY_BYTES:
-            raise RequestError(f"the request body is larger than {MAX_BODY_BYTES} bytes; send less", status=413)
+        if size > max_bytes:
+            raise RequestError(f"the request body is larger than {max_bytes} bytes; send less", status=413)
         if not message.get("more_body", False):
             return b"".join(parts)
 
@@ -127,15 +133,16 @@ class GenerateEndpoint:
             prompts = [await service.prompts.of_chat(request)]
         else:
             prompts = await service.prompts.of_completion(request)
-        service.require_room(max(map(len, prompts)), samplings[0].max_tokens)
+        ids = [prompt.token_ids for prompt in prompts]
+        service.require_room(max(map(len, ids)), samplings[0].max_tokens)
         shape = self._shape(request, request_id)
         generation = self._generation(request_id, prompts, samplings, handoff)
         try:
             await generation.start()  # refuses ids that are none, which a tokenizer could not decode
-            echoes = [""] * len(prompts)
+            echoes = [""] * len(ids)
             if isinstance(request, CompletionRequest) and request.echo:
-                echoes = await service.prompts.texts_of(prompts)
-            run = _Run(service, generation, shape, prompts, echoes, n=len(samplings))
+                echoes = await service.prompts.texts_of(ids)
+            run = _Run(service, generation, shape, ids, echoes, n=len(samplings))
             if request.stream:
                 await run.stream(send)
             else:
@@ -146,7 +153,7 @@ class GenerateEndpoint:
     def _generation(
         self,
         request_id: str,
-        prompts: Sequence[tuple[int, ...]],
+        prompts: Sequence[Prompt],
         samplings: Sequence[SamplingParams],
         handoff: Handoff | None,
     ) -> Generation:
@@ -225,9 +232,13 @@ class _Run:
         await send({"type": "http.response.body", "body": tail + DONE})
 
     async def _outputs(self) -> AsyncIterator[tuple[int, Output]]:
+        times, gaps = self._service.times, Gaps(self._service.times)
         async for index, output in self._generation.outputs():
             if self._first is None:
                 self._first = output
+                fate = self._generation.kv_fate
+                times.first_output(output.timing, None if fate is None else fate.waited_seconds)
+            gaps.output(index)
             self._choices[index].add(output)
             yield index, output
 
@@ -249,11 +260,8 @@ class _Run:
             spans = {"queue": timing.queue, "load": timing.load, "prefill": timing.prefill}
         if (fate := self._generation.kv_fate) is not None:
             spans["kv"] = fate.waited_seconds
-            # Of a prompt of one token nothing is loaded: its last token is always computed.
-            loaded = timing is not None and (timing.loaded_tokens > 0 or len(self._choices[0].prompt_token_ids) == 1)
-            received = fate.received and loaded
-            reason = fate.reason or "expired_before_load"
-            headers["x-kvbelt-kv"] = "received" if received else f"recomputed; reason={reason}"
+            reason = fate.reason or (timing.lost if timing is not None else "aborted")
+            headers["x-kvbelt-kv"] = "received" if reason is None else f"recomputed; reason={reason}"
         headers["server-timing"] = ", ".join(f"{name};dur={seconds * 1e3:.3f}" for name, seconds in spans.items())
         return headers
 
@@ -261,6 +269,33 @@ class _Run:
 async def _write(send: Send, body: bytes) -> None:
     if body:
         await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+async def _request_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return error_response(error)
+
+
+async def _client_gone(_: Request, __: Exception) -> Response:
+    return Response(status_code=400)  # nobody reads it
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return error_response(RequestError(str(error.detail), status=error.status_code))
+
+
+async def _internal_error(request: Request, error: Exception) -> Response:
+    log.error("internal error", path=request.url.path, exc_info=error)
+    return error_response(RequestError("internal error; see the worker's log", status=500, kind="internal_error"))
+
+
+_HANDLERS: dict[Any, Any] = {
+    RequestError: _request_error,
+    _ClientGoneError: _client_gone,
+    HTTPException: _http_error,
+    Exception: _internal_error,
+}
 
 
 def make_app(service: Service) -> Starlette:
@@ -276,22 +311,31 @@ def make_app(service: Service) -> Starlette:
     async def metrics(_: Request) -> Response:
         return Response(service.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def http_error(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return error_response(RequestError(str(error.detail), status=error.status_code))
+    async def about(_: Request) -> Response:
+        return Response(msgspec.json.encode(service.about()), media_type="application/json")
 
-    async def internal_error(request: Request, error: Exception) -> Response:
-        log.error("internal error", path=request.url.path, exc_info=error)
-        return error_response(RequestError("internal error; see the worker's log", status=500, kind="internal_error"))
+    async def peers(request: Request) -> Response:
+        service.require_ready()
+        addresses = parse_peers(await _body_of(request.receive, MAX_PEERS_BYTES))
+        answer = await connect_peers(service.belt, addresses)
+        return Response(msgspec.json.encode(answer), media_type="application/json")
 
-    handlers: dict[Any, Any] = {HTTPException: http_error, Exception: internal_error}
+    async def probe(request: Request) -> Response:
+        service.require_ready()
+        engine_id = parse_probe(await _body_of(request.receive, MAX_PROBE_BYTES))
+        answer = await probe_link(service.belt, engine_id, busy=service.busy())
+        return Response(msgspec.json.encode(answer), media_type="application/json")
+
     return Starlette(
         routes=[
             Route("/v1/completions", GenerateEndpoint(service, chat=False), methods=["POST"]),
             Route("/v1/chat/completions", GenerateEndpoint(service, chat=True), methods=["POST"]),
             Route("/v1/models", models, methods=["GET"]),
             Route("/health", health, methods=["GET"]),
+            Route("/kvbelt/about", about, methods=["GET"]),
+            Route("/kvbelt/peers", peers, methods=["POST"]),
+            Route("/kvbelt/probe", probe, methods=["POST"]),
             Route("/metrics", metrics, methods=["GET"]),
         ],
-        exception_handlers=handlers,
+        exception_handlers=_HANDLERS,
     )

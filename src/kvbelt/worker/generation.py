@@ -8,7 +8,7 @@ the prompt itself if that does not come: the answer is the same, only its way di
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,10 +16,11 @@ from kvbelt.engine.api import FinishReason, GenerationRequest, InvalidRequestErr
 from kvbelt.errors import RequestError
 from kvbelt.telemetry import get_logger
 from kvbelt.transfer.belt import Belt
-from kvbelt.transfer.ports import Lost, ReceivedKV, TransferOutcome
+from kvbelt.transfer.ports import Lost, ReceivedKV, Sending, TransferOutcome
 from kvbelt.wire.handoff import DecodeHandoff, HandoffState, PrefillHandoff, prompt_transfer_id
 from kvbelt.wire.ids import TransferId
 from kvbelt.worker.kv_seam import IncomingTransfer, OutgoingTransfer
+from kvbelt.worker.prompts import Prompt
 from kvbelt.worker.requests import Handoff
 
 log = get_logger(__name__)
@@ -53,7 +54,7 @@ class Generation:
         belt: Belt | None,
         *,
         request_id: str,
-        prompts: Sequence[tuple[int, ...]],
+        prompts: Sequence[Prompt],
         samplings: Sequence[SamplingParams],
         handoff: Handoff | None,
     ) -> None:
@@ -62,6 +63,7 @@ class Generation:
         self._belt = belt
         # A client may repeat its request ids; the engine's must differ.
         self._name = f"{request_id}:{uuid.uuid4().hex[:8]}"
+        self._request_id = request_id
         self._prompts = prompts
         self._samplings = samplings
         self._handoff = handoff
@@ -93,16 +95,15 @@ class Generation:
                         self._engine.submit(
                             GenerationRequest(
                                 request_id=f"{self._name}/{index}",
-                                prompt_token_ids=prompt,
+                                prompt_token_ids=prompt.token_ids,
                                 sampling=sampling,
                                 on_output=self._receiver_of(index),
                                 incoming=seams[number],
                                 outgoing=outgoing,
+                                prefix=prompt.prefix,
                             )
                         )
                     except InvalidRequestError as error:
-                        if outgoing is not None:
-                            outgoing.sending.cancel("refused")
                         raise RequestError(str(error), param=error.param) from error
                     submitted += 1
                     self._open.add(index)
@@ -137,7 +138,7 @@ class Generation:
         """For a prefill worker's answer: what became of the transfer so far."""
         if not isinstance(self._handoff, PrefillHandoff):
             return None
-        reason = self._refused or next((o.sending.failure for o in self._outgoing if o.sending.failure), None)
+        reason = self._refused or next((o.failure for o in self._outgoing if o.failure), None)
         if reason is not None:
             return HandoffState(transfer_id=self._handoff.transfer_id, state="failed", reason=reason)
         return HandoffState(transfer_id=self._handoff.transfer_id, state="open")
@@ -145,19 +146,22 @@ class Generation:
     def _receiver_of(self, index: int) -> "_OutputSink":
         return _OutputSink(self._loop, self._queue, index)
 
-    def _send(self, number: int, prompt: tuple[int, ...]) -> OutgoingTransfer | None:
+    def _send(self, number: int, prompt: Prompt) -> OutgoingTransfer | None:
         if not isinstance(self._handoff, PrefillHandoff):
             return None
         if self._belt is None:
             self._refused = "no_belt"
             return None
-        transfer_id = prompt_transfer_id(self._handoff.transfer_id, number)
-        handoff = PrefillHandoff(transfer_id, self._handoff.receiver, self._handoff.deadline_seconds)
-        outgoing = OutgoingTransfer()
+        belt, given = self._belt, self._handoff
+        transfer_id = prompt_transfer_id(given.transfer_id, number)
+        deadline = time.monotonic() + given.deadline_seconds
+        # The block of the last token is not worth asking for: whoever decodes computes that token again.
+        shareable = (len(prompt.token_ids) - 1) // belt.identity.layout.block_size
 
         def ended(outcome: TransferOutcome) -> None:
             (log.info if outcome.ok else log.warning)(
                 "transfer sent" if outcome.ok else "transfer failed",
+                request_id=self._request_id,
                 transfer_id=transfer_id,
                 reason=outcome.reason,
                 detail=outcome.detail,
@@ -167,7 +171,12 @@ class Generation:
                 exposed_ms=round(outcome.exposed_seconds * 1e3, 2),
             )
 
-        outgoing.bind(self._belt.send(handoff, len(prompt), outgoing.on_blocks_free, ended))
+        def begin(on_blocks_free: Callable[[], None]) -> Sending:
+            handoff = PrefillHandoff(transfer_id, given.receiver, deadline - time.monotonic())
+            hashes = prompt.prefix.hashes[:shareable]
+            return belt.send(handoff, len(prompt.token_ids), on_blocks_free, ended, hashes)
+
+        outgoing = OutgoingTransfer(begin)
         self._outgoing.append(outgoing)
         return outgoing
 
@@ -191,8 +200,13 @@ class Generation:
             raise
         lost = [kv for kv in arrived if isinstance(kv, Lost)]
         for kv in lost:
-            log.warning("kv lost, computing the prompt here", transfer_id=handoff.transfer_id, reason=kv.reason,
-                        detail=kv.detail)  # fmt: skip
+            log.warning(
+                "kv lost, computing the prompt here",
+                request_id=self._request_id,
+                transfer_id=handoff.transfer_id,
+                reason=kv.reason,
+                detail=kv.detail,
+            )
         self.kv_fate = KVFate(not lost, lost[0].reason if lost else "", time.monotonic() - started)
         return arrived
 

@@ -5,8 +5,6 @@ and so that ``/health`` can say ``loading``. The model loads off the event loop.
 """
 
 import asyncio
-import logging
-import os
 import signal
 import socket
 import threading
@@ -25,8 +23,9 @@ from kvbelt.security.keys import new_engine_id
 from kvbelt.settings import WorkerSettings, keys_of
 from kvbelt.telemetry import configure_logging, get_logger
 from kvbelt.transfer.belt import Belt
+from kvbelt.worker.about import WorkerFacts
 from kvbelt.worker.app import make_app
-from kvbelt.worker.belt_setup import make_belt
+from kvbelt.worker.belt_setup import channel_for, make_belt
 from kvbelt.worker.prompts import Prompts
 from kvbelt.worker.service import Service, State
 
@@ -54,7 +53,7 @@ def _engine_settings(settings: WorkerSettings) -> EngineSettings:
     Raises:
         SettingsError: a value is out of range, or two of them do not fit together.
     """
-    given = {
+    given: dict[str, Any] = {
         "kv_bytes": None if settings.kv_gb is None else int(settings.kv_gb * 1e9),
         "max_batch_tokens": settings.max_batch_tokens,
         "max_running": settings.max_running,
@@ -67,6 +66,7 @@ def _engine_settings(settings: WorkerSettings) -> EngineSettings:
             block_size=settings.block_size,
             max_model_len=settings.max_model_len,
             threads=settings.threads,
+            prefix_caching=settings.prefix_caching,
             **{name: value for name, value in given.items() if value is not None},
         )
     except ValueError as error:
@@ -116,8 +116,8 @@ class Worker:
         self._engine_settings = _engine_settings(settings)
         self._engine: Engine | None = None
         self._belt: Belt | None = None
+        self._facts: WorkerFacts | None = None
         self._prompts: Prompts | None = None
-        self.stopped_while_loading = False
         self._keys = keys_of(settings.belt, "the belt's settings") if settings.belt is not None else None
         self._service = Service(
             role=settings.role,
@@ -160,8 +160,6 @@ class Worker:
                 await loading
                 self._become_ready()
                 await asyncio.wait(first - {loading}, return_when=asyncio.FIRST_COMPLETED)
-            else:
-                self.stopped_while_loading = True
         finally:
             self._service.state = State.DRAINING
             stopping.cancel()
@@ -178,17 +176,22 @@ class Worker:
         except ModelError as error:
             raise StartError(str(error)) from error
         self._engine = engine
+        channel = None
         if settings.belt is not None:
+            engine_id = self._service.engine_id
+            channel = channel_for(settings, settings.belt, engine_id)
             self._belt = make_belt(
-                settings, settings.belt, self._keys, engine, self._service.engine_id, self._service.model_name
+                settings, settings.belt, self._keys, engine, channel, engine_id, self._service.model_name
             )
             self._belt.start()
+        self._facts = WorkerFacts(engine, self._belt, channel, settings.belt)
         engine.start()
 
     def _become_ready(self) -> None:
         assert self._engine is not None
-        self._prompts = Prompts(self._engine.tokenizer)
-        self._service.become_ready(self._engine, self._prompts, self._belt)
+        assert self._facts is not None
+        self._prompts = Prompts(self._engine.tokenizer, self._engine.layout.block_size)
+        self._service.become_ready(self._engine, self._prompts, self._belt, self._facts.about)
         log.info(
             "ready",
             role=self._settings.role,
@@ -206,15 +209,10 @@ class Worker:
 
 
 def run_worker(settings: WorkerSettings) -> None:
-    """Run one worker process to its end.
+    """Run one worker until it is told to stop. Its process may not end well by itself: see ``cli.py``.
 
     Raises:
         StartError: a port is taken or the model cannot be served.
     """
     configure_logging(json=settings.log_json)
-    worker = Worker(settings)
-    uvloop.run(worker.run())
-    if worker.stopped_while_loading:
-        # The loading thread is inside native code, which aborts when the interpreter is taken down under it.
-        logging.shutdown()
-        os._exit(0)
+    uvloop.run(Worker(settings).run())

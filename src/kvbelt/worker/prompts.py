@@ -1,52 +1,69 @@
-"""From texts and messages to token ids. Runs off the event loop, on one thread of its own.
+"""From texts and messages to token ids, and the names of their blocks. Runs off the event loop, on its own thread.
 
 One thread, because a tokenizer is not promised to be safe on several, and because a long prompt
 must not hold up streaming, health or metrics.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jinja2
 import msgspec
 
+from kvbelt.engine.api import PrefixHashes
 from kvbelt.errors import RequestError
+from kvbelt.wire.block_hash import block_hashes, chained, root
 from kvbelt.worker.requests import ChatRequest, CompletionRequest, split_prompts
 
 T = TypeVar("T")
 
 
-class Prompts:
-    """Turns requests into token ids with the model's tokenizer and chat template."""
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    token_ids: tuple[int, ...]
+    prefix: PrefixHashes
+
+
+class Prompts:
+    """Turns requests into prompts.
+
+    Args:
+        tokenizer: the model's, with its chat template.
+        block_size: tokens of a block, which has a hash.
+    """
+
+    def __init__(self, tokenizer: Any, block_size: int) -> None:
         self._tokenizer = tokenizer
+        self._block_size = block_size
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def of_completion(self, request: CompletionRequest) -> list[tuple[int, ...]]:
-        """Token ids of each prompt, in order.
+    async def of_completion(self, request: CompletionRequest) -> list[Prompt]:
+        """Each prompt, in order.
 
         Raises:
-            RequestError: 400, the prompt is empty or of mixed kinds.
+            RequestError: 400, the prompt is empty, of mixed kinds, or holds what is no token id.
         """
-        prompts = split_prompts(request.prompt)
-        return await self._off_loop(lambda: [self._ids(prompt) for prompt in prompts])
+        prompts, salt = split_prompts(request.prompt), request.cache_salt
+        return await self._off_loop(lambda: [self._named(self._ids(prompt), salt) for prompt in prompts])
 
-    async def of_chat(self, request: ChatRequest) -> tuple[int, ...]:
-        """Token ids of the rendered conversation.
+    async def of_chat(self, request: ChatRequest) -> Prompt:
+        """The rendered conversation.
 
         Raises:
             RequestError: 400, the model has no chat template, or the template refuses the messages.
         """
-        return await self._off_loop(lambda: self._rendered(request))
+        return await self._off_loop(lambda: self._named(self._rendered(request), request.cache_salt))
 
-    async def texts_of(self, prompts: list[tuple[int, ...]]) -> list[str]:
+    async def texts_of(self, prompts: Sequence[tuple[int, ...]]) -> list[str]:
         """The prompts' texts, for ``echo``."""
         return await self._off_loop(
             lambda: [self._tokenizer.decode(list(ids), skip_special_tokens=True) for ids in prompts]
@@ -54,6 +71,13 @@ class Prompts:
 
     async def _off_loop(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _named(self, token_ids: tuple[int, ...], salt: str | None) -> Prompt:
+        try:
+            hashes = block_hashes(token_ids, self._block_size, salt or "")
+        except ValueError as error:
+            raise RequestError(f"the prompt holds what is no token id: {error}", param="prompt") from None
+        return Prompt(token_ids, PrefixHashes(root(salt or ""), hashes, chained))
 
     def _ids(self, prompt: str | list[int]) -> tuple[int, ...]:
         if not isinstance(prompt, str):

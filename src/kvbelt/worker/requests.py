@@ -13,6 +13,7 @@ import msgspec
 
 from kvbelt.errors import RequestError
 from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff
+from kvbelt.wire.json_body import JsonDecoder
 
 #: What msgspec says of the place of an error: ``$.stop[...]`` → ``stop``.
 _PLACE = re.compile(r" - at `\$\.?([^`\[.]*)[^`]*`$")
@@ -59,6 +60,7 @@ class _Common(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: dict[str, float] | None = None
     skip_special_tokens: bool = True
     return_token_ids: bool | None = False
+    cache_salt: str | None = None  #: blocks are shared between requests with the same one only
     kv_transfer_params: dict[str, Any] | None = None
     # Known, and refused unless they ask for nothing.
     response_format: dict[str, Any] | None = None
@@ -104,11 +106,11 @@ class ChatRequest(_Common, frozen=True, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-_completion = msgspec.json.Decoder(CompletionRequest)
-_chat = msgspec.json.Decoder(ChatRequest)
+_completion: JsonDecoder[CompletionRequest] = JsonDecoder(CompletionRequest)
+_chat: JsonDecoder[ChatRequest] = JsonDecoder(ChatRequest)
 
 
-def _decode(decoder: "msgspec.json.Decoder[T]", body: bytes) -> T:
+def _decode(decoder: JsonDecoder[T], body: bytes) -> T:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
@@ -181,6 +183,8 @@ def _check_common(request: _Common) -> None:
         raise RequestError(f"n is {request.n}; it must lie between 1 and {MAX_CHOICES}", param="n")
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options is only allowed with stream: true", param="stream_options")
+    if request.cache_salt == "":
+        raise RequestError("cache_salt is empty; give a text or leave it out", param="cache_salt")
     if request.response_format is not None and request.response_format.get("type") != "text":
         raise RequestError(
             f"response_format {request.response_format.get('type')!r} is not supported by the embedded engine; "

@@ -7,6 +7,9 @@ from kvbelt.worker.requests import ChatRequest, CompletionRequest
 #: OpenAI's default for completions. Chat has none: it runs to the end of the context.
 DEFAULT_COMPLETION_TOKENS = 16
 
+#: A token id has fewer digits. Python refuses to read a number of thousands of them.
+_MAX_ID_DIGITS = 20
+
 
 def sampling_of(request: CompletionRequest | ChatRequest, choice: int) -> SamplingParams:
     """The sampling parameters of choice number ``choice``.
@@ -54,9 +57,9 @@ def sampling_of(request: CompletionRequest | ChatRequest, choice: int) -> Sampli
 def _logit_bias(given: dict[str, float]) -> dict[int, float]:
     biases = {}
     for token, bias in given.items():
-        if not token.isdecimal() or not -100 <= bias <= 100:
+        if not token.isdecimal() or len(token) > _MAX_ID_DIGITS or not -100 <= bias <= 100:
             raise RequestError(
-                f"logit_bias holds {token!r}: {bias}; it maps token ids to values between -100 and 100",
+                f"logit_bias holds {token[:64]!r}: {bias}; it maps token ids to values between -100 and 100",
                 param="logit_bias",
             )
         biases[int(token)] = bias

@@ -1,16 +1,20 @@
 """What one worker process is made of, and what it says of itself."""
 
+import os
 import time
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
 
 import msgspec
 
+from kvbelt.about import of_this_process
 from kvbelt.engine.engine import Engine
 from kvbelt.errors import RequestError
 from kvbelt.transfer.belt import Belt
+from kvbelt.wire.about import About
 from kvbelt.wire.ids import EngineId
-from kvbelt.worker.metrics import render_metrics
+from kvbelt.worker.metrics import Times, render_metrics
 from kvbelt.worker.prompts import Prompts
 
 
@@ -34,7 +38,9 @@ class Service:
         self._started = int(time.time())
         self._engine: Engine | None = None
         self._prompts: Prompts | None = None
+        self._facts: Callable[[str], About] | None = None
         self.belt: Belt | None = None
+        self.times = Times()
 
     @property
     def engine(self) -> Engine:
@@ -48,9 +54,11 @@ class Service:
         assert self._prompts is not None
         return self._prompts
 
-    def become_ready(self, engine: Engine, prompts: Prompts, belt: Belt | None) -> None:
-        """From now on requests are taken."""
-        self._engine, self._prompts, self.belt = engine, prompts, belt
+    def become_ready(
+        self, engine: Engine, prompts: Prompts, belt: Belt | None, facts: Callable[[str], About] | None = None
+    ) -> None:
+        """From now on requests are taken. ``facts`` tells of a role's worker more than any process knows of itself."""
+        self._engine, self._prompts, self.belt, self._facts = engine, prompts, belt, facts
         self.state = State.READY
 
     def require_ready(self) -> None:
@@ -81,6 +89,13 @@ class Service:
                 param="max_tokens",
             )
 
+    def busy(self) -> bool:
+        """Whether there are requests."""
+        if self._engine is None:
+            return False
+        load = self._engine.load()
+        return load.running + load.waiting > 0
+
     def health(self) -> tuple[int, dict[str, Any]]:
         """HTTP status and body of ``/health``."""
         body: dict[str, Any] = {
@@ -89,6 +104,8 @@ class Service:
             "role": self.role,
             "model": self.model_name,
             "engine_id": self.engine_id,
+            "engine": "embedded",
+            "hash_seed": os.environ.get("PYTHONHASHSEED", "random"),
             "receiver": None,
         }
         if self._engine is not None:
@@ -99,11 +116,16 @@ class Service:
                 "waiting": load.waiting,
                 "blocks_total": load.blocks_total,
                 "blocks_free": load.blocks_free,
+                "blocks_cached": load.blocks_cached,
             }
         if self.belt is not None:
             body["receiver"] = msgspec.to_builtins(self.belt.receiver_address())
             body["belt"] = msgspec.to_builtins(self.belt.snapshot())
         return (200 if self.state is State.READY else 503), body
+
+    def about(self) -> About:
+        """The body of ``/kvbelt/about``."""
+        return self._facts(self.role) if self._facts is not None else of_this_process(self.role, "embedded")
 
     def models(self) -> dict[str, Any]:
         """The body of ``/v1/models``."""
@@ -122,4 +144,7 @@ class Service:
         return render_metrics(
             self._engine.load() if self._engine is not None else None,
             self.belt.snapshot() if self.belt is not None else None,
+            self.times,
+            {(self.role, self.engine_id, self.model_name): 1.0},
+            self.about(),
         )
