@@ -2,13 +2,17 @@
 
 import asyncio
 import functools
-import socket
+import itertools
+import os
+import random
+from collections.abc import Iterator
 
 import uvloop
 
 from kvbelt.http import Server
+from kvbelt.ops.ports import problem
 
-SECONDS = 10.0  # how long anything may take before a test gives up
+SECONDS = 60.0  # how long anything may take before a test gives up, on a machine that does much else
 
 
 def async_test(test):
@@ -17,7 +21,7 @@ def async_test(test):
     @functools.wraps(test)
     def run(*args, **kwargs):
         async def limited():
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(2 * SECONDS):
                 await test(*args, **kwargs)
 
         uvloop.run(limited())
@@ -84,8 +88,25 @@ async def echo(exchange):
     exchange.respond(200, ((b"content-type", b"text/plain"),), said)
 
 
-def free_port():
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+#: Above what the system gives to connections, and to whoever asks for any port. Each of the processes that share
+#: the tests (pytest-xdist) has some of its own: so a port stays free between two lives of who listens there.
+_PORTS = 61_000
+_PORTS_EACH = 1000
+
+
+def _own_ports() -> Iterator[int]:
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4
+    first = random.randrange(_PORTS_EACH)
+    for number in itertools.count(first):
+        yield _PORTS + worker * _PORTS_EACH + number % _PORTS_EACH
+
+
+_own = _own_ports()
+
+
+def free_port() -> int:
+    """A port that nobody listens on, that nobody else will take, and that none of the last thousand calls gave away.
+
+    In turn rather than at random: whoever asks for two, and listens on neither yet, must not get one twice.
+    """
+    return next(port for port in _own if problem("127.0.0.1", port) is None)

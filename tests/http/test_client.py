@@ -15,7 +15,7 @@ from kvbelt.http import (
     ProtocolViolationError,
     TooLargeError,
 )
-from tests.http.support import Running, async_test, echo, eventually, free_port
+from tests.http.support import SECONDS, Running, async_test, echo, eventually, free_port
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
@@ -119,7 +119,7 @@ async def test_a_cancelled_call_closes_its_connection():
         call = asyncio.create_task(pool.request("GET", "/"))
         await entered.wait()
         call.cancel()
-        await asyncio.wait_for(left.wait(), 5)
+        await asyncio.wait_for(left.wait(), SECONDS)
         assert not pool._idle
         pool.close()
 

@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass, field
 
 from kvbelt.http import Exchange, Server, ServerLimits
+from tests.http.support import free_port
 
 EOS = 0
 VOCABULARY = 499
@@ -40,6 +41,7 @@ class Script:
     body: bytes = b'{"error": {"message": "as scripted", "type": "test", "param": null, "code": 1}}'
     before_head: asyncio.Event | None = None  #: wait for it before answering
     die_before_head: bool = False
+    die_behind_head: bool = False  #: of a stream: the head leaves, and nothing else
     die_after_tokens: int | None = None
     stop_after_tokens: tuple[int, asyncio.Event] | None = None  #: wait for it in mid-answer
     health_status: int = 200
@@ -48,9 +50,16 @@ class Script:
     first_text: str | None = None  #: what it says that the first token is
     kv: str | None = None  #: a decode worker's x-kvbelt-kv; None: received
     kv_arrives: asyncio.Event | None = None  #: a decode worker waits for it
+    kv_seconds: bool = False  #: a decode worker waits for KV for as long as it was told to
     bad_event: bool = False  #: the second event of a stream is not JSON
     pad: int = 0  #: extra bytes a streamed token
+    peers_status: int = 200  #: of /kvbelt/peers; 404: has no such route, as vLLM
+    peers_by_request: bool = False  #: as vLLM, it is told of receivers by a request of two tokens
+    vllm_metrics: str | None = None  #: as vLLM, its health has no body, and this is its /metrics
+    peers_hang: asyncio.Event | None = None  #: a handshake that takes so long
+    peers_refusal: dict | None = None  #: what is said of each peer instead of "ready"
     extra_message: dict = field(default_factory=dict)
+    about: dict | None = None  #: what it says of itself to who looks for a fault; None: nothing, as vLLM
 
 
 class Standin:
@@ -61,18 +70,21 @@ class Standin:
         self.engine_id = engine_id or f"{role}-life-1"
         self.script = Script()
         self.requests = []  # (path, headers, body)
+        self.questions = []  # headers of what the proxy asks for itself, as a vLLM server is asked
+        self.told = []  # engine ids of receivers, in the order in which it was told of them
         self.gone = 0  # requests whose caller closed
         self.gone_event = asyncio.Event()
         self.arrived = asyncio.Event()
         self.created = 1_700_000_000 if role == "prefill" else 1_700_000_007
         self.has_receiver = role != "prefill"
+        self.more_health = {}
         self.server = None
         self.port = 0
 
     async def start(self, port=0):
         """Listen."""
         self.server = Server(self.handle, limits=ServerLimits())
-        self.port = await self.server.start("127.0.0.1", port)
+        self.port = await self.server.start("127.0.0.1", port or free_port())
         return self
 
     async def stop(self):
@@ -90,6 +102,7 @@ class Standin:
             "status": "ok", "state": "ready" if self.script.health_status == 200 else "draining", "role": self.role,
             "model": "toy", "engine_id": self.engine_id, "max_model_len": MAX_MODEL_LEN,
             "load": {"running": 0, "waiting": 0, "blocks_total": 10, "blocks_free": 10}, "receiver": receiver,
+            **self.more_health,
         }  # fmt: skip
 
     async def handle(self, exchange: Exchange):
@@ -98,7 +111,24 @@ class Standin:
         if path == "/health":
             if self.script.health_hangs:
                 await asyncio.Event().wait()
+            if self.script.vllm_metrics is not None:
+                exchange.respond(200, (), b"")
+                return
             answer(exchange, self.script.health_status, self.health())
+        elif path == "/metrics":
+            exchange.respond(200, (), (self.script.vllm_metrics or "").encode())
+        elif b'"kvbelt":"describe"' in exchange.request.body.replace(b" ", b""):
+            self.questions.append(dict(exchange.request.headers))
+            answer(exchange, 200, {"kv_transfer_params": self.health()})
+        elif path == "/kvbelt/about":
+            answer(exchange, 404 if self.script.about is None else 200, self.script.about or {})
+        elif path == "/kvbelt/peers":
+            await self.greet(exchange)
+        elif self.script.peers_by_request and b'"kvbelt":"warm"' in exchange.request.body:
+            self.questions.append(dict(exchange.request.headers))
+            params = json.loads(exchange.request.body)["kv_transfer_params"]
+            assert set(params) == {"kvbelt", "receivers"}
+            await self.greet(exchange, params["receivers"])
         elif path == "/v1/models":
             answer(exchange, 200, {"object": "list", "data": [{"id": "toy", "object": "model"}]})
         else:
@@ -109,10 +139,25 @@ class Standin:
                 self.gone_event.set()
                 raise
 
+    async def greet(self, exchange, asked_by_request=None):
+        """Handshakes with receivers."""
+        script = self.script
+        if script.peers_status != 200 and asked_by_request is None:
+            answer(exchange, script.peers_status, {})
+            return
+        receivers = asked_by_request or json.loads(exchange.request.body)
+        self.told += [receiver["engine_id"] for receiver in receivers]
+        if script.peers_hang is not None:
+            await script.peers_hang.wait()
+        said = script.peers_refusal or {"state": "ready", "reason": "", "detail": ""}
+        peers = [{"engine_id": receiver["engine_id"]} | said for receiver in receivers]
+        told = {"peers": peers}
+        answer(exchange, 200, told if asked_by_request is None else {"kv_transfer_params": told})
+
     async def generate(self, exchange, *, chat):
         """Completions and chat."""
         script = self.script
-        request_id = exchange.request.headers[b"x-request-id"].decode()
+        request_id = exchange.request.headers.get(b"x-request-id", b"none").decode()
         body = json.loads(exchange.request.body)
         self.requests.append((exchange.request.path, dict(exchange.request.headers), body))
         self.arrived.set()
@@ -141,9 +186,11 @@ class Standin:
             return
         headers = [(b"server-timing", b"queue;dur=1.5, prefill;dur=20, kv;dur=3, load;dur=0.5")]
         params = body.get("kv_transfer_params")
-        if params is not None and "receiver" not in params:
+        if params is not None and "receiver" not in params and "kvbelt" not in params:
             if script.kv_arrives is not None:
                 await script.kv_arrives.wait()
+            if script.kv_seconds:
+                await asyncio.sleep(params["deadline_seconds"])
             headers.append((b"x-kvbelt-kv", (script.kv or "received").encode()))
         await self.write(exchange, body, prompts, limit, headers=headers, request_id=request_id, chat=chat)
 
@@ -159,6 +206,10 @@ class Standin:
         tail = {"usage": None} if usage_wanted else {}
         if stream:
             exchange.start(200, [(b"content-type", b"text/event-stream; charset=utf-8"), *headers])
+            if script.die_behind_head:
+                await asyncio.sleep(0)
+                self.die(exchange)
+                await asyncio.Event().wait()
             if chat:
                 base["object"] = "chat.completion.chunk"
                 choice = {

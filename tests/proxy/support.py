@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import zmq
 
@@ -11,7 +11,7 @@ from kvbelt.proxy import Address, Proxy, ProxySettings
 from tests.http.support import async_test, eventually, free_port
 from tests.proxy.standin import Standin
 
-__all__ = ["Deployment", "Reply", "async_test", "eventually", "free_port", "generated"]
+__all__ = ["Deployment", "Reply", "async_test", "eventually", "free_port", "generated", "in_time"]
 
 
 @dataclass
@@ -70,8 +70,8 @@ class Deployment:
             ProxySettings(
                 prefill=tuple(Address("127.0.0.1", s.port) for s in self.prefill),
                 decode=tuple(Address("127.0.0.1", s.port) for s in self.decode),
-                port=0,
-                notification_port=0,
+                port=free_port(),  # so that it may be started again there
+                notification_port=free_port(),
                 **self.settings,
             )
         )
@@ -89,20 +89,27 @@ class Deployment:
         for standin in (*self.prefill, *self.decode, self.alone):
             await standin.stop()
 
-    async def ask(self, body, *, chat=False, request_id="r1", pool=None):
+    async def restart_proxy(self, port):
+        """Another life of the proxy, on a port of the first."""
+        self.proxy = Proxy(replace(self.proxy.settings, port=port))
+        await self.proxy.start()
+
+    async def ask(self, body, *, chat=False, request_id="r1", pool=None, headers=()):
         """One request through the proxy. ``body``: a dictionary, or bytes as they are."""
         path = "/v1/chat/completions" if chat else "/v1/completions"
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        response = await (pool or self.pool).request("POST", path, ((b"x-request-id", request_id.encode()),), data)
+        response = await (pool or self.pool).request(
+            "POST", path, ((b"x-request-id", request_id.encode()), *headers), data
+        )
         return Reply(response.status, response.headers, await response.read(1 << 26))
 
     async def ask_alone(self, body, *, chat=False):
         """The same request to one server, which is what the answer has to equal."""
         return await self.ask(body, chat=chat, pool=self._alone_pool)
 
-    async def get(self, path, method="GET"):
+    async def get(self, path, method="GET", *, headers=(), body=None):
         """Anything else."""
-        response = await self.pool.request(method, path)
+        response = await self.pool.request(method, path, headers, body)
         return Reply(response.status, response.headers, await response.read(1 << 26))
 
     async def record(self, request_id="r1"):
@@ -119,9 +126,26 @@ class Deployment:
         """The same, off the event loop."""
         await asyncio.to_thread(self.push, *frames)
 
+    async def right(self, reply, body):
+        """Whether a reply has one server's text."""
+        expected = await self.ask_alone({**body, "stream": False})
+        return reply.status == 200 and reply.text == expected.text
+
     def worker(self, standin):
         """The proxy's view of a stand-in."""
         return next(w for w in self.proxy._workers if w.name.endswith(f":{standin.port}"))
+
+
+async def in_time(attempt):
+    """Let ``attempt(seconds)`` meet its deadline in the place that is meant.
+
+    It says whether it has come as far: a machine that stands still for a moment may be overtaken by the deadline, and
+    then there is more time.
+    """
+    for seconds in (0.2, 2.0, 20.0):
+        if await attempt(seconds):
+            return
+    raise AssertionError("it never came as far")
 
 
 def generated(standin):

@@ -6,7 +6,7 @@ import pytest
 
 from kvbelt.errors import SettingsError, StartError
 from kvbelt.proxy import Address, Proxy, ProxySettings
-from kvbelt.proxy.records import timings
+from kvbelt.proxy.spans import timings
 from tests.http.support import Raw
 from tests.proxy.support import Deployment, async_test, eventually
 
@@ -100,7 +100,7 @@ async def test_metrics_have_the_seeds_names_and_ours():
     """lmcache_ttft counts in milliseconds."""
     async with Deployment() as deployment:
         await deployment.ask({"prompt": "x", "max_tokens": 3})
-        await deployment.ask({"prompt": "x", "max_tokens": 3, "seed": 1})
+        await deployment.ask({"prompt": "x", "max_tokens": 3, "seed": 1, "stream": True})
         text = (await deployment.get("/metrics")).body.decode()
     for line in (
         'kvbelt_proxy_requests_total{path="first-token",reason=""} 1.0',
@@ -120,7 +120,7 @@ async def test_a_record_says_where_the_time_went_and_nothing_of_the_text():
         got = await deployment.get("/kvbelt/requests/cmpl-r1")
         record = got.json
         assert b"secret" not in got.body
-        assert record["decision"] == {"path": "first-token", "reason": None}
+        assert record["decision"] == {"path": "first-token", "reason": None, "meaning": None}
         assert record["workers"]["prefill"] == f"127.0.0.1:{deployment.prefill[0].port}"
         assert record["kv"] == "received"
         spent = record["timings_ms"]
@@ -139,7 +139,7 @@ async def test_only_the_last_records_are_kept():
         assert (await deployment.get("/kvbelt/requests/a")).status == 404
         assert (await deployment.get("/kvbelt/requests/c")).status == 200
         records = deployment.proxy.context.records
-        assert len(records) == len(records._by_id) == len(records._by_transfer) == 2
+        assert (len(records), len(records.open)) == (2, 0)
 
 
 @async_test

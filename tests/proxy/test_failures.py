@@ -6,7 +6,8 @@ import json
 import pytest
 
 from kvbelt.wire.notification import TransferDone, TransferFailed, encode
-from tests.proxy.support import Deployment, async_test, eventually, generated
+from tests.http.support import SECONDS
+from tests.proxy.support import Deployment, async_test, eventually, generated, in_time
 
 BODY = {"prompt": "hello", "max_tokens": 12, "temperature": 0}
 STREAM = BODY | {"stream": True}
@@ -16,8 +17,7 @@ FAST_HEALTH = {"health_interval_seconds": 0.02, "health_timeout_seconds": 0.2}
 
 async def right(deployment, reply, body=None):
     """The reply has one server's text."""
-    expected = await deployment.ask_alone({**(body or BODY), "stream": False})
-    return reply.status == 200 and reply.text == expected.text
+    return await deployment.right(reply, body or BODY)
 
 
 # The prefill worker fails: the decode worker computes the prompt itself.
@@ -134,7 +134,8 @@ async def test_kv_lost_on_the_way_is_said_in_the_header_or_in_a_comment():
         assert await right(deployment, got)
         for body in (BODY, REDERIVED):
             assert (await deployment.ask(body)).path == "local; reason=deadline"
-        assert (await deployment.record())["decision"] == {"path": "local", "reason": "deadline"}
+        decision = (await deployment.record())["decision"]
+        assert (decision["path"], decision["reason"]) == ("local", "deadline")
 
 
 @pytest.mark.parametrize("body", [BODY, STREAM, REDERIVED])
@@ -179,9 +180,22 @@ async def test_a_failed_transfer_that_the_decode_worker_did_not_hear_of():
 # The decode worker fails.
 
 
-@pytest.mark.parametrize("body", [BODY, STREAM, REDERIVED])
-def test_a_decode_worker_lost_before_it_answers_is_replaced(body):
-    """Another one computes the prompt itself; the first token that the client has stays the first."""
+@async_test
+async def test_a_decode_worker_lost_behind_the_first_token_is_replaced():
+    """The client has the first token, which stays the first: another worker goes on after it, and computes both."""
+    async with Deployment(decode=2) as deployment:
+        deployment.decode[0].script.die_before_head = True
+        got = await deployment.ask(STREAM)
+        assert await right(deployment, got, STREAM)
+        assert b": x-kvbelt-path local; reason=decode_lost; after=decode_lost\n\n" in got.body
+        assert "kv_transfer_params" not in deployment.decode[1].requests[0][2]
+        decision = (await deployment.record())["decision"]
+        assert (decision["path"], decision["reason"]) == ("local", "decode_lost")
+
+
+@pytest.mark.parametrize(("body", "path"), [(BODY, "first-token"), (REDERIVED, "re-derive; reason=seed")])
+def test_a_decode_worker_lost_before_anything_was_said_is_replaced_with_kv(body, path):
+    """Another one gets a prefill leg of its own: the KV is sent to it, under another name."""
 
     @async_test
     async def replaced():
@@ -189,8 +203,12 @@ def test_a_decode_worker_lost_before_it_answers_is_replaced(body):
             deployment.decode[0].script.die_before_head = True
             got = await deployment.ask(body)
             assert await right(deployment, got, body)
-            assert "kv_transfer_params" not in deployment.decode[1].requests[0][2]
-            assert (await deployment.record())["decision"] == {"path": "local", "reason": "decode_lost"}
+            assert got.path == f"{path}; after=decode_lost"
+            first, second = generated(deployment.prefill[0])
+            assert second["kv_transfer_params"]["receiver"]["engine_id"] == "d1"
+            name = second["kv_transfer_params"]["transfer_id"]
+            assert name != first["kv_transfer_params"]["transfer_id"]
+            assert generated(deployment.decode[1])[0]["kv_transfer_params"]["transfer_id"] == name
 
     replaced()
 
@@ -320,7 +338,7 @@ async def test_a_fault_of_the_proxy_itself_is_an_honest_500(monkeypatch, caplog)
     """An OpenAI error, a line in the log, and the next request is unharmed."""
     async with Deployment() as deployment:
         with monkeypatch.context() as patch:
-            patch.setattr(deployment.proxy.context, "pick_prefill", lambda: 1 / 0)
+            patch.setattr(deployment.proxy.context.fleet, "pick_prefill", lambda *_: 1 / 0)
             got = await deployment.ask(BODY)
         assert (got.status, got.json["error"]["type"]) == (500, "internal_error")
         assert "ZeroDivisionError" in caplog.text
@@ -393,8 +411,8 @@ def test_a_client_that_leaves_stops_the_work(where):
             asking = asyncio.create_task(deployment.ask(STREAM))
             await worker.arrived.wait()
             asking.cancel()
-            await asyncio.wait_for(worker.gone_event.wait(), 5)
-            await eventually(lambda: not deployment.proxy.context.active)
+            await asyncio.wait_for(worker.gone_event.wait(), SECONDS)
+            await eventually(lambda: not deployment.proxy.context.records.open)
             assert (await deployment.record())["status"] == 499
 
     stopped()
@@ -425,17 +443,23 @@ async def test_a_slow_client_slows_the_decode_worker():
 def test_the_deadline_ends_what_takes_too_long(body, where):
     """504 before the first byte, an error event behind it; the worker is let go."""
 
-    @async_test
-    async def ended():
-        async with Deployment(deadline_seconds=0.2) as deployment:
+    async def attempt(seconds):
+        async with Deployment(deadline_seconds=seconds) as deployment:
             worker = deployment.prefill[0] if where == "prefill" else deployment.decode[0]
             worker.script.before_head = asyncio.Event()
             got = await deployment.ask(body)
+            if not worker.arrived.is_set():
+                return False
             if body is STREAM:
                 assert got.events[-1]["error"]["code"] == 504
             else:
                 assert (got.status, got.json["error"]["type"]) == (504, "timeout_error")
-            await asyncio.wait_for(worker.gone_event.wait(), 5)
+            await asyncio.wait_for(worker.gone_event.wait(), SECONDS)
+            return True
+
+    @async_test
+    async def ended():
+        await in_time(attempt)
 
     ended()
 
@@ -455,7 +479,7 @@ async def test_malformed_notifications_are_counted_and_good_ones_recorded():
         context = deployment.proxy.context
         refused = {"notifications": {"malformed": 3, "oversized": 1}}
         metrics = context.metrics
-        await eventually(lambda: metrics.refusals.totals() == refused and metrics.transfers_done == 1)
+        await eventually(lambda: metrics.refusals.totals() == refused and metrics.transfer_size.count == 1)
         transfer = (await deployment.record())["transfer"]
         assert (transfer["state"], transfer["bytes"], transfer["gb_per_second"]) == ("done", 2_000_000, 2.0)
         assert (transfer["channel"], transfer["exposed_ms"]) == ("nixl", 0.5)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvbelt.errors import RequestError
@@ -39,6 +39,7 @@ def written(body, separators):
     return json.dumps(body, separators=separators, ensure_ascii=len(str(body)) % 2 == 0).encode()
 
 
+@settings(deadline=None)
 @given(prompt=prompts, extra=extras, separators=spacings, limit=st.integers(2, 500))
 @example(prompt=[1, 2], extra={'x"prompt': [3]}, separators=None, limit=5)
 @example(prompt="a", extra={"x": {"prompt": [1]}}, separators=None, limit=5)
@@ -125,6 +126,7 @@ def test_a_wrong_body_is_refused_with_the_field_at_fault(body, param):
     assert caught.value.param == param
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=60))
 def test_no_body_breaks_the_parser(body):
     """Any bytes are a request or a RequestError."""
@@ -135,6 +137,7 @@ def test_no_body_breaks_the_parser(body):
             continue
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 99999), min_size=1), spacings)
 def test_cutting_a_list_and_putting_it_back_changes_nothing(ids, separators):
     """The rest parses without it, and the list parses by itself."""

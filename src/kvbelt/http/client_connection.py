@@ -102,6 +102,9 @@ class ClientConnection(asyncio.Protocol):
         response.started = True
         try:
             self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._fail(ProtocolViolationError(f"{self._name} changed protocols, which nobody had asked for"))
+            return
         except httptools.HttpParserError as error:
             if not response.complete:
                 self._fail(ProtocolViolationError(f"{self._name} did not answer in HTTP/1.1: {error}"))

@@ -48,6 +48,7 @@ class Response:
         "head_complete",
         "headers",
         "pause_bytes",
+        "pieces",
         "started",
         "status",
     )
@@ -60,6 +61,7 @@ class Response:
         self.complete = False
         self.error: HttpError | None = None
         self.pause_bytes = pause_bytes  #: unread bytes at which the peer is paused
+        self.pieces = 0  #: that were taken of the body; a chunk of a chunked one that came whole is a piece
         self._chunks: list[bytes] = []
         self._buffered = 0
         self._source = source
@@ -125,6 +127,7 @@ class Response:
 
     def _take(self) -> bytes:
         chunks = self._chunks
+        self.pieces += len(chunks)
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         self._chunks = []
         self._buffered = 0

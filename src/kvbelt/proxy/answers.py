@@ -9,7 +9,8 @@ from typing import Any
 
 import msgspec
 
-from kvbelt.proxy.prefill_answer import PrefillAnswer
+from kvbelt.proxy.prefill_answer import PrefillAnswer, count_of
+from kvbelt.wire.json_body import JsonDecoder
 
 DONE = b"data: [DONE]\n\n"
 JSON = (b"content-type", b"application/json")
@@ -22,10 +23,16 @@ _NULL = msgspec.Raw(b"null")
 
 
 def error_body(
-    message: str, *, kind: str = "invalid_request_error", param: str | None = None, code: int | str | None = None
+    message: str,
+    *,
+    kind: str = "invalid_request_error",
+    param: str | None = None,
+    code: int | str | None = None,
+    reason: str | None = None,
 ) -> bytes:
-    """OpenAI's error object."""
-    return _encode({"error": {"message": message, "type": kind, "param": param, "code": code}})
+    """OpenAI's error object. ``reason``, of ``wire/reasons.py``, is ours, and there only where it says something."""
+    error = {"message": message, "type": kind, "param": param, "code": code}
+    return _encode({"error": error if reason is None else error | {"reason": reason}})
 
 
 def error_event(body: bytes) -> bytes:
@@ -58,8 +65,8 @@ class _WholeChoice(msgspec.Struct, frozen=True):
     token_ids: list[int] | None = None
 
 
-_event = msgspec.json.Decoder(_Event)
-_continuation = msgspec.json.Decoder(_Continuation)
+_event: JsonDecoder[_Event] = JsonDecoder(_Event)
+_continuation: JsonDecoder[_Continuation] = JsonDecoder(_Continuation)
 
 
 class Seam:
@@ -108,7 +115,11 @@ class Seam:
         return (self._usage_chunk({"completion_tokens": completion_tokens}) if self._include_usage else b"") + DONE
 
     def relayed(self, events: bytes) -> bytes:
-        """Whole events of the decode worker, as the client is to see them."""
+        """Whole events of the decode worker, as the client is to see them.
+
+        Raises:
+            ValueError: one of them is not a completion's.
+        """
         if self._chat or self._token_ids:
             return b"".join(map(self._rewrapped, events.split(b"\n\n")[:-1]))
         if self._created is None:
@@ -169,6 +180,8 @@ class Seam:
         usage = self._usage({"completion_tokens": 1}, 0)
         if continuation is not None:
             parsed = _continuation.decode(continuation)
+            if not parsed.choices:
+                raise ValueError("an answer without a choice")
             choice = parsed.choices[0]
             text += choice.text
             ids += choice.token_ids or []
@@ -194,7 +207,7 @@ class Seam:
     def _usage(self, usage: dict[str, Any], extra: int) -> dict[str, Any]:
         # The prompt's counts, its cached tokens included, are the prefill worker's; the rest is the decode worker's.
         counts = self._first.usage | usage
-        completion = int(usage.get("completion_tokens", 0)) + extra
+        completion = count_of(usage, "completion_tokens") + extra
         counts["prompt_tokens"] = self._first.prompt_tokens
         counts["completion_tokens"] = completion
         counts["total_tokens"] = self._first.prompt_tokens + completion

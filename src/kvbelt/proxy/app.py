@@ -8,20 +8,28 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
+from kvbelt.about import of_this_process
 from kvbelt.errors import StartError
 from kvbelt.http import Exchange, HttpError, Server, ServerLimits
+from kvbelt.proxy.access import Access
+from kvbelt.proxy.admin import Admin
 from kvbelt.proxy.answers import JSON, error_body
+from kvbelt.proxy.console import Console
 from kvbelt.proxy.context import Context
+from kvbelt.proxy.discovery import Discovery
 from kvbelt.proxy.journey import Journey
 from kvbelt.proxy.notifications import Notifications
 from kvbelt.proxy.records import Record
+from kvbelt.proxy.request_log import RequestLog
 from kvbelt.proxy.settings import ProxySettings
+from kvbelt.proxy.worker_view import worker_json
 from kvbelt.proxy.workers import Worker
+from kvbelt.routing.endpoint import Role
+from kvbelt.routing.ratio import lopsided
 
 log = logging.getLogger("kvbelt.proxy")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
-_RECORD_PREFIX = "/kvbelt/requests/"
 _MAX_MODELS_BYTES = 4 * 1024 * 1024
 _encode = msgspec.json.Encoder().encode
 
@@ -42,19 +50,23 @@ class Proxy:
             refusal_body=lambda error: (JSON[1], error_body(str(error), kind=_kind(error.status), code=error.status)),
         )
         self._notifications = Notifications(self.context.notified, settings.keys, self.context.metrics.refusals)
-        self._watches: list[asyncio.Task[None]] = []
+        access = Access(settings)
+        self._admin = Admin(self.context.fleet, settings, access)
+        self._console = Console(self.context, access)
+        self._discovery = Discovery(self.context.fleet, settings) if settings.discover else None
+        self._request_log = RequestLog(settings.request_lines_per_second)
         self._routes: dict[str, tuple[str, Route]] = {
             "/v1/completions": ("POST", self._completions),
             "/v1/chat/completions": ("POST", self._chat),
             "/v1/models": ("GET", self._models),
             "/health": ("GET", self._health),
+            "/kvbelt/about": ("GET", self._about),
             "/metrics": ("GET", self._metrics),
-            "/kvbelt/requests": ("GET", self._recent),
         }
 
     @property
     def _workers(self) -> list[Worker]:
-        return [*self.context.prefill, *self.context.decode]
+        return list(self.context.fleet)
 
     async def start(self) -> None:
         """Listen on both ports and begin to watch the workers.
@@ -71,7 +83,13 @@ class Proxy:
             raise StartError(
                 f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}; choose another --port"
             ) from None
-        self._watches = [asyncio.create_task(worker.watch(), name=f"watch {worker.name}") for worker in self._workers]
+        self.context.fleet.start()
+        if self._discovery is not None:
+            await self._discovery.start()
+        self.context.warmer.start()
+        self.context.tracer.start()
+        if (problem := lopsided(len(settings.prefill), len(settings.decode))) is not None:
+            log.warning("%s", problem)
         log.info(
             "proxy on %s:%s, notifications on %s (%s)",
             settings.host,
@@ -81,20 +99,21 @@ class Proxy:
         )
 
     async def workers_asked(self) -> None:
-        """Wait until every worker's health is known for the first time."""
+        """Wait until every worker's health is known for the first time, and whoever is healthy has been connected."""
         for worker in self._workers:
             await worker.watched()
+        await self.context.warmer.settled()
 
     async def close(self) -> None:
         """Let open requests end within ``drain_seconds``, cut the rest, and free everything. Idempotent."""
         await self._server.close(self.settings.drain_seconds)
-        for watch in self._watches:
-            watch.cancel()
-        await asyncio.gather(*self._watches, return_exceptions=True)
-        self._watches = []
-        for worker in self._workers:
-            worker.close()
+        if self._discovery is not None:
+            await self._discovery.close()
+        await self.context.warmer.close()
+        await asyncio.to_thread(self.context.tracer.close)
+        await self.context.fleet.close()
         self._notifications.close()
+        self._request_log.close()
         # Closed transports are freed by the loop's next turn.
         await asyncio.sleep(0)
 
@@ -104,13 +123,15 @@ class Proxy:
         path = exchange.request.path
         route = self._routes.get(path)
         if route is None:
-            if path.startswith(_RECORD_PREFIX):
-                route = ("GET", self._record)
-            else:
-                _refuse(
-                    exchange, 404, f"there is no {path}; this server has {', '.join(self._routes)}", "not_found_error"
-                )
+            if Admin.serves(path):
+                await self._admin.handle(exchange)
                 return
+            if Console.serves(path):
+                await self._console.handle(exchange)
+                return
+            served = ", ".join((*self._routes, *Console.PLACES, Admin.PLACE))
+            _refuse(exchange, 404, f"there is no {path}; this server has {served}", "not_found_error")
+            return
         method, answer = route
         asked = exchange.request.method
         if asked != method and not (asked == "HEAD" and method == "GET"):
@@ -136,38 +157,36 @@ class Proxy:
         request_id = exchange.request.headers.get(b"x-request-id", b"").decode("latin-1")
         if not _REQUEST_ID.match(request_id):
             request_id = context.new_id()
-        elif request_id in context.active:  # engines know requests by this id
+        elif request_id in context.records.open:  # engines know requests by this id
             request_id = f"{request_id[:96]}-{context.new_id()}"
         record = Record(request_id, route, exchange.request.arrived, time.time())
+        record.trace = context.tracer.begin(exchange.request.headers)
         context.records.add(record)
-        context.active.add(request_id)
         metrics.in_flight += 1
         try:
             await Journey(context, exchange, record, chat=chat).run()
             record.status = exchange.status
         except asyncio.CancelledError:
             record.status = 499  # nginx's word for a client that closed its request
-            record.errors.append("the client closed its connection")
+            record.errors += ("the client closed its connection",)
             raise
         finally:
-            context.active.discard(request_id)
-            record.ended = time.monotonic()
-            metrics.in_flight -= 1
-            metrics.requests[record.path or "refused", record.reason or ""] += 1
-            metrics.answers[record.status] += 1
-            metrics.duration.observe(record.ended - record.began)
+            context.records.end(record)
+            metrics.ended(record)
+            self._request_log.ended(record)
+            context.tracer.ended(record)
 
     async def _models(self, exchange: Exchange) -> None:
         tried: frozenset[str] = frozenset()
         headers = [(n, v) for n, v in exchange.request.headers.items() if n == b"authorization"]
-        while (worker := self.context.pick_decode(tried)) is not None:
+        while (worker := self.context.fleet.pick_decode(tried)) is not None:
             try:
                 async with asyncio.timeout(self.settings.health_timeout_seconds):
                     response = await worker.get("/v1/models", headers)
                     body = await response.read(_MAX_MODELS_BYTES)
             except (HttpError, TimeoutError):
                 worker.suspect()
-                tried |= {worker.name}
+                tried |= {worker.endpoint.life}
                 continue
             kind = response.headers.get(b"content-type", JSON[1])
             exchange.respond(response.status, ((b"content-type", kind),), body)
@@ -175,8 +194,9 @@ class Proxy:
         _refuse(exchange, 503, "no decode worker is ready; try again", "unavailable", (b"retry-after", b"1"))
 
     async def _health(self, exchange: Exchange) -> None:
-        ready = any(worker.ready for worker in self.context.decode)
-        workers = [_worker_json(worker) for worker in self._workers]
+        # Connected as well, which takes a bounded time: whoever waits for this begins with a warm deployment.
+        ready = any(worker.ready and not worker.endpoint.warming for worker in self.context.fleet.of(Role.DECODE))
+        workers = [worker_json(worker) for worker in self._workers]
         body = {
             "status": "ok" if ready else "unavailable",
             "state": "ready" if ready else "waiting",
@@ -185,39 +205,12 @@ class Proxy:
         }
         exchange.respond(200 if ready else 503, (JSON,), _encode(body))
 
+    async def _about(self, exchange: Exchange) -> None:
+        exchange.respond(200, (JSON,), _encode(of_this_process("proxy")))
+
     async def _metrics(self, exchange: Exchange) -> None:
         kind = b"text/plain; version=0.0.4; charset=utf-8"
         exchange.respond(200, ((b"content-type", kind),), self.context.metrics.text())
-
-    async def _recent(self, exchange: Exchange) -> None:
-        records = [record.as_json() for record in self.context.records.recent()]
-        exchange.respond(200, (JSON,), _encode({"requests": records, "kept": len(self.context.records)}))
-
-    async def _record(self, exchange: Exchange) -> None:
-        request_id = exchange.request.path.removeprefix(_RECORD_PREFIX)
-        # The answer's own id is as good: it is the request's with a prefix.
-        names = (request_id, request_id.removeprefix("chatcmpl-").removeprefix("cmpl-"))
-        record = next(filter(None, map(self.context.records.get, names)), None)
-        if record is None:
-            kept = self.settings.records_kept
-            _refuse(exchange, 404, f"no request {request_id!r} among the last {kept}", "not_found_error")
-            return
-        exchange.respond(200, (JSON,), _encode(record.as_json()))
-
-
-def _worker_json(worker: Worker) -> dict[str, object]:
-    report = worker.endpoint.report
-    return {
-        "worker": worker.name,
-        "role": worker.endpoint.role,
-        "state": report.health,
-        "detail": report.detail,
-        "engine_id": report.engine_id,
-        "model": report.model,
-        "max_model_len": report.max_model_len,
-        "load": {name: getattr(report.load, name) for name in report.load.__dataclass_fields__},
-        "in_flight": worker.in_flight,
-    }
 
 
 def _refuse(exchange: Exchange, status: int, message: str, kind: str, *more: tuple[bytes, bytes]) -> None:

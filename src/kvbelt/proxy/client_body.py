@@ -14,13 +14,14 @@ from kvbelt.routing.decider import BYTES_PER_TOKEN
 from kvbelt.routing.exactness import CARRIED
 from kvbelt.routing.view import VIEWED, RequestView
 from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff
+from kvbelt.wire.json_body import JsonDecoder
 
 #: What the API promises where a completions client says nothing.
 COMPLETIONS_MAX_TOKENS = 16
 
 _NULL = b"null"
 _HANDOFF = "kv_transfer_params"
-_view = msgspec.json.Decoder(RequestView)
+_view: JsonDecoder[RequestView] = JsonDecoder(RequestView)
 _encode = msgspec.json.Encoder().encode
 
 #: Left out of a prefill leg: replaced below, or about tokens that it does not make.
@@ -122,6 +123,12 @@ class ClientBody:
         if self._numbers is not None:
             return self._numbers.count(b",") + 1
         return len(memoryview(self._members["messages" if self.chat else "prompt"])) // BYTES_PER_TOKEN
+
+    def excerpt(self, characters: int) -> str:
+        """The beginning of the prompt or the messages, as JSON."""
+        said = memoryview(self._members["messages" if self.chat else "prompt"])
+        # A character is at most four bytes; the cut may go through one.
+        return bytes(said[: 4 * characters]).decode("utf-8", "ignore")[:characters]
 
     # The legs' bodies
 

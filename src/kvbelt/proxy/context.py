@@ -1,18 +1,26 @@
-"""What the requests of one proxy share: its workers, its turns, its counters, and who waits for whose KV."""
+"""What the requests of one proxy share: its workers, its counters, and who waits for whose KV."""
 
 import asyncio
 import itertools
+import logging
 import secrets
+from time import monotonic
 
 from kvbelt.http import HttpError, Response
+from kvbelt.proxy.fleet import Fleet
+from kvbelt.proxy.likeness import Likeness
 from kvbelt.proxy.metrics import Metrics
-from kvbelt.proxy.records import Records
+from kvbelt.proxy.records import Attempt, Records
 from kvbelt.proxy.settings import ProxySettings
+from kvbelt.proxy.tracer import Tracer, sender_of
+from kvbelt.proxy.warming import Warmer
 from kvbelt.proxy.workers import Worker
 from kvbelt.routing.endpoint import Role
-from kvbelt.routing.policy import Policy
-from kvbelt.wire.ids import TransferId
+from kvbelt.wire import reasons
+from kvbelt.wire.ids import EngineId
 from kvbelt.wire.notification import Notification, TransferDone
+
+log = logging.getLogger("kvbelt.proxy")
 
 #: A decode worker normally hears of a failed transfer itself, and recomputes. If it has not answered this long
 #: after the prefill worker's word, it did not hear.
@@ -28,12 +36,12 @@ class KVLostError(HttpError):
 
 
 class Waiting:
-    """A decode leg that has not answered yet, and the transfer it waits for."""
+    """A decode leg that has not answered yet, and the prefill leg whose KV it waits for."""
 
-    __slots__ = ("prefill", "response", "transfer_id")
+    __slots__ = ("attempt", "prefill", "response")
 
-    def __init__(self, transfer_id: TransferId, prefill: Worker, response: Response) -> None:
-        self.transfer_id = transfer_id
+    def __init__(self, attempt: Attempt, prefill: Worker, response: Response) -> None:
+        self.attempt = attempt
         self.prefill = prefill
         self.response = response
 
@@ -43,64 +51,63 @@ class Context:
 
     def __init__(self, settings: ProxySettings) -> None:
         self.settings = settings
-        self.prefill = [Worker(address, Role.PREFILL, settings, self._lost) for address in settings.prefill]
-        self.decode = [Worker(address, Role.DECODE, settings, self._lost) for address in settings.decode]
-        self.metrics = Metrics(lambda: (*self.prefill, *self.decode))
+        self.fleet = Fleet(settings, self._lost, self._appeared)
+        self.warmer = Warmer(self.fleet, settings)
+        self.likeness = Likeness()
+        self.tracer = Tracer(sender_of(settings), settings.trace_ratio)
+        self.metrics = Metrics(lambda: self.fleet, self.fleet.pairs, self.tracer.outcomes)
         self.records = Records(settings.records_kept)
-        self.active: set[str] = set()  #: request ids under way
-        self._workers = {(worker.endpoint.role, worker.name): worker for worker in (*self.prefill, *self.decode)}
-        self._prefill_policy = Policy()
-        self._decode_policy = Policy()
-        self._waiting: dict[TransferId, Waiting] = {}
-        self._life = secrets.token_hex(6)
+        self._waiting: dict[str, Waiting] = {}  # by transfer id
+        self.life = secrets.token_hex(6)  #: names this life of the proxy
         self._count = itertools.count(1)
 
     def new_id(self) -> str:
         """A name that no request or transfer of this or another proxy has."""
-        return f"{self._life}-{next(self._count):x}"
-
-    def pick_prefill(self) -> Worker | None:
-        """The prefill worker whose turn it is."""
-        chosen = self._prefill_policy.pick([worker.endpoint for worker in self.prefill])
-        return None if chosen is None else self._workers[Role.PREFILL, chosen.name]
-
-    def pick_decode(self, exclude: frozenset[str] = frozenset()) -> Worker | None:
-        """The decode worker whose turn it is."""
-        chosen = self._decode_policy.pick([worker.endpoint for worker in self.decode], exclude=exclude)
-        return None if chosen is None else self._workers[Role.DECODE, chosen.name]
+        return f"{self.life}-{next(self._count):x}"
 
     # Who waits for whose KV
 
     def wait_for(self, waiting: Waiting) -> None:
         """This leg waits for this transfer; it is told if the KV cannot come any more."""
-        self._waiting[waiting.transfer_id] = waiting
+        self._waiting[waiting.attempt.transfer_id] = waiting
 
     def wait_over(self, waiting: Waiting) -> None:
         """The decode worker has answered, or the leg is given up."""
-        self._waiting.pop(waiting.transfer_id, None)
+        self._waiting.pop(waiting.attempt.transfer_id, None)
 
     def notified(self, notification: Notification) -> None:
         """A prefill worker says how a transfer ended."""
         self.metrics.notified(notification)
-        record = self.records.of_transfer(notification.transfer_id)
-        if record is not None:
-            record.transfer = notification
+        self.records.tell(notification)
         if isinstance(notification, TransferDone):
             return
+        self.blame(notification.sender, notification.receiver, notification.reason)
         waiting = self._waiting.get(notification.transfer_id)
         if waiting is not None:
-            error = KVLostError(f"transfer_{notification.reason}")
+            error = KVLostError(f"transfer_{reasons.as_word(notification.reason, 'failed')}")
             asyncio.get_running_loop().call_later(HEARSAY_SECONDS, self._give_up, waiting, error)
 
+    def blame(self, sender: EngineId, receiver: EngineId, reason: str) -> None:
+        """What a failed transfer says about the two workers. Lives that are over are nobody's any more."""
+        prefill, decode = self.fleet.with_engine(sender), self.fleet.with_engine(receiver)
+        if prefill is None or decode is None or not reasons.is_of_pair(reason):
+            return
+        decode.suspect()
+        if self.fleet.pairs.failed(sender, receiver, reason, "", monotonic()):
+            log.warning("%s could not send to %s: %s", prefill.name, decode.name, reason)
+
     def _give_up(self, waiting: Waiting, error: KVLostError) -> None:
-        if self._waiting.get(waiting.transfer_id) is waiting and not waiting.response.head_complete:
+        if self._waiting.get(waiting.attempt.transfer_id) is waiting and not waiting.response.head_complete:
             waiting.response.abandon(error)
 
+    def _appeared(self, worker: Worker) -> None:
+        self.likeness.appeared(worker, self.fleet)
+        self.warmer.appeared(worker)
+
     def _lost(self, worker: Worker) -> None:
-        if worker.endpoint.role is not Role.PREFILL:
+        if worker.role is not Role.PREFILL:
             return  # its connections are closed already
         for waiting in list(self._waiting.values()):
-            record = self.records.of_transfer(waiting.transfer_id)
-            done = record is not None and isinstance(record.transfer, TransferDone)
+            done = isinstance(waiting.attempt.transfer, TransferDone)
             if waiting.prefill is worker and not done and not waiting.response.head_complete:
                 waiting.response.abandon(KVLostError("prefill_lost"))

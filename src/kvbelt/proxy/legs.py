@@ -1,7 +1,7 @@
 """The two legs of a request: the calls to a prefill and a decode worker, and what becomes of the KV between them.
 
-A leg that fails is an error for the journey to turn into a road; what the legs settle themselves is which decode
-worker answers, and that the KV is not waited for once it cannot come.
+A leg that fails says why, and the journey decides what is tried next. What the legs settle themselves is that KV is
+not waited for once it cannot come.
 """
 
 import logging
@@ -10,51 +10,40 @@ from time import monotonic
 
 from kvbelt.errors import RequestError
 from kvbelt.http import ConnectError, HttpError, PeerClosedError, Response
+from kvbelt.proxy.choice import Choice, Held, LegFailedError, RefusedError
 from kvbelt.proxy.client_body import ClientBody
 from kvbelt.proxy.context import Context, KVLostError, Waiting
 from kvbelt.proxy.prefill_answer import PrefillAnswer
-from kvbelt.proxy.records import Record
+from kvbelt.proxy.records import Attempt, Record
 from kvbelt.proxy.workers import Worker
 from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff
 from kvbelt.wire.ids import TransferId
+from kvbelt.wire.notification import TransferFailed
+from kvbelt.wire.reasons import as_word
 
 log = logging.getLogger("kvbelt.proxy")
 
 #: Makes a decode leg's body: over transferred KV, or without.
 MakeBody = Callable[[DecodeHandoff | None], bytes]
 
-
-class LegFailedError(Exception):
-    """The prefill leg gave no answer to use; the decode worker will do it all. ``reason``: low cardinality."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-
-
-class RefusedError(Exception):
-    """A worker refused the request with an answer that the client is to see."""
-
-    def __init__(self, response: Response, body: bytes) -> None:
-        super().__init__(f"status {response.status}")
-        self.response = response
-        self.body = body
+#: The last part of a request's time, in which no KV is waited for: the decode worker may still compute the prompt, and
+#: the prefill worker has said why the KV did not come. A tenth of the whole, and at most so many seconds.
+MARGIN_SECONDS = 1.0
 
 
 class Legs:
-    """One request's calls to workers.
+    """One request's calls to the workers of its ``choice``."""
 
-    Attributes:
-        prefill: the prefill worker chosen for it, if one was.
-        decode: the decode worker that answers, or will.
-        transfer: the KV that the decode worker may still hope for.
-    """
-
-    def __init__(self, context: Context, record: Record, authorization: bytes | None) -> None:
+    def __init__(
+        self, context: Context, record: Record, choice: Choice, authorization: bytes | None, deadline_seconds: float
+    ) -> None:
         self._context = context
         self._settings = context.settings
         self._record = record
-        self._deadline = record.began + context.settings.deadline_seconds
+        self._choice = choice
+        self._seconds = deadline_seconds
+        self._deadline = record.began + deadline_seconds
+        self._margin = min(MARGIN_SECONDS, deadline_seconds / 10)
         self._open: list[Response] = []
         self._headers: list[tuple[bytes, bytes]] = [
             (b"content-type", b"application/json"),
@@ -62,10 +51,15 @@ class Legs:
         ]
         if authorization is not None:
             self._headers.append((b"authorization", authorization))
-        self.decode: Worker
-        self.prefill: Worker | None = None
-        self.transfer: TransferId | None = None
-        self._busy: Worker | None = None  # the decode worker whose answer is being read
+        self._decode_attempt: Attempt | None = None
+        self._sent: tuple[Attempt, Held] | None = None  # the latest KV that may still come, and to whom
+
+    @property
+    def transfer(self) -> Attempt | None:
+        """The prefill leg whose KV the decode worker may still hope for."""
+        if self._sent is None or self._sent[1] is not self._choice.decode:
+            return None
+        return self._sent[0]
 
     def remaining(self) -> float:
         """Seconds to the request's deadline, never quite none."""
@@ -75,9 +69,8 @@ class Legs:
         """Close whatever is not complete, so that the workers stop."""
         for leg in self._open:
             leg.close()
-        if self._busy is not None:
-            self._busy.in_flight -= 1
-            self._busy = None
+        for attempt in self._record.attempts:
+            attempt.end()
 
     def path(self, path: str, reason: str | None) -> None:
         """The road taken."""
@@ -86,167 +79,265 @@ class Legs:
 
     def kv_lost(self, reason: str) -> None:
         """The decode worker computes the prompt itself."""
-        self.transfer = None
+        self._sent = None
         self.path("local", reason)
 
-    async def read(self, response: Response) -> bytes:
-        """A worker's whole body."""
-        return await response.read(self._settings.max_answer_bytes)
+    def overdue(self) -> RequestError:
+        """What to tell the client when its time is over."""
+        told = [attempt.transfer for attempt in self._record.attempts]
+        if any(isinstance(end, TransferFailed) and end.reason == "receiver_full" for end in told):
+            return RequestError(
+                f"decode worker {self._decode.name} had no room for the prompt within {self._seconds:g} s; try again",
+                status=503,
+                kind="unavailable",
+                reason="receiver_full",
+            )
+        return RequestError(
+            f"the request took longer than {self._seconds:g} s", status=504, kind="timeout_error", reason="deadline"
+        )
 
-    def pick_decode(self, exclude: frozenset[str] = frozenset()) -> Worker:
-        """A decode worker that is ready.
+    # The prefill leg
 
-        Raises:
-            RequestError: 503, there is none.
-        """
-        worker = self._context.pick_decode(exclude)
-        if worker is None:
-            states = ", ".join(f"{w.name} {w.endpoint.report.health}" for w in self._context.decode)
-            raise RequestError(f"no decode worker is ready ({states}); try again", status=503, kind="unavailable")
-        self._record.decode_worker = worker.name
-        return worker
-
-    async def call_prefill(self, worker: Worker, body: bytes) -> Response:
-        """The head of a prefill worker's answer.
+    async def call_prefill(self, make_body: Callable[[TransferId], bytes], *, sends_kv: bool) -> Response:
+        """The head of the chosen prefill worker's answer. A connection that was just being closed is made again.
 
         Raises:
             LegFailedError: unreachable, lost, or a status of 500 and above.
         """
-        record = self._record
-        record.prefill_worker = worker.name
-        record.prefill_sent = monotonic()
+        self._choice.tries.made("prefill")
         try:
-            response = await worker.post(record.route, self._headers, body)
+            return await self._call_prefill(make_body, sends_kv=sends_kv)
+        except LegFailedError as failed:
+            if failed.reason != "stale_connection":
+                raise
+            return await self._call_prefill(make_body, sends_kv=sends_kv, last=True)
+
+    async def _call_prefill(
+        self, make_body: Callable[[TransferId], bytes], *, sends_kv: bool, last: bool = False
+    ) -> Response:
+        worker, record = self._prefill, self._record
+        transfer_id = TransferId(self._context.new_id())
+        attempt = self._context.records.attempt(record, "prefill", worker.name, transfer_id if sends_kv else "")
+        self._sent = (attempt, self._choice.decode) if sends_kv else None
+        record.prefill_worker = worker.name
+        record.prefill_sent = attempt.began
+        try:
+            response = await worker.post(record.route, self._headers_of(attempt), make_body(transfer_id))
             self._open.append(response)
             await response.head()
+            attempt.answered = monotonic()
+            attempt.timing = response.headers.get(b"server-timing", b"")
+            if response.status >= 500:
+                answer = await self.read(response)
+                worker.suspect()
+                detail = f"{worker.name} answered {response.status}: {excerpt(answer)}"
+                raise self._failed(attempt, "prefill_5xx", detail)
         except ConnectError as error:
-            raise LegFailedError("prefill_unreachable", str(error)) from None
+            raise self._failed(attempt, "prefill_unreachable", str(error)) from None
         except HttpError as error:
-            worker.suspect()
-            raise LegFailedError("prefill_lost", str(error)) from error
-        if response.status >= 500:
-            answer = await self.read(response)
-            raise LegFailedError("prefill_5xx", f"{worker.name} answered {response.status}: {excerpt(answer)}")
+            if not last and _was_stale(error):
+                raise self._failed(attempt, "stale_connection", str(error)) from error
+            raise self.prefill_lost(error) from error
         return response
 
-    async def first(self, worker: Worker, client: ClientBody) -> PrefillAnswer:
+    def prefill_lost(self, error: HttpError) -> LegFailedError:
+        """The connection to the chosen prefill worker has ended."""
+        self._prefill.suspect()
+        return self._failed(self._record.attempts[-1], "prefill_lost", str(error))
+
+    @property
+    def can_send_kv(self) -> bool:
+        """Whether the chosen decode worker, as it was last seen, takes KV."""
+        return self._decode.endpoint.report.receiver is not None
+
+    async def first(self, client: ClientBody) -> PrefillAnswer:
         """The prefill leg, with the KV sent to the decode worker.
 
         Raises:
-            LegFailedError: the decode worker has to do it all.
+            LegFailedError: no answer to use.
             RefusedError: the request is one that a worker does not serve.
         """
-        receiver = self.decode.endpoint.report.receiver
+        worker, receiver = self._prefill, self._decode.endpoint.report.receiver
         assert receiver is not None
         metrics, record = self._context.metrics, self._record
         metrics.prefill_legs += 1
-        worker.in_flight += 1
         try:
-            for attempt in (1, 2):
-                transfer_id = self.transfer = TransferId(self._context.new_id())
-                self._context.records.name_transfer(record, transfer_id)
-                handoff = PrefillHandoff(transfer_id, receiver, self.remaining())
-                try:
-                    response = await self.call_prefill(worker, client.for_prefill(handoff))
-                    break
-                except LegFailedError as failed:
-                    if attempt == 2 or not _was_stale(failed.__cause__):
-                        raise
+            response = await self.call_prefill(
+                lambda transfer_id: client.for_prefill(PrefillHandoff(transfer_id, receiver, self._kv_seconds(1.25))),
+                sends_kv=True,
+            )
             body = await self.read(response)
         except HttpError as error:
-            worker.suspect()
-            raise LegFailedError("prefill_lost", str(error)) from error
+            raise self.prefill_lost(error) from error
         finally:
             metrics.prefill_legs -= 1
-            worker.in_flight -= 1
+        attempt = record.attempts[-1]
         record.prefill_answered = monotonic()
-        record.prefill_timing = response.headers.get(b"server-timing", b"")
         if response.status != 200:
             if response.status == 400 and self._decode_takes_more(worker):
-                raise LegFailedError("prefill_refused", f"{worker.name}: {excerpt(body)}")
+                # Not its words: a refusal may quote the prompt, and this goes into the log.
+                raise self._failed(attempt, "prefill_refused", f"{worker.name} answered 400")
+            attempt.end()
             raise RefusedError(response, body)
         try:
-            return PrefillAnswer(body)
+            first = PrefillAnswer(body)
         except ValueError as error:
-            raise LegFailedError("prefill_bad_answer", f"{worker.name}: {error}") from None
+            raise self._failed(attempt, "prefill_bad_answer", f"{worker.name}: {error}") from None
+        attempt.end()
+        return first
+
+    def transfer_failed(self, first: PrefillAnswer) -> LegFailedError | None:
+        """Whether the prefill leg's transfer has failed already, by its answer or by a notification."""
+        attempt, state = self.transfer, first.handoff
+        if attempt is None:
+            return None
+        if state is not None and state.state == "failed":
+            why = as_word(state.reason, "failed")
+        elif isinstance(attempt.transfer, TransferFailed):
+            why = as_word(attempt.transfer.reason, "failed")
+        else:
+            return None
+        worker = self._prefill
+        if worker.engine_id is not None and self._decode.engine_id is not None:
+            self._context.blame(worker.engine_id, self._decode.engine_id, why)
+        attempt.ended = None  # the answer was good, the leg as a whole was not
+        return self._failed(attempt, f"transfer_{why}", f"{worker.name} says that the transfer failed: {why}")
 
     def _decode_takes_more(self, prefill: Worker) -> bool:
         """Whether the decode worker's context is the larger one, so that the verdict is its own to give."""
-        here, there = prefill.endpoint.report.max_model_len, self.decode.endpoint.report.max_model_len
+        here, there = prefill.endpoint.report.max_model_len, self._decode.endpoint.report.max_model_len
         return here is not None and there is not None and here < there
 
-    async def open_decode(self, target: str, make_body: MakeBody) -> Response:
-        """The head of a decode worker's answer; the KV's fate is known then.
+    # The decode leg
 
-        A worker that is lost before it answers is replaced by another, which computes the prompt itself.
+    async def open_decode(self, target: str, make_body: MakeBody) -> Response:
+        """The head of the decode worker's answer; the KV's fate is known then.
 
         Raises:
-            RequestError: 503, no decode worker is left.
+            LegFailedError: unreachable, lost, another process than the KV was sent to, or a status of 500 and above.
         """
         record = self._record
-        tried: frozenset[str] = frozenset()
         stale_allowed = True
+        self._choice.tries.made("decode")
         while True:
-            worker = self.decode
-            record.decode_sent = monotonic()
+            attempt = self._decode_attempt = self._context.records.attempt(record, "decode", self._decode.name)
+            record.decode_sent = attempt.began
             try:
-                response = await self._try_decode(worker, target, make_body)
-                if response.status != 503 or not self._another_decode(tried | {worker.name}):
-                    break
-                # It is stopping or still loading, and its next health check would have said so.
-                worker.suspect()
-                tried |= {worker.name}
-                self.decode = self.pick_decode(tried)
-                if self.transfer is not None:
-                    self.kv_lost("decode_unavailable")
+                response = await self._try_decode(target, make_body)
+                break
             except KVLostError as lost:
+                # The same worker is asked again, without: nothing is wrong with it.
+                self._failed(attempt, lost.reason, str(lost))
                 self.kv_lost(lost.reason)
             except HttpError as error:
                 if stale_allowed and _was_stale(error):
                     stale_allowed = False
+                    attempt.end("stale_connection", str(error))
                     continue
-                worker.suspect()
-                record.errors.append(f"decode_lost: {error}")
-                log.warning("request %s: decode worker lost before it answered: %s", record.request_id, error)
-                tried |= {worker.name}
-                self.decode = self.pick_decode(tried)
-                if self.transfer is not None:
-                    self.kv_lost("decode_lost")
-        self._busy = self.decode
-        self._busy.in_flight += 1
-        record.decode_answered = monotonic()
-        record.decode_timing = response.headers.get(b"server-timing", b"")
-        kv = response.headers.get(b"x-kvbelt-kv")
-        if kv is not None:
-            record.kv = kv.decode("latin-1")
-            if kv.startswith(b"recomputed"):
-                self.kv_lost(_reason_of(record.kv))
+                raise self.decode_failed(error) from error
+        record.decode_answered = attempt.answered = monotonic()
+        if response.status >= 500:
+            raise await self._decode_5xx(response)
+        attempt.timing = response.headers.get(b"server-timing", b"")
+        self._learn_fate(response)
         return response
 
-    def _another_decode(self, tried: frozenset[str]) -> bool:
-        try:
-            self.pick_decode(tried)
-        except RequestError:
-            return False
-        return True
-
-    async def _try_decode(self, worker: Worker, target: str, make_body: MakeBody) -> Response:
+    async def _try_decode(self, target: str, make_body: MakeBody) -> Response:
+        worker, transfer = self._decode, self.transfer
+        if worker.lost:
+            raise PeerClosedError(f"worker {worker.name} is lost: {worker.endpoint.report.detail}")
         handoff = None
-        if self.transfer is not None:
-            seconds = min(self._settings.kv_wait_seconds, self.remaining())
-            handoff = DecodeHandoff(self.transfer, seconds)
-        response = await worker.post(target, self._headers, make_body(handoff))
+        if transfer is not None:
+            if self._choice.decode.restarted:
+                raise _RestartedError(f"worker {worker.name} was started again after the KV had been sent to it")
+            seconds = min(self._settings.kv_wait_seconds, self._kv_seconds(1.0))
+            handoff = DecodeHandoff(TransferId(transfer.transfer_id), seconds)
+        response = await worker.post(target, self._headers_of(self._decode_attempt), make_body(handoff))
         self._open.append(response)
-        if self.transfer is None or self.prefill is None:
+        if transfer is None:
             await response.head()
             return response
-        waiting = Waiting(self.transfer, self.prefill, response)
+        waiting = Waiting(transfer, self._prefill, response)
         self._context.wait_for(waiting)
         try:
             await response.head()
         finally:
             self._context.wait_over(waiting)
         return response
+
+    def decode_failed(self, error: HttpError) -> LegFailedError:
+        """The decode worker gave no answer, or its connection ended before anything of it reached the client."""
+        assert self._decode_attempt is not None
+        reason = {ConnectError: "decode_unreachable", _RestartedError: "decode_restarted"}.get(
+            type(error), "decode_lost"
+        )
+        self._decode.suspect()
+        about = {"request_id": self._record.request_id, "reason": reason, "worker": self._decode.name}
+        log.warning("no answer from the decode worker: %s", error, extra=about)
+        return self._failed(self._decode_attempt, reason, str(error))
+
+    async def _decode_5xx(self, response: Response) -> LegFailedError:
+        """It is stopping, still loading, or has failed; its next health check may say so."""
+        assert self._decode_attempt is not None
+        try:
+            body = await self.read(response)
+        except HttpError as error:
+            return self.decode_failed(error)
+        self._decode.suspect()
+        detail = f"{self._decode.name} answered {response.status}: {excerpt(body)}"
+        failed = self._failed(self._decode_attempt, "decode_5xx", detail)
+        failed.refusal = RefusedError(response, body)
+        return failed
+
+    def _learn_fate(self, response: Response) -> None:
+        """What became of the KV. Whoever sent it is needed no more."""
+        kv = response.headers.get(b"x-kvbelt-kv")
+        if kv is not None:
+            self._record.kv = kv.decode("latin-1")
+            if kv.startswith(b"recomputed"):
+                self.kv_lost(_reason_of(self._record.kv))
+        self._choice.need_no_prefill()
+
+    # Both
+
+    @property
+    def _decode(self) -> Worker:
+        return self._choice.decode.worker
+
+    @property
+    def _prefill(self) -> Worker:
+        held = self._choice.prefill
+        assert held is not None
+        return held.worker
+
+    def _headers_of(self, attempt: Attempt | None) -> list[tuple[bytes, bytes]]:
+        """What a worker is told, its place in the request's trace included."""
+        trace = self._record.trace
+        if trace is None or attempt is None:
+            return self._headers
+        attempt.span_id = self._context.tracer.new_span() if trace.recorded else trace.span_id
+        return [*self._headers, *trace.headers(attempt.span_id)]
+
+    async def read(self, response: Response) -> bytes:
+        """A worker's whole body."""
+        return await response.read(self._settings.max_answer_bytes)
+
+    def _kv_seconds(self, margins: float) -> float:
+        """How long KV may take: not to the very end of the request's time.
+
+        The prefill worker is given a little less than the decode worker, so that it is the one to say why.
+        """
+        return max(0.001, self.remaining() - margins * self._margin)
+
+    def _failed(self, attempt: Attempt, reason: str, detail: str) -> LegFailedError:
+        attempt.end(reason, detail)
+        self._record.errors += (f"{reason}: {detail}",)
+        self._context.metrics.failed_attempts[attempt.leg].add(reason)
+        return LegFailedError(reason, detail)
+
+
+class _RestartedError(HttpError):
+    """The process that the KV was sent to is no more."""
 
 
 def _was_stale(error: BaseException | None) -> bool:
@@ -256,8 +347,7 @@ def _was_stale(error: BaseException | None) -> bool:
 
 def _reason_of(kv: str) -> str:
     """``recomputed; reason=deadline`` → ``deadline``."""
-    reason = kv.partition("reason=")[2].strip()
-    return reason if reason and reason.replace("_", "").replace("-", "").isalnum() else "kv_lost"
+    return as_word(kv.partition("reason=")[2].strip(), "kv_lost")
 
 
 def excerpt(body: bytes) -> str:

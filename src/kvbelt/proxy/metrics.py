@@ -1,137 +1,180 @@
 """What the proxy counts. A request costs a few additions; the text is made when somebody asks for it.
 
-Names: the seed's alerts and commands read ``lmcache_ttft`` (in milliseconds), ``lmcache_nixl_transfer_failures_total``,
-``lmcache_prefill_queue_size`` and ``nixl_transfer_*``; ``kvbelt_*`` follow Prometheus' conventions.
+Names, labels and what they mean are the catalogue's (``metrics/proxy_rows.py``).
 """
 
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client.core import Metric
 
+from kvbelt.metrics import (
+    BYTES,
+    LONG_SECONDS,
+    SECONDS,
+    Histogram,
+    counter,
+    gauge,
+    histogram,
+    process_families,
+    render,
+)
+from kvbelt.proxy.records import Leg, Record
 from kvbelt.proxy.workers import Worker
 from kvbelt.routing.endpoint import Role
+from kvbelt.routing.pairs import Pairs
 from kvbelt.security.refusals import Refusals, Tally
 from kvbelt.wire.notification import ENDED_ON_PURPOSE, Notification, TransferDone
+from kvbelt.wire.reasons import REASONS, Where
 
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-_LONG_SECONDS = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-
-
-class Histogram:
-    """Counts by upper bound. A tenth of the cost of prometheus_client's, which locks and looks labels up."""
-
-    __slots__ = ("_bounds", "_counts", "_sum")
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = tuple(bounds)
-        self._counts = [0] * (len(self._bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float) -> None:
-        """One more value."""
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def family(self, name: str, help_text: str, scale: float = 1.0) -> HistogramMetricFamily:
-        """For a scrape; ``scale`` multiplies bounds and sum."""
-        buckets: list[tuple[str, float]] = []
-        total = 0
-        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
-            total += count
-            buckets.append(("+Inf" if bound == float("inf") else repr(bound * scale), total))
-        return HistogramMetricFamily(name, help_text, buckets=buckets, sum_value=self._sum * scale)
+#: What counts 0 from the start: a rate of a series that was not there before its first event does not see that event.
+_STATUSES = (200, 400, 499, 500, 502, 503, 504)
 
 
-class Metrics(Collector):
+def _none(where: Where) -> dict[str, int]:
+    return {reason.name: 0 for reason in REASONS if reason.where & where and not reason.name.endswith("*")}
+
+
+_NO_ANSWERS = dict.fromkeys(_STATUSES, 0)
+_NO_ERRORS = _none(Where.ERROR)
+_NO_FAILURES = {reason: 0 for reason in _none(Where.SEND) if reason not in ENDED_ON_PURPOSE | {"done"}}
+_NO_ATTEMPTS = {"prefill": _none(Where.PREFILL), "decode": _none(Where.DECODE)}
+
+
+#: Requests that are counted together: one by one, code that others have driven from the core's cache runs each time.
+_BATCH = 64
+
+
+class Metrics:
     """Every number, and their text."""
 
-    def __init__(self, workers: Callable[[], Iterable[Worker]]) -> None:
+    def __init__(
+        self, workers: Callable[[], Iterable[Worker]], pairs: Pairs, traces: Mapping[str, int] | None = None
+    ) -> None:
         self.requests: Counter[tuple[str, ...]] = Counter()  #: by path and reason
         self.answers: Counter[int] = Counter()  #: by HTTP status
+        self.errors: Counter[str] = Counter()  #: of the proxy's own, by reason
+        self.failed_attempts: dict[Leg, Tally] = {"prefill": Tally(), "decode": Tally()}  #: by reason
         self.failures = Tally()  #: transfers, by reason
         self.refusals = Refusals()
-        self.ttft = Histogram(_SECONDS)
-        self.duration = Histogram(_LONG_SECONDS)
-        self.transfer_seconds = Histogram(_SECONDS)
+        self.ttft = Histogram(SECONDS)
+        self.tpot = Histogram(SECONDS)
+        self.duration = Histogram(LONG_SECONDS)
+        self.prefill_leg = Histogram(SECONDS)
+        self.decode_wait = Histogram(SECONDS)
+        self.transfer_seconds = Histogram(SECONDS)
+        self.transfer_exposed = Histogram(SECONDS)
+        self.transfer_size = Histogram(BYTES)
         self.in_flight = 0
         self.prefill_legs = 0  #: prefill legs under way
-        self.transfers_done = 0
-        self.transfer_bytes = 0
         self.broken_streams = 0
+        self._uncounted: list[Record] = []
+        self._first_tokens: list[float] = []
         self._workers = workers
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
+        self._pairs = pairs
+        self._traces = traces if traces is not None else {}
 
     def notified(self, notification: Notification) -> None:
         """A transfer has ended."""
         if isinstance(notification, TransferDone):
-            self.transfers_done += 1
-            self.transfer_bytes += notification.num_bytes
             self.transfer_seconds.observe(notification.seconds)
+            self.transfer_exposed.observe(notification.exposed_seconds)
+            self.transfer_size.observe(notification.num_bytes)
         elif notification.reason not in ENDED_ON_PURPOSE:
             self.failures.add(notification.reason)
 
+    def first_token(self, record: Record) -> None:
+        """It has been handed to the client's socket. An answer in one piece says little of when it was known."""
+        if (seconds := record.time_to_first_token) is not None:
+            self._first_tokens.append(seconds)
+
+    def ended(self, record: Record) -> None:
+        """A request is over."""
+        self.in_flight -= 1
+        self._uncounted.append(record)
+        if len(self._uncounted) == _BATCH:
+            self.count()
+
+    def count(self) -> None:
+        """Those that have ended since the last time. Before a number is read."""
+        records, self._uncounted = self._uncounted, []
+        self.requests.update([(r.path or "refused", r.reason or "") for r in records])
+        self.answers.update([r.status for r in records])
+        self.ttft.observe_all(self._first_tokens)
+        self._first_tokens.clear()
+        self.tpot.observe_all([gap for r in records if (gap := r.between_tokens) is not None])
+        self.duration.observe_all([r.ended - r.began for r in records if r.ended is not None])
+        self.prefill_leg.observe_all(
+            [r.prefill_answered - r.prefill_sent for r in records if r.prefill_answered and r.prefill_sent]
+        )
+        self.decode_wait.observe_all(
+            [r.decode_answered - r.decode_sent for r in records if r.decode_answered and r.decode_sent]
+        )
+
     def text(self) -> bytes:
         """Prometheus' text format."""
-        return bytes(generate_latest(self._registry))
+        self.count()
+        return render((*self._of_requests(), *self._of_transfers(), *self._of_workers(), *process_families()))
 
-    def describe(self) -> Iterable[Metric]:
-        """Nothing is announced ahead."""
-        return ()
+    def _of_requests(self) -> Iterator[Metric]:
+        yield histogram("lmcache_ttft", self.ttft, 1000.0)
+        yield histogram("kvbelt_ttft_seconds", self.ttft)
+        yield histogram("kvbelt_tpot_seconds", self.tpot)
+        yield histogram("kvbelt_proxy_request_seconds", self.duration)
+        yield histogram("kvbelt_proxy_prefill_leg_seconds", self.prefill_leg)
+        yield histogram("kvbelt_proxy_decode_wait_seconds", self.decode_wait)
+        yield counter("kvbelt_proxy_requests_total", self.requests)
+        yield counter("kvbelt_proxy_answers_total", {str(s): n for s, n in (_NO_ANSWERS | self.answers).items()})
+        yield counter("kvbelt_proxy_errors_total", _NO_ERRORS | self.errors)
+        attempts: dict[tuple[str, ...], float] = {
+            (leg, reason): n
+            for leg, tally in self.failed_attempts.items()
+            for reason, n in (_NO_ATTEMPTS[leg] | tally).items()
+        }
+        yield counter("kvbelt_proxy_failed_attempts_total", attempts)
+        yield counter("kvbelt_proxy_broken_streams_total", self.broken_streams)
+        yield counter("kvbelt_proxy_traces_total", self._traces)
+        yield gauge("kvbelt_proxy_requests_in_flight", self.in_flight)
+        yield gauge("kvbelt_proxy_prefill_legs", self.prefill_legs)
+        refused = {
+            (socket, reason): n for socket, reasons in self.refusals.totals().items() for reason, n in reasons.items()
+        }
+        yield counter("kvbelt_refused_messages_total", refused)
 
-    def collect(self) -> Iterable[Metric]:
-        """For a scrape."""
-        yield self.ttft.family("lmcache_ttft", "Time to first token in milliseconds", 1000.0)
-        yield self.ttft.family("kvbelt_ttft_seconds", "Time to first token, at this proxy")
-        yield self.duration.family("kvbelt_proxy_request_seconds", "Whole requests")
-        yield CounterMetricFamily(
-            "lmcache_nixl_transfer_failures", "Transfers that ended without a commit", sum(self.failures.values())
-        )
-        waiting = sum(
-            worker.endpoint.report.load.waiting for worker in self._workers() if worker.endpoint.role is Role.PREFILL
-        )
-        yield GaugeMetricFamily("lmcache_prefill_queue_size", "Prompts that wait in the prefill workers", waiting)
-        yield GaugeMetricFamily("kvbelt_proxy_prefill_legs", "Prefill legs under way", self.prefill_legs)
-        yield CounterMetricFamily("nixl_transfer", "Transfers done", self.transfers_done)
-        yield CounterMetricFamily("nixl_transfer_bytes", "Bytes of transfers done", self.transfer_bytes)
-        yield self.transfer_seconds.family("nixl_transfer_seconds", "First write posted to last completed")
-        yield _labelled(
-            "kvbelt_proxy_transfer_failures", "By reason", ["reason"], {(r,): n for r, n in self.failures.items()}
-        )
-        yield _labelled(
-            "kvbelt_proxy_requests", "Requests by the path taken and why", ["path", "reason"], self.requests
-        )
-        yield _labelled(
-            "kvbelt_proxy_answers", "By HTTP status", ["status"], {(str(s),): n for s, n in self.answers.items()}
-        )
-        yield GaugeMetricFamily("kvbelt_proxy_requests_in_flight", "Requests under way", self.in_flight)
-        yield _labelled(
-            "kvbelt_refused_messages",
-            "Messages and peers refused on the notification port",
-            ["socket", "reason"],
-            {(s, r): n for s, reasons in self.refusals.totals().items() for r, n in reasons.items()},
-        )
-        yield CounterMetricFamily(
-            "kvbelt_proxy_broken_streams", "Streams that ended with an error event", self.broken_streams
-        )
-        ready = GaugeMetricFamily("kvbelt_proxy_worker_ready", "1: takes requests", labels=["worker", "role"])
-        flying = GaugeMetricFamily("kvbelt_proxy_worker_requests", "Legs under way", labels=["worker", "role"])
+    def _of_transfers(self) -> Iterator[Metric]:
+        yield counter("nixl_transfer_total", self.transfer_size.count)
+        yield counter("nixl_transfer_bytes_total", self.transfer_size.total)
+        yield histogram("nixl_transfer_seconds", self.transfer_seconds)
+        yield counter("lmcache_nixl_transfer_failures_total", sum(self.failures.values()))
+        yield counter("kvbelt_proxy_transfer_failures_total", _NO_FAILURES | self.failures)
+        yield histogram("kvbelt_proxy_transfer_exposed_seconds", self.transfer_exposed)
+        yield histogram("kvbelt_proxy_transfer_size_bytes", self.transfer_size)
+
+    def _of_workers(self) -> Iterator[Metric]:
+        waiting = dict.fromkeys(Role, 0)
+        info: dict[tuple[str, ...], float] = {}
+        state: dict[tuple[str, ...], float] = {}
+        by_worker: dict[str, dict[tuple[str, ...], float]] = {
+            name: {} for name in ("ready", "requests", "running", "waiting", "kv_free_ratio")
+        }
         for worker in self._workers():
-            labels = [worker.name, str(worker.endpoint.role)]
-            ready.add_metric(labels, float(worker.ready))
-            flying.add_metric(labels, worker.in_flight)
-        yield ready
-        yield flying
-
-
-def _labelled(
-    name: str, help_text: str, labels: list[str], values: Mapping[tuple[str, ...], int]
-) -> CounterMetricFamily:
-    family = CounterMetricFamily(name, help_text, labels=labels)
-    for key, value in values.items():
-        family.add_metric(list(key), value)
-    return family
+            endpoint, report = worker.endpoint, worker.endpoint.report
+            labels = (worker.name, str(endpoint.role))
+            waiting[endpoint.role] += report.load.waiting
+            state[*labels, endpoint.state] = 1.0
+            by_worker["ready"][labels] = float(worker.ready)
+            by_worker["requests"][labels] = worker.in_flight
+            if report.engine_id is not None:
+                info[*labels, report.engine_id, report.model] = 1.0
+            if worker.healthy:
+                by_worker["running"][labels] = report.load.running
+                by_worker["waiting"][labels] = report.load.waiting
+            if worker.healthy and report.load.blocks_total:
+                by_worker["kv_free_ratio"][labels] = report.load.blocks_free / report.load.blocks_total
+        yield gauge("lmcache_prefill_queue_size", waiting[Role.PREFILL])
+        yield gauge("kvbelt_decode_queue_size", waiting[Role.DECODE])
+        for name, values in by_worker.items():
+            yield gauge(f"kvbelt_proxy_worker_{name}", values)
+        yield gauge("kvbelt_proxy_worker_state", state)
+        yield gauge("kvbelt_proxy_worker_info", info)
+        yield gauge("kvbelt_proxy_pairs", self._pairs.states())

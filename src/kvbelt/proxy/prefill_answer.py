@@ -4,12 +4,14 @@ The ids are never decoded: they go into the decode leg's body as they came.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from kvbelt.proxy import splice
 from kvbelt.wire.handoff import HandoffState
+from kvbelt.wire.json_body import JsonDecoder
 
 _REPLACEMENT = "\ufffd"  # what a tokenizer says for an incomplete character
 _NULL = msgspec.Raw(b"null")
@@ -42,7 +44,19 @@ class _Answer(msgspec.Struct, frozen=True):
     kv_transfer_params: HandoffState | None = None
 
 
-_decoder = msgspec.json.Decoder(_Answer)
+def count_of(usage: Mapping[str, Any], name: str) -> int:
+    """A count of a worker's usage; 0 where it has none.
+
+    Raises:
+        ValueError: it is no whole number.
+    """
+    count = usage.get(name, 0)
+    if not isinstance(count, int):
+        raise ValueError(f"usage.{name} is {str(count)[:64]}; it must be a whole number")  # noqa: TRY004 - of a message
+    return count
+
+
+_decoder: JsonDecoder[_Answer] = JsonDecoder(_Answer)
 
 
 class PrefillAnswer:
@@ -50,9 +64,10 @@ class PrefillAnswer:
 
     Attributes:
         prompt_token_ids: as a JSON list of at least one number; None if the worker did not send them.
+        prompt_tokens: the prompt's length.
     """
 
-    __slots__ = ("_answer", "_choice", "prompt_token_ids")
+    __slots__ = ("_answer", "_choice", "prompt_token_ids", "prompt_tokens")
 
     def __init__(self, body: bytes) -> None:
         """Parse.
@@ -67,6 +82,7 @@ class PrefillAnswer:
             self._answer = _decoder.decode(cut[0])
         if not self._answer.choices:
             raise ValueError("an answer without a choice")
+        self.prompt_tokens = count_of(self._answer.usage, "prompt_tokens")
         self._choice = self._answer.choices[0]
         ids = bytes(self._choice.prompt_token_ids)
         if ids == b"null":
@@ -94,11 +110,6 @@ class PrefillAnswer:
     def usage(self) -> dict[str, Any]:
         """Token counts of this leg."""
         return self._answer.usage
-
-    @property
-    def prompt_tokens(self) -> int:
-        """The prompt's length."""
-        return int(self._answer.usage.get("prompt_tokens", 0))
 
     @property
     def handoff(self) -> HandoffState | None:

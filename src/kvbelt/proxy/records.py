@@ -1,14 +1,48 @@
-"""What became of each request: the last few, for people and for ``/kvbelt/requests``. Never any text of it."""
+"""What became of each request: the last few, for people (``record_view.py``). None of its text, unless asked for."""
 
 from collections import deque
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator
+from itertools import chain
+from time import monotonic
+from typing import Literal
 
-from kvbelt.wire.notification import Notification, TransferDone
+import msgspec
+
+from kvbelt.http import Response
+from kvbelt.proxy.trace_context import Trace
+from kvbelt.wire.notification import Notification
+
+Leg = Literal["prefill", "decode"]
 
 
-@dataclass(slots=True)
-class Record:
+class Attempt(msgspec.Struct, array_like=True, gc=False):
+    """One leg, to one worker. A request has one of each kind, or more where workers fail."""
+
+    leg: Leg
+    worker: str
+    began: float
+    transfer_id: str = ""  #: of the KV that this leg sends; empty: it sends none
+    answered: float | None = None  #: the head of its answer was there
+    ended: float | None = None
+    reason: str | None = None  #: why it failed, of ``wire/reasons.py``; None: it did not, or has not ended
+    detail: str = ""
+    timing: bytes = b""  #: the worker's ``Server-Timing``, unparsed until somebody looks
+    transfer: Notification | None = None  #: how the transfer ended, as the prefill worker told
+    told: float | None = None  #: ... and when
+    span_id: bytes = b""  #: in the request's trace; empty: it has none
+
+    def end(self, reason: str | None = None, detail: str = "") -> None:
+        """It is over. The first end counts."""
+        if self.ended is None:
+            self.ended = monotonic()
+            self.reason, self.detail = reason, detail
+
+    def tell(self, transfer: Notification, now: float) -> None:
+        """The prefill worker has said how its transfer ended."""
+        self.transfer, self.told = transfer, now
+
+
+class Record(msgspec.Struct, array_like=True, gc=False):
     """One request. Moments are ``time.monotonic()``; None: has not happened."""
 
     request_id: str
@@ -18,7 +52,8 @@ class Record:
     stream: bool = False
     path: str = ""  #: the road taken, as in ``x-kvbelt-path``
     reason: str | None = None
-    transfer_id: str | None = None
+    after: tuple[str, ...] = ()  #: why attempts failed that were made again elsewhere
+    attempts: list[Attempt] = []  #: every one, in order
     prefill_worker: str | None = None
     decode_worker: str | None = None
     prefill_sent: float | None = None
@@ -27,131 +62,142 @@ class Record:
     decode_answered: float | None = None  #: its headers are there: the KV's fate is known
     first_token: float | None = None  #: handed to the client's socket
     decode_first: float | None = None  #: the decode worker's first bytes
+    streaming: Response | None = None  #: the worker's answer, while it is handed on; not when the request has ended
+    streamed: int = 0  #: pieces that it had in the end
     ended: float | None = None
     status: int = 0
     kv: str | None = None  #: ``x-kvbelt-kv``
-    prefill_timing: bytes = b""  #: ``Server-Timing``, unparsed until somebody looks
-    decode_timing: bytes = b""
-    transfer: Notification | None = None
-    errors: list[str] = field(default_factory=list)
+    errors: tuple[str, ...] = ()
+    prompt: str | None = None  #: its beginning, as JSON, where prompts are recorded
+    number: int = 0  #: in the order in which requests have ended; 0: it has not
+    trace: Trace | None = None  #: None: nobody asked for one
 
-    def as_json(self) -> dict[str, Any]:
-        """For people; times in milliseconds from the request's arrival or of their part."""
-        prefill, decode = timings(self.prefill_timing), timings(self.decode_timing)
-        since, ms = self._since, _milliseconds
-        return {
-            "request_id": self.request_id,
-            "route": self.route,
-            "time": self.unix_time,
-            "stream": self.stream,
-            "status": self.status,
-            "decision": {"path": self.path, "reason": self.reason},
-            "workers": {"prefill": self.prefill_worker, "decode": self.decode_worker},
-            "transfer_id": self.transfer_id,
-            "kv": self.kv,
-            "timings_ms": {
-                "proxy": ms(since(self.prefill_sent or self.decode_sent)),
-                "queue": prefill.get("queue", decode.get("queue")),
-                "prefill": prefill.get("prefill", decode.get("prefill")),
-                "prefill_leg": ms(_between(self.prefill_sent, self.prefill_answered)),
-                "kv_wait": decode.get("kv"),
-                "load": decode.get("load"),
-                "decode_queue": decode.get("queue"),
-                "decode_headers": ms(_between(self.decode_sent, self.decode_answered)),
-                # Our workers' headers leave with their first output and tell the step; others' leave before it.
-                "first_decode_step": decode.get("prefill", ms(_between(self.decode_answered, self.decode_first)))
-                if self.prefill_worker is not None
-                else None,
-                "first_token": ms(since(self.first_token)),
-                "total": ms(since(self.ended)),
-            },
-            "transfer": self._transfer(),
-            "errors": self.errors,
-        }
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds until the client had it, or could have had it; None: not yet, or an answer in one piece hides it."""
+        moment = self.first_token
+        if moment is not None and not self.stream and self.path != "prefill-only":
+            moment = self.prefill_answered if self.path == "first-token" else None
+        return None if moment is None else moment - self.began
 
-    def _since(self, moment: float | None) -> float | None:
-        return _between(self.began, moment)
+    @property
+    def pieces(self) -> int:
+        """Of the worker's stream so far, by its own framing: about one a token, and one for its end."""
+        return self.streamed if self.streaming is None else self.streaming.pieces
 
-    def _transfer(self) -> dict[str, Any] | None:
-        told = self.transfer
-        if told is None:
+    @property
+    def gaps(self) -> int:
+        """How many times a next token came behind one that the client had; 0: none did, or it was not streamed."""
+        if self.first_token is None or self.decode_first is None:
+            return 0
+        # The prefill worker's token stands before the stream, else the stream's first piece is the first token.
+        others = 1 if self.first_token < self.decode_first else 0
+        return max(0, self.pieces - 2 + others)
+
+    @property
+    def between_tokens(self) -> float | None:
+        """Seconds from one token to the next, on average, as the client had them. None: not streamed, or one token."""
+        if self.ended is None or self.first_token is None:
             return None
-        common = {"bytes": told.num_bytes, "seconds": told.seconds, "milliseconds": _milliseconds(told.seconds)}
-        common["gb_per_second"] = round(told.num_bytes / told.seconds / 1e9, 3) if told.seconds > 0 else None
-        if isinstance(told, TransferDone):
-            return common | {
-                "state": "done",
-                "channel": told.channel,
-                "tokens": told.num_tokens,
-                "writes": told.num_writes,
-                "exposed_ms": _milliseconds(told.exposed_seconds),
-            }
-        return common | {"state": "failed", "reason": told.reason}
+        gaps = self.gaps
+        return (self.ended - self.first_token) / gaps if gaps else None
+
+
+#: Records that are packed together, as requests are counted together (metrics.py), and for the same reason.
+_BATCH = 64
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Record).decode
+
+
+def _names(transfer_id: str) -> tuple[str, ...]:
+    """What an attempt may call this transfer. A prompt's own suffix, where a request has several, does not matter."""
+    stem = transfer_id.rpartition(".")[0]
+    return (transfer_id, stem) if stem else (transfer_id,)
 
 
 class Records:
-    """The last ``kept`` requests, by request id and by transfer id."""
+    """The requests under way, and the last ``kept`` that have ended.
 
-    def __init__(self, kept: int) -> None:
-        self._kept = kept
-        self._order: deque[Record] = deque()
-        self._by_id: dict[str, Record] = {}
-        self._by_transfer: dict[str, Record] = {}
+    Those are kept as one string of bytes each: a thousand of them are twenty thousand objects otherwise, which the
+    core's cache cannot hold beside the requests (``benchmarks.proxy_overhead``). They are packed many at a time, or
+    when somebody looks, who pays for the look.
+    """
+
+    def __init__(self, kept: int, clock: Callable[[], float] = monotonic) -> None:
+        self.most = kept
+        self.open: dict[str, Record] = {}  #: under way, by request id, in the order in which they came
+        self.ended_count = 0  #: since the start
+        self.clock = clock
+        self._fresh: list[Record] = []  # have just ended, the last one last
+        self._ended: deque[bytes] = deque(maxlen=kept)  # all the others
+        self._sent: dict[str, Attempt] = {}  # of requests that are not packed, by transfer id
+        self._late: deque[tuple[Notification, float]] = deque(maxlen=kept)  # told when the request had ended, and when
 
     def add(self, record: Record) -> None:
-        """Keep a record; the oldest goes if there are too many."""
-        if len(self._order) >= self._kept:
-            oldest = self._order.popleft()
-            if self._by_id.get(oldest.request_id) is oldest:
-                del self._by_id[oldest.request_id]
-            if oldest.transfer_id is not None:
-                self._by_transfer.pop(oldest.transfer_id, None)
-        self._order.append(record)
-        self._by_id[record.request_id] = record
+        """A request has come. Nobody else's that is under way has its id."""
+        self.open[record.request_id] = record
 
-    def name_transfer(self, record: Record, transfer_id: str) -> None:
-        """This record's transfer has this name from now on."""
-        if record.transfer_id is not None:
-            self._by_transfer.pop(record.transfer_id, None)
-        record.transfer_id = transfer_id
-        self._by_transfer[transfer_id] = record
+    def attempt(self, record: Record, leg: Leg, worker: str, transfer_id: str = "") -> Attempt:
+        """A leg begins now."""
+        attempt = Attempt(leg, worker, self.clock(), transfer_id)
+        record.attempts.append(attempt)
+        if transfer_id:
+            self._sent[transfer_id] = attempt
+        return attempt
+
+    def tell(self, transfer: Notification) -> None:
+        """A transfer has ended."""
+        for name in _names(transfer.transfer_id):
+            if (attempt := self._sent.get(name)) is not None:
+                attempt.tell(transfer, self.clock())
+                return
+        self._late.append((transfer, self.clock()))
+
+    def end(self, record: Record) -> None:
+        """Its answer is complete, or its client is gone. Nothing is changed in it any more."""
+        del self.open[record.request_id]
+        record.ended = self.clock()
+        self.ended_count += 1
+        record.number = self.ended_count
+        self._fresh.append(record)
+        if len(self._fresh) == _BATCH:
+            self._pack()
+
+    def _pack(self) -> None:
+        for record in self._fresh:
+            for attempt in record.attempts:
+                self._sent.pop(attempt.transfer_id, None)
+        self._ended.extend(map(_encode, self._fresh))
+        self._fresh.clear()
 
     def get(self, request_id: str) -> Record | None:
         """The newest record of this id."""
-        return self._by_id.get(request_id)
+        return next((record for record in self.newest() if record.request_id == request_id), None)
 
-    def of_transfer(self, transfer_id: str) -> Record | None:
-        """The record whose transfer has this name; a prompt's own suffix does not matter."""
-        return self._by_transfer.get(transfer_id) or self._by_transfer.get(transfer_id.rpartition(".")[0])
+    def newest(self) -> Iterator[Record]:
+        """All of them: those under way, the latest first, then those that have ended, the last one first."""
+        return chain(reversed(self.open.values()), self.newest_ended())
 
-    def recent(self, limit: int = 100) -> list[Record]:
-        """The newest first."""
-        newest = reversed(self._order)
-        return [record for record, _ in zip(newest, range(limit), strict=False)]
+    def newest_ended(self) -> Iterator[Record]:
+        """Those that have ended, the last one first. Copies."""
+        self._pack()
+        late = {name: told for told in self._late for name in _names(told[0].transfer_id)}
+        for packed in reversed(self._ended):
+            record = _decode(packed)
+            if late:
+                for attempt in record.attempts:
+                    if attempt.transfer_id in late:
+                        attempt.tell(*late[attempt.transfer_id])
+            yield record
+
+    def reach(self, number: int) -> float | None:
+        """When the first of the last ``number`` that have ended did so. None: there were never more than these."""
+        self._pack()
+        number = min(number, self.most)
+        return _decode(self._ended[-number]).ended if self.ended_count > number else None
 
     def __len__(self) -> int:
-        """How many are kept."""
-        return len(self._order)
-
-
-def timings(header: bytes) -> dict[str, float]:
-    """``Server-Timing: queue;dur=1.5, prefill;dur=20`` → milliseconds by name. What does not parse is left out."""
-    found: dict[str, float] = {}
-    for entry in header.decode("latin-1").split(","):
-        name, *params = (part.strip() for part in entry.split(";"))
-        for param in params:
-            label, _, value = param.partition("=")
-            if label.strip().lower() == "dur":
-                try:
-                    found[name] = float(value.strip().strip('"'))
-                except ValueError:
-                    continue
-    return found
-
-
-def _between(begin: float | None, end: float | None) -> float | None:
-    return None if begin is None or end is None else end - begin
-
-
-def _milliseconds(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds * 1000, 3)
+        """How many are kept that have ended."""
+        self._pack()
+        return len(self._ended)

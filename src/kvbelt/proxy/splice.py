@@ -17,12 +17,14 @@ from typing import Any
 
 import msgspec
 
+from kvbelt.wire.json_body import JsonDecoder
+
 Value = bytes | msgspec.Raw
 
 #: Stands where numbers were cut. A string that no sane client sends; if one does, it only fools itself.
 PLACEHOLDER = b'"\\u0000kvbelt cut\\u0000"'
 
-_members: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_members: JsonDecoder[dict[str, msgspec.Raw]] = JsonDecoder(dict[str, msgspec.Raw])
 _keys: dict[str, bytes] = {}
 _KEYS_KEPT = 256
 _SPACE = b" \t\r\n"

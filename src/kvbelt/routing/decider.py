@@ -27,18 +27,20 @@ def decide(
     *,
     prompt_tokens: int,
     min_prompt_tokens: int = 0,
+    pairs_refused: bool = False,
 ) -> Decision:
     """The road of one request.
 
     Args:
         first: where its first token may come from.
-        prefill: the prefill worker that would take it; None if none is ready.
+        prefill: the prefill worker that would take it; None if none is ready that fits the decode worker.
         decode: the decode worker that would take it.
         prompt_tokens: the prompt's length, which may be an estimate.
         min_prompt_tokens: shorter prompts are not worth a transfer.
+        pairs_refused: some prefill worker is ready, but none that fits.
     """
     if prefill is None:
-        return Decision(None, "no_prefill_worker")
+        return Decision(None, "pairs_refused" if pairs_refused else "no_prefill_worker")
     if prompt_tokens < min_prompt_tokens:
         return Decision(None, "short_prompt")
     if first.road is Road.PREFILL_ONLY:

@@ -26,7 +26,7 @@ CARRIED: frozenset[str] = frozenset(
         "model", "temperature", "top_p", "top_k", "min_p", "logit_bias", "allowed_token_ids", "ignore_eos",
         "stop_token_ids", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens",
         "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "user", "priority",
-        "return_token_ids",
+        "return_token_ids", "cache_salt",
     }
 )  # fmt: skip
 

@@ -1,0 +1,64 @@
+// One request in full: its way, and where its time went.
+
+import { el } from "./dom.js";
+import { bytes, clock, time } from "./format.js";
+
+/** The axis ends with the second token; the rest of an answer would dwarf all that is of interest. */
+function axis(spans) {
+  const first = spans.filter((span) => span.name !== "answer").map((span) => span.start_ms + span.duration_ms);
+  return Math.max(1e-3, ...first, ...spans.filter((span) => span.name === "answer").map((span) => span.start_ms));
+}
+
+function transferNote({ transfer }) {
+  if (!transfer) return "";
+  const parts = [bytes(transfer.bytes)];
+  if (transfer.writes) parts.push(`${transfer.writes} writes`);
+  if (transfer.gb_per_second) parts.push(`${transfer.gb_per_second} GB/s`);
+  if (transfer.channel) parts.push(transfer.channel);
+  if (transfer.transport) parts.push(transfer.transport);
+  if (transfer.exposed_ms !== undefined && transfer.exposed_ms !== null) parts.push(`${time(transfer.exposed_ms)} after prefill`);
+  return parts.join(", ");
+}
+
+function line(span, whole, record) {
+  const bar = el("span", { class: `wf-bar ${span.failed ? "bad" : span.name === "transfer" ? "belt" : span.name === "answer" ? "rest" : ""}` });
+  const from = Math.min(span.start_ms / whole, 1);
+  bar.style.left = `${from * 100}%`;
+  bar.style.width = `${Math.min(span.duration_ms / whole, 1 - from) * 100}%`;
+  const note = span.failed && span.name !== "transfer" ? `failed: ${span.failed}` : span.name === "transfer" ? (span.failed ? `failed: ${span.failed}; ` : "") + transferNote(record) : span.name === "answer" && record.tokens ? `${record.tokens} tokens, ${time(record.timings_ms.between_tokens)} between two` : "";
+  return el(
+    "li",
+    {},
+    el("span", { class: "wf-name" }, span.name === "answer" ? "rest of the answer" : span.name, span.worker ? el("span", { class: "wf-worker muted" }, span.worker) : null),
+    el("span", { class: "wf-time num" }, time(span.duration_ms)),
+    el("span", { class: "wf-track", "aria-hidden": "true" }, bar),
+    el("span", { class: "wf-note muted" }, note),
+  );
+}
+
+function facts(record) {
+  const { decision } = record;
+  const told = [
+    ["Way", decision.path ? `${decision.path}${decision.reason ? `, because of ${decision.reason}` : ""}` : "none chosen"],
+    ["Why", decision.meaning],
+    ["KV", record.kv],
+    ["Came", `${clock(record.time)}, ${record.route}`],
+    ["Prompt", record.prompt],
+  ];
+  return el("dl", { class: "facts" }, ...told.filter(([, value]) => value).flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]));
+}
+
+export function detail(record) {
+  const whole = axis(record.spans);
+  const failed = record.attempts.filter((attempt) => attempt.reason);
+  const parts = [facts(record)];
+  if (record.spans.length) {
+    parts.push(el("ol", { class: "waterfall", "aria-label": `Where the time of ${record.request_id} went` }, ...record.spans.map((span) => line(span, whole, record))));
+  }
+  if (failed.length) {
+    parts.push(el("ul", { class: "attempts" }, ...failed.map((attempt) => el("li", {}, el("strong", {}, attempt.reason), ` ${attempt.leg} on ${attempt.worker}: ${attempt.detail}`))));
+  }
+  const others = record.errors.filter((error) => !failed.some((attempt) => error.startsWith(attempt.reason)));
+  if (others.length) parts.push(el("ul", { class: "attempts" }, ...others.map((error) => el("li", {}, error))));
+  return el("div", { class: "detail" }, ...parts);
+}

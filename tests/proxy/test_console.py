@@ -1,0 +1,175 @@
+"""The console's files and its JSON, without a browser."""
+
+import re
+from time import monotonic
+
+import pytest
+
+from kvbelt.proxy.console import _FOLDER
+from tests.proxy.support import Deployment, async_test
+from tests.proxy.test_spans import done
+
+BODY = {"prompt": "x", "max_tokens": 3, "stream": True}
+
+
+@async_test
+async def test_every_file_that_the_page_names_is_served():
+    """As what it is, and nothing from anywhere else."""
+    async with Deployment() as deployment:
+        page = (await deployment.get("/console")).body.decode()
+        named = set(re.findall(r'(?:src|href)="(console/[^"]+)"', page))
+        scripts = {f"console/{file.name}" for file in _FOLDER.glob("*.js")}
+        imported = {f"console/{name}" for file in _FOLDER.glob("*.js")
+                    for name in re.findall(r'from "\./([^"]+)"', file.read_text(encoding="utf-8"))}  # fmt: skip
+        assert named | imported == scripts | {"console/console.css", "console/icon.svg"}
+        for name in named | imported:
+            got = await deployment.get(f"/{name}")
+            assert (got.status, b"nosniff") == (200, got.headers[b"x-content-type-options"])
+        assert not re.search(r"https?://(?!www\.w3\.org)", page)
+
+
+@async_test
+async def test_a_file_is_sent_again_only_if_it_has_changed():
+    """Every time it is asked whether it has."""
+    async with Deployment() as deployment:
+        first = await deployment.get("/console")
+        assert first.headers[b"cache-control"] == b"no-cache"
+        tag = first.headers[b"etag"]
+        for said in (tag, b"W/" + tag, b'"other", ' + tag, b"*"):
+            again = await deployment.get("/console", headers=((b"if-none-match", said),))
+            assert (again.status, again.body, again.headers[b"etag"]) == (304, b"", tag)
+        changed = await deployment.get("/console", headers=((b"if-none-match", b'"other"'),))
+        assert changed.status == 200
+
+
+@async_test
+async def test_the_policy_allows_nothing_from_elsewhere():
+    """No inline script or style, no frame around it, no form to anywhere."""
+    async with Deployment() as deployment:
+        policy = (await deployment.get("/console")).headers[b"content-security-policy"].decode()
+        assert "default-src 'none'" in policy
+        assert "frame-ancestors 'none'" in policy
+        assert "unsafe" not in policy
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "status"),
+    [
+        ("/console/", "GET", 308),
+        ("/console/nothing.js", "GET", 404),
+        ("/console/../console.py", "GET", 404),
+        ("/console", "POST", 405),
+        ("/kvbelt/console.json", "POST", 405),
+        ("/kvbelt/console.json?window=0", "GET", 400),
+        ("/kvbelt/console.json?after=x", "GET", 400),
+    ],
+)
+def test_what_is_not_there_is_said(path, method, status):
+    """With OpenAI's shape where there is a body."""
+
+    @async_test
+    async def refused():
+        async with Deployment() as deployment:
+            got = await deployment.get(path, method)
+            assert got.status == status
+            assert status == 308 or got.json["error"]["message"]
+
+    refused()
+
+
+def tell_of(deployment, request_id):
+    """The transfer of a request has ended well."""
+    records = deployment.proxy.context.records
+    records.tell(done(transfer_id=records.get(request_id).attempts[0].transfer_id))
+
+
+@async_test
+async def test_what_was_seen_is_not_sent_again():
+    """A page asks for what has ended since; requests under way come each time."""
+    async with Deployment() as deployment:
+        records = deployment.proxy.context.records
+        records.clock = lambda: monotonic() - 10.0
+        for name in "ab":
+            await deployment.ask(BODY, request_id=name)
+        first = (await deployment.get("/kvbelt/console.json")).json
+        assert [row["request_id"] for row in first["requests"]] == ["b", "a"]
+        records.clock = monotonic
+        await deployment.ask(BODY, request_id="c")
+        then = (await deployment.get(f"/kvbelt/console.json?after={first['after']}")).json
+        assert [row["request_id"] for row in then["requests"]] == ["c"]
+        assert then["after"] == first["after"] + 1
+
+
+@async_test
+async def test_a_page_of_an_earlier_proxy_is_told_all():
+    """Its number is higher than any of this one."""
+    async with Deployment() as deployment:
+        await deployment.ask(BODY, request_id="a")
+        got = (await deployment.get("/kvbelt/console.json?after=999")).json
+        assert [row["request_id"] for row in got["requests"]] == ["a"]
+
+
+@async_test
+async def test_the_answer_has_a_bound():
+    """However many have ended since."""
+    async with Deployment() as deployment:
+        for number in range(230):
+            await deployment.ask(BODY, request_id=f"r{number}")
+        got = (await deployment.get("/kvbelt/console.json")).json
+        assert len(got["requests"]) == 200
+        assert got["requests"][0]["request_id"] == "r229"
+
+
+@async_test
+async def test_a_workers_memory_is_shown():
+    """Blocks and buffers, as it tells them in its health."""
+    async with Deployment() as deployment:
+        standin = deployment.decode[0]
+        health = standin.health()
+        health["load"]["blocks_cached"] = 4
+        health["belt"] = {"receive_bytes": 1000, "bytes_reserved": 250, "mechanism": "CURVE"}
+        standin.health = lambda: health
+        worker = deployment.worker(standin)
+        worker._take(await worker._ask())
+        shown = (await deployment.get("/kvbelt/console.json")).json["workers"][1]
+        assert shown["load"]["blocks_cached"] == 4
+        assert (shown["buffers"]["receive_bytes"], shown["buffers"]["bytes_reserved"]) == (1000, 250)
+
+
+@pytest.mark.parametrize(
+    ("roads", "transport"),
+    [
+        (None, None),
+        ([], None),
+        ([("intra-node", "write", "cma/memory"), ("intra-node", "read", "tcp/lo")], "cma/memory"),
+        (
+            [("intra-node", "write", "cma/memory"), ("inter-node", "write", "tcp/eth0")],
+            "cma/memory (intra-node), tcp/eth0 (inter-node)",
+        ),
+    ],
+    ids=["a server that says nothing", "nothing yet", "one", "two"],
+)
+def test_a_transfer_is_told_with_its_transport(roads, transport):
+    """As the prefill worker says it is; without one where it does not."""
+
+    @async_test
+    async def told():
+        async with Deployment() as deployment:
+            await deployment.ask(BODY, request_id="a")
+            tell_of(deployment, "a")
+            if roads is not None:
+                said = [{"scope": s, "operation": o, "memory": "host", "transport": t} for s, o, t in roads]
+                deployment.prefill[0].script.about = {"role": "prefill", "roads": said}
+            assert (await deployment.record("a"))["transfer"]["transport"] == transport
+
+    told()
+
+
+@async_test
+async def test_a_worker_that_is_gone_does_not_hide_its_requests():
+    """What it wrote by is not known any more."""
+    async with Deployment() as deployment:
+        await deployment.ask(BODY, request_id="a")
+        tell_of(deployment, "a")
+        await deployment.prefill[0].stop()
+        assert (await deployment.record("a"))["transfer"]["transport"] is None

@@ -1,0 +1,99 @@
+"""The proxy's log: a line a request with its TTFT, and nothing that was asked or answered."""
+
+import logging
+
+from kvbelt.proxy.records import Record
+from kvbelt.proxy.request_log import RequestLog, fields_of
+from tests.proxy.support import Deployment, async_test
+
+PROMPT = "a word that nobody else has: xylophone"
+
+
+def record_of(number, ttft=0.01):
+    """A request that has ended."""
+    return Record(f"r{number}", "/v1/completions", began=0.0, unix_time=0.0, first_token=ttft, ended=0.1, status=200)
+
+
+@async_test
+async def test_each_request_has_a_line(caplog):
+    """With everything by which somebody would look for it."""
+    caplog.set_level(logging.INFO, "kvbelt.requests")
+    async with Deployment() as deployment:
+        await deployment.ask({"prompt": "hello", "max_tokens": 6, "temperature": 0})
+        worker = deployment.prefill[0]
+    (line,) = [one for one in caplog.records if one.name == "kvbelt.requests"]
+    assert line.getMessage().startswith("TTFT ")
+    assert (line.request_id, line.status, line.path) == ("r1", 200, "first-token")
+    assert line.prefill == f"127.0.0.1:{worker.port}"
+    assert line.transfer_id
+    assert 0 < line.ttft_ms <= line.total_ms
+
+
+@async_test
+async def test_a_request_without_a_token_has_one_too(caplog):
+    """With its status and why."""
+    caplog.set_level(logging.INFO, "kvbelt.requests")
+    async with Deployment() as deployment:
+        await deployment.ask(b"{", request_id="bad")
+    (line,) = [one for one in caplog.records if one.name == "kvbelt.requests"]
+    assert (line.getMessage(), line.request_id) == ("no token: status 400", "bad")
+
+
+@async_test
+async def test_beyond_the_rate_requests_are_counted(caplog):
+    """Told of once a second, with mean and worst."""
+    caplog.set_level(logging.INFO, "kvbelt.requests")
+    now = [0.0]
+    log = RequestLog(2, clock=lambda: now[0])
+    for number in range(5):
+        log.ended(record_of(number, ttft=0.01 * (number + 1)))
+    log.close()
+    texts = [one.getMessage() for one in caplog.records]
+    assert texts == ["TTFT 10.0 ms", "TTFT 20.0 ms", "TTFT of 3 more: 40.0 ms on average, 50.0 ms at most"]
+    now[0] = 1.0
+    log.ended(record_of(9))
+    assert caplog.records[-1].request_id == "r9"
+
+
+@async_test
+async def test_a_rate_of_zero_is_silence(caplog):
+    """Nothing is counted either."""
+    caplog.set_level(logging.INFO, "kvbelt.requests")
+    log = RequestLog(0)
+    log.ended(record_of(1))
+    log.close()
+    assert not caplog.records
+
+
+def test_what_is_not_known_is_left_out():
+    """A refused request has no worker and no path."""
+    refused = Record("r", "/v1/completions", began=0.0, unix_time=0.0, ended=0.1, status=400)
+    assert fields_of(refused) == {"request_id": "r", "status": 400, "total_ms": 100.0}
+
+
+@async_test
+async def test_no_prompt_and_no_key_gets_into_the_log(caplog):
+    """Whatever happens to the request: a refusal that quotes it, a worker that breaks, an error."""
+    caplog.set_level(logging.DEBUG)
+    key = "k" * 32
+    async with Deployment(prefill=2, admin_key=key) as deployment:
+        for number, body in enumerate(
+            (
+                {"prompt": PROMPT, "max_tokens": 3, "temperature": 0},
+                {"prompt": PROMPT, "max_tokens": 3, "stream": True},
+                {"prompt": PROMPT, "max_tokens": PROMPT},
+                {"prompt": {"not": PROMPT}},
+            )
+        ):
+            await deployment.ask(body, request_id=f"s{number}")
+        await deployment.ask({"messages": [{"role": "user", "content": PROMPT}]}, chat=True)
+        await deployment.get(
+            "/kvbelt/workers/x:1/drain", "POST", headers=((b"authorization", f"Bearer {key}".encode()),)
+        )
+        for prefill in deployment.prefill:
+            await prefill.stop()
+        await deployment.ask({"prompt": PROMPT, "max_tokens": 3, "temperature": 0}, request_id="lost")
+    said = "\n".join(f"{one.getMessage()} {one.__dict__}" for one in caplog.records)
+    assert "lost" in said
+    assert "xylophone" not in said
+    assert key not in said

@@ -1,0 +1,121 @@
+"""Where a request's time went, from its record."""
+
+import pytest
+
+from kvbelt.proxy.records import Attempt, Record
+from kvbelt.proxy.spans import spans_of
+from kvbelt.wire.ids import EngineId, TransferId
+from kvbelt.wire.notification import TransferDone, TransferFailed
+
+PREFILL = b"queue;dur=2, prefill;dur=80"
+DECODE = b"queue;dur=0.5, load;dur=1.5, kv;dur=3"
+
+
+def done(seconds=0.02, exposed=0.004, transfer_id="t"):
+    """A transfer that ended well."""
+    return TransferDone(
+        transfer_id=TransferId(transfer_id), sender=EngineId("p"), receiver=EngineId("d"), num_bytes=1000,
+        seconds=seconds, channel="nixl", num_tokens=10, num_writes=3, exposed_seconds=exposed,
+    )  # fmt: skip
+
+
+def failed(reason="peer_lost"):
+    """One that did not."""
+    return TransferFailed(
+        transfer_id=TransferId("t"), sender=EngineId("p"), receiver=EngineId("d"), num_bytes=0, seconds=0.01,
+        reason=reason,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def record():
+    """A request that arrived at second 100 and went over the belt."""
+    made = Record("r1", "/v1/completions", 100.0, 0.0, path="first-token", prefill_worker="p:1", decode_worker="d:1")
+    made.attempts = [
+        Attempt("prefill", "p:1", 100.001, "t", 100.085, 100.085, timing=PREFILL, transfer=done()),
+        Attempt("decode", "d:1", 100.085, "", 100.13, 100.9, timing=DECODE),
+    ]
+    made.first_token, made.decode_first, made.ended = 100.0852, 100.13, 100.9
+    return made
+
+
+def shown(record):
+    """Name → start and duration in milliseconds."""
+    return {
+        span.name: (pytest.approx(span.start * 1e3, abs=1e-6), pytest.approx(span.duration * 1e3, abs=1e-6))
+        for span in spans_of(record)
+    }
+
+
+def test_each_part_starts_where_the_one_before_it_ended(record):
+    """The transfer ends its exposed time after the prefill."""
+    assert shown(record) == {
+        "proxy": (0, 1),
+        "queue": (1, 2),
+        "prefill": (3, 80),
+        "transfer": (67, 20),
+        "KV wait": (85, 3),
+        "KV load": (88.5, 1.5),
+        "first decode step": (90, 40),
+        "answer": (85.2, 814.8),
+    }
+
+
+def test_a_decode_workers_own_measure_is_preferred(record):
+    """A first step that it measured itself is shown as it is."""
+    record.attempts[1].timing = DECODE + b", prefill;dur=39"
+    assert shown(record)["first decode step"] == (90, 39)
+
+
+def test_a_failed_attempt_is_one_part_with_its_reason(record):
+    """What came after it stands where it happened."""
+    lost = Attempt("prefill", "p:0", 99.9 + 0.1, "t0", None, 100.03, "prefill_lost")
+    record.attempts[0].began = 100.031
+    record.attempts.insert(0, lost)
+    proxy, leg, queue, *_ = spans_of(record)
+    assert (leg.name, leg.worker, leg.failed) == ("prefill leg", "p:0", "prefill_lost")
+    assert (proxy.duration, leg.start, queue.start) == pytest.approx((0, 0, 0.031), abs=1e-9)
+    assert leg.duration == pytest.approx(0.03)
+
+
+def test_a_failed_transfer_says_why(record):
+    """It ends with the prefill, as nothing is known of what came behind it."""
+    record.attempts[0].transfer = failed()
+    (transfer,) = [span for span in spans_of(record) if span.name == "transfer"]
+    assert transfer.failed == "peer_lost"
+    assert transfer.start + transfer.duration == pytest.approx(0.083)
+
+
+def test_a_local_answer_shows_the_decode_workers_prefill(record):
+    """It computed the prompt."""
+    record.path, record.attempts = "local", [Attempt("decode", "d:1", 100.002, "", 100.09, 100.5, timing=PREFILL)]
+    assert shown(record) == {"proxy": (0, 2), "queue": (2, 2), "prefill": (4, 80), "answer": (85.2, 814.8)}
+    assert {span.worker for span in spans_of(record)} == {None, "d:1"}
+
+
+def test_a_server_that_tells_no_times_is_shown_by_its_legs(record):
+    """As the proxy saw them."""
+    record.attempts[0].timing = record.attempts[1].timing = b""
+    seen = shown(record)
+    assert seen["prefill leg"] == (1, 84)
+    assert seen["decode leg"] == (85, 45)
+    assert seen["first decode step"] == (130, 0)
+
+
+def test_a_request_that_reached_nobody_has_no_parts():
+    """Refused at the door."""
+    assert spans_of(Record("r", "/v1/completions", 1.0, 0.0)) == []
+
+
+@pytest.mark.parametrize(("first", "gaps"), [(1.0, 4), (2.0, 3)], ids=["the other worker's token", "its own"])
+def test_gaps_are_counted_by_the_streams_pieces(record, first, gaps):
+    """Five pieces are four tokens and the end; a token that the client had before makes one gap more."""
+    record.first_token, record.decode_first, record.streamed, record.ended = first, 2.0, 5, first + gaps * 0.5
+    assert record.gaps == gaps
+    assert record.between_tokens == pytest.approx(0.5)
+
+
+def test_without_a_stream_nothing_is_said_of_gaps(record):
+    """A whole answer comes at once."""
+    record.decode_first = None
+    assert (record.gaps, record.between_tokens) == (0, None)
