@@ -1,10 +1,14 @@
-"""The command line: ``kvbelt worker | proxy | up | demo | keys``.
+"""The command line: ``kvbelt worker | proxy | up | demo | doctor | why | top | chaos | keys | workers | deploy``.
 
 What is wrong with a command line or a settings file is one line on standard error and exit status 2.
 """
 
 import argparse
+import contextlib
+import logging
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -47,10 +51,44 @@ def _add_worker(commands: "argparse._SubParsersAction[_Parser]") -> None:
     worker.add_argument("--max-batch-tokens", type=positive_int, help="tokens a step, prefill chunks included")
     worker.add_argument("--max-running", type=positive_int, help="requests a step")
     worker.add_argument("--threads", type=positive_int, help="CPU threads of the model")
-    worker.add_argument("--log-json", action="store_true")
+    worker.add_argument(
+        "--no-prefix-caching", action="store_true", help="compute every prompt whole, whatever was computed before"
+    )
+    worker.add_argument("--log-json", action="store_true", help="the log's lines are JSON objects")
 
 
-def _run_worker(args: argparse.Namespace) -> int:
+def _run_worker(args: argparse.Namespace) -> NoReturn:
+    """A worker, to the end of its process."""
+    try:
+        _serve_worker(args)
+    except KVBeltError as error:
+        _end_process(_tell(error))
+    except Exception:  # noqa: BLE001 -- as the interpreter would end
+        traceback.print_exc()
+        _end_process(1)
+    _end_process(0)
+
+
+def _tell(error: KVBeltError) -> int:
+    sys.stderr.write(f"kvbelt: {error}\n")
+    return 2
+
+
+def _end_process(status: int) -> NoReturn:
+    """End now, and let no native library say farewell.
+
+    UCX, which NIXL brings, loads libnl, which crashes when the C library takes it down (``rtnl_tc_unregister``; nixl
+    1.5.1 beside Debian's libibverbs): an orderly end would become status 139. A model that is still being loaded
+    aborts when the interpreter is taken down under it.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            stream.flush()
+    os._exit(status)
+
+
+def _serve_worker(args: argparse.Namespace) -> None:
     from kvbelt.settings import WorkerSettings, belt_for
 
     role = Role(args.role)
@@ -76,10 +114,10 @@ def _run_worker(args: argparse.Namespace) -> int:
             max_batch_tokens=args.max_batch_tokens,
             max_running=args.max_running,
             threads=args.threads,
+            prefix_caching=not args.no_prefix_caching,
             log_json=args.log_json,
         )
     )
-    return 0
 
 
 def _add_proxy(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -91,21 +129,61 @@ def _add_proxy(commands: "argparse._SubParsersAction[_Parser]") -> None:
         proxy.add_argument(f"--{kind}-host", type=hosts, default=["localhost"], metavar="HOST[,HOST]")
         proxy.add_argument(f"--{kind}-port", type=ports, default=[first], metavar="PORT[,PORT]")
         proxy.add_argument(f"--num-{word}", type=count, metavar="N", help="on consecutive ports (default: 1)")
+    proxy.add_argument(
+        "--discover",
+        action="store_true",
+        help="the hosts are DNS names, looked up again and again: each address that one has is a worker",
+    )
     proxy.add_argument("--notify-host", default="127.0.0.1", help="where prefill workers report transfers")
     proxy.add_argument("--notify-port", type=port, default=7500)
     proxy.add_argument("--key-file", type=Path, metavar="FILE", help="this proxy's secret key (kvbelt keys new)")
     proxy.add_argument("--trusted-keys-dir", type=Path, metavar="DIR", help="public keys of the prefill workers")
     proxy.add_argument("--insecure", action="store_true", help="take notifications beyond loopback without keys")
+    proxy.add_argument(
+        "--admin-key-file", type=Path, metavar="FILE", help="the key that workers are added and removed with"
+    )
     proxy.add_argument("--deadline", type=positive_number, default=600.0, help="seconds a request may take")
+    proxy.add_argument(
+        "--drain-seconds", type=positive_number, default=2.0, help="for open requests at the end (default: %(default)g)"
+    )
     proxy.add_argument("--min-prompt-tokens", type=count, default=0, help="shorter prompts are not disaggregated")
-    proxy.add_argument("--log-json", action="store_true")
+    proxy.add_argument(
+        "--keep-requests", type=positive_int, default=1000, metavar="N",
+        help="requests that kvbelt why and the console know of (default: %(default)s)",
+    )  # fmt: skip
+    proxy.add_argument(
+        "--record-prompts", type=count, nargs="?", const=500, default=0, metavar="CHARACTERS",
+        help="keep the beginning of each prompt with its record (default: none; without a number: 500)",
+    )  # fmt: skip
+    proxy.add_argument(
+        "--open-console", action="store_true", help="whoever reaches this proxy may see its requests, without a key"
+    )
+    proxy.add_argument(
+        "--log-requests",
+        type=count,
+        default=20,
+        metavar="N",
+        help="lines a second with requests' TTFT, at most; the others are counted (default: %(default)s; 0: none)",
+    )
+    proxy.add_argument(
+        "--otlp-endpoint", metavar="URL",
+        help="send a trace of each request to this OTLP/HTTP receiver, as http://127.0.0.1:4318 (default: "
+        "$OTEL_EXPORTER_OTLP_ENDPOINT; without either there are no traces)",
+    )  # fmt: skip
+    proxy.add_argument(
+        "--trace-ratio", type=float, metavar="0..1", help="share of the requests that is traced (default: all)"
+    )
+    proxy.add_argument("--log-json", action="store_true", help="the log's lines are JSON objects")
 
 
 def _run_proxy(args: argparse.Namespace) -> int:
     from kvbelt.proxy.addresses import addresses_of
     from kvbelt.proxy.main import run_proxy
     from kvbelt.proxy.settings import ProxySettings
+    from kvbelt.proxy.tracer import wish_of
+    from kvbelt.security.admin_key import load_admin_key
 
+    endpoint, ratio = wish_of(os.environ)
     settings = ProxySettings(
         decode=addresses_of("decode", args.decode_host, args.decode_port, args.num_decoders),
         prefill=addresses_of("prefill", args.prefill_host, args.prefill_port, args.num_prefillers),
@@ -115,8 +193,17 @@ def _run_proxy(args: argparse.Namespace) -> int:
         notification_port=args.notify_port,
         deadline_seconds=args.deadline,
         min_prompt_tokens=args.min_prompt_tokens,
+        records_kept=args.keep_requests,
+        record_prompts=args.record_prompts,
+        open_console=args.open_console,
+        drain_seconds=args.drain_seconds,
+        discover=args.discover,
+        request_lines_per_second=args.log_requests,
+        otlp_endpoint=args.otlp_endpoint or endpoint,
+        trace_ratio=args.trace_ratio if args.trace_ratio is not None else ratio,
         keys=_proxy_keys(args.key_file, args.trusted_keys_dir, insecure=args.insecure),
         insecure=args.insecure,
+        admin_key=load_admin_key(args.admin_key_file) if args.admin_key_file is not None else None,
     )
     run_proxy(settings, log_json=args.log_json)
     return 0
@@ -164,12 +251,58 @@ def _add_up(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser.set_defaults(run=up.run, parser=parser)
 
 
+def _add_chaos(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    from kvbelt.ops.chaos import command
+
+    parser = commands.add_parser("chaos", help="load and faults on a deployment, and whether its promises held")
+    command.add_arguments(parser)
+    parser.set_defaults(run=command.run, parser=parser)
+
+
+def _add_doctor(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    from kvbelt.ops.doctor import command
+
+    parser = commands.add_parser("doctor", help="what is wrong, its cause first: before a start, or --url of what runs")
+    command.add_arguments(parser)
+    parser.set_defaults(run=command.run, parser=parser)
+
+
 def _add_demo(commands: "argparse._SubParsersAction[_Parser]") -> None:
     from kvbelt.ops import demo
 
     parser = commands.add_parser("demo", help="1p1d, one chat, and where its time went")
     demo.add_arguments(parser)
     parser.set_defaults(run=demo.run, parser=parser)
+
+
+def _add_workers(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    from kvbelt.ops import workers
+
+    parser = commands.add_parser("workers", help="list, add, drain and remove the workers of a running proxy")
+    workers.add_arguments(parser, _Parser)
+
+
+def _add_why(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    from kvbelt.ops import why
+
+    parser = commands.add_parser("why", help="where one request's time went, and why it took its way")
+    why.add_arguments(parser)
+    parser.set_defaults(run=why.run, parser=parser)
+
+
+def _add_deploy(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    from kvbelt.ops.deploy import command
+
+    parser = commands.add_parser("deploy", help="manifests for Kubernetes")
+    command.add_arguments(parser, _Parser)
+
+
+def _add_top(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    from kvbelt.ops import top
+
+    parser = commands.add_parser("top", help="workers, rates and times of a running proxy, live in a terminal")
+    top.add_arguments(parser)
+    parser.set_defaults(run=top.run, parser=parser)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -181,7 +314,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_proxy(commands)
     _add_up(commands)
     _add_demo(commands)
+    _add_doctor(commands)
+    _add_chaos(commands)
     _add_keys(commands)
+    _add_workers(commands)
+    _add_why(commands)
+    _add_top(commands)
+    _add_deploy(commands)
     return parser
 
 
@@ -193,8 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = args.run(args)
     except KVBeltError as error:
-        sys.stderr.write(f"kvbelt: {error}\n")
-        return 2
+        return _tell(error)
     except KeyboardInterrupt:
         return 130
     return status

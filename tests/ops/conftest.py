@@ -17,7 +17,7 @@ def spec(tmp_path):
         model=tmp_path,
         device="cpu",
         auto_ports=True,
-        start_timeout=20,
+        start_timeout=120,
         command=(sys.executable, "-S", str(Path(__file__).with_name("standin.py"))),
     )
 
@@ -57,5 +57,16 @@ def record():
             "writes": 30,
             "exposed_ms": 4.0,
         },
+        "spans": [
+            {"name": "proxy", "start_ms": 0.0, "duration_ms": 1.0},
+            {"name": "queue", "start_ms": 1.0, "duration_ms": 2.0, "worker": "127.0.0.1:7100"},
+            {"name": "prefill", "start_ms": 3.0, "duration_ms": 80.0, "worker": "127.0.0.1:7100"},
+            {"name": "transfer", "start_ms": 67.0, "duration_ms": 20.0, "worker": "127.0.0.1:7100"},
+            {"name": "KV wait", "start_ms": 85.0, "duration_ms": 3.0, "worker": "127.0.0.1:7200"},
+            {"name": "KV load", "start_ms": 88.5, "duration_ms": 1.5, "worker": "127.0.0.1:7200"},
+            {"name": "first decode step", "start_ms": 90.0, "duration_ms": 40.0, "worker": "127.0.0.1:7200"},
+            {"name": "answer", "start_ms": 85.2, "duration_ms": 814.8},
+        ],
+        "attempts": [],
         "errors": [],
     }

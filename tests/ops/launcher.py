@@ -33,7 +33,7 @@ def main() -> int:
             device="cpu",
             auto_ports=True,
             port=int(sys.argv[2]) or None,
-            start_timeout=20,
+            start_timeout=120,
             command=(sys.executable, "-S", str(STANDIN)),
         )
         try:

@@ -1,5 +1,6 @@
 """The launcher over real processes that stand in for kvbelt's own (standin.py)."""
 
+import asyncio
 import contextlib
 import dataclasses
 import io
@@ -18,7 +19,7 @@ import pytest
 from kvbelt.errors import StartError
 from kvbelt.ops.child import GRACE_SECONDS
 from kvbelt.ops.console import Console
-from kvbelt.ops.deployment import running
+from kvbelt.ops.deployment import Deployment, running
 from kvbelt.ops.ports import find_free
 from kvbelt.ops.supervisor import ChildDiedError, NotReadyError
 from kvbelt.ops.topology import Topology
@@ -27,7 +28,7 @@ from kvbelt.ops.up import LAST_WORDS_SECONDS
 HERE = Path(__file__).parent
 
 
-def eventually(condition, seconds=10.0):
+def eventually(condition, seconds=60.0):
     """Poll until ``condition()`` holds; fail after ``seconds``."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -102,7 +103,7 @@ def test_everything_starts_and_leaves_no_trace(spec, shown):
         assert [line[line.index(b"--role") + 1] for line in lines] == [b"prefill", b"prefill", b"decode", b"decode"]
         configs = [Path(line[line.index(b"--config") + 1].decode()) for line in lines]
         assert all(config.is_file() for config in configs)
-        assert httpx.get(f"{deployment.url}/health").status_code == 200
+        assert httpx.get(f"{deployment.url}/health", timeout=60).status_code == 200
         secrets = sorted(configs[0].parent.glob("*.key_secret"))
         assert [secret.stem for secret in secrets] == ["decode-0", "decode-1", "prefill-0", "prefill-1", "proxy"]
         assert all(stat.S_IMODE(secret.stat().st_mode) == 0o600 for secret in secrets)
@@ -123,7 +124,7 @@ def test_logs_are_prefixed_and_kept(spec, shown, tmp_path):
     """Every line of a child appears under its name, and in its file when a folder is given."""
     with running(evolve(spec, log_dir=tmp_path / "logs"), Console(shown)) as deployment:
         eventually(lambda: "decode-0  | I am decode" in shown.getvalue())
-        assert deployment.log_tail("proxy") == ["I am proxy"]
+        eventually(lambda: deployment.log_tail("proxy") == ["I am proxy"])
     assert (tmp_path / "logs" / "prefill-0.log").read_text() == "I am prefill\n"
 
 
@@ -177,7 +178,7 @@ def test_child_that_dies_later_is_named_and_the_rest_serves_on(spec, shown):
         eventually(lambda: "died: killed by SIGKILL" in shown.getvalue())
         eventually(lambda: "the rest keeps serving without prefill-0" in shown.getvalue())
         assert not deployment.process("prefill-0").running
-        assert httpx.get(f"{deployment.url}/health").status_code == 200
+        assert httpx.get(f"{deployment.url}/health", timeout=60).status_code == 200
 
 
 def test_restart_starts_a_dead_child_again(spec, shown):
@@ -200,6 +201,22 @@ def test_restart_on_demand_waits_for_readiness(spec, shown):
         assert listening(after.port)
         assert gone(before.pid)
     assert "died" not in shown.getvalue()
+
+
+def test_restart_alone_waits_for_nobody_else(spec, shown, tmp_path):
+    """A proxy that answers is enough then, whether or not its workers are ready."""
+    ready = tmp_path / "ready"
+    ready.touch()
+
+    async def restart():
+        async with Deployment(evolve(spec, env={"STANDIN_LOADING": str(ready)}), Console(shown)) as deployment:
+            before = deployment.process("proxy")
+            ready.unlink()
+            await deployment.restart("proxy", alone=True)
+            return before.pid, deployment.process("proxy").pid
+
+    before, after = asyncio.run(restart())
+    assert before != after
 
 
 def test_frozen_child_is_ended_too(spec, shown):
@@ -238,7 +255,7 @@ def test_signal_ends_everything(number, stubborn):
     port = find_free(1)[0]
     with launcher(port=port, STANDIN_IGNORE_TERM=stubborn) as (process, pids):
         process.send_signal(number)
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=60) == 0
         assert all(gone(pid) for pid in pids)
         assert not listening(port)
 
@@ -262,7 +279,7 @@ def test_signal_while_starting_ends_everything(tmp_path):
             if "prefill-0 loading" in line:
                 break
         process.terminate()
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=60) == 0
         assert process.stdout.read() == ""
 
 

@@ -82,3 +82,16 @@ def test_aggregated_server_claims_no_belt_ports():
         (7500, "the proxy's notifications"),
         (7200, "both-0"),
     ]
+
+
+def test_ports_of_other_hosts_are_nobodys_business_here():
+    """What a worker elsewhere listens on is not claimed on this host."""
+    ports = seed_ports(Topology(1, 2))
+    claimed = {claim.owner for claim in ports.claims("127.0.0.1", elsewhere={"decode-1", "prefill-0"})}
+    assert claimed == {
+        "the proxy",
+        "the proxy's notifications",
+        "decode-0",
+        "decode-0's handshakes",
+        "decode-0's reservations",
+    }

@@ -1,16 +1,26 @@
 """From a specification to files and command lines."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from kvbelt.cli import build_parser
+from kvbelt.cli import build_parser, main
+from kvbelt.errors import StartError
 from kvbelt.ops import processes
 from kvbelt.ops.ports import Ports, seed_ports
-from kvbelt.ops.processes import DeploymentSpec, plan, resolve_device, threads_per_worker, write_configs, write_keys
+from kvbelt.ops.processes import (
+    DeploymentSpec,
+    plan,
+    require_fast_gpus,
+    resolve_device,
+    threads_per_worker,
+    write_configs,
+    write_keys,
+)
 from kvbelt.ops.topology import Topology
 from kvbelt.security.keys import load_keys
-from kvbelt.settings import Role, belt_for, keys_of, load_belt_file
+from kvbelt.settings import Role, belt_for, channel_of, keys_of, load_belt_file
 
 
 @pytest.fixture
@@ -46,6 +56,13 @@ def test_files_are_what_workers_read(spec, tmp_path):
     assert (receiver.pd_role, receiver.pd_peer_init_port, receiver.pd_peer_alloc_port) == ("receiver", 7301, 7401)
 
 
+def test_every_worker_is_told_the_carrier(spec, tmp_path):
+    """Both sides must have the same."""
+    files = write_configs(replace(spec, transfer_channel="mooncake"), seed_ports(spec.topology), tmp_path)
+    for name, role in (("prefill-0", Role.PREFILL), ("decode-1", Role.DECODE)):
+        assert channel_of(belt_for(role, files[name])).name == "mooncake"
+
+
 def test_every_process_has_a_key_of_its_own_and_trusts_all(spec, tmp_path):
     """Files and the proxy's command line name them; a worker's own reading finds the proxy's."""
     ports, keys = seed_ports(spec.topology), write_keys(spec, tmp_path)
@@ -75,12 +92,47 @@ def test_command_line_understands_what_is_started(spec, tmp_path, counts, ports_
     """Every command that is started is one that kvbelt's own command line accepts."""
     topology = Topology(*counts)
     ports = ports_of(topology)
-    wanted = DeploymentSpec(topology=topology, model=Path("model"), device="cpu", kv_gb=0.5, max_model_len=512)
+    wanted = DeploymentSpec(
+        topology=topology, model=Path("model"), device="cpu", kv_gb=0.5, max_model_len=512, prefix_caching=False
+    )
     for process in plan(wanted, ports, write_configs(wanted, ports, tmp_path)):
         args = build_parser().parse_args(
             process.argv[process.argv.index("worker" if "-" in process.name else "proxy") :]
         )
         assert args.port == process.port
+
+
+def test_workers_listen_and_are_reached_where_their_place_is(spec, tmp_path):
+    """Host, way in and environment of a place reach its worker; the proxy gets a host and a port for each worker."""
+    inside = processes.Place("198.18.0.9", ("ip", "netns", "exec", "n"), {"UCX_TLS": "tcp"})
+    placed = replace(spec, places={"decode-1": inside}, notify_host="198.18.0.1")
+    ports = seed_ports(spec.topology)
+    files = write_configs(placed, ports, tmp_path, write_keys(placed, tmp_path))
+    worker, proxy = plan(placed, ports, files)[3:]
+    args = build_parser().parse_args(worker.argv[worker.argv.index("worker") :])
+    assert worker.argv[:4] == inside.enter
+    assert (args.host, worker.host, worker.env["UCX_TLS"]) == ("198.18.0.9", "198.18.0.9", "tcp")
+    assert load_belt_file(files["decode-1"]).pd_peer_host == "198.18.0.9"
+    assert load_belt_file(files["prefill-0"]).pd_proxy_host == "198.18.0.1"
+    args = build_parser().parse_args(proxy.argv[proxy.argv.index("proxy") :])
+    assert (args.decode_host, args.decode_port) == (["127.0.0.1", "198.18.0.9"], [7200, 7201])
+    assert (args.notify_host, args.prefill_host) == ("198.18.0.1", ["127.0.0.1"])
+
+
+def test_further_keys_are_trusted_by_all(spec, tmp_path):
+    """A name more among those that every process trusts."""
+    keys = write_keys(replace(spec, extra_keys=("guest",)), tmp_path)
+    assert "guest" in load_keys(keys.secret("guest"), keys.trusted).trusted.values()
+
+
+def test_prefix_caching_is_switched_off_in_the_engines_own_words(spec, tmp_path):
+    """Kvbelt's workers and vLLM's servers call it differently; nothing is said where it stays on."""
+    for engine, flag in (("embedded", "--no-prefix-caching"), ("vllm", "--no-enable-prefix-caching")):
+        ports = seed_ports(spec.topology)
+        for caching in (True, False):
+            wanted = replace(spec, engine=engine, prefix_caching=caching)
+            workers = plan(wanted, ports, write_configs(wanted, ports, tmp_path))[:-1]
+            assert [flag in worker.argv for worker in workers] == [not caching] * len(workers)
 
 
 def test_role_is_on_the_command_line(spec, tmp_path):
@@ -118,6 +170,42 @@ def test_gpus_are_dealt_out_in_turn(monkeypatch):
     workers = plan(spec, seed_ports(spec.topology), {})[:-1]
     assert [worker.env["CUDA_VISIBLE_DEVICES"] for worker in workers] == ["4", "6", "4"]
     assert all("cuda_ipc" in worker.env["UCX_TLS"] for worker in workers)
+
+
+@pytest.mark.parametrize(
+    ("ucx_tls", "changes", "refused"),
+    [
+        (None, {}, False),
+        ("all", {}, False),
+        ("cuda_ipc,cuda_copy,tcp", {}, False),
+        ("tcp", {}, True),
+        ("tcp,cuda_copy", {}, True),
+        ("^cuda_ipc", {}, True),
+        ("tcp", {"allow_slow_gpus": True}, False),
+        ("tcp", {"device": "cpu"}, False),
+        ("tcp", {"buffer_device": "cpu"}, False),
+        ("tcp", {"transfer_channel": "mooncake"}, False),
+        ("tcp", {"topology": Topology(0, 1)}, False),
+    ],
+)
+def test_gpus_that_could_not_reach_each_other_are_not_started(ucx_tls, changes, refused):
+    """Where the buffers are in GPU memory and NIXL carries; the message names the setting and the way round it."""
+    spec = DeploymentSpec(**{"topology": Topology(1, 1), "model": Path("model"), "device": "cuda"} | changes)
+    if not refused:
+        require_fast_gpus(spec, ucx_tls)
+        return
+    with pytest.raises(StartError, match=r"cuda_ipc is not in it.*export UCX_TLS=cuda_ipc.*--allow-slow-gpus"):
+        require_fast_gpus(spec, ucx_tls)
+
+
+def test_up_refuses_gpus_that_could_not_reach_each_other(monkeypatch, tmp_path, capsys):
+    """Before anything is started, with status 2."""
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    (tmp_path / "model").mkdir()
+    arguments = ["up", "1p1d", "--auto-ports", "--device", "cuda", "--model", str(tmp_path / "model")]
+    monkeypatch.setattr("kvbelt.ops.up.prepare_model", lambda name, console: Path(name))
+    assert main(arguments) == 2
+    assert "--allow-slow-gpus" in capsys.readouterr().err
 
 
 def test_no_gpu_means_cpu(monkeypatch):

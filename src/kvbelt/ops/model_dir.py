@@ -6,20 +6,25 @@ from pathlib import Path
 
 from kvbelt.errors import SettingsError
 from kvbelt.ops.demo_model import demo_model_dir
+from kvbelt.ops.tiny_model import tiny_model_dir
+
+#: Models that kvbelt makes itself, on first use.
+_OWN = {"demo": demo_model_dir, "tiny": tiny_model_dir}
 
 
 def find_model(name: str, progress: Callable[[str], None] = lambda _: None) -> Path:
-    """The Hugging Face folder that ``--model`` names; ``demo`` is made on first use.
+    """The Hugging Face folder that ``--model`` names; ``demo`` and ``tiny`` are made on first use.
 
     Raises:
         SettingsError: there is no such folder, or it does not look like a model's.
     """
-    if name == "demo":
-        return demo_model_dir(progress)
+    if name in _OWN:
+        return _OWN[name](progress)
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise SettingsError(
-            f"--model {name!r} is not a folder; give a local Hugging Face folder of a causal language model, or 'demo'"
+            f"--model {name!r} is not a folder; give a local Hugging Face folder of a causal language model, 'demo' "
+            "or 'tiny'"
         )
     config = folder / "config.json"
     try:

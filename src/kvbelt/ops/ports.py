@@ -9,7 +9,7 @@ import contextlib
 import errno
 import random
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,20 +54,31 @@ class Ports:
     init: tuple[int, ...]
     alloc: tuple[int, ...]
 
-    def claims(self, proxy_host: str) -> Iterator[Claim]:
-        """Every port with its owner. Without prefill workers nobody listens for KV."""
+    def claims(
+        self, proxy_host: str, notify_host: str = WORKER_HOST, elsewhere: Container[str] = ()
+    ) -> Iterator[Claim]:
+        """Every port of this host with its owner. Without prefill workers nobody listens for KV.
+
+        Args:
+            proxy_host: where the proxy listens.
+            notify_host: where it takes notifications.
+            elsewhere: names of workers that listen on other hosts.
+        """
         yield Claim(self.proxy, "the proxy", "--port", proxy_host)
-        yield Claim(self.notify, "the proxy's notifications", "--auto-ports")
-        for index, port in enumerate(self.prefill):
-            yield Claim(port, f"prefill-{index}", "--auto-ports")
+        yield Claim(self.notify, "the proxy's notifications", "--auto-ports", notify_host)
         role = "decode" if self.prefill else "both"
-        for index, port in enumerate(self.decode):
-            yield Claim(port, f"{role}-{index}", "--auto-ports")
+        for name, port in [
+            *((f"prefill-{index}", port) for index, port in enumerate(self.prefill)),
+            *((f"{role}-{index}", port) for index, port in enumerate(self.decode)),
+        ]:
+            if name not in elsewhere:
+                yield Claim(port, name, "--auto-ports")
         if not self.prefill:
             return
         for index, (init, alloc) in enumerate(zip(self.init, self.alloc, strict=True)):
-            yield Claim(init, f"decode-{index}'s handshakes", "--auto-ports")
-            yield Claim(alloc, f"decode-{index}'s reservations", "--auto-ports")
+            if f"decode-{index}" not in elsewhere:
+                yield Claim(init, f"decode-{index}'s handshakes", "--auto-ports")
+                yield Claim(alloc, f"decode-{index}'s reservations", "--auto-ports")
 
 
 def seed_ports(topology: Topology, *, proxy: int = PROXY_PORT) -> Ports:

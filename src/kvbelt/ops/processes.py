@@ -14,12 +14,26 @@ from typing import Any, Literal
 
 import yaml
 
+from kvbelt import about
+from kvbelt.errors import StartError
 from kvbelt.ops.ports import WORKER_HOST, Ports
 from kvbelt.ops.topology import Topology
 from kvbelt.ops.vllm_server import vllm_argv, vllm_env
 from kvbelt.security.keys import PROXY, secret_file, trusted_folder, write_new_keys
 
 GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a worker runs. Its own host, if ``enter`` leads into a network namespace (network.py)."""
+
+    host: str = WORKER_HOST  #: where it listens, and under which the others reach it
+    enter: tuple[str, ...] = ()  #: what stands before its command; it must end in an exec, so that pids stay true
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+_HERE = Place()
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +45,18 @@ class DeploymentSpec:
     engine: Literal["embedded", "vllm"] = "embedded"
     dtype: str = "float32"
     device: str = "auto"
-    host: str = "127.0.0.1"  #: the proxy's; workers listen on ``WORKER_HOST``
+    host: str = "127.0.0.1"  #: the proxy's; workers listen on ``WORKER_HOST`` or in their place
+    places: Mapping[str, Place] = field(default_factory=dict)  #: of workers by name; the others run beside the proxy
+    notify_host: str = WORKER_HOST  #: where the proxy takes notifications, reachable from every place
     port: int | None = None  #: the proxy's; None: 9100, or a free one with ``auto_ports``
     auto_ports: bool = False
     threads: int | None = None  #: CPU threads of each worker; None: the cores shared out evenly
     kv_gb: float | None = None  #: GB of KV memory of each worker's engine; None: the worker decides
+    transfer_channel: Literal["nixl", "mooncake"] = "nixl"
     buffer_device: str | None = None  #: where the staging memory is: ``cpu`` or ``cuda``; None: where the engine is
     buffer_gb: float = 1.0  #: GiB of staging memory on each side of the belt (touched only as it is used)
     max_model_len: int | None = None
+    prefix_caching: bool = True  #: workers compute the common beginnings of prompts once
     log_dir: Path | None = None  #: where each process's log is written as well
     restart: bool = False  #: start a worker again that dies after the deployment was ready
     start_timeout: float = 600.0  #: seconds until everything must be ready
@@ -47,6 +65,17 @@ class DeploymentSpec:
     command: tuple[str, ...] | None = None  #: what stands before ``worker`` and ``proxy``; None: ``kvbelt_command``
     env: Mapping[str, str] = field(default_factory=dict)  #: added to every process's environment
     curve: bool = True  #: keys for the control sockets, made for this run
+    allow_slow_gpus: bool = False  #: start although UCX_TLS keeps KV between this host's GPUs from cuda_ipc
+    extra_keys: tuple[str, ...] = ()  #: names of further keys that every process trusts
+    belt: Mapping[str, Any] = field(default_factory=dict)  #: further keys of every worker's YAML file
+
+    def place(self, name: str) -> Place:
+        """Where a worker runs."""
+        return self.places.get(name, _HERE)
+
+
+#: What GPUs of one host need, and between hosts without RDMA.
+UCX_TLS_FOR_GPUS = "cuda_ipc,cuda_copy,tcp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +92,11 @@ class KeyFiles:
     def trusted(self) -> Path:
         """The folder of everybody's public keys."""
         return trusted_folder(self.directory)
+
+
+def admin_key_file(directory: Path) -> Path:
+    """Where the key to change the proxy's workers is, of a run whose files are in ``directory``."""
+    return directory / "admin.key"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +150,30 @@ def resolve_device(device: str) -> str:
     return "cuda" if torch_has_cuda and visible_gpus() else "cpu"
 
 
+def require_fast_gpus(spec: DeploymentSpec, ucx_tls: str | None) -> None:
+    """Refuse a setting with which KV between GPUs of this host would go through the CPU.
+
+    UCX says nothing of it, and answers are right, only a thousand times later. What it falls back to without such a
+    setting is known to nobody before the workers are connected: ``kvbelt doctor`` says so.
+
+    Args:
+        spec: what is to be started, all of it on this host.
+        ucx_tls: UCX_TLS as its workers will have it; None: UCX chooses.
+
+    Raises:
+        StartError: with what to set, and how to start all the same.
+    """
+    buffers = spec.buffer_device or "cuda"  # where the engine is; on the CPU they are there, too
+    if spec.allow_slow_gpus or spec.topology.aggregated or spec.transfer_channel != "nixl" or spec.places:
+        return
+    problem = about.ucx_problem(ucx_tls, "cuda")
+    if problem is not None and (buffers, resolve_device(spec.device)) == ("cuda", "cuda"):
+        raise StartError(
+            f"UCX_TLS is {ucx_tls}: {problem}; export UCX_TLS={UCX_TLS_FOR_GPUS}, or unset it (--allow-slow-gpus "
+            "starts all the same)"
+        )
+
+
 def write_keys(spec: DeploymentSpec, directory: Path) -> KeyFiles | None:
     """Make a key for every process of a deployment; None: it is to have none.
 
@@ -125,7 +183,7 @@ def write_keys(spec: DeploymentSpec, directory: Path) -> KeyFiles | None:
     if not spec.curve:
         return None
     names = [f"{role}-{i}" for role in ("prefill", "decode") for i in range(getattr(spec.topology, role))]
-    write_new_keys(directory, [PROXY, *names])
+    write_new_keys(directory, [PROXY, *names, *spec.extra_keys])
     return KeyFiles(directory)
 
 
@@ -135,9 +193,9 @@ def sender_config(spec: DeploymentSpec, ports: Ports) -> dict[str, Any]:
         "local_cpu": True,
         "max_local_cpu_size": 5,
         "enable_pd": True,
-        "transfer_channel": "nixl",
+        "transfer_channel": spec.transfer_channel,
         "pd_role": "sender",
-        "pd_proxy_host": WORKER_HOST,
+        "pd_proxy_host": spec.notify_host,
         "pd_proxy_port": ports.notify,
         "pd_buffer_size": int(spec.buffer_gb * GIB),
         "pd_buffer_device": spec.buffer_device or resolve_device(spec.device),
@@ -150,9 +208,9 @@ def receiver_config(spec: DeploymentSpec, ports: Ports, index: int) -> dict[str,
     return {
         "local_cpu": False,
         "enable_pd": True,
-        "transfer_channel": "nixl",
+        "transfer_channel": spec.transfer_channel,
         "pd_role": "receiver",
-        "pd_peer_host": WORKER_HOST,
+        "pd_peer_host": spec.place(f"decode-{index}").host,
         "pd_peer_init_port": ports.init[index],
         "pd_peer_alloc_port": ports.alloc[index],
         "pd_buffer_size": int(spec.buffer_gb * GIB),
@@ -169,15 +227,18 @@ def write_configs(spec: DeploymentSpec, ports: Ports, directory: Path, keys: Key
     contents |= {f"decode-{i}": receiver_config(spec, ports, i) for i in range(spec.topology.decode)}
     files = {}
     for name, content in contents.items():
-        if keys is not None:
-            content |= {"pd_key_file": str(keys.secret(name)), "pd_trusted_keys_dir": str(keys.trusted)}
+        own = {"pd_key_file": str(keys.secret(name)), "pd_trusted_keys_dir": str(keys.trusted)} if keys else {}
         files[name] = directory / f"{name}.yaml"
-        files[name].write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        files[name].write_text(yaml.safe_dump({**content, **spec.belt, **own}, sort_keys=False), encoding="utf-8")
     return files
 
 
 def plan(
-    spec: DeploymentSpec, ports: Ports, configs: Mapping[str, Path], keys: KeyFiles | None = None
+    spec: DeploymentSpec,
+    ports: Ports,
+    configs: Mapping[str, Path],
+    keys: KeyFiles | None = None,
+    admin_key: Path | None = None,
 ) -> list[ProcessSpec]:
     """Every process of a deployment, workers first and the proxy last."""
     gpus = visible_gpus() if resolve_device(spec.device) == "cuda" else []
@@ -188,51 +249,63 @@ def plan(
             name = f"{role}-{index}"
             gpu = gpus[len(processes) % len(gpus)] if gpus else None
             config = configs.get(name)
-            argv = _worker_argv(spec, role, port, config)
-            env = _worker_env(spec, gpu) | _engine_env(spec, config, place=len(processes))
-            processes.append(ProcessSpec(name, role, argv, env, WORKER_HOST, port))
+            place = spec.place(name)
+            argv = (*place.enter, *_worker_argv(spec, role, place.host, port, config))
+            env = {**_worker_env(spec, gpu), **_engine_env(spec, config, place=len(processes)), **place.env}
+            processes.append(ProcessSpec(name, role, argv, env, place.host, port))
 
     add("prefill", ports.prefill)
     add("both" if spec.topology.aggregated else "decode", ports.decode)
-    argv = _proxy_argv(spec, ports, keys)
+    argv = _proxy_argv(spec, ports, keys, admin_key)
     processes.append(ProcessSpec("proxy", "proxy", argv, _env(spec, 1), spec.host, ports.proxy))
     return processes
 
 
-def _worker_argv(spec: DeploymentSpec, role: str, port: int, config: Path | None) -> tuple[str, ...]:
+def _worker_argv(spec: DeploymentSpec, role: str, host: str, port: int, config: Path | None) -> tuple[str, ...]:
     if spec.engine == "vllm":
         own = vllm_argv(
-            role, model=spec.model, host=WORKER_HOST, port=port, dtype=spec.dtype, max_model_len=spec.max_model_len
+            role, model=spec.model, host=host, port=port, dtype=spec.dtype, max_model_len=spec.max_model_len
         )
-        return (*own, *spec.worker_args)
+        return (*own, *(() if spec.prefix_caching else ("--no-enable-prefix-caching",)), *spec.worker_args)
     argv = [*(spec.command or kvbelt_command()), "worker", "--role", role]
     if config is not None:
         argv += ["--config", str(config)]
-    argv += ["--model", str(spec.model), "--host", WORKER_HOST, "--port", str(port)]
+    argv += ["--model", str(spec.model), "--host", host, "--port", str(port)]
     argv += ["--dtype", spec.dtype, "--device", resolve_device(spec.device), "--threads", str(_threads(spec))]
     if spec.kv_gb is not None:
         argv += ["--kv-gb", f"{spec.kv_gb:g}"]
     if spec.max_model_len is not None:
         argv += ["--max-model-len", str(spec.max_model_len)]
+    if not spec.prefix_caching:
+        argv.append("--no-prefix-caching")
     return (*argv, *spec.worker_args)
 
 
-def _proxy_argv(spec: DeploymentSpec, ports: Ports, keys: KeyFiles | None) -> tuple[str, ...]:
+def _proxy_argv(spec: DeploymentSpec, ports: Ports, keys: KeyFiles | None, admin_key: Path | None) -> tuple[str, ...]:
     argv = [*(spec.command or kvbelt_command()), "proxy", "--host", spec.host, "--port", str(ports.proxy)]
-    argv += ["--notify-port", str(ports.notify)]
+    argv += ["--notify-host", spec.notify_host, "--notify-port", str(ports.notify)]
     if keys is not None:
         argv += ["--key-file", str(keys.secret(PROXY)), "--trusted-keys-dir", str(keys.trusted)]
+    if admin_key is not None:
+        argv += ["--admin-key-file", str(admin_key)]
     if ports.prefill:
-        argv += ["--prefill-host", WORKER_HOST, "--prefill-port", _ports_argument(ports.prefill)]
+        hosts = [spec.place(f"prefill-{index}").host for index in range(len(ports.prefill))]
+        argv += ["--prefill-host", _hosts_argument(hosts), "--prefill-port", _ports_argument(ports.prefill, hosts)]
     argv += ["--num-prefillers", str(len(ports.prefill))]
-    argv += ["--decode-host", WORKER_HOST, "--decode-port", _ports_argument(ports.decode)]
+    role = "both" if spec.topology.aggregated else "decode"
+    hosts = [spec.place(f"{role}-{index}").host for index in range(len(ports.decode))]
+    argv += ["--decode-host", _hosts_argument(hosts), "--decode-port", _ports_argument(ports.decode, hosts)]
     argv += ["--num-decoders", str(len(ports.decode))]
     return (*argv, *spec.proxy_args)
 
 
-def _ports_argument(ports: Sequence[int]) -> str:
-    # The seed's form, the first of consecutive ports, wherever it says the same; else a list.
-    if list(ports) == list(range(ports[0], ports[0] + len(ports))):
+def _hosts_argument(hosts: Sequence[str]) -> str:
+    return hosts[0] if len(set(hosts)) == 1 else ",".join(hosts)
+
+
+def _ports_argument(ports: Sequence[int], hosts: Sequence[str]) -> str:
+    # The seed's form, the first of consecutive ports of one host, wherever it says the same; else a list.
+    if len(set(hosts)) == 1 and list(ports) == list(range(ports[0], ports[0] + len(ports))):
         return str(ports[0])
     return ",".join(map(str, ports))
 
@@ -264,5 +337,5 @@ def _worker_env(spec: DeploymentSpec, gpu: str | None) -> dict[str, str]:
     if gpu is not None:
         env["CUDA_VISIBLE_DEVICES"] = gpu
         # Without cuda_ipc two GPUs of one host move 0.3 GB/s instead of 359 (docs/performance.md).
-        env.setdefault("UCX_TLS", os.environ.get("UCX_TLS", "cuda_ipc,cuda_copy,tcp"))
+        env.setdefault("UCX_TLS", os.environ.get("UCX_TLS", UCX_TLS_FOR_GPUS))
     return env

@@ -99,8 +99,10 @@ class Supervisor:
             await asyncio.gather(polling, return_exceptions=True)
         self._ready = True
 
-    async def restart(self, name: str) -> None:
+    async def restart(self, name: str, *, alone: bool = False) -> None:
         """End one process, if it has not ended, start it again and wait until it is ready.
+
+        A proxy is ready when all of its workers are; ``alone``: when it answers at all.
 
         Raises:
             ChildDiedError: it ended again.
@@ -112,7 +114,7 @@ class Supervisor:
         self._start_one(child.spec)
         again = self.children[name]
         deadline = self._clock() + 60
-        while not await self._is_ready(child.spec):
+        while not await self._is_ready(child.spec, alone=alone):
             if not again.running:
                 raise _death(again)
             if self._clock() > deadline:
@@ -186,8 +188,9 @@ class Supervisor:
         # A proxy says that it is ready as soon as one worker is; here all must be.
         return answer.state if answer.state not in (None, "ready") else "waiting"
 
-    async def _is_ready(self, spec: ProcessSpec) -> bool:
-        return await self._state(spec) == "ready"
+    async def _is_ready(self, spec: ProcessSpec, *, alone: bool) -> bool:
+        state = await self._state(spec)
+        return state == "ready" or (alone and state != "starting")
 
 
 def _death(child: Child) -> ChildDiedError:

@@ -23,6 +23,7 @@ from kvbelt.ops.processes import DeploymentSpec
 from kvbelt.ops.supervisor import NotReadyError
 from kvbelt.ops.topology import Topology
 from kvbelt.ops.vllm_server import require_vllm
+from kvbelt.routing.ratio import lopsided
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -32,7 +33,11 @@ LAST_WORDS_SECONDS = 0.5
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that ``kvbelt up`` and ``kvbelt demo`` share."""
-    parser.add_argument("--model", default="demo", help="demo, or a local Hugging Face model folder (default: demo)")
+    parser.add_argument(
+        "--model",
+        default="demo",
+        help="demo, tiny (random weights), or a local Hugging Face model folder (default: demo)",
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: float32")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: auto")
     parser.add_argument("--threads", type=positive_int, help="CPU threads of each worker (default: cores / workers)")
@@ -59,11 +64,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-gb", type=positive_number, help="KV memory of each worker in GB (default: the worker decides)"
     )
+    parser.add_argument(
+        "--transfer-channel", choices=["nixl", "mooncake"], default="nixl", help="what carries the KV (default: nixl)"
+    )
     parser.add_argument("--buffer-device", choices=["cpu", "cuda"], help="default: where the engine is")
     parser.add_argument(
         "--buffer-gb", type=positive_number, default=1.0, help="staging memory a side in GiB (default: 1)"
     )
     parser.add_argument("--max-model-len", type=positive_int, help="longest prompt and answer together, in tokens")
+    parser.add_argument(
+        "--no-prefix-caching", action="store_true", help="workers compute every prompt whole, whatever they have seen"
+    )
+    parser.add_argument(
+        "--allow-slow-gpus",
+        action="store_true",
+        help="start although UCX_TLS lacks cuda_ipc: KV between this host's GPUs then goes through the CPU",
+    )
     parser.add_argument("--restart", action="store_true", help="start a process again that dies")
     parser.add_argument(
         "--start-timeout", type=positive_number, default=600.0, help="seconds until all are ready (default: 600)"
@@ -75,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
 
     async def serve(deployment: Deployment, stop: asyncio.Event) -> int:
+        console.say(f"workers can be added and removed: kvbelt workers --proxy {deployment.url} "
+                    f"--admin-key-file {deployment.admin_key_file} list")  # fmt: skip
         with contextlib.suppress(OSError):  # nobody reads: serving goes on
             print(f"ready {deployment.url}", flush=True)
         await stop.wait()
@@ -83,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         topology = Topology.parse(args.topology)
+        if (problem := lopsided(topology.prefill, topology.decode)) is not None:
+            console.alarm(problem)
         if args.engine == "vllm":
             require_vllm()
         spec = DeploymentSpec(
@@ -97,9 +117,12 @@ def run(args: argparse.Namespace) -> int:
             auto_ports=args.auto_ports,
             threads=args.threads,
             kv_gb=args.kv_gb,
+            transfer_channel=args.transfer_channel,
             buffer_device=args.buffer_device,
             buffer_gb=args.buffer_gb,
             max_model_len=args.max_model_len,
+            prefix_caching=not args.no_prefix_caching,
+            allow_slow_gpus=args.allow_slow_gpus,
             log_dir=args.log_dir,
             restart=args.restart,
             start_timeout=args.start_timeout,

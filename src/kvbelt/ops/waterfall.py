@@ -1,9 +1,4 @@
-"""Where one request's time went: the proxy's record of it, as bars on a common axis. Pure.
-
-The record (``GET /kvbelt/requests/{id}``) holds durations by their part, measured by whoever did it, and few moments;
-the bars are laid end to end in the order in which a request walks: proxy, P's queue, P's prefill, the wait for KV on D,
-the scatter, D's first step. The transfer runs beside the prefill; its bar ends ``exposed_ms`` after it.
-"""
+"""Where one request's time went: the proxy's record (``GET /kvbelt/requests/{id}``) as bars on a common axis. Pure."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +13,7 @@ class Decision(msgspec.Struct, frozen=True):
 
     path: str
     reason: str | None = None
+    meaning: str | None = None  #: of the reason
 
 
 class Workers(msgspec.Struct, frozen=True):
@@ -30,17 +26,33 @@ class Workers(msgspec.Struct, frozen=True):
 class Timings(msgspec.Struct, frozen=True):
     """Milliseconds. None: did not happen, or nobody said."""
 
-    proxy: float | None = None  #: from the request's arrival to the first leg's departure
-    queue: float | None = None  #: on the worker that computed the prompt
-    prefill: float | None = None
-    prefill_leg: float | None = None  #: P's leg as the proxy saw it
+    prefill: float | None = None  #: on the worker that computed the prompt
     kv_wait: float | None = None  #: on D: waiting for the commit
     load: float | None = None  #: on D: scattering the slot into its blocks
-    decode_queue: float | None = None
-    decode_headers: float | None = None  #: from D's leg's departure to D's answer, which leaves with its first output
-    first_decode_step: float | None = None  #: D's first step, as D measured it
     first_token: float | None = None  #: moment of the first token's departure to the client
+    between_tokens: float | None = None  #: on average
     total: float | None = None
+
+
+class Span(msgspec.Struct, frozen=True):
+    """One part of the time, in milliseconds from the request's arrival."""
+
+    name: str
+    start_ms: float
+    duration_ms: float
+    worker: str | None = None
+    failed: str | None = None  #: why it failed
+
+
+class Attempt(msgspec.Struct, frozen=True):
+    """One leg, to one worker."""
+
+    leg: str
+    worker: str
+    began_ms: float
+    ended_ms: float | None = None
+    reason: str | None = None  #: why it failed
+    detail: str = ""
 
 
 class Transfer(msgspec.Struct, frozen=True):
@@ -51,6 +63,7 @@ class Transfer(msgspec.Struct, frozen=True):
     milliseconds: float
     gb_per_second: float | None = None
     channel: str | None = None
+    transport: str | None = None  #: of the carrier's
     tokens: int | None = None
     writes: int | None = None
     exposed_ms: float | None = None
@@ -68,6 +81,13 @@ class RequestRecord(msgspec.Struct, frozen=True):
     kv: str | None = None
     transfer: Transfer | None = None
     errors: tuple[str, ...] = ()
+    route: str = ""
+    status: int = 0
+    time: float = 0.0  #: of its arrival, in seconds since the epoch
+    tokens: int | None = None  #: about; of a streamed answer
+    spans: tuple[Span, ...] = ()
+    attempts: tuple[Attempt, ...] = ()
+    prompt: str | None = None
 
     @property
     def complete(self) -> bool:
@@ -102,52 +122,36 @@ def lines(record: RequestRecord, *, width: int = 100, plain: bool = False) -> li
         shown.append(f"  first token after {milliseconds(record.timings_ms.first_token)} ms")
         if total is not None:
             shown[-1] += f", whole answer after {milliseconds(total)} ms"
+        if record.timings_ms.between_tokens is not None and record.tokens:
+            shown[-1] += f": {record.tokens} tokens, {milliseconds(record.timings_ms.between_tokens)} ms between two"
     shown += [f"  error: {error}" for error in record.errors]
     return shown
 
 
 def bars(record: RequestRecord) -> list[Bar]:
-    """The spans that happened, in order."""
-    if record.workers.prefill is None:
-        return _on_one_worker(record.timings_ms)
-    return _on_two_workers(record)
+    """The spans that happened before the second token; the rest of the answer would dwarf them."""
+    return [Bar(_label(span), span.start_ms, span.duration_ms, _note(record, span))
+            for span in record.spans if span.name != "answer"]  # fmt: skip
 
 
-def _on_one_worker(timings: Timings) -> list[Bar]:
-    proxy, queue, prefill = timings.proxy or 0.0, timings.queue or 0.0, timings.prefill or 0.0
-    return [
-        Bar("proxy", 0.0, proxy),
-        Bar("queue", proxy, queue),
-        Bar("prefill", proxy + queue, prefill),
-    ]
+def _label(span: Span) -> str:
+    return f"{span.name} failed" if span.failed and span.name != "transfer" else span.name
 
 
-def _on_two_workers(record: RequestRecord) -> list[Bar]:
-    timings = record.timings_ms
-    shown = _on_one_worker(timings)
-    prefilled = shown[-1].start + shown[-1].duration
-    if record.transfer is not None:
-        shown.append(_transfer_bar(record.transfer, prefilled))
-    if timings.decode_headers is None:
-        return shown
-    # D's leg departs when P's answer has come; P answers without waiting for the transfer.
-    departed = (timings.proxy or 0.0) + (timings.prefill_leg or 0.0)
-    waited, queued, loaded = timings.kv_wait or 0.0, timings.decode_queue or 0.0, timings.load or 0.0
-    step = timings.first_decode_step
-    if step is None:
-        step = max(0.0, timings.decode_headers - waited - queued - loaded)
-    shown.append(Bar("KV wait", departed, waited))
-    shown.append(Bar("KV load", departed + waited + queued, loaded))
-    shown.append(Bar("first decode step", departed + waited + queued + loaded, step))
-    return shown
+def _note(record: RequestRecord, span: Span) -> str:
+    if span.name == "transfer" and record.transfer is not None:
+        return _transfer_note(record.transfer)
+    return f"{span.failed}, {span.worker}" if span.failed else ""
 
 
-def _transfer_bar(transfer: Transfer, prefilled: float) -> Bar:
+def _transfer_note(transfer: Transfer) -> str:
     note = _bytes(transfer.bytes)
     if transfer.writes is not None:
         note += f" in {transfer.writes} writes"
     if transfer.channel is not None:
         note += f" over {transfer.channel}"
+    if transfer.transport:
+        note += f" by {transfer.transport}"
     if transfer.gb_per_second is not None:
         note += f", {transfer.gb_per_second:.3g} GB/s"
     if transfer.exposed_ms is not None:
@@ -156,8 +160,7 @@ def _transfer_bar(transfer: Transfer, prefilled: float) -> Bar:
         note += (" at prefill's pace" if paced else "") + f"; {milliseconds(transfer.exposed_ms)} ms after prefill"
     if transfer.state != "done":
         note = f"{transfer.state}: {transfer.reason or 'no reason given'}; {note}"
-    end = prefilled + (transfer.exposed_ms or 0.0)
-    return Bar("transfer", max(0.0, end - transfer.milliseconds), transfer.milliseconds, note)
+    return note
 
 
 def _bytes(count: int) -> str:

@@ -1,0 +1,176 @@
+"""``kvbelt chaos``: faults in a deployment under load, and whether anybody was told anything wrong.
+
+Standard output carries the report; progress goes to standard error. The first Ctrl-C ends the load and reports what was
+found by then, the second one ends everything. Exit status: 0 if every invariant held; 1 if one did not, or the run was
+interrupted; 2 when it could not be started.
+"""
+
+import argparse
+import asyncio
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from kvbelt.errors import KVBeltError, SettingsError
+from kvbelt.ops.arguments import positive_int, positive_number
+from kvbelt.ops.chaos import report
+from kvbelt.ops.chaos.client import Address
+from kvbelt.ops.chaos.faults import BY_NAME, KINDS, Kind
+from kvbelt.ops.chaos.plan import Plan
+from kvbelt.ops.chaos.result import Result
+from kvbelt.ops.chaos.run import StoppedError
+from kvbelt.ops.chaos.run import run as run_plan
+from kvbelt.ops.console import Console
+from kvbelt.ops.processes import resolve_device
+from kvbelt.ops.proxy_client import add_key_argument, key_of
+from kvbelt.ops.topology import Topology
+from kvbelt.ops.up import prepare_model
+from kvbelt.settings import resembling
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Everything that ``kvbelt chaos`` takes."""
+    default = Plan()
+    parser.add_argument("topology", nargs="?", help="what to start: XpYd, e.g. 2p2d; left out with --url")
+    parser.add_argument(
+        "--url", type=_address, help="a proxy that runs already; faults that need its processes are out"
+    )
+    parser.add_argument(
+        "--reference", type=_address, metavar="URL", help="with --url: an aggregated server that says what is right"
+    )
+    add_key_argument(parser)
+    parser.add_argument("--model", default="tiny", help="tiny, demo, or a Hugging Face folder (default: tiny)")
+    parser.add_argument("--minutes", type=positive_number, default=default.seconds / 60, help="of load (default: 15)")
+    parser.add_argument("--seed", type=int, help="of faults and questions (default: a new one, which is said)")
+    parser.add_argument(
+        "--every", type=positive_number, default=default.every, help="seconds between faults (default: 2.2)"
+    )
+    parser.add_argument("--rate", type=positive_number, help="requests a second (default: what the machine bears)")
+    parser.add_argument("--faults", type=_kinds, default=KINDS, metavar="KIND,…", help="only these kinds; see --list")
+    parser.add_argument("--list", action="store_true", help="say which kinds of faults there are, and end")
+    parser.add_argument(
+        "--questions", type=positive_int, default=default.questions, help="different ones (default: 120)"
+    )
+    parser.add_argument(
+        "--longest", type=positive_int, default=default.longest, help="tokens of the longest prompts (default: 700)"
+    )
+    parser.add_argument(
+        "--max-model-len", type=positive_int, default=default.max_model_len, help="of the workers (default: 2048)"
+    )
+    parser.add_argument("--no-namespaces", action="store_true", help="workers on this host: no cut and slow networks")
+    parser.add_argument(
+        "--verify",
+        choices=["off", "sample", "always"],
+        help="the workers' pd_verify; off shows what only they would see",
+    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=default.dtype, help="default: float32")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: auto")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was found there, too")
+    parser.add_argument("--log-dir", type=Path, help="write each process's log to a file in this folder")
+    parser.add_argument("--verbose", action="store_true", help="show the processes' logs")
+
+
+def run(args: argparse.Namespace) -> int:
+    """``kvbelt chaos`` with parsed arguments. Returns the exit status."""
+    if args.list:
+        for kind in KINDS:
+            print(f"{kind.name:22} {kind.what}" + (f" (needs {kind.needs})" if kind.needs else ""))
+        return 0
+    if (args.topology is None) == (args.url is None):
+        raise SettingsError("give either a topology to start, such as 2p2d, or --url of a proxy that runs")
+    seed = args.seed if args.seed is not None else random.SystemRandom().randrange(1 << 16)
+    try:
+        plan = _plan(args, seed)
+        _say(f"seed {seed}")
+        with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+            console = Console() if args.verbose else Console(nowhere)
+            result = asyncio.run(_until_signalled(plan, console))
+    except (KeyboardInterrupt, asyncio.CancelledError, StoppedError):
+        return 1
+    except KVBeltError as error:
+        print(f"kvbelt: {error}", file=sys.stderr)
+        return 2
+    return tell(result, args.json)
+
+
+def _plan(args: argparse.Namespace, seed: int) -> Plan:
+    return Plan(
+        topology=Topology.parse(args.topology) if args.topology is not None else None,
+        url=args.url,
+        admin_key=key_of(args) if args.url is not None else None,
+        reference_url=args.reference,
+        model=prepare_model(args.model, Console()) if args.url is None else Path(),
+        seconds=args.minutes * 60,
+        seed=seed,
+        every=args.every,
+        rate=args.rate,
+        questions=args.questions,
+        longest=args.longest,
+        kinds=args.faults,
+        namespaces=not args.no_namespaces,
+        device=resolve_device(args.device),
+        dtype=args.dtype,
+        max_model_len=args.max_model_len,
+        log_dir=args.log_dir,
+        belt={"pd_verify": args.verify} if args.verify is not None else {},
+    )
+
+
+def tell(result: Result, json_file: Path | None) -> int:
+    """Print the report, write the file. Returns the exit status."""
+    print("\n".join(report.lines(result)), flush=True)
+    if json_file is not None:
+        try:
+            json_file.write_bytes(report.as_json(result))
+        except OSError as error:
+            print(f"kvbelt: cannot write {json_file}: {error.strerror}", file=sys.stderr)
+            return 2
+    return 0 if report.held(result) and not result.interrupted else 1
+
+
+async def _until_signalled(plan: Plan, console: Console) -> Result:
+    """The run; the first signal ends its load, the next one all of it."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    work = asyncio.create_task(run_plan(plan, console, _say, stop), name="chaos")
+
+    def signalled() -> None:
+        if stop.is_set():
+            work.cancel()
+        stop.set()
+
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, signalled)
+    try:
+        return await work
+    finally:
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
+
+
+def _say(line: str) -> None:
+    print(f"chaos | {line}", file=sys.stderr, flush=True)
+
+
+def _address(text: str) -> Address:
+    parts = urlsplit(text if "//" in text else f"//{text}")
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if parts.scheme not in ("", "http") or not host:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the address of a server; say http://HOST:PORT")
+    return Address(host, port or 80)
+
+
+def _kinds(text: str) -> tuple[Kind, ...]:
+    names = text.split(",")
+    for name in names:
+        if name not in BY_NAME:
+            raise argparse.ArgumentTypeError(f"there is no fault {name!r}{resembling(name, list(BY_NAME))}; see --list")
+    return tuple(kind for kind in KINDS if kind.name in names)

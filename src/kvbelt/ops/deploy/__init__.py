@@ -1,0 +1,1 @@
+"""``kvbelt deploy``: manifests for somewhere else than this machine."""

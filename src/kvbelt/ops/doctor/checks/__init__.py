@@ -1,0 +1,46 @@
+"""The checks of a running deployment, in the order of causes: what stands above explains what stands below.
+
+A worker that is dead overloads the others, a slow link fills buffers, a full buffer holds prompts back: so the first
+finding is what to look at first, whatever its severity. Symptoms and notes come last (``finding.in_order``).
+"""
+
+from collections.abc import Callable, Iterator
+
+from kvbelt.ops.doctor.checks import capacity, failures, graphics, identity, links, presence, transport, versions
+from kvbelt.ops.doctor.evidence import Evidence
+from kvbelt.ops.doctor.finding import Finding, in_order
+
+Check = Callable[[Evidence], Iterator[Finding]]
+
+CHECKS: tuple[Check, ...] = (
+    presence.proxy_answers,
+    presence.workers_alive,
+    identity.models_equal,
+    versions.kvbelt_equal,
+    versions.carriers_equal,
+    transport.ucx_tls,
+    transport.roads,
+    links.slow,
+    identity.pairs_connected,
+    capacity.decode_overloaded,
+    capacity.buffer_full,
+    capacity.decode_slow,
+    capacity.prefill_overloaded,
+    links.probed,
+    links.measured_links,
+    capacity.ratio,
+    capacity.buffer_small,
+    capacity.quarantine,
+    graphics.utilisation,
+    presence.workers_slow,
+    versions.clocks,
+    versions.hash_seeds,
+    transport.complaints,
+    failures.recent,
+    failures.where_time_goes,
+)
+
+
+def diagnose(evidence: Evidence) -> list[Finding]:
+    """Every finding, the cause first."""
+    return in_order([finding for check in CHECKS for finding in check(evidence)])

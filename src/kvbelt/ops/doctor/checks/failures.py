@@ -1,0 +1,101 @@
+"""What clients have felt of it: failures of the last minutes by reason, and where the time goes."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from statistics import median, quantiles
+
+from kvbelt.ops.doctor.evidence import Evidence, RecordSeen
+from kvbelt.ops.doctor.finding import Finding, Kind, Severity
+from kvbelt.wire.reasons import Where, find
+
+#: Ways that a request takes by choice, with nothing wrong.
+_CHOSEN = {"first-token", "re-derive", "prefill-only"}
+
+#: The parts of a first token's time, in the order in which they pass.
+_PARTS = ("proxy", "queue", "prefill", "kv_wait", "load", "decode_queue", "first_decode_step")
+
+_MOST_REASONS = 6
+
+
+def recent(evidence: Evidence) -> Iterator[Finding]:
+    """Requests that failed, or took another way because something failed."""
+    if not evidence.records_shown and not evidence.proxy_answer:
+        yield Finding(
+            "no_records",
+            Severity.NOTE,
+            "the proxy does not show its records here",
+            "what became of the last requests is not known; queues, links and workers were looked at all the same",
+            "give its key: --admin-key-file FILE, or export KVBELT_ADMIN_KEY_FILE=FILE",
+        )
+    errors = [record for record in evidence.records if record.status >= 500]
+    troubled = [record for record in evidence.records if _reasons(record) and record not in errors]
+    if not errors and not troubled:
+        return
+    counts: Counter[str] = Counter()
+    example: dict[str, str] = {}
+    where: dict[str, set[str]] = defaultdict(set)
+    for record in (*errors, *troubled):
+        for reason, worker in _reasons(record):
+            counts[reason] += 1
+            example.setdefault(reason, record.request_id)
+            where[reason].add(worker)
+    lines = []
+    for reason, count in counts.most_common(_MOST_REASONS):
+        known = find(reason)
+        meaning = f" ({known.meaning})" if known is not None else ""
+        workers = ", ".join(sorted(filter(None, where[reason])))
+        lines.append(f"{count} times {reason}{meaning}{f' at {workers}' if workers else ''}, such as {example[reason]}")
+    total = len(evidence.records)
+    said = f"{len(errors)} of {total} requests of the last minutes got an error" if errors else (
+        f"{len(troubled)} of {total} requests of the last minutes were answered another way than was meant"
+    )  # fmt: skip
+    yield Finding(
+        "failures",
+        Severity.ERROR if errors else Severity.WARNING,
+        said + (f", {len(troubled)} more took another way" if errors and troubled else ""),
+        "each has its reason; what stands above explains them, or else docs/failures.md has every reason",
+        f"kvbelt why {next(iter(example.values()), 'REQUEST_ID')}",
+        tuple(lines),
+        Kind.SYMPTOM,
+    )
+
+
+def _reasons(record: RecordSeen) -> list[tuple[str, str]]:
+    """What went wrong with it: reasons and the worker concerned."""
+    found = [(attempt.reason, attempt.worker) for attempt in record.attempts if attempt.reason]
+    chosen = record.decision.reason
+    known = find(chosen) if chosen else None
+    if (
+        not found
+        and chosen
+        and record.decision.path not in _CHOSEN
+        and chosen in ("no_prefill_worker", "pairs_refused", "decode_has_no_receiver")
+    ):
+        found.append((chosen, record.workers.decode or ""))
+    if not found and record.kv is not None and record.kv.startswith("recomputed"):
+        found.append((record.kv.partition("reason=")[2] or "kv_lost", record.workers.decode or ""))
+    if not found and record.status >= 500:
+        word = chosen if chosen and known is not None and Where.ERROR in known.where else f"status_{record.status}"
+        found.append((word, record.workers.decode or ""))
+    return found
+
+
+def where_time_goes(evidence: Evidence) -> Iterator[Finding]:
+    """Of the first token's time, and the second's."""
+    first = [value for record in evidence.records if (value := record.timings_ms.get("first_token")) is not None]
+    if len(first) < 5:
+        return
+    last = quantiles(first, n=100)[98] if len(first) > 1 else first[0]
+    parts = []
+    for name in _PARTS:
+        values = [value for record in evidence.records if (value := record.timings_ms.get(name)) is not None]
+        if values:
+            parts.append(f"{name} {median(values):,.1f}")
+    yield Finding(
+        "ttft",
+        Severity.NOTE,
+        f"time to first token: median {median(first):,.0f} ms, p99 {last:,.0f} ms, of {len(first)} requests",
+        "where it goes, of single requests: kvbelt why REQUEST_ID",
+        "",
+        ("medians in ms: " + ", ".join(parts),),
+    )

@@ -1,0 +1,97 @@
+"""Do the workers fit each other?"""
+
+from collections.abc import Iterator, Mapping
+
+from kvbelt.ops.doctor.evidence import Evidence, PairSeen
+from kvbelt.ops.doctor.finding import Finding, Severity
+from kvbelt.wire.handshake import first_difference
+from kvbelt.wire.reasons import find
+
+#: Refusals that are about the model or how its KV lies.
+_KEYS = {"no_key", "untrusted_key", "another_key"}
+
+
+def models_equal(evidence: Evidence) -> Iterator[Finding]:
+    """One model, one revision, one layout everywhere (the seed's anti-pattern 1)."""
+    found = {(pair.prefill, pair.decode): said for pair in evidence.pairs if (said := _misfit(pair, evidence))}
+    if found:
+        yield _mixed(found, evidence)
+    names = {worker.model for worker in evidence.workers if worker.model}
+    if len(names) > 1 and not found:
+        yield Finding(
+            "mixed_names",
+            Severity.WARNING,
+            f"the workers call their model by {len(names)} names: {', '.join(sorted(names))}",
+            "a client that names the model is refused by some of them",
+            "start every worker with the same --model, or with the same --served-model-name",
+            tuple(f"{worker.role} {worker.name}: {worker.model}" for worker in evidence.workers),
+        )
+
+
+def _misfit(pair: PairSeen, evidence: Evidence) -> str:
+    """How two workers do not fit: what their handshake has said, or would say; empty: they do, as far as is known."""
+    if pair.state == "refused":
+        return "" if pair.reason in _KEYS else f"{pair.reason}: {pair.detail}".rstrip(": ")
+    both = [evidence.worker(pair.prefill), evidence.worker(pair.decode)]
+    ours, theirs = (one.about.compatibility if one is not None and one.about is not None else None for one in both)
+    difference = first_difference(ours, theirs) if ours is not None and theirs is not None else None
+    if difference is None:
+        return ""
+    return f"{difference.field} is {difference.ours} on {pair.prefill} and {difference.theirs} on {pair.decode}"
+
+
+def _mixed(found: Mapping[tuple[str, str], str], evidence: Evidence) -> Finding:
+    prefill, decode = ({pair[side] for pair in found} for side in (0, 1))
+    whom = f"prefill {_workers(prefill)} and decode {_workers(decode)}"
+    models = {worker.name: worker.model for worker in evidence.workers}
+    named = sorted({models.get(name, "") for name in prefill | decode} - {""})
+    return Finding(
+        "mixed_models",
+        Severity.ERROR,
+        f"{whom} do not serve the same model in the same form",
+        "KV of one means nothing to the other: such a pair is refused before any memory is shared, and the decode "
+        "worker computes prompts itself",
+        "start all with the same --model, --dtype and --block-size (vLLM: and attention backend and "
+        "--tensor-parallel-size)"
+        + (
+            f"; they serve {' and '.join(named)}"
+            if len(named) > 1
+            else "; the name is the same, so compare the folders"
+        ),
+        tuple(dict.fromkeys(found.values())),
+    )
+
+
+def _workers(names: set[str]) -> str:
+    return f"worker{'' if len(names) == 1 else 's'} {', '.join(sorted(names))}"
+
+
+def pairs_connected(evidence: Evidence) -> Iterator[Finding]:
+    """Every prefill worker has reached every decode worker."""
+    for pair in evidence.pairs:
+        if pair.state == "refused" and pair.reason in _KEYS:
+            yield _unkeyed(pair)
+        elif pair.state == "failed":
+            known = find(pair.reason)
+            yield Finding(
+                "pair_failed",
+                Severity.ERROR,
+                f"prefill worker {pair.prefill} cannot reach decode worker {pair.decode}",
+                "prompts of this pair are sent another way, or computed by the decode worker",
+                "open the decode worker's init and alloc ports (7300, 7400; kvbelt doctor --config FILE says which) "
+                "to the prefill worker, and set pd_peer_host to an "
+                "address that it can reach",
+                (f"{pair.reason}: {pair.detail}".rstrip(": "), *((f"that is: {known.meaning}",) if known else ())),
+            )
+
+
+def _unkeyed(pair: PairSeen) -> Finding:
+    return Finding(
+        "keys",
+        Severity.ERROR,
+        f"prefill worker {pair.prefill} and decode worker {pair.decode} do not trust each other's keys",
+        "nothing is sent between them; the decode worker computes prompts itself",
+        "put the public key of each into pd_trusted_keys_dir of the other (kvbelt keys new DIR makes both), and "
+        "restart them",
+        (f"{pair.reason}: {pair.detail}".rstrip(": "),),
+    )

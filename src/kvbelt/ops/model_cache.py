@@ -1,0 +1,80 @@
+"""Models that kvbelt makes itself, kept in the user's cache.
+
+Rules:
+
+1. The folder appears whole or not at all: it is written under a temporary name and renamed.
+2. Two processes that ask at once make it once: the second waits for the first one's lock file.
+3. It is made in a child process, so that the caller never imports torch.
+"""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from kvbelt.errors import StartError
+
+
+def cache_dir() -> Path:
+    """Where models are kept: $KVBELT_CACHE, else $XDG_CACHE_HOME/kvbelt, else ~/.cache/kvbelt."""
+    if own := os.environ.get("KVBELT_CACHE"):
+        return Path(own).expanduser()
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return Path(xdg).expanduser() / "kvbelt"
+    return Path.home() / ".cache" / "kvbelt"
+
+
+def make_once(target: Path, command: Sequence[str], what: str, progress: Callable[[str], None]) -> Path:
+    """The folder ``target``, made by ``command FOLDER`` if it is not there. Returns ``target``.
+
+    Args:
+        target: where it is to be.
+        command: writes everything into the folder that it is given as its last argument.
+        what: what it makes, for people.
+        progress: told in one line each what takes time.
+
+    Raises:
+        StartError: the command failed, or nothing can be written there.
+    """
+    if target.is_dir():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (target.parent / f"{target.name}.lock").open("w") as lock:
+            _acquire(lock.fileno(), what, progress)
+            if not target.is_dir():
+                progress(f"making {what} in {target}")
+                _make(target, command, what)
+                progress(f"{what}: ready")
+    except OSError as error:
+        raise StartError(
+            f"{what} cannot be kept in {target.parent}: {error}; set KVBELT_CACHE to a writable folder"
+        ) from error
+    return target
+
+
+def _acquire(fd: int, what: str, progress: Callable[[str], None]) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        progress(f"another process is making {what}; waiting for it")
+        fcntl.flock(fd, fcntl.LOCK_EX)
+
+
+def _make(target: Path, command: Sequence[str], what: str) -> None:
+    # Beside the target, so that the rename stays on one file system.
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        child = subprocess.run(
+            [*command, str(scratch)], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        if child.returncode != 0:
+            tail = " | ".join(child.stderr.strip().splitlines()[-3:])
+            raise StartError(f"making {what} failed (status {child.returncode}): {tail}")
+        scratch.chmod(0o755)
+        scratch.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

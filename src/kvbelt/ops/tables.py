@@ -1,0 +1,33 @@
+"""Tables that people read in a terminal and that Markdown understands. Pure."""
+
+from collections.abc import Sequence
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """Lines of a table; columns whose cells are all numbers, or empty, stand to the right."""
+    cells = [[_text(cell) for cell in row] for row in rows]
+    right = [
+        bool(rows) and all(isinstance(row[column], int | float) or row[column] in ("", None) for row in rows)
+        for column in range(len(head))
+    ]
+    widths = [max([3, len(title), *(len(row[column]) for row in cells)]) for column, title in enumerate(head)]
+    lines = [_line(head, widths, right)]
+    lines.append(
+        "|" + "|".join("-" * (width + 1) + (":" if r else "-") for width, r in zip(widths, right, strict=True)) + "|"
+    )
+    return lines + [_line(row, widths, right) for row in cells]
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> str:
+    padded = (
+        cell.rjust(width) if r else cell.ljust(width) for cell, width, r in zip(cells, widths, right, strict=True)
+    )
+    return "| " + " | ".join(padded) + " |"
+
+
+def _text(cell: object) -> str:
+    if cell is None:
+        return ""
+    if isinstance(cell, float):
+        return f"{cell:.2f}"
+    return f"{cell:,}" if isinstance(cell, int) else str(cell)

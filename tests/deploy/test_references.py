@@ -1,0 +1,214 @@
+"""What an object names is there: labels, ports, ConfigMaps, Secrets, targets, metrics, command lines."""
+
+import dataclasses
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kvbelt.cli import build_parser
+from kvbelt.ops.ports import PROXY_PORT, seed_ports
+from kvbelt.ops.topology import Topology
+from kvbelt.proxy.settings import ProxySettings
+from kvbelt.settings import Role, belt_for, load_belt_file
+from kvbelt.vllm.settings import load_settings
+from tests.deploy.rendering import ROOT
+
+PORTS = seed_ports(Topology.parse("1p1d"), proxy=PROXY_PORT)
+PROXY = {field.name: field.default for field in dataclasses.fields(ProxySettings)}
+OURS = {"prefill": PORTS.prefill[0], "decode": PORTS.decode[0], "init": PORTS.init[0], "alloc": PORTS.alloc[0]}
+
+
+#: What may follow ``kvbelt`` in a shell block; elsewhere it is a user's or a release's name.
+COMMANDS = ("deploy", "doctor", "keys", "proxy", "up", "why", "worker", "workers")
+
+
+def matches(selector, labels):
+    """Whether a label selector takes these labels."""
+    for rule in selector.get("matchExpressions", []):
+        assert rule["operator"] == "In"
+        if labels.get(rule["key"]) not in rule["values"]:
+            return False
+    return selector.get("matchLabels", {}).items() <= labels.items()
+
+
+def containers(pod):
+    """Every container of a Pod."""
+    return [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]
+
+
+def test_selectors_take_their_own_pods(rendering):
+    """Deployments, Services, PodDisruptionBudgets, NetworkPolicies and monitors each find what they are for."""
+    pods = {name: pod["metadata"]["labels"] for name, pod in rendering.pods().items()}
+    for name, deployment in rendering.of_kind("Deployment").items():
+        taken = [one for one, labels in pods.items() if matches(deployment["spec"]["selector"], labels)]
+        assert taken == [name]
+    for kind, place in (("PodDisruptionBudget", "selector"), ("NetworkPolicy", "podSelector")):
+        for name, one in rendering.of_kind(kind).items():
+            assert [pod for pod, labels in pods.items() if matches(one["spec"][place], labels)] == [name]
+    services = rendering.of_kind("Service")
+    for service in services.values():
+        selector = {"matchLabels": service["spec"]["selector"]}
+        (pod,) = (pod for name, pod in rendering.pods().items() if matches(selector, pods[name]))
+        named = {port["name"]: port["containerPort"] for one in containers(pod) for port in one.get("ports", [])}
+        for port in service["spec"]["ports"]:
+            assert named[port["targetPort"]] == port["port"]
+    for one in rendering.of_kind("ServiceMonitor").values():
+        (found,) = (s for s in services.values() if matches(one["spec"]["selector"], s["metadata"]["labels"]))
+        ports = {port["name"] for port in found["spec"]["ports"]}
+        assert {endpoint["port"] for endpoint in one["spec"]["endpoints"]} <= ports
+    for one in rendering.of_kind("PodMonitor").values():
+        assert sum(matches(one["spec"]["selector"], labels) for labels in pods.values()) == 2
+    for kind in ("ScaledObject", "HorizontalPodAutoscaler"):
+        for one in rendering.of_kind(kind).values():
+            deployment = rendering.of_kind("Deployment")[one["spec"]["scaleTargetRef"]["name"]]
+            assert "replicas" not in deployment["spec"]  # which would fight with it at each apply
+
+
+def test_every_namespace_is_the_same(rendering):
+    """Nothing is left in another one, queries and the Namespace itself included."""
+    names = {one["metadata"].get("namespace") for one in rendering.objects if one["kind"] != "Namespace"}
+    assert len(names) == 1
+    assert set(rendering.of_kind("Namespace")) <= names
+    assert set(re.findall(r'namespace="([^"]*)"', str(rendering.objects))) <= names
+
+
+def test_every_configmap_and_secret_that_is_named_exists(rendering):
+    """Unless it is optional."""
+    configs, secrets = rendering.of_kind("ConfigMap"), rendering.of_kind("Secret")
+    for pod in rendering.pods().values():
+        for volume in pod["spec"]["volumes"]:
+            if "configMap" in volume:
+                assert volume["configMap"]["name"] in configs
+            if "secret" in volume:
+                assert volume["secret"]["secretName"] in secrets
+        for container in containers(pod):
+            for source in container.get("envFrom", []):
+                assert source["configMapRef"]["name"] in configs
+            for variable in container.get("env", []):
+                key = variable.get("valueFrom", {}).get("secretKeyRef", {})
+                assert not key or key.get("optional") or key["name"] in secrets
+            mounted = {mount["name"] for mount in container["volumeMounts"]}
+            assert mounted <= {volume["name"] for volume in pod["spec"]["volumes"]}
+
+
+def test_ports_are_those_of_the_settings(split):
+    """Everybody listens where kvbelt's own defaults have it."""
+    named = {
+        (name, port["name"]): port["containerPort"]
+        for name, pod in split.pods().items()
+        for container in containers(pod)
+        for port in container["ports"]
+    }
+    assert named == {
+        ("kvbelt-proxy", "http"): PROXY["port"],
+        ("kvbelt-proxy", "notify"): PROXY["notification_port"],
+        ("vllm-prefill", "http"): OURS["prefill"],
+        ("vllm-decode", "http"): OURS["decode"],
+        ("vllm-decode", "init"): OURS["init"],
+        ("vllm-decode", "alloc"): OURS["alloc"],
+    }
+    for name, pod in split.pods().items():
+        for port in re.findall(r"--port=(\d+)", " ".join(containers(pod)[0]["args"])):
+            assert int(port) == named[name, "http"]
+
+
+@pytest.mark.parametrize(("role", "app"), [(Role.PREFILL, "vllm-prefill"), (Role.DECODE, "vllm-decode")])
+def test_configmaps_are_files_that_workers_load(split, role, app, tmp_path, monkeypatch):
+    """As kvbelt's own workers and the connector in vLLM read them, keys included."""
+    pod = split.pods()[app]
+    env = {one["name"]: one.get("value") for one in containers(pod)[0]["env"]}
+    path = Path(env["LMCACHE_CONFIG_FILE"])
+    (volume,) = (v for v in pod["spec"]["volumes"] if v["name"] == "config")
+    text = split.of_kind("ConfigMap")[volume["configMap"]["name"]]["data"][path.name]
+    places = {"/etc/kvbelt/keys": split.keys, "/etc/kvbelt/trusted": split.keys / "trusted"}
+    mounts = {mount["mountPath"] for mount in containers(pod)[0]["volumeMounts"]}
+    for place, folder in places.items():
+        assert place in mounts
+        text = text.replace(place, str(folder))
+    file = tmp_path / path.name
+    file.write_text(text)
+    monkeypatch.setenv("POD_IP", "10.1.2.3")
+    belt = belt_for(role, file)
+    ranks = int(containers(pod)[0]["resources"]["limits"]["nvidia.com/gpu"])
+    kv_role = re.search(r'"kv_role": "(\w+)"', str(containers(pod)[0]["args"]))[1]
+    environ = {"LMCACHE_CONFIG_FILE": str(file), "POD_IP": "10.1.2.3"}
+    connector = load_settings(kv_role, {}, "cuda", environ, num_ranks=ranks)
+    assert connector.role == role.value
+    assert connector.keys is not None
+    if role is Role.PREFILL:
+        control = split.of_kind("Service")[belt.pd_proxy_host]
+        assert belt.pd_proxy_port in [port["port"] for port in control["spec"]["ports"]]
+    else:
+        assert belt.pd_peer_host == connector.host == "10.1.2.3"
+        assert (connector.init_ports[0], connector.alloc_ports[0]) == (OURS["init"], OURS["alloc"])
+
+
+def test_a_pod_without_its_address_is_an_error(split, tmp_path, monkeypatch):
+    """The file says which variable is missing."""
+    monkeypatch.delenv("POD_IP", raising=False)
+    (text,) = (c["data"]["decoder-config.yaml"] for c in split.of_kind("ConfigMap").values()
+               if "decoder-config.yaml" in c["data"])  # fmt: skip
+    file = tmp_path / "decoder-config.yaml"
+    file.write_text(text)
+    with pytest.raises(Exception, match=r"pd_peer_host is \$\{POD_IP\}, but the environment has no POD_IP"):
+        load_belt_file(file)
+
+
+def test_secrets_have_what_is_read_from_them(split):
+    """Each file that a flag or a setting names is a key of the Secret that is mounted there."""
+    for app, pod in split.pods().items():
+        folders = {mount["mountPath"]: mount["name"] for mount in containers(pod)[0]["volumeMounts"]}
+        volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
+        texts = [
+            *map(str, containers(pod)[0]["args"]),
+            *(str(one.get("value")) for one in containers(pod)[0].get("env", [])),
+        ]
+        if "config" in volumes:
+            texts += split.of_kind("ConfigMap")[volumes["config"]["configMap"]["name"]]["data"].values()
+        files = {Path(found) for text in texts for found in re.findall(r"/etc/kvbelt/[\w./]+", text)}
+        assert files, app
+        for file in files - {Path("/etc/kvbelt/trusted")}:
+            secret = split.of_kind("Secret")[volumes[folders[str(file.parent)]]["secret"]["secretName"]]
+            assert file.name in secret["data"], f"{app}: {file}"
+
+
+def test_command_lines_are_ones_that_kvbelt_takes(rendering):
+    """Of containers and of hooks: flags that do not exist would show only in a cluster."""
+    lines = []
+    for pod in rendering.pods().values():
+        for container in containers(pod):
+            lines.append([*container["command"], *container["args"]])
+            for hook in container.get("lifecycle", {}).values():
+                command = hook["exec"]["command"]
+                if command[:2] == ["sh", "-c"]:
+                    assert subprocess.run(["/bin/sh", "-n", "-c", command[2]], check=False).returncode == 0
+                    command = shlex.split(command[2].removesuffix(" || true"))
+                lines.append(command)
+    ours = [line[1:] for line in lines if line[0] == "kvbelt"]
+    assert ours
+    for line in ours:
+        build_parser().parse_args(line)
+
+
+def test_queries_ask_for_metrics_that_exist(rendering):
+    """Each metric of ours in an autoscaler is one that the code writes."""
+    code = "".join(file.read_text() for file in (ROOT / "src").rglob("*.py"))
+    triggers = [t for one in rendering.of_kind("ScaledObject").values() for t in one["spec"]["triggers"]]
+    names = {name for t in triggers for name in re.findall(r"\b(?:lmcache|kvbelt)_\w+", t["metadata"]["query"])}
+    assert names or not triggers
+    for name in names:
+        assert f'"{name}"' in code
+
+
+@pytest.mark.parametrize("page", ["kubernetes.md", "deployment.md"])
+def test_documented_commands_are_ones_that_kvbelt_takes(page):
+    """Each kvbelt command of a shell block parses."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / page).read_text().replace("\\\n", ""), re.DOTALL)
+    lines = [found for block in blocks for found in re.findall(r"(?<![\w/.-])kvbelt ([a-z][^#|&\n]*)", block)]
+    commands = [shlex.split(line) for line in lines if line.split()[0] in COMMANDS]
+    assert commands
+    for words in commands:
+        build_parser().parse_args(words)

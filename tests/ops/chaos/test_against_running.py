@@ -1,0 +1,88 @@
+"""A deployment that somebody else has started: a real proxy over stand-in workers, all in this process."""
+
+import asyncio
+import io
+
+import pytest
+
+from kvbelt.errors import StartError
+from kvbelt.ops.chaos import report
+from kvbelt.ops.chaos.client import Address
+from kvbelt.ops.chaos.plan import Plan
+from kvbelt.ops.chaos.run import StoppedError, run
+from kvbelt.ops.chaos.verdict import Word
+from kvbelt.ops.console import Console
+from tests.proxy.support import Deployment, async_test, eventually
+
+KEY = "k" * 32
+
+
+async def chaos(deployment, *, stop=None, **plan):
+    """A short run against a deployment."""
+    small = {"url": Address("127.0.0.1", deployment.proxy.port), "seed": 1, "questions": 8, "longest": 60, "rate": 40.0}
+    console = Console(io.StringIO())
+    return await run(Plan(**small | plan), console, lambda _: None, stop or asyncio.Event())
+
+
+@async_test
+async def test_a_running_deployment_is_asked_and_thrown_at():
+    """Its decode worker says what is right; what needs its processes or network is left out, with the reason."""
+    async with Deployment(prefill=2, decode=2) as deployment:
+        result = await chaos(deployment, seconds=8.0, every=0.4)
+    assert report.held(result), "\n".join(report.lines(result))
+    assert result.words[Word.RIGHT] > 50
+    assert "decode-0, asked directly" in result.reference
+    done = {fault.injection.kind.name for fault in result.injected}
+    assert {"full-buffer", "rubbish-http", "clients-leave"} <= done
+    assert "not this command's" in result.impossible["kill-decode"]
+    assert "hosts of their own" in result.impossible["cut-decode"]
+
+
+@async_test
+async def test_a_proxy_beyond_loopback_is_asked_with_its_key():
+    """Its records are read with it: an answer that is wrong comes with them. Without the key the run does not begin."""
+    async with Deployment(host="0.0.0.0", admin_key=KEY) as deployment:
+        deployment.prefill[0].script.first_text = "something else"
+        for key, why in ((None, "--admin-key-file"), ("w" * 32, "does not take this admin key")):
+            with pytest.raises(StartError, match=why):
+                await chaos(deployment, admin_key=key, seconds=1.0, kinds=())
+        result = await chaos(deployment, admin_key=KEY, seconds=1.0, kinds=())
+    assert f'"{result.failures[0].request_id}"' in result.failures[0].record
+
+
+@async_test
+async def test_an_answer_that_is_not_the_reference_s_is_found():
+    """One worker says that the first token is another; the proxy's record comes with the failure."""
+    async with Deployment() as deployment:
+        deployment.prefill[0].script.first_text = "something else"
+        result = await chaos(deployment, seconds=2.0, kinds=())
+    assert not report.held(result)
+    assert result.words[Word.WRONG] > 0
+    assert f'"{result.failures[0].request_id}"' in result.failures[0].record
+
+
+@async_test
+async def test_a_run_that_is_stopped_early_tells_what_it_found():
+    """After the load has begun; before that there is nothing to tell."""
+    async with Deployment() as deployment:
+        stop = asyncio.Event()
+
+        async def stop_under_load():
+            await eventually(lambda: deployment.proxy.context.records.ended_count > 10)
+            stop.set()
+
+        stopping = asyncio.create_task(stop_under_load())
+        result = await chaos(deployment, stop=stop, seconds=600.0)
+        await stopping
+        assert result.interrupted
+        assert result.seconds < 300
+        with pytest.raises(StoppedError):
+            await chaos(deployment, stop=stop, seconds=60.0)
+
+
+@async_test
+async def test_where_no_proxy_is_it_is_said():
+    """A worker is none."""
+    async with Deployment() as deployment:
+        with pytest.raises(StartError, match="no kvbelt proxy"):
+            await chaos(deployment, url=Address("127.0.0.1", deployment.decode[0].port))

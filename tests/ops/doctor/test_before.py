@@ -1,0 +1,157 @@
+"""``kvbelt doctor`` before a start: files, ports, model, machine."""
+
+import asyncio
+import json
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+import yaml
+
+from kvbelt.about import ucx_problem
+from kvbelt.cli import main
+from kvbelt.ops.doctor.before import Before, Wanted, look
+from kvbelt.ops.doctor.checks.before import diagnose
+from kvbelt.ops.doctor.finding import Finding, Severity
+from kvbelt.ops.doctor.measured import Measured
+from kvbelt.ops.topology import Topology
+from kvbelt.wire.about import Road
+
+SENDER = {
+    "enable_pd": True, "transfer_channel": "nixl", "pd_role": "sender", "pd_proxy_host": "127.0.0.1",
+    "pd_proxy_port": 7500, "pd_buffer_size": 1 << 30,
+}  # fmt: skip
+RECEIVER = {
+    "enable_pd": True, "transfer_channel": "nixl", "pd_role": "receiver", "pd_peer_host": "127.0.0.1",
+    "pd_peer_init_port": 17300, "pd_peer_alloc_port": 17400, "pd_buffer_size": 1 << 30,
+}  # fmt: skip
+
+
+@pytest.fixture
+def seen(tmp_path: Path):
+    """Looks at files with these contents."""
+
+    def look_at(*contents, **wanted) -> Before:
+        files = []
+        for number, content in enumerate(contents):
+            files.append(tmp_path / f"{number}.yaml")
+            files[-1].write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
+        return asyncio.run(look(Wanted(files=files, measure=False, device="cpu", **wanted)))
+
+    return look_at
+
+
+def wrong(before: Before) -> dict[str, Finding]:
+    """Findings that are no notes, by name."""
+    return {one.name: one for one in diagnose(before) if one.severity is not Severity.NOTE}
+
+
+def test_a_pair_of_files_that_fit_has_notes_only(seen, monkeypatch) -> None:
+    """As ``kvbelt up 1p1d`` writes them."""
+    monkeypatch.delenv("UCX_TLS", raising=False)
+    assert wrong(seen(SENDER, RECEIVER)) == {}
+
+
+def test_a_file_that_cannot_be_used_is_quoted_with_its_remedy(seen) -> None:
+    """The error that the worker would give."""
+    found = wrong(seen("enable_pd: True\npd_bufer_size: 5\n"))["bad_file"]
+    assert "did you mean 'pd_buffer_size'" in found.evidence[0]
+
+
+def test_files_that_contradict_each_other(seen) -> None:
+    """Two carriers, one port twice, two proxies: each has its line."""
+    mooncake = {**RECEIVER, "transfer_channel": "mooncake"}
+    found = wrong(seen(SENDER, {**SENDER, "pd_proxy_port": 7501}, mooncake, {**RECEIVER, "pd_peer_init_port": 17301}))
+    assert {"files_differ", "ports_clash", "proxies_differ"} <= found.keys()
+    assert "transfer_channel" in found["files_differ"].what
+    assert "17400" in found["ports_clash"].what
+
+
+def test_files_of_one_side_only(seen) -> None:
+    """KV needs both."""
+    assert "receiver" in wrong(seen(SENDER, SENDER))["one_side"].what
+
+
+def test_a_port_that_is_taken_is_named_with_its_owner(seen) -> None:
+    """Before a model is loaded for nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        number = taken.getsockname()[1]
+        found = wrong(seen({**RECEIVER, "pd_peer_alloc_port": number}))["port_taken"]
+    assert str(number) in found.what
+    assert "pd_peer_alloc_port" in found.what
+    assert "ss -ltnp" in found.change
+
+
+def test_a_topology_with_many_more_prefill_workers(seen) -> None:
+    """The seed's third anti-pattern, before the start."""
+    found = wrong(seen(topology=Topology(5, 2)))
+    assert found["ratio"].severity is Severity.WARNING
+    assert "2p5d" in found["ratio"].change
+
+
+def test_kvbelt_up_warns_of_such_a_topology(capsys) -> None:
+    """Before it loads any model."""
+    assert main(["up", "3p1d", "--model", "/nowhere"]) == 2
+    assert "3 prefill workers stand against 1 decode worker" in capsys.readouterr().err
+    assert main(["up", "2p1d", "--model", "/nowhere"]) == 2
+    assert "stand against" not in capsys.readouterr().err
+
+
+def test_a_buffer_is_reckoned_against_the_model(seen, tmp_path: Path) -> None:
+    """From config.json alone: Llama-3.1-8B takes 128 KiB a token in bfloat16."""
+    config = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096,
+              "max_position_embeddings": 131072, "torch_dtype": "bfloat16"}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    before = seen(RECEIVER, model=tmp_path, dtype="bfloat16", max_model_len=16384)
+    assert before.model.bytes_per_token == 131072
+    found = wrong(before)["buffer_small"]
+    assert "0.5 prompts of 16,384 tokens" in found.what
+    assert "pd_buffer_size: 4294967296" in found.change
+    started = wrong(seen(topology=Topology(1, 1), model=tmp_path, dtype="bfloat16", max_model_len=16384))[
+        "buffer_small"
+    ]
+    assert started.change.startswith("--buffer-gb 4,")
+
+
+@pytest.mark.parametrize(
+    ("tls", "device", "wrong"),
+    [
+        (None, "cuda", False), ("", "cuda", False), ("all", "cuda", False), ("cuda_ipc,cuda_copy,tcp", "cuda", False),
+        ("tcp", "cuda", True), ("tcp,cuda_copy", "cuda:1", True), ("^cuda_ipc", "cuda", True), ("^tcp", "cuda", False),
+        ("tcp", "cpu", True), ("tcp,cma", "cpu", False), ("cuda_ipc,cuda_copy,tcp", "cpu", True),
+        ("rc,sm", "cpu", False),
+    ],
+)  # fmt: skip
+def test_settings_of_ucx(tls: str | None, device: str, wrong: bool) -> None:
+    """Which of them keep two workers of one host from the fast way."""
+    assert (ucx_problem(tls, device) is not None) is wrong
+
+
+def test_what_was_measured_says_when_ucx_fell_back(seen, monkeypatch) -> None:
+    """No setting is wrong, and yet it is TCP."""
+    monkeypatch.delenv("UCX_TLS", raising=False)
+    measured = Measured(
+        device="cpu",
+        num_bytes=8 << 20,
+        write_gb_per_second=0.9,
+        read_gb_per_second=0.8,
+        backends=["UCX"],
+        plugins=["UCX", "POSIX"],
+        roads=[Road("intra-node", "write", "host", "tcp/eth0")],
+    )
+    before = replace(seen(), measured=measured)
+    assert "tcp/eth0" in " ".join(wrong(before)["tcp_fallback"].evidence)
+    fast = msgspec.structs.replace(measured, roads=[Road("intra-node", "write", "host", "cma/memory")])
+    assert wrong(replace(before, measured=fast)) == {}
+    said = next(one for one in diagnose(replace(before, measured=fast)) if one.name == "nixl")
+    assert "WRITE 0.9 GB/s, READ 0.8 GB/s" in said.what
+    assert "plugins: UCX, POSIX" in said.evidence[3]
+
+
+def test_a_carrier_that_moves_nothing_is_an_error(seen) -> None:
+    """With its own words."""
+    found = wrong(replace(seen(), measured=Measured(device="cpu", error="nixl could not start")))["nixl"]
+    assert found.severity is Severity.ERROR
+    assert found.evidence == ("nixl could not start",)

@@ -1,0 +1,77 @@
+"""Findings for people and for programs, and the command's status."""
+
+import json
+
+import pytest
+
+from kvbelt.cli import main
+from kvbelt.ops.doctor import gpus, report, vllm_metrics
+from kvbelt.ops.doctor.finding import Finding, Kind, Severity, in_order
+from tests.http.support import free_port
+
+CAUSE = Finding("dead_worker", Severity.ERROR, "it is dead", "others do its work", "start it", ("refused",))
+SYMPTOM = Finding("failures", Severity.ERROR, "requests failed", "see above", "", (), Kind.SYMPTOM)
+NOTE = Finding("no_gpu", Severity.NOTE, "no GPU", "CPUs", "")
+
+
+def test_causes_come_first_then_symptoms_then_notes() -> None:
+    """Whatever the order in which they were found."""
+    assert in_order([NOTE, SYMPTOM, CAUSE]) == [CAUSE, SYMPTOM, NOTE]
+
+
+def test_people_read_what_was_seen_why_and_what_to_change() -> None:
+    """And which finding to look at first."""
+    text = "\n".join(report.lines([CAUSE, SYMPTOM, NOTE], "http://x"))
+    assert "error, look here first: it is dead  [dead_worker]" in text
+    assert "  seen:     refused" in text
+    assert "  why:      others do its work" in text
+    assert "  change:   start it" in text
+    assert text.endswith("2 errors, 0 warnings; the first finding is the cause, as far as can be told")
+
+
+def test_programs_read_json_with_the_status() -> None:
+    """Every field, in the same order."""
+    said = json.loads(report.as_json([CAUSE, NOTE], "http://x"))
+    assert said["status"] == 2
+    assert [one["name"] for one in said["findings"]] == ["dead_worker", "no_gpu"]
+    assert said["findings"][0]["evidence"] == ["refused"]
+
+
+def test_a_proxy_that_is_not_there_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    """In scripts an error is an error, found or met."""
+    assert main(["doctor", "--url", f"http://127.0.0.1:{free_port()}", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["findings"][0]["name"] == "no_proxy"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--url", "https://x:1"], ["--url", "http://x:99999"], ["2p2d", "--url", "http://x:1"], ["two"]]
+)
+def test_bad_command_lines(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, status 2."""
+    assert main(["doctor", *arguments]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_what_nvidia_smi_says() -> None:
+    """The mean of several looks; lines that are none are left out."""
+    looks = [
+        gpus.parse("0, GPU-1, NVIDIA H100, 80, 40, 80\nnonsense\n"),
+        gpus.parse("0, GPU-1, NVIDIA H100, 40, 60, 80\n"),
+    ]
+    (gpu,) = gpus.together(looks)
+    assert (gpu.index, gpu.utilisation, gpu.memory_used) == (0, 60.0, 0.625)
+    assert gpus.together([[], []]) is None
+
+
+def test_a_vllm_servers_load_is_read_from_its_metrics() -> None:
+    """Its health has no body."""
+    text = (
+        'vllm:num_requests_running{engine="0"} 3.0\nvllm:num_requests_waiting{engine="0"} 12.0\n'
+        'vllm:kv_cache_usage_perc{engine="0"} 0.75\nkvbelt_receive_buffer_bytes{engine="0"} 1000.0\n'
+        'kvbelt_receive_bytes{engine="0",state="reserved"} 300.0\n'
+        'kvbelt_receive_bytes{engine="0",state="quarantined"} 100.0\n'
+        'kvbelt_transfers{engine="0",side="receive",state="queued"} 2.0\n'
+    )
+    sample = vllm_metrics.sample_of(text)
+    assert (sample.running, sample.waiting, sample.blocks_free / sample.blocks_total) == (3, 12, 0.25)
+    assert (sample.receive_bytes, sample.bytes_held, sample.bytes_quarantined, sample.queued) == (1000, 400, 100, 2)
