@@ -1,7 +1,7 @@
 """One fleet of real vLLM servers for all tests of this folder that ask for it. Skipped where vLLM is not installed.
 
 ``KVBELT_VLLM_SHAPE`` is ``1p1d`` (default) or ``2p2d``; ``KVBELT_VLLM_ARGUMENTS`` goes to every server, for other block
-and chunk sizes (``scripts/test-vllm`` runs the combinations).
+and chunk sizes; ``KVBELT_VLLM_HOST_GB`` gives prefill servers host memory. ``scripts/test-vllm`` runs combinations.
 """
 
 import contextlib
@@ -15,28 +15,46 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from kvbelt.security.keys import secret_file, trusted_folder, write_new_keys
-from tests.vllm.servers import Fleet, Server, free_port, kvbelt
+from tests.http.support import free_port
+from tests.vllm.servers import Fleet, Server, Traces, kvbelt
+
+if TYPE_CHECKING:
+    from tests.vllm.collector import Collector
+
+#: Chats may call tools. Which format a parser reads matters little: what is tested is that servers agree.
+TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """A plain server to compare with, prefill and decode servers, and a proxy before them."""
+    """A plain server to compare with, prefill and decode servers, and a proxy before them.
+
+    All but the plain one send their traces to a collector: whether they do changes no answer.
+    """
 
     plain: Server
     prefill: list[Server]
     decode: list[Server]
     proxy: Server
+    collector: "Collector"
+    ready_ns: int  #: until then nobody but the proxy has asked its servers anything
 
     def workers(self) -> list[dict[str, object]]:
         """As the proxy sees them."""
-        with urllib.request.urlopen(self.proxy.url + "/health", timeout=5) as answer:  # noqa: S310 -- ours
+        with urllib.request.urlopen(self.proxy.url + "/health", timeout=60) as answer:  # noqa: S310 -- ours
             return json.loads(answer.read())["workers"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whoever kills a server of the one deployment comes when the others have been."""
+    items.sort(key=lambda item: item.path.name == "test_serving_failures.py")
 
 
 @pytest.fixture(scope="session")
@@ -47,34 +65,59 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     model = os.environ.get("KVBELT_VLLM_MODEL")
     if model is None:
         pytest.skip("KVBELT_VLLM_MODEL names no model folder (scripts/test-vllm sets it)")
+    from tests.vllm.collector import collecting  # noqa: PLC0415 -- what it needs comes with vLLM
+
     number = int(os.environ.get("KVBELT_VLLM_SHAPE", "1p1d")[0])
     logs = tmp_path_factory.mktemp("vllm")
     fleet = Fleet(Path(model), logs)
-    extra = shlex.split(os.environ.get("KVBELT_VLLM_ARGUMENTS", ""))
+    extra = [*shlex.split(os.environ.get("KVBELT_VLLM_ARGUMENTS", "")), *TOOLS]
     keys = logs / "keys"
     write_new_keys(keys, ["proxy", "prefill", "decode"])
     notify = free_port()
     cores = len(os.sched_getaffinity(0))
-    try:
+    with contextlib.ExitStack() as ending:
+        collector = ending.enter_context(collecting())
+        ending.callback(fleet.stop)
         plain = fleet.start("plain", None, *extra, core=0)
-        told = {"pd_proxy_host": "127.0.0.1", "pd_proxy_port": notify, **keys_for("prefill", keys)}
+        told: dict[str, object] = {"pd_proxy_host": "127.0.0.1", "pd_proxy_port": notify, **keys_for("prefill", keys)}
+        if host_gb := float(os.environ.get("KVBELT_VLLM_HOST_GB", "0")):
+            told |= {"local_cpu": True, "max_local_cpu_size": host_gb}
         # Long prompts take several steps, so that one can be seen in vLLM's metrics while it is computed.
         chunks = () if "--max-num-batched-tokens" in extra else ("--max-num-batched-tokens", "256")
         prefill = [
-            fleet.start(f"prefill{i}", kvbelt("kv_producer", **told), *extra, *chunks, core=i % cores)
+            fleet.start(
+                f"prefill{i}", kvbelt("kv_producer", **told), *extra, *chunks, core=i % cores, traces=by_grpc(collector)
+            )
             for i in range(number)
         ]
+        # The first loads at once what is at hand; a second one, or one with several ranks, beside its batch.
+        one_process = "--tensor-parallel-size" not in extra
         decode = [
-            fleet.start(f"decode{i}", kvbelt("kv_consumer", **keys_for("decode", keys)), *extra, core=(i + 1) % cores)
+            fleet.start(
+                f"decode{i}",
+                kvbelt("kv_consumer", **keys_for("decode", keys)),
+                *extra,
+                core=(i + 1) % cores,
+                traces=by_http(collector),
+                one_process=one_process and i == 0,
+            )
             for i in range(number)
         ]
         fleet.wait()
-        proxy = start_proxy(fleet, prefill, decode, notify, keys)
-        found = Deployment(plain, prefill, decode, proxy)
-        wait_until(lambda: all(worker["engine_id"] for worker in found.workers()), 30)
-        yield found
-    finally:
-        fleet.stop()
+        proxy = start_proxy(fleet, prefill, decode, notify, keys, "--otlp-endpoint", collector.http)
+        found = Deployment(plain, prefill, decode, proxy, collector, 0)
+        wait_until(lambda: all(worker["engine_id"] for worker in found.workers()))
+        yield replace(found, ready_ns=time.time_ns())
+
+
+def by_grpc(collector: "Collector") -> Traces:
+    """As vLLM sends them unless told otherwise."""
+    return Traces(collector.grpc, "grpc")
+
+
+def by_http(collector: "Collector") -> Traces:
+    """To the receiver that the proxy uses. vLLM wants the whole path."""
+    return Traces(collector.http + "/v1/traces", "http/protobuf")
 
 
 def keys_for(name: str, keys: Path) -> dict[str, str]:
@@ -82,10 +125,12 @@ def keys_for(name: str, keys: Path) -> dict[str, str]:
     return {"pd_key_file": str(secret_file(keys, name)), "pd_trusted_keys_dir": str(trusted_folder(keys))}
 
 
-def start_proxy(fleet: Fleet, prefill: list[Server], decode: list[Server], notify: int, keys: Path) -> Server:
+def start_proxy(
+    fleet: Fleet, prefill: list[Server], decode: list[Server], notify: int, keys: Path, *arguments: str
+) -> Server:
     """``kvbelt proxy`` as a process."""
     port = free_port()
-    command = [sys.executable, "-m", "kvbelt", "proxy", "--port", str(port), "--notify-port", str(notify)]
+    command = [sys.executable, "-m", "kvbelt", "proxy", "--port", str(port), "--notify-port", str(notify), *arguments]
     command += ["--key-file", str(secret_file(keys, "proxy")), "--trusted-keys-dir", str(trusted_folder(keys))]
     for kind, servers in (("prefill", prefill), ("decode", decode)):
         command += [f"--{kind}-host", "127.0.0.1", f"--{kind}-port", ",".join(str(server.port) for server in servers)]
@@ -94,11 +139,11 @@ def start_proxy(fleet: Fleet, prefill: list[Server], decode: list[Server], notif
         process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
     server = Server("proxy", port, process, log)
     fleet.servers.append(server)
-    wait_until(server.ready, 30)
+    wait_until(server.ready)
     return server
 
 
-def wait_until(condition, seconds: float) -> None:
+def wait_until(condition, seconds: float = 120.0) -> None:
     """Poll a condition, with a deadline."""
     give_up = time.monotonic() + seconds
     while not condition():

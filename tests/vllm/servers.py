@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,15 +15,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.http.support import free_port
+
 #: Starting takes 26 to 60 s on an idle machine of two cores, and longer beside others.
 START_SECONDS = 300.0
 
 
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@dataclass(frozen=True, slots=True)
+class Traces:
+    """Where a server sends its spans."""
+
+    endpoint: str
+    protocol: str
 
 
 @dataclass(slots=True)
@@ -55,14 +57,14 @@ class Server:
 
     def metric(self, name: str) -> float:
         """The sum of a metric over its labels."""
-        with urllib.request.urlopen(self.url + "/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(self.url + "/metrics", timeout=60) as answer:
             lines = answer.read().decode().splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((name + "{", name + " ")))
 
     def ready(self) -> bool:
         """Whether it answers."""
         try:
-            with urllib.request.urlopen(self.url + "/health", timeout=1):
+            with urllib.request.urlopen(self.url + "/health", timeout=10):
                 return True
         except OSError:
             return False
@@ -100,8 +102,20 @@ class Fleet:
     arguments: tuple[str, ...] = ("--dtype", "float32", "--max-model-len", "2048", "--enforce-eager")
     servers: list[Server] = field(default_factory=list)
 
-    def start(self, name: str, kv_transfer: dict[str, Any] | None, *arguments: str, core: int = 0) -> Server:
-        """Start one; ``wait`` waits for all."""
+    def start(
+        self,
+        name: str,
+        kv_transfer: dict[str, Any] | None,
+        *arguments: str,
+        core: int = 0,
+        traces: Traces | None = None,
+        one_process: bool = False,
+    ) -> Server:
+        """Start one; ``wait`` waits for all.
+
+        ``one_process``: scheduler and worker share one, as they do on a GPU. On a CPU vLLM parts them unless it is told
+        that nothing is to be parted (its HTTP server is, all the same).
+        """
         port = free_port()
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(self.model), "--port", str(port)]
         command += ["--host", "127.0.0.1", "--served-model-name", "demo", *self.arguments, *arguments]
@@ -110,9 +124,22 @@ class Fleet:
         environment = os.environ | {
             "HF_HUB_OFFLINE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": str(core),
+            # Tensor-parallel ranks need a core each, so such servers share all there are.
+            "VLLM_CPU_OMP_THREADS_BIND": "0|1" if "--tensor-parallel-size" in arguments else str(core),
             "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_SERVER_DEV_MODE": "1",  # for /reset_prefix_cache
         }
+        if traces is not None:
+            command += ["--otlp-traces-endpoint", traces.endpoint]
+            environment |= {
+                "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": traces.protocol,
+                "OTEL_SERVICE_NAME": name,
+                "OTEL_BSP_SCHEDULE_DELAY": "200",  # not 5 s
+            }
+        if one_process:
+            # vLLM does not say either how many threads may compute, then.
+            environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
+            command += ["--distributed-executor-backend", "uni"]
         log = self.logs / f"{name}.log"
         with log.open("wb") as out:
             process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)

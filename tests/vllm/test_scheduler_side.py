@@ -1,11 +1,15 @@
 """The scheduler's side: values in, values out."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-from kvbelt.vllm.orders import News, Orders
-from kvbelt.vllm.scheduler_side import ScheduledPrompt, SchedulerSide
+from kvbelt.vllm.about import BeltLook
+from kvbelt.vllm.orders import Claim, News, Orders, ScheduledPrompt
+from kvbelt.vllm.scheduler_side import SchedulerSide
+from kvbelt.wire.ids import EngineId
 
 BLOCK = 16
 RECEIVER = {"engine_id": "d", "host": "127.0.0.1", "init_port": 7300, "alloc_port": 7400}
@@ -32,7 +36,7 @@ def clock() -> Clock:
 @pytest.fixture
 def side(clock: Clock) -> SchedulerSide:
     """A scheduler's side that calls itself X."""
-    return SchedulerSide(BLOCK, lambda: {"engine_id": "X"}, clock)
+    return SchedulerSide(BLOCK, lambda looks: {"engine_id": "X", "looks": dict(looks)}, clock)
 
 
 def step(side: SchedulerSide, *prompts: tuple[str, list[int], int, int], preempted: tuple[str, ...] = ()) -> Orders:
@@ -89,7 +93,10 @@ def test_blocks_are_held_once_the_worker_sends(side: SchedulerSide) -> None:
     side.on_new_request("a", TO_SEND, 16)
     side.on_new_request("b", {**TO_SEND, "transfer_id": "u"}, 16)
     step(side, ("a", [1], 0, 16))
-    assert side.on_finished("a") == (True, {"transfer_id": "t", "state": "open", "reason": None})
+    assert side.on_finished("a") == (
+        True,
+        {"transfer_id": "t", "state": "open", "reason": None, "loaded_tokens": 0},
+    )
     assert side.on_finished("b")[0] is False
     assert side.num_requests == 0
 
@@ -154,6 +161,16 @@ def test_it_is_loaded_once(side: SchedulerSide) -> None:
     assert side.on_finished("a") == (False, {"transfer_id": "t", "kv": "recomputed", "reason": "deadline"})
 
 
+def test_ranks_report_one_by_one(side: SchedulerSide) -> None:
+    """What one rank lacks the request lacks, in whichever order they come."""
+    side.on_new_request("a", TO_LOAD, 33)
+    side.on_allocated("a", [1, 2, 3], 32)
+    step(side)
+    side.on_news(News(received={"a": "deadline"}), [])
+    side.on_news(News(received={"a": ""}), ["a"])
+    assert side.on_finished("a") == (False, {"transfer_id": "t", "kv": "recomputed", "reason": "deadline"})
+
+
 def test_a_request_that_waited_too_long_computes(side: SchedulerSide, clock: Clock) -> None:
     """A deadline that passes in the queue is the end of the transfer."""
     side.on_new_request("a", TO_LOAD, 33)
@@ -197,10 +214,42 @@ def test_prompts_of_one_request_have_transfers_of_their_own(side: SchedulerSide)
 def test_who_are_you(side: SchedulerSide) -> None:
     """The proxy's question is answered in the answer."""
     side.on_new_request("a", {"kvbelt": "describe"}, 1)
-    assert side.on_finished("a") == (False, {"engine_id": "X"})
+    assert side.on_finished("a") == (False, {"engine_id": "X", "looks": {}})
+    assert side.num_requests == 0
 
 
-@pytest.mark.parametrize("params", [{"transfer_id": 7}, {**TO_SEND, "receiver": 1}, {**TO_LOAD, "surplus": 1}])
+def test_how_are_you(side: SchedulerSide) -> None:
+    """Ranks look at their belts with the question's first step; what they see until its end is in the answer."""
+    assert not step(side).look
+    side.on_new_request("a", {"kvbelt": "describe"}, 1)
+    assert [step(side, ("a", [1], 0, 1)).look, step(side).look] == [True, False]
+    seen = {rank: BeltLook(complaints=(f"of rank {rank}",)) for rank in (0, 1)}
+    side.on_news(News(looks={0: BeltLook(), 1: seen[1]}), ())
+    side.on_news(News(looks={0: seen[0]}), ())
+    assert side.on_finished("a") == (False, {"engine_id": "X", "looks": seen})
+
+
+def test_decode_servers_are_connected_to_beforehand(side: SchedulerSide) -> None:
+    """Once, with the request's step; its answer says what has come of it by then."""
+    three = [RECEIVER | {"engine_id": name} for name in "def"]
+    side.on_new_request("a", {"kvbelt": "warm", "receivers": three}, 1)
+    assert [receiver.engine_id for receiver in step(side, ("a", [1], 0, 1)).warms] == ["d", "e", "f"]
+    assert step(side).warms == ()
+    side.on_news(News(peers={EngineId("d"): "", EngineId("e"): "refused_model"}), ())
+    held, answer = side.on_finished("a")
+    assert not held
+    assert answer is not None
+    assert [(peer["state"], peer["reason"]) for peer in answer["peers"]] == [
+        ("ready", ""),
+        ("failed", "refused_model"),
+        ("failed", "not_yet"),
+    ]
+    assert side.num_requests == 0
+
+
+@pytest.mark.parametrize(
+    "params", [{"transfer_id": 7}, {**TO_SEND, "receiver": 1}, {**TO_LOAD, "surplus": 1}, {"kvbelt": "warm"}]
+)
 def test_what_is_no_handoff_is_named(side: SchedulerSide, params: dict[str, Any]) -> None:
     """The request is served, and its answer says why there was no transfer."""
     side.on_new_request("a", params, 16)
@@ -217,3 +266,109 @@ def test_other_requests_are_none_of_ours(side: SchedulerSide) -> None:
     side.on_allocated("a", [1], 0)
     assert step(side, ("a", [1], 0, 16)) == Orders()
     assert side.on_finished("a") == (False, None)
+
+
+@dataclass
+class Held:
+    """KV that has come; what is scattered is not looked at here."""
+
+    num_tokens: int
+    first_block: int = 0
+    num_blocks: int = 0
+    whole: bool = True
+
+    def scatter(self, block_ids: Sequence[int], first: int | None = None) -> None:
+        """Not called."""
+
+    def release(self) -> None:
+        """Not called."""
+
+
+@dataclass
+class Hands:
+    """A worker in this process, and what it has at hand."""
+
+    held: dict[str, Held]
+    claimed: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    waited: list[float] = field(default_factory=list)
+
+    def claim(self, claim: Claim) -> None:
+        """Noted."""
+        self.claimed.append(claim.request_id)
+
+    def at_hand(self, request_id: str, seconds: float) -> Held | None:
+        """What the test has put there."""
+        self.waited.append(seconds)
+        return self.held.get(request_id)
+
+    def drop(self, request_id: str) -> None:
+        """Noted."""
+        self.dropped.append(request_id)
+
+
+def test_kv_at_hand_is_loaded_before_the_step(side: SchedulerSide) -> None:
+    """It is claimed when the request comes; the step that loads it computes the request's last token."""
+    side.worker = hands = Hands({"a": Held(49)})
+    side.on_new_request("a", TO_LOAD, 50)
+    assert hands.claimed == ["a"]
+    assert (side.loadable_tokens("a", 0), side.loads_now("a")) == (49, True)
+    side.on_allocated("a", [1, 2, 3, 4], 49)
+    orders = step(side, ("a", [1, 2, 3, 4], 49, 1))
+    assert orders.claims == ()
+    assert [(load.block_ids, load.num_tokens, load.now) for load in orders.loads] == [((1, 2, 3, 4), 49, True)]
+    assert side.on_finished("a") == (False, {"transfer_id": "t", "kv": "received", "reason": None})
+    assert hands.dropped == []
+
+
+def test_a_preempted_request_is_not_loaded_twice(side: SchedulerSide) -> None:
+    """What was at hand was released when it was loaded: a request that comes back is computed."""
+    side.worker = Hands({"a": Held(49)})
+    side.on_new_request("a", TO_LOAD, 50)
+    side.loadable_tokens("a", 0)
+    side.on_allocated("a", [1, 2, 3, 4], 49)
+    step(side, ("a", [1, 2, 3, 4], 49, 1))
+    assert side.loadable_tokens("a", 0) == 0
+
+
+@pytest.mark.parametrize(
+    "held",
+    [{}, {"a": Held(20)}, {"a": Held(49, first_block=2)}],
+    ids=["not here yet", "of another prompt", "without blocks that were evicted"],
+)
+def test_what_cannot_be_loaded_at_once_is_loaded_beside(side: SchedulerSide, held: dict[str, Held]) -> None:
+    """A step reads only what is surely there; a loader finds out about everything else, beside the running batch."""
+    side.worker = Hands(held)
+    side.on_new_request("a", TO_LOAD, 50)
+    assert (side.loadable_tokens("a", 16), side.loads_now("a")) == (33, False)
+    side.on_allocated("a", [1, 2, 3, 4], 33)
+    assert [load.now for load in step(side).loads] == [False]
+
+
+def test_one_prompt_a_step_is_loaded_at_once(side: SchedulerSide) -> None:
+    """The running batch waits for one copy, not for those of everybody who comes at the same time."""
+    side.worker = Hands({"a": Held(49), "b": Held(49)})
+    for name in ("a", "b"):
+        side.on_new_request(name, TO_LOAD | {"transfer_id": name}, 50)
+        side.loadable_tokens(name, 0)
+        side.on_allocated(name, [1, 2, 3, 4], 49)
+    assert [(load.request_id, load.now) for load in step(side).loads] == [("a", True), ("b", False)]
+
+
+def test_the_belt_is_waited_for_once_a_request(side: SchedulerSide) -> None:
+    """A scheduler that asks again, for want of blocks, is answered at once."""
+    side.worker = hands = Hands({})
+    side.on_new_request("a", TO_LOAD, 50)
+    for _ in range(3):
+        side.loadable_tokens("a", 0)
+    assert hands.waited[0] > 0.0
+    assert hands.waited[1:] == [0.0, 0.0]
+
+
+def test_a_request_aborted_before_its_first_step_is_dropped_at_once(side: SchedulerSide) -> None:
+    """A server with nothing to do takes no step with which the worker could be told."""
+    side.worker = hands = Hands({"a": Held(49)})
+    side.on_new_request("a", TO_LOAD, 50)
+    side.on_finished("a")
+    assert hands.dropped == ["a"]
+    assert step(side).drops == ()

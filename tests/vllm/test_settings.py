@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from kvbelt.channels.factory import ChannelSettings
 from kvbelt.errors import SettingsError, StartError
 from kvbelt.security.keys import write_new_keys
 from kvbelt.vllm.settings import load_settings
@@ -27,7 +28,7 @@ nixl_backends: [UCX]
 def test_defaults_are_enough() -> None:
     """Nothing need be said on one machine."""
     settings = load_settings("kv_consumer", {}, "cpu", {})
-    assert (settings.role, settings.init_port, settings.buffer_device) == ("decode", 0, "cpu")
+    assert (settings.role, settings.init_ports, settings.buffer_device) == ("decode", (), "cpu")
     assert settings.receives
     assert not settings.sends
 
@@ -49,7 +50,7 @@ def test_a_file_is_read_and_overridden(tmp_path: Path) -> None:
         "skip_last_n_tokens": 1,
     }
     settings = load_settings("kv_consumer", extra, "cpu", {"LMCACHE_CONFIG_FILE": str(path)})
-    assert (settings.host, settings.init_port, settings.alloc_port) == ("localhost", 7301, 7400)
+    assert (settings.host, settings.init_ports, settings.alloc_ports) == ("localhost", (7301,), (7400,))
     assert settings.buffer_bytes == 2 << 30
 
 
@@ -59,7 +60,7 @@ def test_a_file_is_read_and_overridden(tmp_path: Path) -> None:
         ("kv_producer", {"pd_buffer_sise": 1}, "pd_buffer_size"),
         ("kv_producer", {"pd_role": "receiver"}, "kv_producer"),
         ("kv_producer", {"pd_buffer_device": "cuda"}, "runs on cpu"),
-        ("kv_producer", {"transfer_channel": "mooncake"}, "mooncake"),
+        ("kv_producer", {"mooncake_protocol": "rdma"}, "mooncake_protocol is 'rdma'.*transfer_channel is None"),
         ("kv_producer", {"enable_pd": False}, "enable_pd"),
         ("kv_both", {"pd_buffer_size": "large"}, "pd_buffer_size"),
         ("kv_consumer", {"pd_peer_host": "0.0.0.0"}, "pd_peer_host is 0.0.0.0.*pd_key_file.*pd_insecure"),
@@ -74,6 +75,16 @@ def test_contradictions_are_refused(role: str, extra: dict[str, object], said: s
         load_settings(role, extra, "cpu", {})
 
 
+def test_each_rank_has_a_port() -> None:
+    """A list has one for each; one port for several ranks is refused."""
+    ports = {"pd_peer_init_port": [7300, 7301], "pd_peer_alloc_port": [7400, 7401]}
+    settings = load_settings("kv_consumer", ports, "cpu", {}, num_ranks=2)
+    assert (settings.init_ports, settings.alloc_ports) == ((7300, 7301), (7400, 7401))
+    assert load_settings("kv_consumer", {}, "cpu", {}, num_ranks=2).init_ports == ()
+    with pytest.raises(SettingsError, match=r"pd_peer_alloc_port is 7400; each of the 2"):
+        load_settings("kv_consumer", {**ports, "pd_peer_alloc_port": 7400}, "cpu", {}, num_ranks=2)
+
+
 def test_keys_and_the_explicit_word_are_taken(tmp_path: Path) -> None:
     """As in a worker's own file."""
     write_new_keys(tmp_path, ["decode"])
@@ -84,6 +95,22 @@ def test_keys_and_the_explicit_word_are_taken(tmp_path: Path) -> None:
     settings = load_settings("kv_consumer", {"pd_peer_host": "0.0.0.0", "pd_insecure": True}, "cpu", {})
     assert (settings.keys, settings.insecure) == (None, True)
     assert load_settings("kv_producer", {"pd_peer_host": "0.0.0.0"}, "cpu", {}).keys is None  # it listens nowhere
+
+
+@pytest.mark.parametrize(
+    ("role", "extra", "gib"),
+    [
+        ("kv_producer", {"local_cpu": True, "max_local_cpu_size": 2}, 2),
+        ("kv_producer", {"local_cpu": True}, 5),
+        ("kv_both", {"local_cpu": True, "max_local_cpu_size": 0.5}, 0.5),
+        ("kv_producer", {"local_cpu": False, "max_local_cpu_size": 2}, 0),
+        ("kv_producer", {}, 0),
+        ("kv_consumer", {"local_cpu": True}, 0),
+    ],
+)
+def test_host_memory_is_asked_for(role: str, extra: dict[str, object], gib: float) -> None:
+    """Only a server that computes prompts keeps blocks there, and only if it was told to."""
+    assert load_settings(role, extra, "cpu", {}).host_bytes == gib * (1 << 30)
 
 
 @pytest.mark.parametrize("version", ["0.26.0", "0.32.0", "0.32.1+cpu"])
@@ -97,3 +124,11 @@ def test_other_versions_are_refused(version: str) -> None:
     """Plainly: which one it is, and which it should be."""
     with pytest.raises(StartError, match=r"0\.26\.x and 0\.32\.x"):
         require_supported(version)
+
+
+def test_another_carrier_is_taken() -> None:
+    """With its own settings; NIXL is what there is where nothing is said."""
+    assert load_settings("kv_both", {}, "cpu", {}).channel == ChannelSettings()
+    extra = {"transfer_channel": "mooncake", "mooncake_protocol": "rdma", "mooncake_device": "mlx5_0"}
+    channel = load_settings("kv_both", extra, "cpu", {}).channel
+    assert (channel.name, channel.mooncake_protocol, channel.mooncake_device) == ("mooncake", "rdma", "mlx5_0")

@@ -2,47 +2,74 @@
 
 import hashlib
 import json
+import logging
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from prometheus_client.metrics_core import Metric
 
+from kvbelt import about
+from kvbelt.belt_metrics import belt_families, link_families, road_families
+from kvbelt.channels.factory import make_channel
+from kvbelt.channels.mooncake import MooncakeChannel
 from kvbelt.channels.nixl import NixlChannel
 from kvbelt.engine.fingerprint import fingerprint
 from kvbelt.errors import SettingsError
-from kvbelt.paged_copy import TorchPagedCopy
+from kvbelt.paged_copy import TorchPagedCopy, region_of, staging_memory
 from kvbelt.transfer.belt import Belt
-from kvbelt.transfer.ports import Region
+from kvbelt.transfer.ports import PrefixIndex
 from kvbelt.transfer.settings import BeltIdentity, BeltSettings
+from kvbelt.vllm.about import Carrier, roads_of
 from kvbelt.vllm.pages import Pages
 from kvbelt.vllm.settings import ConnectorSettings
 from kvbelt.wire.ids import EngineId
 from kvbelt.wire.layout import KVLayout
+
+log = logging.getLogger("kvbelt.vllm")
 
 #: Longer than a worker's of our own: on CPU the belt's thread is bound to the core that the model computes on, and
 #: on a full machine has gone without it for two seconds.
 LEASE_SECONDS = 4.0
 
 
-class _DeviceChannel(NixlChannel):
-    """A NIXL channel whose thread works on one CUDA device: UCX takes the thread's current one."""
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """Which tensor-parallel rank of how many. Each has a belt of its own, over its own part of every block."""
 
-    def __init__(self, name: str, backends: tuple[str, ...], device: torch.device) -> None:
-        super().__init__(name, backends)
-        self._device = device
+    number: int = 0
+    size: int = 1
 
-    def register(self, region: Region) -> None:
-        """The first call of the belt's thread."""
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
-        super().register(region)
+
+def channel_for(
+    settings: ConnectorSettings, engine_id: EngineId, device: torch.device
+) -> NixlChannel | MooncakeChannel:
+    """What moves this server's bytes. It holds nothing yet."""
+    return make_channel(
+        settings.channel,
+        f"{settings.role}-{engine_id}",
+        settings.host,
+        # UCX works on its thread's current device.
+        prepare=partial(torch.cuda.set_device, device) if device.type == "cuda" else None,
+    )
 
 
 def make_belt(  # noqa: PLR0917 -- its seams
-    settings: ConnectorSettings, layout: KVLayout, pages: Pages, engine_id: EngineId, model: str, model_fingerprint: str
+    settings: ConnectorSettings,
+    channel: NixlChannel | MooncakeChannel,
+    layout: KVLayout,
+    pages: Pages,
+    engine_id: EngineId,
+    model: str,
+    model_fingerprint: str,
+    rank: Rank = Rank(),
+    prefix: PrefixIndex | None = None,
 ) -> Belt:
-    """A belt over these pages, not yet started.
+    """A belt over these pages, not yet started. The proxy hears of transfers from rank 0.
 
     Raises:
         SettingsError: the buffer cannot hold one block of every layer.
@@ -52,8 +79,15 @@ def make_belt(  # noqa: PLR0917 -- its seams
             f"pd_buffer_size is {settings.buffer_bytes}; one block of this model takes {layout.slot_bytes(1)} bytes"
         )
     device = pages.rows[0].device
-    send = _staging(settings, device) if settings.sends else None
-    receive = _staging(settings, device) if settings.receives else None
+    buffer_device = device if settings.buffer_device == "cuda" else torch.device("cpu")
+    problem = about.ucx_problem(os.environ.get("UCX_TLS"), str(buffer_device)) if channel.name == "nixl" else None
+    if problem is not None:
+        log.warning("UCX_TLS=%s slows transfers down: %s", os.environ["UCX_TLS"], problem)
+    send = staging_memory(settings.buffer_bytes, buffer_device, model_on=device) if settings.sends else None
+    receive = staging_memory(settings.buffer_bytes, buffer_device, model_on=device) if settings.receives else None
+    overflow = None
+    if settings.receives and settings.overflow_bytes:
+        overflow = staging_memory(settings.overflow_bytes, torch.device("cpu"), model_on=device)
     return Belt(
         BeltIdentity(
             engine_id=engine_id,
@@ -61,35 +95,27 @@ def make_belt(  # noqa: PLR0917 -- its seams
             model=model,
             fingerprint=model_fingerprint,
             layout=layout,
+            tp_rank=rank.number,
+            tp_size=rank.size,
         ),
         BeltSettings(
             advertised_host=settings.host,
             bind_host=settings.host,
-            init_port=settings.init_port,
-            alloc_port=settings.alloc_port,
-            notification_endpoint=settings.notification_endpoint,
+            init_port=settings.init_ports[rank.number] if settings.init_ports else 0,
+            alloc_port=settings.alloc_ports[rank.number] if settings.alloc_ports else 0,
+            notification_endpoint=settings.notification_endpoint if rank.number == 0 else None,
             keys=settings.keys,
             insecure=settings.insecure,
             lease_seconds=LEASE_SECONDS,
+            verify=settings.verify,
         ),
-        _DeviceChannel(f"{settings.role}-{engine_id}", settings.nixl_backends, device),
-        TorchPagedCopy(pages.rows, send_staging=send, receive_staging=receive),
-        send_region=_region(send),
-        receive_region=_region(receive),
+        channel,
+        TorchPagedCopy(pages.rows, send_staging=send, receive_staging=receive, overflow_staging=overflow),
+        send_region=None if send is None else region_of(send),
+        receive_region=None if receive is None else region_of(receive),
+        overflow_region=None if overflow is None else region_of(overflow),
+        prefix=prefix,
     )
-
-
-def _staging(settings: ConnectorSettings, device: torch.device) -> torch.Tensor:
-    if settings.buffer_device == "cuda":
-        return torch.empty(settings.buffer_bytes, dtype=torch.uint8, device=device)
-    # Untouched pages of host memory cost nothing, unless a GPU must reach them.
-    return torch.empty(settings.buffer_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-
-
-def _region(staging: torch.Tensor | None) -> Region | None:
-    if staging is None:
-        return None
-    return Region(staging.data_ptr(), staging.numel(), staging.device.type, staging.device.index or 0)
 
 
 def model_fingerprint(model: str, revision: str | None, load_format: str, config: Mapping[str, Any]) -> str:
@@ -98,3 +124,8 @@ def model_fingerprint(model: str, revision: str | None, load_format: str, config
     contents = fingerprint(folder) if folder.is_dir() else f"{model}@{revision}"
     digest = hashlib.sha256(json.dumps([contents, load_format, dict(config)], sort_keys=True, default=str).encode())
     return digest.hexdigest()[:32]
+
+
+def families_of(belt: Belt, carrier: Carrier) -> list[Metric]:
+    """A belt's metrics, as of now. Waits a turn of it."""
+    return [*belt_families(belt.snapshot()), *link_families(belt.links()), *road_families(roads_of(carrier))]

@@ -11,10 +11,10 @@ from typing import Any
 
 import msgspec
 
-from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff, prompt_transfer_id
+from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff, ReceiverAddress, prompt_transfer_id
 
-#: The key of a request that only asks who this server is; its value is ``"describe"``.
-DESCRIBE_KEY = "kvbelt"
+#: The key of a request to the server itself; its value is what is asked.
+QUESTION_KEY = "kvbelt"
 
 #: vLLM names the prompts of one completions request ``cmpl-<id>-<index>``, adds 8 random digits, and puts
 #: ``<choice>_`` in front where n > 1.
@@ -33,13 +33,25 @@ class BadHandoff:
     detail: str
 
 
-Handoff = PrefillHandoff | DecodeHandoff | Describe | BadHandoff
+class Warm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The proxy says which decode servers there are, before the first request names one."""
+
+    receivers: tuple[ReceiverAddress, ...]
+
+
+Handoff = PrefillHandoff | DecodeHandoff | Describe | Warm | BadHandoff
 
 
 def parse(params: Mapping[str, Any], request_id: str) -> Handoff:
     """What a request's parameters mean. Never raises."""
-    if params.get(DESCRIBE_KEY) == "describe":
+    question = params.get(QUESTION_KEY)
+    if question == "describe":
         return Describe()
+    if question == "warm":
+        try:
+            return msgspec.convert({key: params[key] for key in params if key != QUESTION_KEY}, Warm)
+        except msgspec.ValidationError as error:
+            return BadHandoff(f"kv_transfer_params: {error}")
     kind: type[PrefillHandoff | DecodeHandoff] = PrefillHandoff if "receiver" in params else DecodeHandoff
     try:
         handoff = msgspec.convert(dict(params), kind)

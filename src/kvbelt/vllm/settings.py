@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 import yaml
 
+from kvbelt.channels.factory import ChannelSettings
 from kvbelt.errors import SettingsError
 from kvbelt.security.keys import Keys
-from kvbelt.settings import CONFIG_VARIABLE, keys_of, parse_belt_file
+from kvbelt.settings import CONFIG_VARIABLE, channel_of, keys_of, parse_belt_file
+from kvbelt.wire.digest import Verify
 
 #: Keys of LMCache's connector that mean nothing here; accepted, so that launch commands written for it work.
 IGNORED_KEYS = frozenset({"discard_partial_chunks", "lmcache_rpc_port", "skip_last_n_tokens"})
@@ -33,12 +35,15 @@ class ConnectorSettings:
     buffer_bytes: int
     buffer_device: Literal["cpu", "cuda"]
     host: str
-    init_port: int  #: 0: any
-    alloc_port: int
+    init_ports: tuple[int, ...]  #: one a tensor-parallel rank; empty: any
+    alloc_ports: tuple[int, ...]
     notification_endpoint: str | None
-    nixl_backends: tuple[str, ...]
+    channel: ChannelSettings  #: what moves the bytes
     keys: Keys | None
     insecure: bool  #: without keys, listen beyond loopback all the same
+    host_bytes: int  #: host memory for KV blocks of prompts computed here; 0: none
+    overflow_bytes: int  #: of host memory, for KV that finds the buffer full; 0: none
+    verify: Verify  #: which digests of what lands are compared
 
     @property
     def sends(self) -> bool:
@@ -52,9 +57,21 @@ class ConnectorSettings:
 
 
 def load_settings(
-    kv_role: str, extra: Mapping[str, Any], device: str, environ: Mapping[str, str] = os.environ
+    kv_role: str,
+    extra: Mapping[str, Any],
+    device: str,
+    environ: Mapping[str, str] = os.environ,
+    *,
+    num_ranks: int = 1,
 ) -> ConnectorSettings:
-    """Read the settings of a server whose model runs on ``device`` (``"cpu"`` or ``"cuda"``).
+    """Read the settings of a server.
+
+    Args:
+        kv_role: vLLM's word for its role.
+        extra: ``kv_connector_extra_config``.
+        device: where its model runs, ``"cpu"`` or ``"cuda"``.
+        environ: where the file is named.
+        num_ranks: its tensor-parallel degree.
 
     Raises:
         SettingsError: an unknown key, a wrong type, or a file that contradicts ``kv_role``.
@@ -69,13 +86,11 @@ def load_settings(
         raise SettingsError(f"{source}: enable_pd is False; with KVBeltConnector it must be True, or left out")
     # What a worker of its own must be told, this one has from vLLM: so the file is not checked as one of those.
     wanted = _BELT_ROLE.get(kv_role)
-    file = parse_belt_file({"pd_role": wanted, **given, "enable_pd": False}, source=source)
+    file = parse_belt_file({"pd_role": wanted, **given, "enable_pd": False}, source=source, environ=environ)
     if file.pd_role is not None and file.pd_role != wanted:
         raise SettingsError(
             f"{source}: pd_role is {file.pd_role!r}, but kv_role {kv_role!r} needs {wanted or 'no pd_role'}"
         )
-    if file.transfer_channel not in (None, "nixl"):
-        raise SettingsError(f"{source}: transfer_channel is {file.transfer_channel!r}; use 'nixl'")
     buffer_device = file.pd_buffer_device if "pd_buffer_device" in given else device
     if buffer_device == "cuda" and device != "cuda":
         raise SettingsError(f"{source}: pd_buffer_device is 'cuda', but the model runs on {device}; use 'cpu'")
@@ -88,17 +103,27 @@ def load_settings(
         buffer_bytes=file.pd_buffer_size or DEFAULT_BUFFER_BYTES,
         buffer_device="cuda" if buffer_device == "cuda" else "cpu",
         host=file.pd_peer_host or "127.0.0.1",
-        init_port=_first(file.pd_peer_init_port),
-        alloc_port=_first(file.pd_peer_alloc_port),
+        init_ports=_ports("pd_peer_init_port", file.pd_peer_init_port, num_ranks, source),
+        alloc_ports=_ports("pd_peer_alloc_port", file.pd_peer_alloc_port, num_ranks, source),
         notification_endpoint=f"tcp://{file.pd_proxy_host}:{file.pd_proxy_port}" if notify else None,
-        nixl_backends=tuple(file.nixl_backends),
+        channel=channel_of(file),
         keys=keys_of(file, source),
         insecure=file.pd_insecure,
+        # The file format's own default is 5 GB; whoever has not asked for it is not surprised by it.
+        host_bytes=int(file.max_local_cpu_size * (1 << 30)) if given.get("local_cpu") and role != "decode" else 0,
+        overflow_bytes=file.pd_overflow_size,
+        verify=file.pd_verify,
     )
 
 
-def _first(port: int | list[int] | None) -> int:
-    return (port[0] if port else 0) if isinstance(port, list) else (port or 0)
+def _ports(key: str, given: int | list[int] | None, num_ranks: int, source: str) -> tuple[int, ...]:
+    ports = tuple(given) if isinstance(given, list) else () if given is None else (given,)
+    if ports and len(ports) < num_ranks:
+        raise SettingsError(
+            f"{source}: {key} is {given}; each of the {num_ranks} tensor-parallel ranks listens on a port of its own: "
+            "give a list of so many, or leave it out"
+        )
+    return ports
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """The half of the connector that lives where the model runs: hands blocks to the belt, and takes them from it.
 
-Threads: the model runner's calls everything that is public; the belt's calls ``_on_*``; a loader's copies received KV
-into blocks, so that neither of the others waits for it. ``_lock`` guards the records, and is never held while
-anything is copied or waited for.
+Threads: the model runner's calls everything that is public; the belt's calls ``on_*``. ``_lock`` guards what is to be
+reported of sending; the records of prompts that leave are the model runner's alone.
 
 Nothing here waits, with one exception: blocks that are taken away from a request are given up only once the belt
 reads them no more (a matter of microseconds, and rare).
@@ -10,16 +9,20 @@ reads them no more (a matter of microseconds, and rare).
 
 import logging
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from kvbelt.errors import KVBeltError
-from kvbelt.transfer.ports import Lost, ReceivedKV, Sending, SlotGoneError, TransferOutcome
-from kvbelt.vllm.orders import Claim, Load, News, Orders, Send, Written
-from kvbelt.wire.handoff import PrefillHandoff
-from kvbelt.wire.ids import TransferId
+import msgspec
+
+from kvbelt.transfer.ports import PeerOutcome, ReceivedKV, Sending, TransferOutcome
+from kvbelt.vllm.about import Looks
+from kvbelt.vllm.held_prefixes import HeldPrefixes
+from kvbelt.vllm.host_worker import HostWorker
+from kvbelt.vllm.loading import Loading, Receiver
+from kvbelt.vllm.orders import Claim, Keep, News, Orders, Send, Written
+from kvbelt.wire.handoff import PrefillHandoff, ReceiverAddress
+from kvbelt.wire.ids import EngineId
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +30,7 @@ log = logging.getLogger(__name__)
 PREEMPT_SECONDS = 2.0
 
 
-class BeltPort(Protocol):
+class BeltPort(Receiver, Protocol):
     """What is needed of ``transfer.belt.Belt``."""
 
     def send(
@@ -36,13 +39,12 @@ class BeltPort(Protocol):
         num_tokens: int,
         on_blocks_free: Callable[[], None],
         on_end: Callable[[TransferOutcome], None],
+        prefix_hashes: Sequence[bytes] = (),
     ) -> Sending:
         """Begin to send a prompt's KV."""
 
-    def receive(
-        self, transfer_id: TransferId, deadline_seconds: float, on_arrival: Callable[[ReceivedKV | Lost], None]
-    ) -> Callable[[], None]:
-        """Wait for a transfer's KV."""
+    def warm(self, address: ReceiverAddress, on_end: Callable[[PeerOutcome], None]) -> None:
+        """Connect to a receiver."""
 
 
 class Compute(Protocol):
@@ -57,60 +59,73 @@ class Compute(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Outgoing:
-    """A prompt that leaves. Known from its first step until vLLM has its blocks back."""
+    """A prompt whose blocks are read: they leave over the belt, or are kept in host memory, or both.
+
+    Known from the first step that reads them until vLLM has its blocks back.
+    """
 
     sending: Sending | None = None
     complete: bool = False  #: every block has been handed over
     finished: bool = False  #: vLLM has done with the request, and waits for its blocks
-    blocks_free: threading.Event = field(default_factory=threading.Event)
-
-
-@dataclass(slots=True, eq=False)
-class Incoming:
-    """A prompt that comes. Known from its claim until vLLM was told that it is there, or until nobody wants it."""
-
-    cancel: Callable[[], None] = lambda: None
-    load: Load | None = None
-    arrival: ReceivedKV | Lost | None = None
-    dropped: bool = False
-    loading: bool = False  #: the loader has it, or has had it
+    blocks_free: threading.Event = field(default_factory=threading.Event)  #: the belt reads them no more
 
 
 class WorkerSide:
-    """All transfers of one worker process."""
+    """All transfers of one worker process; for what comes it has ``Loading``, for host memory ``HostWorker``."""
 
-    def __init__(self, belt: BeltPort, num_layers: int, compute: Compute) -> None:
+    def __init__(  # noqa: PLR0917 -- its seams
+        self,
+        belt: BeltPort,
+        num_layers: int,
+        compute: Compute,
+        host: HostWorker | None = None,
+        held: HeldPrefixes | None = None,
+        rank: int = 0,
+        looks: Looks | None = None,
+    ) -> None:
         self._belt = belt
+        self._rank = rank
+        self._held = held
+        self._looks = looks
+        self._host = host
         self._num_layers = num_layers
         self._compute = compute
         self._lock = threading.Lock()
         self._outgoing: dict[str, Outgoing] = {}
-        self._incoming: dict[str, Incoming] = {}
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="kvbelt-load")
+        self._loading = Loading(belt)
         # Of this step. Only the model runner's thread touches them.
         self._written: tuple[Written, ...] = ()
+        self._keeps: tuple[Keep, ...] = ()
         self._saved: set[int] = set()
         # To be reported with the next output.
-        self._loaded: set[str] = set()
         self._bad_blocks: set[int] = set()
-        self._received: dict[str, str] = {}
         self._sent: dict[str, str] = {}
+        self._peers: dict[EngineId, str] = {}
 
     # The model runner's thread, in the order of a step.
 
     def begin_step(self, orders: Orders) -> None:
         """Before the forward pass."""
+        if self._held is not None:
+            self._held.update(orders.held, orders.gone)
         for request_id in orders.preempted:
             self._give_up(request_id)
         for send in orders.sends:
             self._begin_to_send(send)
         for claim in orders.claims:
-            self._claim(claim)
+            self._loading.claim(claim)
         for load in orders.loads:
-            self._load(load)
+            self._loading.load(load)
         for request_id in orders.drops:
-            self._drop(request_id)
-        self._written = orders.written
+            self._loading.drop(request_id)
+        for receiver in orders.warms:
+            self._warm(receiver)
+        if orders.look and self._looks is not None:
+            self._looks.begin()
+        if self._host is not None:
+            for restore in orders.restores:
+                self._host.restore(restore)
+        self._written, self._keeps = orders.written, orders.keeps
         self._saved.clear()
 
     def layer_written(self, layer: int) -> None:
@@ -122,10 +137,15 @@ class WorkerSide:
     def end_step(self) -> None:
         """After the forward pass."""
         written, self._written = self._written, ()
-        if not written:
+        keeps, self._keeps = self._keeps, ()
+        if not written and not keeps:
             return
         mark = self._compute.mark()
-        if len(self._saved) < self._num_layers:
+        if self._host is not None:
+            for keep in keeps:
+                self._reads_without_sending(keep.request_id)
+                self._host.keep(keep, mark)
+        if written and len(self._saved) < self._num_layers:
             # A pass that was replayed as one graph calls no hook in its layers.
             self._written = written
             for layer in range(self._num_layers):
@@ -147,32 +167,72 @@ class WorkerSide:
             outgoing.finished = True
             if not outgoing.complete and outgoing.sending is not None:
                 outgoing.sending.cancel("aborted")
-        sent = {name for name, one in self._outgoing.items() if one.finished and one.blocks_free.is_set()}
+        sent = {
+            name
+            for name, one in self._outgoing.items()
+            if one.finished and one.blocks_free.is_set() and not (self._host is not None and self._host.reads(name))
+        }
         for request_id in sent:
             del self._outgoing[request_id]
-        with self._lock:
-            loaded, self._loaded = self._loaded, set()
+        loaded, bad = self._loading.take_loaded()
+        self._bad_blocks |= bad
+        if self._host is not None:
+            restored, bad = self._host.take_loaded()
+            loaded |= restored
+            self._bad_blocks |= bad
         return sent, loaded
 
     def take_bad_blocks(self) -> set[int]:
         """Blocks of the loads last returned by ``finished`` that were not filled."""
-        with self._lock:
-            bad, self._bad_blocks = self._bad_blocks, set()
+        bad, self._bad_blocks = self._bad_blocks, set()
         return bad
 
     def take_news(self) -> News:
         """How transfers have ended since the last call."""
+        spoiled = self._host.take_spoiled() if self._host is not None else frozenset[int]()
+        seen = self._looks.take() if self._looks is not None else None
+        looks = {} if seen is None else {self._rank: seen}
         with self._lock:
-            news = News(self._received, self._sent)
-            if news:
-                self._received, self._sent = {}, {}
-        return news
+            sent, self._sent = self._sent, {}
+            peers, self._peers = self._peers, {}
+        return News(self._loading.take_received(), sent, spoiled, peers, looks)
 
     def close(self) -> None:
         """After the belt was closed."""
-        self._loader.shutdown(wait=True)
+        self._loading.close()
+        if self._looks is not None:
+            self._looks.close()
+        if self._host is not None:
+            self._host.close()
+
+    # The scheduler's side, where it lives in this process and on the model runner's thread.
+
+    def claim(self, claim: Claim) -> None:
+        """Wait for the KV of a transfer, before a step says so."""
+        self._loading.claim(claim)
+
+    def at_hand(self, request_id: str, seconds: float) -> ReceivedKV | None:
+        """What was claimed, if all of it is here; the belt has so long to look."""
+        return self._loading.at_hand(request_id, seconds)
+
+    def drop(self, request_id: str) -> None:
+        """Nobody wants it any more."""
+        self._loading.drop(request_id)
 
     # Sending.
+
+    def _warm(self, receiver: ReceiverAddress) -> None:
+        def on_end(outcome: PeerOutcome) -> None:
+            if not outcome.ok:
+                log.warning("decode server %s is not connected: %s (%s)", address, outcome.reason, outcome.detail)
+            with self._lock:
+                self._peers[receiver.engine_id] = "" if outcome.ok else outcome.reason
+
+        address = receiver.of_rank(self._rank)
+        if address is None:
+            on_end(PeerOutcome(ok=False, reason="refused_tp_size", detail=f"it has no rank {self._rank}"))
+        else:
+            self._belt.warm(address, on_end)
 
     def _begin_to_send(self, send: Send) -> None:
         outgoing = Outgoing()
@@ -181,7 +241,18 @@ class WorkerSide:
         def on_end(outcome: TransferOutcome) -> None:
             self._on_sent(send.request_id, outcome)
 
-        outgoing.sending = self._belt.send(send.handoff, send.num_tokens, outgoing.blocks_free.set, on_end)
+        receiver = send.handoff.receiver.of_rank(self._rank)
+        if receiver is None:
+            # With rank 0 the handshake says so, too; this rank has nobody to shake hands with.
+            outgoing.blocks_free.set()
+            num_ranks = 1 + len(send.handoff.receiver.ranks)
+            detail = f"the receiver has {num_ranks} tensor-parallel ranks, here is rank {self._rank}"
+            on_end(TransferOutcome(ok=False, reason="refused_tp_size", detail=detail))
+            return
+        handoff = msgspec.structs.replace(send.handoff, receiver=receiver)
+        outgoing.sending = self._belt.send(
+            handoff, send.num_tokens, outgoing.blocks_free.set, on_end, send.prefix_hashes
+        )
 
     def _hand_over(self, layer: int, mark: Any) -> None:
         for prompt in self._written:
@@ -189,13 +260,21 @@ class WorkerSide:
             if outgoing is not None and outgoing.sending is not None:
                 outgoing.sending.blocks_written(layer, prompt.first, prompt.block_ids, mark)
 
+    def _reads_without_sending(self, request_id: str) -> None:
+        if request_id not in self._outgoing:
+            outgoing = self._outgoing[request_id] = Outgoing()
+            outgoing.blocks_free.set()
+
     def _give_up(self, request_id: str) -> None:
         outgoing = self._outgoing.pop(request_id, None)
-        if outgoing is None or outgoing.sending is None:
+        if outgoing is None:
             return
-        outgoing.sending.cancel("preempted")
-        if not outgoing.blocks_free.wait(PREEMPT_SECONDS):
-            # Cancelled it is in any case: what is still read from its blocks will never be committed.
+        if outgoing.sending is not None:
+            outgoing.sending.cancel("preempted")
+        free = outgoing.blocks_free.wait(PREEMPT_SECONDS)
+        kept = self._host is None or self._host.give_up(request_id, PREEMPT_SECONDS)
+        if not free or not kept:
+            # What is still read from its blocks will never be committed, nor be loaded from host memory.
             log.error("request %s: its blocks were read for %s s after it was preempted", request_id, PREEMPT_SECONDS)
 
     def _on_sent(self, request_id: str, outcome: TransferOutcome) -> None:
@@ -203,84 +282,3 @@ class WorkerSide:
             log.warning("the KV of request %s was not sent: %s (%s)", request_id, outcome.reason, outcome.detail)
         with self._lock:
             self._sent[request_id] = "" if outcome.ok else outcome.reason
-
-    # Receiving.
-
-    def _claim(self, claim: Claim) -> None:
-        incoming = Incoming()
-        self._incoming[claim.request_id] = incoming
-
-        def on_arrival(arrival: ReceivedKV | Lost) -> None:
-            self._on_arrival(claim.request_id, incoming, arrival)
-
-        handoff = claim.handoff
-        incoming.cancel = self._belt.receive(handoff.transfer_id, handoff.deadline_seconds, on_arrival)
-
-    def _load(self, load: Load) -> None:
-        with self._lock:
-            incoming = self._incoming[load.request_id]
-            incoming.load = load
-        self._go_on(load.request_id, incoming)
-
-    def _drop(self, request_id: str) -> None:
-        with self._lock:
-            incoming = self._incoming.get(request_id)
-            if incoming is None:
-                return
-            incoming.dropped = True
-            if incoming.load is None:
-                # vLLM waits for nothing; what may still come is released as it comes.
-                del self._incoming[request_id]
-        incoming.cancel()
-        self._go_on(request_id, incoming)
-
-    def _on_arrival(self, request_id: str, incoming: Incoming, arrival: ReceivedKV | Lost) -> None:
-        with self._lock:
-            incoming.arrival = arrival
-        self._go_on(request_id, incoming)
-
-    def _go_on(self, request_id: str, incoming: Incoming) -> None:
-        """Hand it to the loader once everything it needs is there."""
-        with self._lock:
-            arrival, load = incoming.arrival, incoming.load
-            if arrival is None or incoming.loading or (load is None and not incoming.dropped):
-                return
-            incoming.loading = True
-        self._loader.submit(self._finish_load, request_id, incoming, arrival, load)
-
-    def _finish_load(self, request_id: str, incoming: Incoming, arrival: ReceivedKV | Lost, load: Load | None) -> None:
-        """The loader's thread: fill the blocks, release the slot, report."""
-        reason = "dropped"
-        try:
-            if isinstance(arrival, Lost):
-                reason = arrival.reason
-                if not incoming.dropped:
-                    log.warning("the KV of request %s did not come: %s (%s)", request_id, reason, arrival.detail)
-            elif load is not None and not incoming.dropped:
-                reason = self._fill(request_id, arrival, load)
-        finally:
-            if not isinstance(arrival, Lost):
-                arrival.release()
-            if load is not None:
-                with self._lock:
-                    del self._incoming[request_id]
-                    self._loaded.add(request_id)
-                    self._received[request_id] = reason
-                    if reason and not incoming.dropped:
-                        self._bad_blocks.update(load.block_ids)
-
-    @staticmethod
-    def _fill(request_id: str, received: ReceivedKV, load: Load) -> str:
-        # One more token than is loaded where this server derives the first token itself.
-        if received.num_tokens not in (load.num_tokens, load.num_tokens + 1):
-            log.error("request %s: KV of %d tokens for %d", request_id, received.num_tokens, load.num_tokens)
-            return "wrong_length"
-        try:
-            received.scatter(load.block_ids, load.first)
-        except SlotGoneError:
-            return "slot_gone"
-        except (KVBeltError, RuntimeError, ValueError):
-            # A device that fails fails vLLM too; this request is not the one to bring it down.
-            log.exception("request %s: its KV could not be copied", request_id)
-            return "copy_failed"
-        return ""
