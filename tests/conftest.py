@@ -3,8 +3,13 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from kvbelt.ops.demo_model import demo_model_dir
+
+# How long an example takes, or making it, says something about the machine only.
+settings.register_profile("kvbelt", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("kvbelt")
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,15 @@ class Answer:
     path: str = field(default="", compare=False)  #: how it was made, as the proxy says
 
 
+#: One for all: making a client takes longer than asking. It keeps no connection, whose peer a test may have killed.
+_CLIENT = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
+
+
+def get(url: str) -> httpx.Response:
+    """What is there now, whatever its status; the machine may be busy for a while before it comes."""
+    return _CLIENT.get(url)
+
+
 def _path(body: dict[str, Any]) -> str:
     return "/v1/chat/completions" if "messages" in body else "/v1/completions"
 
@@ -32,7 +41,7 @@ def ask(url: str, body: dict[str, Any], *, stream: bool, timeout: float = 180) -
     if stream:
         body["stream_options"] = {"include_usage": True}
         return _streamed(url, body, timeout)
-    reply = httpx.post(url + _path(body), json=body, timeout=timeout)
+    reply = _CLIENT.post(url + _path(body), json=body, timeout=timeout)
     assert reply.status_code == 200, reply.text
     answer = reply.json()
     choices = answer["choices"]
@@ -60,7 +69,7 @@ def _streamed(url: str, body: dict[str, Any], timeout: float) -> Answer:
     ends: dict[int, str | None] = {}
     logprobs: dict[int, list[Any]] = {}
     usage, seen = None, []
-    with httpx.stream("POST", url + _path(body), json=body, timeout=timeout) as reply:
+    with _CLIENT.stream("POST", url + _path(body), json=body, timeout=timeout) as reply:
         assert reply.status_code == 200, reply.read()
         for event in events(reply):
             seen.append(event)
@@ -122,8 +131,11 @@ def ask_all(url: str, bodies: list[dict[str, Any]], *, at_once: int, stream: boo
         return list(pool.map(lambda body: ask(url, body, stream=stream), bodies))
 
 
-def until(condition: Callable[[], Any], *, within: float, what: str) -> Any:
-    """Poll until ``condition`` gives something true; the test fails with ``what`` otherwise."""
+def until(condition: Callable[[], Any], *, what: str, within: float = 60) -> Any:
+    """Poll until ``condition`` gives something true; the test fails with ``what`` otherwise.
+
+    However long it takes on a machine that does much else: that it comes is what is tested, not when.
+    """
     deadline = time.monotonic() + within
     while time.monotonic() < deadline:
         if found := condition():

@@ -9,6 +9,7 @@ import pytest
 from kvbelt.ops.deployment import SyncDeployment, running
 from kvbelt.ops.processes import DeploymentSpec
 from kvbelt.ops.topology import Topology
+from tests.channels.carriers import need
 
 #: Enough for the longest prompts of these tests, small enough for a laptop.
 MAX_MODEL_LEN = 2048
@@ -36,10 +37,24 @@ def one_p_one_d(demo_model: Path) -> Iterator[SyncDeployment]:
         yield deployment
 
 
+@pytest.fixture(scope="module")
+def one_p_one_d_mooncake(demo_model: Path) -> Iterator[SyncDeployment]:
+    """1p1d over the other carrier."""
+    need("mooncake")
+    with running(deployment_spec(demo_model, "1p1d", transfer_channel="mooncake")) as deployment:
+        yield deployment
+
+
 @pytest.fixture(scope="session")
-def two_p_two_d(demo_model: Path) -> Iterator[SyncDeployment]:
+def two_p_two_d_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of its logs: ``proxy.log`` and one of each worker."""
+    return tmp_path_factory.mktemp("2p2d-logs")
+
+
+@pytest.fixture(scope="session")
+def two_p_two_d(demo_model: Path, two_p_two_d_logs: Path) -> Iterator[SyncDeployment]:
     """2p2d, shared: tests must leave it whole."""
-    with running(deployment_spec(demo_model, "2p2d")) as deployment:
+    with running(deployment_spec(demo_model, "2p2d", log_dir=two_p_two_d_logs)) as deployment:
         yield deployment
 
 

@@ -14,6 +14,9 @@ pytestmark = pytest.mark.e2e
 
 NEW_TOKENS = 20
 GREEDY = [{**body, "temperature": 0, "max_tokens": NEW_TOKENS} for body in TWENTY]
+#: What is asked one at a time in each topology. The two longest, more tokens than all others together, are asked eight
+#: at a time in each.
+SHORTER = len(GREEDY) - 2
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,7 @@ def test_aggregated_equals_generate(yardstick: list[Answer], generated: list[tup
     [
         pytest.param("one_p_one_d", False, 1, id="1p1d-whole-alone"),
         pytest.param("one_p_one_d", True, 8, id="1p1d-streamed-eight"),
+        pytest.param("one_p_one_d_mooncake", False, 8, id="1p1d-mooncake-whole-eight"),
         pytest.param("two_p_two_d", True, 1, id="2p2d-streamed-alone"),
         pytest.param("two_p_two_d", False, 8, id="2p2d-whole-eight"),
         pytest.param("aggregated", True, 8, id="0p1d-streamed-eight"),
@@ -76,8 +80,9 @@ def test_every_topology_gives_the_same_answers(
 ) -> None:
     """Texts, ids, ends and usage equal the aggregated server's, streamed or whole, alone or eight at a time."""
     deployment: SyncDeployment = request.getfixturevalue(topology)
-    answers = ask_all(deployment.url, GREEDY, at_once=at_once, stream=stream)
-    for answer, expected in zip(answers, yardstick, strict=True):
+    count = SHORTER if at_once == 1 else len(GREEDY)
+    answers = ask_all(deployment.url, GREEDY[:count], at_once=at_once, stream=stream)
+    for answer, expected in zip(answers, yardstick[:count], strict=True):
         assert_same(answer, expected)
     paths = {answer.path.partition(";")[0] for answer in answers}
     assert paths <= ({"local"} if topology == "aggregated" else {"first-token", "re-derive"})

@@ -11,23 +11,52 @@ import httpx
 import pytest
 
 from kvbelt.ops.deployment import RunningProcess, SyncDeployment, running
-from tests.e2e.asking import Answer, ask, events, until
+from tests.e2e.asking import Answer, ask, events, get, until
 from tests.e2e.conftest import deployment_spec
 from tests.e2e.prompts import long_text
 
 pytestmark = pytest.mark.e2e
 
 SHORT: dict[str, Any] = {"prompt": "The capital of France is", "temperature": 0, "max_tokens": 12}
-#: Long enough that several chunks leave one after the other while the rest is computed.
-LONG: dict[str, Any] = {"prompt": long_text(1000), "temperature": 0, "max_tokens": 12}
+LONG: dict[str, Any] = {"prompt": long_text(800), "temperature": 0, "max_tokens": 12}
 ENDLESS: dict[str, Any] = {"prompt": "Once upon a time", "temperature": 0, "max_tokens": 1500, "ignore_eos": True}
 
 
-@pytest.fixture
-def deployment(demo_model: Path) -> Iterator[SyncDeployment]:
-    """A 1p1d of its own, to break."""
+@pytest.fixture(scope="module")
+def started(demo_model: Path) -> Iterator[SyncDeployment]:
+    """A 1p1d of this module's own, to break."""
     with running(deployment_spec(demo_model, "1p1d")) as own:
         yield own
+
+
+@pytest.fixture
+def deployment(started: SyncDeployment) -> SyncDeployment:
+    """Whole and working, whatever the test before has done to it."""
+    for process in started.processes:
+        if not process.running:
+            started.restart(process.name)
+    until(lambda: whole(started), what="a whole deployment")
+    return started
+
+
+def whole(deployment: SyncDeployment) -> bool:
+    """Every worker takes requests, and the pair is connected."""
+    workers = get(deployment.url + "/health").json()["workers"]
+    return all(worker["state"] == "ready" and not worker["warming"] for worker in workers)
+
+
+def kill(deployment: SyncDeployment, name: str) -> None:
+    """With SIGKILL; returns when it is gone."""
+    os.kill(deployment.process(name).pid, signal.SIGKILL)
+    until(lambda: not deployment.process(name).running, what=f"the end of {name}")
+
+
+def long(salt: str) -> dict[str, Any]:
+    """A prompt long enough that several chunks leave one after the other while the rest is computed.
+
+    ``salt``: nobody has any of it from another test.
+    """
+    return {**LONG, "cache_salt": salt}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +70,7 @@ def expected(aggregated: SyncDeployment) -> dict[str, Answer]:
 
 def belt_of(process: RunningProcess) -> dict[str, Any]:
     """A worker's belt, as its health tells it."""
-    body: dict[str, Any] = httpx.get(process.url + "/health", timeout=5).json()
+    body: dict[str, Any] = get(process.url + "/health").json()
     return body["belt"]
 
 
@@ -58,12 +87,12 @@ class Asking:
         self._pool = ThreadPoolExecutor(1)
         path = "/v1/completions"
         wanted = {**body, "return_token_ids": True}
-        self.reply = self._pool.submit(lambda: httpx.post(url + path, json=wanted, timeout=60))
+        self.reply = self._pool.submit(lambda: httpx.post(url + path, json=wanted, timeout=180))
         self._pool.shutdown(wait=False)
 
     def answer_or_error(self) -> httpx.Response:
         """The reply; a hang is a failure of the test by httpx's own timeout."""
-        return self.reply.result(timeout=70)
+        return self.reply.result(timeout=200)
 
 
 def assert_right(reply: httpx.Response, expected: Answer) -> str:
@@ -75,7 +104,7 @@ def assert_right(reply: httpx.Response, expected: Answer) -> str:
 
 def wait_for_transfer(decode: RunningProcess) -> None:
     """Until bytes are reserved on the decode worker: a transfer is under way."""
-    until(lambda: bytes_held(decode)["reserved"], within=30, what="a transfer under way")
+    until(lambda: bytes_held(decode)["reserved"], what="a transfer under way")
 
 
 def assert_serves_through_prefill(deployment: SyncDeployment, expected: Answer) -> None:
@@ -86,25 +115,25 @@ def assert_serves_through_prefill(deployment: SyncDeployment, expected: Answer) 
         # The proxy asks a worker that was lost once a second whether it is back.
         return reply.status_code != 503 and assert_right(reply, expected).startswith("first-token")
 
-    until(disaggregated, within=30, what="a request through the prefill worker")
+    until(disaggregated, what="a request through the prefill worker")
 
 
 def test_prefill_killed_before_the_request(deployment: SyncDeployment, expected: dict[str, Answer]) -> None:
     """Without its prefill worker the decode worker answers alone, rightly, and the header says so."""
-    os.kill(deployment.process("prefill-0").pid, signal.SIGKILL)
+    kill(deployment, "prefill-0")
     path = assert_right(Asking(deployment.url, SHORT).answer_or_error(), expected["short"])
     assert path.startswith("local; reason=")
 
 
 def test_prefill_killed_during_the_transfer(deployment: SyncDeployment, expected: dict[str, Answer]) -> None:
     """Killed between two chunks: the decode worker computes the prompt itself; its buffer is given back."""
-    prefill, decode = deployment.process("prefill-0"), deployment.process("decode-0")
-    request = Asking(deployment.url, LONG)
+    decode = deployment.process("decode-0")
+    request = Asking(deployment.url, long("killed"))
     wait_for_transfer(decode)
-    os.kill(prefill.pid, signal.SIGKILL)
+    kill(deployment, "prefill-0")
     path = assert_right(request.answer_or_error(), expected["long"])
     assert path.startswith("local; reason=")
-    until(lambda: not any(bytes_held(decode).values()), within=15, what="the dead worker's slot given back")
+    until(lambda: not any(bytes_held(decode).values()), what="the dead worker's slot given back")
     deployment.restart("prefill-0")
     assert_serves_through_prefill(deployment, expected["short"])
 
@@ -116,7 +145,7 @@ def test_prefill_killed_after_the_transfer(deployment: SyncDeployment) -> None:
         stream = events(reply)
         for _ in range(3):
             next(stream)
-        os.kill(deployment.process("prefill-0").pid, signal.SIGKILL)
+        kill(deployment, "prefill-0")
         rest = list(stream)
     assert rest[-1] == "[DONE]"
     assert rest[-2]["choices"][0]["finish_reason"] == "length"
@@ -125,17 +154,17 @@ def test_prefill_killed_after_the_transfer(deployment: SyncDeployment) -> None:
 def test_prefill_stopped_during_the_transfer(deployment: SyncDeployment, expected: dict[str, Answer]) -> None:
     """Frozen with SIGSTOP mid-transfer: the right answer all the same; woken up, it does no harm and serves again."""
     prefill, decode = deployment.process("prefill-0"), deployment.process("decode-0")
-    request = Asking(deployment.url, LONG)
+    request = Asking(deployment.url, long("stopped"))
     wait_for_transfer(decode)
     os.kill(prefill.pid, signal.SIGSTOP)
     try:
         path = assert_right(request.answer_or_error(), expected["long"])
         assert path.startswith("local; reason=")
-        until(lambda: bytes_held(decode)["quarantined"], within=15, what="the frozen writer's slot in quarantine")
+        until(lambda: bytes_held(decode)["quarantined"], what="the frozen writer's slot in quarantine")
         assert_right(Asking(deployment.url, SHORT).answer_or_error(), expected["short"])
     finally:
         os.kill(prefill.pid, signal.SIGCONT)
-    until(lambda: not any(bytes_held(decode).values()), within=15, what="the slot back, once the writer has said so")
+    until(lambda: not any(bytes_held(decode).values()), what="the slot back, once the writer has said so")
     assert_serves_through_prefill(deployment, expected["short"])
 
 
@@ -147,7 +176,7 @@ def test_decode_killed_mid_stream(deployment: SyncDeployment, expected: dict[str
         stream = events(reply)
         for _ in range(4):
             next(stream)
-        os.kill(deployment.process("decode-0").pid, signal.SIGKILL)
+        kill(deployment, "decode-0")
         rest = list(stream)
     assert rest[-1] == "[DONE]"
     assert "was lost" in rest[-2]["error"]["message"]
@@ -162,8 +191,8 @@ def test_decode_killed_under_a_whole_answer(deployment: SyncDeployment) -> None:
     """A client that does not stream gets an error status in OpenAI's shape."""
     decode = deployment.process("decode-0")
     request = Asking(deployment.url, ENDLESS)
-    until(lambda: httpx.get(decode.url + "/health").json()["load"]["running"], within=30, what="decoding")
-    os.kill(decode.pid, signal.SIGKILL)
+    until(lambda: get(decode.url + "/health").json()["load"]["running"], what="decoding")
+    kill(deployment, "decode-0")
     reply = request.answer_or_error()
     assert reply.status_code in {502, 503}
     assert reply.json()["error"]["message"]
@@ -174,20 +203,22 @@ def test_client_gone_stops_both_workers(one_p_one_d: SyncDeployment) -> None:
     prefill, decode = one_p_one_d.process("prefill-0"), one_p_one_d.process("decode-0")
 
     def busy(worker: RunningProcess) -> int:
-        load: dict[str, int] = httpx.get(worker.url + "/health").json()["load"]
+        load: dict[str, int] = get(worker.url + "/health").json()["load"]
         return load["running"] + load["waiting"]
 
     def idle_and_empty() -> bool:
-        load = httpx.get(decode.url + "/health").json()["load"]
+        load = get(decode.url + "/health").json()["load"]
         return not (busy(prefill) or busy(decode) or any(bytes_held(decode).values())) and (
             load["blocks_free"] == load["blocks_total"]
         )
 
     with pytest.raises(httpx.ReadTimeout):  # leaves while the prefill worker computes
         httpx.post(one_p_one_d.url + "/v1/completions", json={**LONG, "prompt": long_text(1100, 9)}, timeout=1.0)
-    until(idle_and_empty, within=10, what="nothing left of the prompt nobody waits for")
-    with httpx.stream("POST", one_p_one_d.url + "/v1/completions", json={**ENDLESS, "stream": True}) as reply:
+    until(idle_and_empty, what="nothing left of the prompt nobody waits for")
+    with httpx.stream(
+        "POST", one_p_one_d.url + "/v1/completions", json={**ENDLESS, "stream": True}, timeout=60
+    ) as reply:
         stream = events(reply)
         next(stream)
-        until(lambda: busy(decode), within=10, what="decoding")
-    until(idle_and_empty, within=10, what="nothing left of the answer nobody reads")
+        until(lambda: busy(decode), what="decoding")
+    until(idle_and_empty, what="nothing left of the answer nobody reads")

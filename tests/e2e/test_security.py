@@ -10,44 +10,47 @@ import pytest
 import zmq
 
 from kvbelt.ops.deployment import RunningProcess, SyncDeployment, running
+from kvbelt.ops.tiny_model import tiny_model_dir
 from kvbelt.security.keys import KeyPair, load_keys, new_key_pair
 from kvbelt.wire import codec
 from kvbelt.wire import handshake as h
 from kvbelt.wire.ids import EngineId
 from kvbelt.wire.layout import KVLayout
-from tests.e2e.asking import ask, until
+from tests.e2e.asking import ask, get, until
 from tests.e2e.conftest import deployment_spec
-from tests.security.support import peer
+from tests.security.support import knock, peer
 
 pytestmark = pytest.mark.e2e
 
 BODY: dict[str, Any] = {"prompt": "The capital of France is", "temperature": 0, "max_tokens": 4}
+#: To the tiny model, whose first token is a whole character here.
+TINY: dict[str, Any] = {**BODY, "prompt": "Twelve monkeys"}
 LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=1, block_size=1, dtype="x", order="x", block_bytes=1)
 
 
 @pytest.fixture
-def without_keys(demo_model: Path) -> Iterator[SyncDeployment]:
-    """The switch: the same deployment with open ports."""
-    with running(deployment_spec(demo_model, "1p1d", curve=False)) as deployment:
+def without_keys() -> Iterator[SyncDeployment]:
+    """The switch: a deployment with open ports."""
+    with running(deployment_spec(tiny_model_dir(print), "1p1d", curve=False)) as deployment:
         yield deployment
 
 
 def health(process: RunningProcess) -> dict[str, Any]:
     """What a process says of itself."""
-    body: dict[str, Any] = httpx.get(process.url + "/health", timeout=5).json()
+    body: dict[str, Any] = get(process.url + "/health").json()
     return body
 
 
 def refusals(process: RunningProcess, reason: str) -> float:
     """How often this was refused, on all its control ports, as its metrics say."""
-    text = httpx.get(process.url + "/metrics", timeout=5).text
+    text = get(process.url + "/metrics").text
     lines = re.findall(rf'^kvbelt_refused_messages_total{{reason="{reason}",socket="\w+"}} (\S+)', text, re.MULTILINE)
     return sum(map(float, lines))
 
 
 def over_the_belt(url: str) -> bool:
     """Whether a request is answered with KV that was sent."""
-    reply = httpx.post(url + "/v1/completions", json=BODY, timeout=60)
+    reply = httpx.post(url + "/v1/completions", json=TINY, timeout=60)
     return reply.status_code == 200 and reply.headers["x-kvbelt-path"].startswith("first-token")
 
 
@@ -80,16 +83,15 @@ def test_a_deployment_has_keys_and_answers_nobody_else(one_p_one_d: SyncDeployme
     reason = "unknown_key" if key == "unknown" else "handshake"
     before = refusals(decode, reason)
     with peer(receiver["init_port"], own=own, server=receiver["public_key"], wait_ms=0) as socket:
-        socket.sndtimeo = 5_000
-        socket.send(hello(receiver["engine_id"]))
-        until(lambda: refusals(decode, reason) > before, within=20, what="it is counted")
+        knock(socket, hello(receiver["engine_id"]))
+        until(lambda: refusals(decode, reason) > before, what="it is counted")
         assert ask(one_p_one_d.url, BODY, stream=False).path.startswith("first-token")
         with pytest.raises(zmq.Again):
             socket.recv()
     before = refusals(proxy, reason)
     with peer(one_p_one_d.ports.notify, zmq.PUSH, own=own, server=_proxy_key(prefill)) as socket:
-        socket.send(b"rubbish")
-        until(lambda: refusals(proxy, reason) > before, within=20, what="it is counted")
+        knock(socket, b"rubbish")
+        until(lambda: refusals(proxy, reason) > before, what="it is counted")
 
 
 def test_without_keys_the_stranger_is_answered(without_keys: SyncDeployment) -> None:
@@ -102,20 +104,18 @@ def test_without_keys_the_stranger_is_answered(without_keys: SyncDeployment) -> 
         assert isinstance(codec.handshakes().decode(socket.recv()), h.HandshakeRefused)
 
 
-def test_notifications_arrive_and_restarted_workers_are_let_in(demo_model: Path) -> None:
+def test_notifications_arrive_and_restarted_workers_are_let_in() -> None:
     """A new life with the same key: the next answers go over the belt, and the proxy is told of them."""
-    with running(deployment_spec(demo_model, "1p1d")) as deployment:
+    with running(deployment_spec(tiny_model_dir(print), "1p1d")) as deployment:
         for name in ("prefill-0", "decode-0", "proxy"):
             deployment.restart(name)
             until(
                 lambda: over_the_belt(deployment.url),
-                within=60,
                 what=f"an answer over the belt after the restart of {name}",
             )
             told = deployment.url + "/kvbelt/requests"
             until(
-                lambda told=told: (httpx.get(told).json()["requests"][0]["transfer"] or {}).get("state") == "done",
-                within=20,
+                lambda told=told: (get(told).json()["requests"][0]["transfer"] or {}).get("state") == "done",
                 what="the proxy is told of the transfer",
             )
 
