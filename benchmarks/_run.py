@@ -70,10 +70,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def machine() -> dict[str, Any]:
-    """What figures depend on: processor, cores, versions."""
+def machine(packages: Sequence[str] = ()) -> dict[str, Any]:
+    """What figures depend on: processor, cores, versions, also of these packages."""
     versions: dict[str, str | None] = {}
-    for name in ("kvbelt", "torch", "transformers", "nixl"):
+    for name in ("kvbelt", "torch", "transformers", "nixl", *packages):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -151,9 +151,9 @@ def quiet_console() -> Console:
     return Console(show_logs=False)
 
 
-def finish(name: str, shown: str, results: Any, json_file: Path | None) -> None:
-    """Print the table, and write the JSON if asked to."""
-    host = machine()
+def finish(name: str, shown: str, results: Any, json_file: Path | None, *, packages: Sequence[str] = ()) -> None:
+    """Print the table, and write the JSON if asked to; ``packages`` are those whose versions matter besides ours."""
+    host = machine(packages)
     versions = ", ".join(f"{package} {version}" for package, version in host["versions"].items())
     print(f"{name} on {host['processor']}, {host['cores']} cores; {versions}\n")
     print(shown, flush=True)

@@ -1,17 +1,27 @@
-"""The belt between two GPUs without vLLM: every byte compared, and how long the handover takes.
+"""The belt between two GPUs, or two processes of one, without vLLM: every byte compared, and the handover timed.
 
     python benchmarks/gpu/belt.py                     # two GPUs, the KV of Llama-3.1-8B, 7,504 tokens
-    python benchmarks/gpu/belt.py --device cpu --tokens 512
+    python benchmarks/gpu/belt.py --gpus 0,0          # both processes on one GPU: the bytes count, the times do not
+    python benchmarks/gpu/belt.py --device cpu --tokens 500 --layers 4 --rounds 3 --buffer-gb 0.25 --compute-ms 0
 
 Two processes do what vLLM's model runners do: the one computes (matrix products that take as long as a layer would),
 and hands each layer's blocks over as the connector does; the other has them loaded into blocks of its own. Every
 block's bytes are a function of layer, block and round, so the receiver can tell every wrong one.
 
+First come the cases whose times mean something, then every combination of block size, chunk size and prompts at a time,
+for the bytes alone. The last case is a control: the sender spoils one block in each round, and the run fails if the
+receiver does not find it.
+
 Times are of one clock (both processes run on one machine): **handover** is from the end of the computation on the
-device to the KV usable in the receiver's blocks; **scatter** is the part of it that copies within the receiver.
+device to the KV usable in the receiver's blocks. Of it, **exposed** is what the sender waits for the receiver's word
+that the KV is there, digests included (a mean, the first round's connection included), and **fill** the receiver's copy
+into its blocks.
 """
 
 import argparse
+import contextlib
+import gc
+import itertools
 import json
 import os
 import statistics
@@ -26,7 +36,8 @@ from typing import Any
 import msgspec
 import torch
 
-from kvbelt.vllm.belt_setup import make_belt
+from kvbelt.transfer.ports import ReceivedKV
+from kvbelt.vllm.belt_setup import channel_for, make_belt
 from kvbelt.vllm.compute import CpuCompute, CudaCompute
 from kvbelt.vllm.orders import Claim, Load, Orders, Send, Written
 from kvbelt.vllm.pages import Pages, pages_of
@@ -49,6 +60,7 @@ class Case:
     concurrent: int
     compute_ms: float  #: of one prompt, all layers
     rounds: int
+    spoiled: bool = False  #: a control: one block of each round is sent wrong
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +97,9 @@ class Side:
         self.pages = pages_of(kv, self.num_blocks, block_bytes, "bench")
         self.layout = KVLayout(shape.layers, 8, 128, case.block_size, "bfloat16", self.pages.order, block_bytes)
         settings = load_settings(role, {"pd_buffer_size": shape.buffer_bytes}, shape.device, {})
-        self.belt = make_belt(settings, self.layout, self.pages, EngineId(uuid.uuid4().hex), "bench", "bench")
+        engine_id = EngineId(uuid.uuid4().hex)
+        channel = channel_for(settings, engine_id, self.device)
+        self.belt = make_belt(settings, channel, self.layout, self.pages, engine_id, "bench", "bench")
         self.belt.start()
         self.compute = CudaCompute(self.device) if shape.device == "cuda" else CpuCompute()
         self.side = WorkerSide(self.belt, shape.layers, self.compute)
@@ -132,7 +146,7 @@ class Work:
 
 
 def prefill(shape: Shape, case: Case) -> None:
-    """The sending process."""
+    """The sending process, through one case."""
     me = Side(shape, case, "kv_producer")
     work = Work(me.device, case.compute_ms / shape.layers)
     receiver = msgspec.convert(hear()["receiver"], ReceiverAddress)
@@ -162,6 +176,9 @@ def prefill(shape: Shape, case: Case) -> None:
                     else torch.tensor([block for ids in tables.values() for block in ids[done:ready]], device=me.device)
                 )
                 me.pages.rows[layer].view(torch.int64)[blocks] = content(me.pages, layer, blocks, salt)
+                if case.spoiled and last and layer == shape.layers - 1:
+                    # The last byte of the last whole block that this step hands over.
+                    me.pages.rows[layer][next(iter(tables.values()))[ready - 1], -1] += 1
                 me.side.layer_written(layer)
             me.side.end_step()
             first_step = False
@@ -176,13 +193,16 @@ def prefill(shape: Shape, case: Case) -> None:
             asked = set()
             held -= sent
             time.sleep(0.0005)
-        say(computed=computed, free=time.monotonic(), failed={k: v for k, v in me.side.take_news().sent.items() if v})
+        failed = {name: reason for name, reason in me.side.take_news().sent.items() if reason}
+        exposed = me.belt.snapshot().exposed_seconds
+        say(computed=computed, failed=failed, exposed=[exposed.total * 1000, exposed.count])
     me.close()
 
 
 def decode(shape: Shape, case: Case) -> None:
-    """The receiving process."""
+    """The receiving process, through one case."""
     me = Side(shape, case, "kv_consumer")
+    fills = watch_fills(me)
     say(receiver=msgspec.to_builtins(me.belt.receiver_address()))
     while (order := hear()).get("round") is not None:
         salt, theirs, ours = int(order["round"]), order["theirs"], order["ours"]
@@ -207,8 +227,25 @@ def decode(shape: Shape, case: Case) -> None:
         if shape.device == "cuda":
             torch.cuda.synchronize()
         news = me.side.take_news().received
-        say(loaded=times, wrong=wrong, lost={name: reason for name, reason in news.items() if reason})
+        say(loaded=times, wrong=wrong, lost={name: reason for name, reason in news.items() if reason}, fills=fills)
+        fills.clear()
     me.close()
+
+
+def watch_fills(me: Side) -> list[float]:
+    """Milliseconds of each copy into blocks, as they end."""
+    fills: list[float] = []
+    loading = me.side._loading  # noqa: SLF001 -- what is watched
+    plain = loading._fill  # noqa: SLF001
+
+    def fill(request_id: str, received: ReceivedKV, load: Load) -> str:
+        began = time.monotonic()
+        reason = plain(request_id, received, load)
+        fills.append((time.monotonic() - began) * 1000)
+        return reason
+
+    loading._fill = fill  # type: ignore[method-assign] # noqa: SLF001
+    return fills
 
 
 def tell(process: subprocess.Popen[str], message: dict[str, Any]) -> None:
@@ -228,58 +265,76 @@ def told(process: subprocess.Popen[str]) -> dict[str, Any]:
     raise SystemExit(f"a process of the benchmark ended with status {process.wait()}")
 
 
-def start(shape: Shape, case: Case) -> list[subprocess.Popen[str]]:
-    """The sender on the first GPU, the receiver on the second."""
+def child(side: str, shape: Shape) -> None:
+    """One of the two processes: case after case, as the parent says."""
+    while (given := hear()).get("case") is not None:
+        (prefill if side == "prefill" else decode)(shape, Case(**given["case"]))
+        gc.collect()
+        if shape.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def start(shape: Shape, gpus: list[int]) -> list[subprocess.Popen[str]]:
+    """The sender on the first of these GPUs, the receiver on the second."""
     processes = []
-    for place, side in enumerate(("prefill", "decode")):
-        given = json.dumps([side, msgspec.to_builtins(shape), msgspec.to_builtins(case)])
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(place)}
+    for gpu, side in zip(gpus, ("prefill", "decode"), strict=True):
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}
         if shape.device == "cuda":
             environment.setdefault("UCX_TLS", "cuda_ipc,cuda_copy,tcp")
-        command = [sys.executable, str(Path(__file__).resolve()), "--child", given]
+        command = [sys.executable, str(Path(__file__).resolve())]
+        command += ["--child", json.dumps([side, msgspec.to_builtins(shape)])]
         processes.append(
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         )
     return processes
 
 
-def run_case(shape: Shape, case: Case) -> dict[str, Any]:
-    """Both processes through all rounds of a case."""
-    processes = start(shape, case)
-    sender, receiver = processes
+def end(processes: list[subprocess.Popen[str]]) -> None:
+    """Ask them, then see to it."""
+    for process in processes:
+        if process.poll() is None and process.stdin is not None:
+            with contextlib.suppress(OSError):
+                tell(process, {"case": None})
+    for process in processes:
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
+
+def run_case(shape: Shape, case: Case, processes: list[subprocess.Popen[str]]) -> dict[str, Any]:
+    """Both processes through all rounds of a case."""
+    sender, receiver = processes
+    for process in processes:
+        tell(process, {"case": msgspec.to_builtins(case)})
     handovers: list[float] = []
+    fills: list[float] = []
+    exposed = [0.0, 0]  # of the whole case
     wrong = blocks = 0
     failures: list[str] = []
     per_prompt = -(-shape.tokens // case.block_size)
     num_blocks = per_prompt * case.concurrent + 64
-    try:
-        tell(sender, told(receiver))
-        for number in range(case.rounds):
-            generator = torch.Generator().manual_seed(number)
-            names = [f"{number}-{place}" for place in range(case.concurrent)]
-            tables = []
-            for _ in range(2):
-                order = torch.randperm(num_blocks, generator=generator).tolist()
-                tables.append({name: order[i * per_prompt : (i + 1) * per_prompt] for i, name in enumerate(names)})
-            tell(receiver, {"round": number, "theirs": tables[0], "ours": tables[1]})
-            tell(sender, {"round": number, "tables": tables[0]})
-            sent, got = told(sender), told(receiver)
-            wrong += got["wrong"]
-            blocks += per_prompt * shape.layers * case.concurrent
-            failures += [*sent["failed"].values(), *got["lost"].values()]
-            if number > 0 or case.rounds == 1:  # the first round connects
-                handovers += [(at - sent["computed"]) * 1000 for at in got["loaded"].values()]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                tell(process, {"round": None})
-        for process in processes:
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    tell(sender, told(receiver))
+    for number in range(case.rounds):
+        generator = torch.Generator().manual_seed(number)
+        names = [f"{number}-{place}" for place in range(case.concurrent)]
+        tables = []
+        for _ in range(2):
+            order = torch.randperm(num_blocks, generator=generator).tolist()
+            tables.append({name: order[i * per_prompt : (i + 1) * per_prompt] for i, name in enumerate(names)})
+        tell(receiver, {"round": number, "theirs": tables[0], "ours": tables[1]})
+        tell(sender, {"round": number, "tables": tables[0]})
+        sent, got = told(sender), told(receiver)
+        wrong += got["wrong"]
+        blocks += per_prompt * shape.layers * case.concurrent
+        failures += [*sent["failed"].values(), *got["lost"].values()]
+        exposed = sent["exposed"]
+        if number > 0 or case.rounds == 1:  # the first round connects
+            fills += got["fills"]
+            handovers += [(at - sent["computed"]) * 1000 for at in got["loaded"].values()]
+    for process in processes:
+        tell(process, {"round": None})
     handovers.sort()
     return {
         "case": msgspec.to_builtins(case),
@@ -289,15 +344,46 @@ def run_case(shape: Shape, case: Case) -> dict[str, Any]:
         "failures": failures,
         "handover_p50_ms": statistics.median(handovers),
         "handover_max_ms": handovers[-1],
+        "exposed_mean_ms": exposed[0] / max(exposed[1], 1),
+        "fill_p50_ms": statistics.median(fills) if fills else None,
+        "right": not failures and wrong == (case.rounds if case.spoiled else 0),
     }
 
 
-def line_of(case: Case, result: dict[str, Any]) -> str:
-    """One case, as it is measured."""
-    what = f"block {case.block_size}, chunk {case.chunk_tokens}, {case.concurrent} at a time, {case.compute_ms:.0f} ms"
-    times = f"handover p50 {result['handover_p50_ms']:.2f} ms, max {result['handover_max_ms']:.2f}"
-    right = f"{result['wrong']} of {result['blocks']} blocks wrong, failures {result['failures']}"
-    return f"{what}, {result['megabytes']:.0f} MiB: {times}; {right}"
+def cases_of(tokens: int, compute_ms: float, rounds: int, *, brief: bool = False) -> list[Case]:
+    """Those that are timed, then every combination (or a few), then the control."""
+    timed = [
+        Case(16, tokens, 1, compute_ms, rounds),
+        Case(16, tokens, 1, 0.0, rounds),
+        Case(16, 2048, 1, compute_ms, rounds),
+        Case(128, tokens, 1, compute_ms, rounds),
+        Case(16, 1000, 3, compute_ms, rounds),
+    ]
+    few = min(rounds, 3)
+    combined = [
+        Case(block, chunk, concurrent, 0.0, few)
+        for block, chunk, concurrent in itertools.product((16, 32, 128), (tokens, 2048, 1000, 333), (1, 2, 4))
+        if not brief or (block, chunk, concurrent) in {(16, 333, 4), (32, 1000, 2), (128, 2048, 4)}
+    ]
+    return [*timed, *combined, Case(32, 1000, 2, 0.0, few, spoiled=True)]
+
+
+_HEADER = (
+    "| block | chunk | at a time | compute ms | MiB | blocks compared | wrong | failures | handover p50 ms | max ms | "
+    "exposed mean ms | fill p50 ms |"
+)
+
+
+def row_of(case: Case, result: dict[str, Any]) -> str:
+    """One case, a row of the table."""
+    wrong = f"{result['wrong']} of {case.rounds} spoiled" if case.spoiled else result["wrong"]
+    cells = (
+        *(case.block_size, case.chunk_tokens, case.concurrent, f"{case.compute_ms:.0f}", f"{result['megabytes']:.0f}"),
+        *(result["blocks"], wrong, ", ".join(result["failures"]) or 0),
+        *(f"{result['handover_p50_ms']:.2f}", f"{result['handover_max_ms']:.2f}", f"{result['exposed_mean_ms']:.2f}"),
+        "-" if result["fill_p50_ms"] is None else f"{result['fill_p50_ms']:.2f}",
+    )
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
 def main() -> None:
@@ -305,36 +391,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--gpus", default="0,1", help="of the sender and of the receiver; 0,0: both on one")
     parser.add_argument("--tokens", type=int, default=7504)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--brief", action="store_true", help="three of the combinations")
     parser.add_argument("--compute-ms", type=float, default=216.0)
     parser.add_argument("--buffer-gb", type=float, default=4.0)
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
     args = parser.parse_args()
     if args.child:
-        side, shape, case = json.loads(args.child)
-        run = prefill if side == "prefill" else decode
-        run(Shape(**shape), Case(**case))
+        side, shape = json.loads(args.child)
+        child(side, Shape(**shape))
         return
+    gpus = [int(gpu) for gpu in args.gpus.split(",")]
+    if len(gpus) != 2:
+        parser.error(f"--gpus is {args.gpus}; it names two, for example 0,1")
     # 8 heads of 128, K and V, two bytes each.
     shape = Shape(args.device, args.layers, 2 * 8 * 128 * 2, args.tokens, int(args.buffer_gb * (1 << 30)))
-    whole = args.tokens
-    cases = [
-        Case(16, whole, 1, args.compute_ms, args.rounds),
-        Case(16, whole, 1, 0.0, args.rounds),
-        Case(16, 2048, 1, args.compute_ms, args.rounds),
-        Case(128, whole, 1, args.compute_ms, args.rounds),
-        Case(16, 1000, 3, args.compute_ms, args.rounds),
-    ]
     results = []
-    for case in cases:
-        result = run_case(shape, case)
-        results.append(result)
-        print(line_of(case, result), flush=True)
+    processes = start(shape, gpus)
+    print(_HEADER + "\n|" + "---|" * 12, flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "belt.json").write_text(json.dumps({"shape": msgspec.to_builtins(shape), "results": results}))
-    if any(result["wrong"] or result["failures"] for result in results):
+    try:
+        for case in cases_of(args.tokens, args.compute_ms, args.rounds, brief=args.brief):
+            result = run_case(shape, case, processes)
+            results.append(result)
+            print(row_of(case, result), flush=True)
+            # After each, so that a machine that is taken away leaves what it has measured.
+            (args.out / "belt.json").write_text(
+                json.dumps({"shape": msgspec.to_builtins(shape), "gpus": gpus, "results": results}, indent=1)
+            )
+    finally:
+        end(processes)
+    compared = sum(result["blocks"] for result in results if not result["case"]["spoiled"])
+    wrong = [result["case"] for result in results if not result["right"]]
+    print(f"{compared} blocks compared, byte for byte; cases that were not as they must be: {wrong or 'none'}")
+    if wrong:
         raise SystemExit(1)
 
 

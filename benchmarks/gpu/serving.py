@@ -11,16 +11,22 @@ arguments and clients, CUDA graphs on and prefix caching off.
 * nixl: NixlConnector behind the proxy of ``nixl_proxy.py``.
 * kvbelt: KVBeltConnector behind kvbelt's proxy.
 
-``--shape 2p2d`` takes four GPUs. ``--gpus 0,0`` puts both servers on one GPU: that tells whether answers are right and,
-with ``--trace``, where the time between first and second token goes; it tells nothing about speed under load.
+``--shape 2p2d`` takes four GPUs; with ``--halves`` each prefill server and its decode server are first measured as a
+1p1d of their own, both at the same time, so that one start of the servers yields two repetitions of the one shape and
+the other shape as well. ``--side-by-side`` runs the named systems at the same time, on GPUs, cores and ports of their
+own; each run says in its JSON and in the table how many loads ran beside it. ``--gpus 0,0`` puts both servers on one
+GPU: that tells whether answers are right and, with ``--trace``, where the time between first and second token goes; it
+tells nothing about speed under load.
 """
 
 import argparse
 import contextlib
+import dataclasses
+import importlib.metadata
 import json
 import os
 import re
-import statistics
+import signal
 import subprocess
 import sys
 import threading
@@ -28,33 +34,31 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu._servers import FRONT, NAME, Plan, Processes, get, places, start_system
+from benchmarks.gpu._client import Client
+from benchmarks.gpu._servers import (
+    NAME,
+    Front,
+    Plan,
+    Processes,
+    Relay,
+    get,
+    halves_of,
+    lane_of,
+    places,
+    start_front,
+    start_system,
+    whole_of,
+)
+from benchmarks.gpu._table import line_of, print_table
 
 SYSTEMS = ("aggregated", "nixl", "kvbelt")
 
-
-def bench(plan: Plan, folder: Path, tag: str, *, rate: float, prompts: int, seed: int) -> dict[str, Any]:
-    """One run of vLLM's client; returns what it saved."""
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai",
-        "--base-url", f"http://127.0.0.1:{FRONT}", "--endpoint", "/v1/completions", "--model", str(plan.model),
-        "--served-model-name", NAME, "--dataset-name", "random", "--random-input-len", str(plan.input_len),
-        "--random-output-len", str(plan.output_len), "--num-prompts", str(prompts), "--request-rate", str(rate),
-        "--burstiness", "100", "--ignore-eos", "--temperature", "0", "--seed", str(seed), "--disable-tqdm",
-        "--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,90,99",
-        "--save-result", "--save-detailed", "--result-dir", str(folder), "--result-filename", f"{tag}.json",
-    ]  # fmt: skip
-    with (folder / f"{tag}.log").open("wb") as log:
-        status = subprocess.run(
-            command, stdout=log, stderr=subprocess.STDOUT, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"}
-        ).returncode
-    if status != 0:
-        raise SystemExit(f"vllm bench serve ended with status {status}:\n{(folder / f'{tag}.log').read_text()[-3000:]}")
-    return dict(json.loads((folder / f"{tag}.json").read_text()))
+#: Of a load's time, besides the seconds in which requests are sent: the client's own, and the last answers.
+LOAD_OVERHEAD = 20.0
 
 
 def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -155,19 +159,66 @@ def mean_utilisation(samples: list[list[float]]) -> dict[str, Any]:
     return found
 
 
-def one_run(plan: Plan, logs: Path, system: str, rate: float, seed: int) -> dict[str, Any]:
-    """One load of one system."""
-    prompts = max(plan.min_prompts, round(plan.seconds * rate))
-    with utilisation(plan.device) as samples:
-        saved = bench(plan, logs, f"rate-{rate:g}-{seed}", rate=rate, prompts=prompts, seed=seed)
-    saved.pop("generated_texts", None)
-    run = {"rate": rate, "prompts": prompts, "gpus": mean_utilisation(samples), "bench": saved}
-    if system == "kvbelt":
-        # The newest first; the proxy tells a hundred.
-        requests = json.loads(get(f"http://127.0.0.1:{FRONT}/kvbelt/requests"))["requests"][:prompts]
-        run["requests"] = requests
-        run["paths"] = Counter(request["decision"]["path"] for request in requests)
-    return run
+class Measurement:
+    """One system: its processes, and what has been found so far."""
+
+    def __init__(self, plan: Plan, system: str) -> None:
+        self.plan, self.system = plan, system
+        self.logs = plan.out / "logs" / system
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.processes = Processes(self.logs)
+        self.began = time.monotonic()
+        self.result: dict[str, Any] = {
+            "system": system,
+            "versions": {},
+            "plan": _plain(plan),
+            "runs": [],
+            "left_out": [],
+        }
+
+    def fits(self, what: str, seconds: float) -> bool:
+        """Whether there is time for it; what there is none for is noted."""
+        fits = time.monotonic() - self.began + seconds <= self.plan.budget_seconds
+        if not fits:
+            self.result["left_out"].append(what)
+            print(f"{self.system}: no time for {what}", flush=True)
+        return fits
+
+    def note(self, run: dict[str, Any]) -> None:
+        """Keep it, whatever comes after it."""
+        self.result["runs"].append(run)
+        self.save()
+        print(line_of(self.system, run), flush=True)
+
+    def save(self) -> None:
+        """Write what there is."""
+        (self.plan.out / f"{self.system}.json").write_text(json.dumps(self.result))
+
+    def load(self, front: Front, client: Client, rate: float, seed: int) -> dict[str, Any]:
+        """One load of one shape."""
+        plan = self.plan
+        prompts = self.prompts(rate)
+        tag = f"{front.name}-{rate:g}-{seed}"
+        with utilisation(plan.device) as samples:
+            saved = client.load(front.port, self.logs, tag, rate, prompts, seed)
+        busy = {gpu: found for gpu, found in mean_utilisation(samples).items() if int(gpu) in front.gpus}
+        run = {"shape": f"{len(front.prefill)}p{len(front.decode)}d", "rate": rate, "prompts": prompts, "seed": seed}
+        run |= {"beside": plan.lane.of - 1, "cores": len(front.cores or plan.lane.cores), "gpus": busy, "bench": saved}
+        if self.system == "kvbelt":
+            # The newest first; the proxy tells a hundred.
+            told = json.loads(get(f"http://127.0.0.1:{front.port}/kvbelt/requests"))
+            requests = told["requests"][:prompts]
+            run["requests"] = requests
+            run["paths"] = Counter(request["decision"]["path"] for request in requests)
+        return run
+
+    def prompts(self, rate: float) -> int:
+        """How many make a load."""
+        return max(self.plan.min_prompts, round(self.plan.seconds * rate))
+
+    def warm(self, front: Front, client: Client) -> None:
+        """Every server of it, every connection, and the shapes of the load."""
+        client.load(front.port, self.logs, f"{front.name}-warm", 4.0, 8, 1)
 
 
 def own_metrics(url: str) -> list[str]:
@@ -178,93 +229,146 @@ def own_metrics(url: str) -> list[str]:
 
 def run_system(plan: Plan, system: str) -> None:
     """Start, warm, load at each rate, write, end."""
-    logs = plan.out / "logs" / system
-    logs.mkdir(parents=True, exist_ok=True)
-    processes = Processes(logs)
-    result: dict[str, Any] = {"system": system, "versions": versions(plan.device), "plan": _plain(plan), "runs": []}
-    began = time.monotonic()
+    measured = Measurement(plan, system)
+    processes, result = measured.processes, measured.result
+    halves = halves_of(plan) if plan.halves else []
+    # Clients import vLLM while the servers start.
+    clients = [Client(plan, measured.logs / f"{front.name}-client.log", front.cores) for front in halves]
+    clients.append(Client(plan, measured.logs / "client.log", plan.lane.cores))
     try:
+        result["versions"] = versions(plan.device)
         start_system(plan, processes, system)
-        result["start_seconds"] = time.monotonic() - began
+        result["start_seconds"] = time.monotonic() - measured.began
+        result["start_lines"] = {name: start_lines(measured.logs / f"{name}.log") for name, _ in processes.running}
         print(f"{system}: up after {result['start_seconds']:.0f} s", flush=True)
-        # Both servers, every connection, and the shapes of the load.
-        bench(plan, logs, "warm", rate=4, prompts=8, seed=1)
-        if system == "kvbelt":
-            result["verified"] = verify(plan)
-            print(f"verified: {result['verified']}", flush=True)
-        for repetition in range(plan.repetitions):
-            for number, rate in enumerate(plan.rates):
-                run = one_run(plan, logs, system, rate, seed=100 + number + 1000 * repetition)
-                result["runs"].append(run)
-                print(line_of(system, run), flush=True)
+        measured.save()
+        relay = None
+        if halves:
+            measure_halves(measured, halves, clients)
+            processes.stop("half")
+            relay = Relay([front.notify for front in halves], whole_of(plan).notify) if system == "kvbelt" else None
+        measure_whole(measured, clients[-1])
+        if relay is not None:
+            relay.close()
         if plan.trace:
-            result["traces"] = {path.stem: path.read_text().splitlines() for path in logs.glob("*.trace")}
+            result["traces"] = {path.stem: path.read_text().splitlines() for path in measured.logs.glob("*.trace")}
         if system == "kvbelt":
             result["worker_metrics"] = {place.port: own_metrics(place.url) for side in places(plan) for place in side}
     finally:
+        result["seconds"] = time.monotonic() - measured.began
+        measured.save()
+        for client in clients:
+            client.close()
         processes.stop()
-        (plan.out / f"{system}.json").write_text(json.dumps(result))
+
+
+def measure_halves(measured: Measurement, halves: list[Front], clients: list[Client]) -> None:
+    """All halves at the same time, at each rate."""
+    plan = measured.plan
+    for front in halves:
+        start_front(measured.processes, measured.system, front)
+    with ThreadPoolExecutor(len(halves)) as threads:
+        for _ in threads.map(measured.warm, halves, clients):
+            pass
+        for repetition in range(plan.repetitions):
+            for number, rate in enumerate(plan.half_rates):
+                if not measured.fits(f"halves at {rate:g}/s", measured.prompts(rate) / rate + LOAD_OVERHEAD):
+                    continue
+                seeds = [200 + number + 10 * half + 1000 * repetition for half in range(len(halves))]
+                rates = [rate] * len(halves)
+                for half, run in enumerate(threads.map(measured.load, halves, clients, rates, seeds)):
+                    measured.note(run | {"half": half, "beside": run["beside"] + len(halves) - 1})
+
+
+def measure_whole(measured: Measurement, client: Client) -> None:
+    """All servers together, at each rate."""
+    plan, front = measured.plan, whole_of(measured.plan)
+    start_front(measured.processes, measured.system, front)
+    measured.warm(front, client)
+    if measured.system == "kvbelt":
+        measured.result["verified"] = verify(plan)
+        print(f"verified: {measured.result['verified']}", flush=True)
+    for repetition in range(plan.repetitions):
+        for number, rate in enumerate(plan.rates):
+            if measured.fits(f"{rate:g}/s", measured.prompts(rate) / rate + LOAD_OVERHEAD):
+                measured.note(measured.load(front, client, rate, 100 + number + 1000 * repetition))
+
+
+def start_lines(log: Path) -> list[str]:
+    """What a server's log says of where the time of its start went."""
+    telling = re.compile(r"took|takes|finished in|seconds", re.IGNORECASE)
+    return [line for line in log.read_text(errors="replace").splitlines() if telling.search(line)][:40]
 
 
 def _plain(plan: Plan) -> dict[str, Any]:
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name in plan.__slots__
-        for value in [getattr(plan, name)]
-    }
+    plain = dataclasses.asdict(plan)
+    return plain | {"model": plan.model.name, "out": plan.out.name}
 
 
 def versions(device: str) -> dict[str, Any]:
     """Of what the figures depend on."""
-    import torch  # noqa: PLC0415 -- seconds
-
-    import vllm  # noqa: PLC0415 -- seconds
-
-    found: dict[str, Any] = {"vllm": vllm.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
+    found: dict[str, Any] = {name: importlib.metadata.version(name) for name in ("vllm", "torch", "nixl")}
+    found["python"] = sys.version.split()[0]
     if device == "cuda":
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
         found["gpus"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
     return found
 
 
-HEAD = (
-    "system", "rate", "done", "TTFT p50", "p99", "TPOT p50", "ITL p50", "p99", "gap 2 p50", "tok/s", "exposed p50",
-    "p99", "GPU %", "paths",
-)  # fmt: skip
+def side_by_side(systems: list[str], arguments: list[str]) -> None:
+    """Each system in a process and a lane of its own, all at the same time."""
+    shared = [argument for argument in arguments if argument != "--side-by-side"]
+    at_once = []
+    for number, system in enumerate(systems):
+        command = [sys.executable, "-m", "benchmarks.gpu.serving", *shared, "--lane", f"{number}/{len(systems)}"]
+        at_once.append(subprocess.Popen([*command, "--only", system]))
+    try:
+        failed = [system for system, process in zip(systems, at_once, strict=True) if process.wait() != 0]
+    finally:
+        for process in at_once:
+            process.terminate()
+        for process in at_once:
+            process.wait()
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
-def cells(system: str, run: dict[str, Any]) -> list[str]:
-    """One row; ``gap 2`` is from the first token to the second, ``exposed`` from the end of prefill to the commit."""
-    saved = run["bench"]
-    exposed = sorted(
-        request["transfer"]["exposed_ms"]
-        for request in run.get("requests", [])
-        if request["transfer"] and request["transfer"]["state"] == "done"
+def read_plan(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Plan:
+    """What the command line asks for."""
+    defaults = ["--load-format", "dummy", "--max-model-len", "9000", "--gpu-memory-utilization", "0.8"]
+    if args.device == "cpu":
+        defaults = ["--dtype", "float32", "--max-model-len", "2048", "--enforce-eager"]
+    shape = re.fullmatch(r"(\d+)p(\d+)d", args.shape)
+    if shape is None:
+        parser.error(f"--shape is {args.shape!r}; give it as 1p1d or 2p2d")
+    if args.halves and shape[1] != shape[2]:
+        parser.error(f"--halves needs as many prefill as decode servers, not {args.shape}")
+    lane = re.fullmatch(r"(\d+)/(\d+)", args.lane)
+    if lane is None or int(lane[1]) >= int(lane[2]):
+        parser.error(f"--lane is {args.lane!r}; of two there are 0/2 and 1/2")
+    return Plan(
+        model=args.model,
+        out=args.out,
+        device=args.device,
+        rates=args.rate or [1.0, 4.0],
+        input_len=args.input_len,
+        output_len=args.output_len,
+        seconds=args.seconds,
+        min_prompts=args.min_prompts,
+        server_arguments=defaults + args.server,
+        buffer_bytes=int(args.buffer_gb * (1 << 30)),
+        ready_seconds=args.ready_seconds,
+        num_prefill=int(shape[1]),
+        num_decode=int(shape[2]),
+        gpus=[int(gpu) for gpu in args.gpus.split(",")] if args.gpus else [],
+        repetitions=args.repetitions,
+        extra=dict(pair.partition("=")[::2] for pair in args.kv),
+        trace=args.trace,
+        lane=lane_of(int(lane[1]), int(lane[2]), args.port_shift),
+        halves=args.halves,
+        half_rates=args.half_rate or [1.0, 4.0],
+        budget_seconds=args.budget,
     )
-    busy = "/".join(f"{gpu['utilisation']:.0f}" for gpu in run["gpus"].values()) or "-"
-    figures = [saved[name] for name in ("p50_ttft_ms", "p99_ttft_ms", "p50_tpot_ms", "p50_itl_ms", "p99_itl_ms")]
-    done = f"{saved['completed']}/{run['prompts']}"
-    ends = [f"{exposed[len(exposed) // 2]:.1f}", f"{exposed[-1 - len(exposed) // 100]:.1f}"] if exposed else ["-", "-"]
-    total = f"{saved['total_token_throughput']:,.0f}"
-    gaps = [gaps[0] * 1000 for gaps in saved["itls"] if gaps]
-    figures.append(statistics.median(gaps) if gaps else float("nan"))
-    paths = " ".join(f"{path}:{count}" for path, count in run.get("paths", {}).items()) or "-"
-    return [system, f"{run['rate']:g}", done, *(f"{value:.1f}" for value in figures), total, *ends, busy, paths]
-
-
-def line_of(system: str, run: dict[str, Any]) -> str:
-    """One row, as it is measured."""
-    return "| " + " | ".join(f"{name} {cell}" for name, cell in zip(HEAD, cells(system, run), strict=True)) + " |"
-
-
-def print_table(out: Path) -> None:
-    """All systems that have been run, side by side; milliseconds."""
-    print("| " + " | ".join(HEAD) + " |")
-    print("|" + "---|" * len(HEAD))
-    for system in SYSTEMS:
-        path = out / f"{system}.json"
-        for run in json.loads(path.read_text())["runs"] if path.exists() else []:
-            print("| " + " | ".join(cells(system, run)) + " |")
 
 
 def main() -> None:
@@ -283,8 +387,19 @@ def main() -> None:
     parser.add_argument("--buffer-gb", type=float, default=4.0)
     parser.add_argument("--ready-seconds", type=float, default=400.0)
     parser.add_argument("--shape", default="1p1d", metavar="XpYd")
+    parser.add_argument("--halves", action="store_true", help="measure each prefill server with a decode server first")
+    parser.add_argument("--half-rate", action="append", type=float)
     parser.add_argument("--gpus", default="", help="one a server, prefill first: 0,1; 0,0 puts both on one")
+    parser.add_argument(
+        "--side-by-side", action="store_true", help="all systems at once, on GPUs and cores of their own"
+    )
+    parser.add_argument(
+        "--lane", default="0/1", metavar="I/N", help="use the I-th of N shares of GPUs, cores and ports"
+    )
+    parser.add_argument("--port-shift", type=int, default=0, metavar="N", help="added to every port")
+    parser.add_argument("--only", choices=SYSTEMS, help=argparse.SUPPRESS)
     parser.add_argument("--repetitions", type=int, default=1)
+    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="a system's, in all")
     parser.add_argument(
         "--kv", action="append", default=[], metavar="KEY=VALUE", help="a setting of kvbelt's connector"
     )
@@ -292,25 +407,23 @@ def main() -> None:
     parser.add_argument("--server", action="append", default=[], metavar="ARGUMENT", help="one more for every server")
     args = parser.parse_args()
     if args.what == "table":
-        print_table(args.out)
+        print_table(args.out, SYSTEMS)
         return
-    defaults = ["--load-format", "dummy", "--max-model-len", "9000", "--gpu-memory-utilization", "0.8"]
-    if args.device == "cpu":
-        defaults = ["--dtype", "float32", "--max-model-len", "2048", "--enforce-eager"]
     args.out.mkdir(parents=True, exist_ok=True)
-    shape = re.fullmatch(r"(\d+)p(\d+)d", args.shape)
-    if shape is None:
-        parser.error(f"--shape is {args.shape!r}; give it as 1p1d or 2p2d")
-    gpus = [int(gpu) for gpu in args.gpus.split(",")] if args.gpus else []
-    extra = dict(pair.partition("=")[::2] for pair in args.kv)
-    plan = Plan(
-        args.model, args.out, args.device, args.rate or [1.0, 4.0], args.input_len, args.output_len, args.seconds,
-        args.min_prompts, defaults + args.server, int(args.buffer_gb * (1 << 30)), args.ready_seconds,
-        int(shape[1]), int(shape[2]), gpus, args.repetitions, extra, args.trace,
-    )  # fmt: skip
-    for system in args.system or SYSTEMS:
-        run_system(plan, system)
-    print_table(args.out)
+    # Whoever ends this ends the servers too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    systems = [args.only] if args.only else args.system or list(SYSTEMS)
+    if args.side_by_side and not args.only:
+        if args.gpus:
+            parser.error("--side-by-side deals GPUs out itself; leave --gpus out")
+        side_by_side(systems, sys.argv[1:])
+    else:
+        plan = read_plan(parser, args)
+        os.sched_setaffinity(0, plan.lane.cores)
+        for system in systems:
+            run_system(plan, system)
+    if not args.only:
+        print_table(args.out, SYSTEMS)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,18 @@
 """KVBeltConnector with a diary: when each hook was called for which request, a JSON line each, into ``$KVBELT_TRACE``.
 
+``$KVBELT_BESIDE`` has every prompt's KV loaded beside the running batch, also what is at hand when it is scheduled;
+``$KVBELT_SWITCH_MS`` is how long a thread of the server may keep Python's interpreter from others (usually 5). Both are
+for comparing.
+
 Loaded by ``serving.py --trace`` through ``kv_connector_module_path``. Moments are ``time.monotonic()`` in milliseconds;
 both halves of a connector write into one file, because with one GPU they live in one process.
 """
 
 import json
 import os
+import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +20,12 @@ from kvbelt.transfer.ports import Lost, ReceivedKV
 from kvbelt.vllm import KVBeltConnector as _Plain
 from kvbelt.vllm.orders import Load
 
+if _switch := os.environ.get("KVBELT_SWITCH_MS"):
+    sys.setswitchinterval(float(_switch) / 1000)
+
 _FILE = Path(os.environ["KVBELT_TRACE"]).open("a", buffering=1, encoding="utf-8")  # noqa: SIM115 -- of the process's life
+
+_SCHEDULED: Counter[str] = Counter()
 
 
 def note(what: str, request_id: str, **more: Any) -> None:
@@ -28,9 +39,9 @@ class KVBeltConnector(_Plain):  # type: ignore[misc] # vllm has no types here
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Watch the loader too."""
         super().register_kv_caches(kv_caches)
-        worker = self._worker
-        assert worker is not None
-        plain_arrival, plain_fill = worker._on_arrival, worker._fill  # noqa: SLF001 -- what is watched
+        assert self._worker is not None
+        loading = self._worker._loading  # noqa: SLF001 -- what is watched
+        plain_arrival, plain_fill = loading._on_arrival, loading._fill  # noqa: SLF001
 
         def on_arrival(request_id: str, incoming: Any, arrival: ReceivedKV | Lost) -> None:
             note("arrival", request_id, kind=type(arrival).__name__)
@@ -42,8 +53,14 @@ class KVBeltConnector(_Plain):  # type: ignore[misc] # vllm has no types here
             note("filled", request_id, reason=reason)
             return reason
 
-        worker._on_arrival = on_arrival  # noqa: SLF001
-        worker._fill = fill  # noqa: SLF001
+        loading._on_arrival = on_arrival  # noqa: SLF001
+        loading._fill = fill  # noqa: SLF001
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
+        """The scheduler's side learns of the worker; not, to compare, where everything is to be loaded beside it."""
+        super().set_xfer_handshake_metadata(metadata)
+        if "KVBELT_BESIDE" in os.environ:
+            self._side.worker = None
 
     def on_new_request(self, request: Any) -> None:
         """A request has come."""
@@ -58,14 +75,18 @@ class KVBeltConnector(_Plain):  # type: ignore[misc] # vllm has no types here
     def build_connector_meta(self, scheduler_output: Any) -> Any:
         """A step was scheduled."""
         for request_id in scheduler_output.num_scheduled_tokens:
-            note("scheduled", request_id)
+            # Each further token is no news, and noting it would take the time that is measured.
+            _SCHEDULED[request_id] += 1
+            if _SCHEDULED[request_id] <= 2:
+                note("scheduled", request_id)
         return super().build_connector_meta(scheduler_output)
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         """A step begins."""
         orders = connector_metadata.orders
         for order in (*orders.claims, *orders.loads, *orders.sends):
-            note(type(order).__name__.lower(), order.request_id)
+            now = isinstance(order, Load) and order.now
+            note("load now" if now else type(order).__name__.lower(), order.request_id)
         super().bind_connector_metadata(connector_metadata)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
