@@ -73,6 +73,7 @@ class Plan:
     gpus: list[int] = field(default_factory=list)  #: one a server; empty: 0, 1, …
     repetitions: int = 1
     extra: dict[str, Any] = field(default_factory=dict)  #: of kvbelt's ``kv_connector_extra_config``
+    environment: dict[str, str] = field(default_factory=dict)  #: of every server, beside what all have
     trace: bool = False
     lane: Lane = Lane()
     halves: bool = False  #: each prefill server with a decode server by itself, before all together
@@ -207,8 +208,10 @@ def server(plan: Plan, processes: Processes, name: str, place: Place, kv: dict[s
     if plan.trace:
         environment["PYTHONPATH"] = f"{Path.cwd()}:{os.environ.get('PYTHONPATH', '')}"
         environment["KVBELT_TRACE"] = str(processes.logs / f"{name}.trace")
+    environment |= plan.environment
     processes.start(name, command, environment, plan.lane.half(place.half) if plan.halves else None)
-    if plan.gpus and len(set(plan.gpus)) < plan.num_prefill + plan.num_decode:
+    told = any(argument.startswith("--kv-cache-memory-bytes") for argument in plan.server_arguments)
+    if plan.gpus and len(set(plan.gpus)) < plan.num_prefill + plan.num_decode and not told:
         # On one GPU each must have measured what memory is left before the next one takes some.
         wait_for(place.url + "/health", processes, plan.ready_seconds)
 
