@@ -7,20 +7,29 @@
 #   benchmarks/gpu/session.sh compare KEY=VALUE [OUT]    kvbelt as it is, and beside it kvbelt with another setting
 #   benchmarks/gpu/session.sh table [OUT]
 #
+# and on a machine with one GPU, for what does not need two:
+#
+#   benchmarks/gpu/session.sh bytes [OUT]        tests/gpu, the belt alone, and vLLM with every byte of KV compared
+#   benchmarks/gpu/session.sh settings OUT VARIANT...    in_turn.py: kvbelt with several settings
+#
 # With four GPUs a system is started once, as 2p2d, and gives two repetitions of 1p1d at the same time (its halves, with
 # GPUs and cores of their own) and then 2p2d. With two it is 1p1d, two repetitions one after the other.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PYTHONPATH=src:.${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 UCX_TLS=cuda_ipc,cuda_copy,tcp
 MODEL=${MODEL:-/tmp/llama8b}
-step=${1:?kvbelt, aggregated, nixl, belt, compare or table}
+step=${1:?kvbelt, aggregated, nixl, belt, compare, bytes, settings or table}
 shift
 setting=
 [ "$step" != compare ] || { setting=${1:?KEY=VALUE}; shift; }
 out=${1:-gpu-results}
+[ $# -eq 0 ] || shift
 mkdir -p "$out"
 gpus=$(nvidia-smi -L | wc -l)
-[ "$gpus" -ge 2 ] || { echo "two GPUs are needed, here are $gpus" >&2; exit 1; }
+case $step in
+bytes | settings | table) ;;
+*) [ "$gpus" -ge 2 ] || { echo "two GPUs are needed, here are $gpus" >&2; exit 1; } ;;
+esac
 [ -e "$MODEL/config.json" ] || python3 benchmarks/gpu/dummy_model.py "$MODEL"
 
 # serve SYSTEM OUT ARGUMENTS...: all systems alike. Fewer sequences at once mean fewer CUDA graphs to capture; none of
@@ -63,6 +72,31 @@ compare)
         python3 -m benchmarks.gpu.serving table --out "$folder"
         pack "$folder" kvbelt
     done
+    ;;
+bytes)
+    # Side by side on one GPU: what counts is what the bytes are, not when they come.
+    python3 -m pytest -q -W default -p no:cacheprovider tests/gpu tests/engine/test_cuda.py tests/transfer/test_paged_copy.py \
+        >"$out/tests.log" 2>&1 &
+    tests=$!
+    timeout 300 python3 benchmarks/gpu/belt.py --gpus 0,0 --brief --rounds 4 --out "$out" >"$out/belt.log" 2>&1 &
+    belt=$!
+    [ -e "$MODEL-small/config.json" ] || python3 benchmarks/gpu/dummy_model.py "$MODEL-small" --small
+    status=0
+    python3 -m benchmarks.gpu.serving run --model "$MODEL-small" --system kvbelt --out "$out" --gpus 0,0 --trace \
+        --server=--load-format --server=auto --server=--gpu-memory-utilization --server=0.2 --server=--max-num-seqs \
+        --server=64 --kv pd_verify=always --rate 1 --rate 8 --seconds 20 --min-prompts 20 || status=1
+    pack "$out" small
+    wait "$tests" || status=1
+    wait "$belt" || status=1
+    tail -n 15 "$out/tests.log" "$out/belt.log"
+    exit "$status"
+    ;;
+settings)
+    variants=()
+    for variant; do variants+=(--variant "$variant"); done
+    python3 -m benchmarks.gpu.in_turn --model "$MODEL" --out "$out" --budget 480 "${variants[@]}" || status=$?
+    for folder in "$out"/*/; do pack "${folder%/}" kvbelt; done
+    exit "${status:-0}"
     ;;
 table) python3 -m benchmarks.gpu.serving table --out "$out" ;;
 *) echo "'$step' is no step" >&2 && exit 1 ;;
