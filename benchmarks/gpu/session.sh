@@ -13,11 +13,12 @@
 #   benchmarks/gpu/session.sh settings OUT VARIANT...    in_turn.py: kvbelt with several settings
 #
 # With four GPUs a system is started once, as 2p2d, and gives two repetitions of 1p1d at the same time (its halves, with
-# GPUs and cores of their own) and then 2p2d. With two it is 1p1d, two repetitions one after the other.
+# GPUs and cores of their own) and then 2p2d. With two it is 1p1d, REPETITIONS one after the other, each of LOAD_SECONDS.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PYTHONPATH=src:.${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 UCX_TLS=cuda_ipc,cuda_copy,tcp
 MODEL=${MODEL:-/tmp/llama8b}
+LOAD_SECONDS=${LOAD_SECONDS:-40} REPETITIONS=${REPETITIONS:-2}
 step=${1:?kvbelt, aggregated, nixl, belt, compare, bytes, settings or table}
 shift
 setting=
@@ -37,8 +38,8 @@ esac
 serve() {
     system=$1 to=$2
     shift 2
-    python3 -m benchmarks.gpu.serving run --model "$MODEL" --system "$system" --out "$to" --seconds 40 \
-        --min-prompts 40 --server=--max-num-seqs --server=64 "$@"
+    python3 -m benchmarks.gpu.serving run --model "$MODEL" --system "$system" --out "$to" \
+        --seconds "$LOAD_SECONDS" --min-prompts "$LOAD_SECONDS" --server=--max-num-seqs --server=64 "$@"
 }
 
 # Logs as one file.
@@ -46,7 +47,7 @@ pack() { tar czf "$1/logs-$2.tar.gz" -C "$1" --exclude '*.json' logs && rm -r "$
 
 case $step in
 kvbelt | aggregated | nixl)
-    shape=(--rate 1 --rate 4 --repetitions 2)
+    shape=(--rate 1 --rate 4 --repetitions "$REPETITIONS")
     [ "$gpus" -lt 4 ] || shape=(--shape 2p2d --halves --half-rate 1 --half-rate 4 --rate 2 --rate 8)
     trap 'pack "$out" "$step"' EXIT
     serve "$step" "$out" "${shape[@]}" --budget 520
@@ -64,7 +65,7 @@ compare)
     serve kvbelt "$out/as-it-is" "${load[@]}" --lane 0/2 &
     first=$!
     export -f serve
-    export MODEL
+    export MODEL LOAD_SECONDS
     "${other[@]}" bash -euc 'serve "$@"' serve kvbelt "$out/$name" "${load[@]}" --lane 1/2 "${kv[@]}" &
     wait "$first" $!
     for folder in "$out/as-it-is" "$out/$name"; do
@@ -84,7 +85,7 @@ bytes)
     status=0
     python3 -m benchmarks.gpu.serving run --model "$MODEL-small" --system kvbelt --out "$out" --gpus 0,0 --trace \
         --server=--load-format --server=auto --server=--gpu-memory-utilization --server=0.2 --server=--max-num-seqs \
-        --server=64 --kv pd_verify=always --rate 1 --rate 8 --seconds 20 --min-prompts 20 || status=1
+        --server=64 --server=--kv-cache-memory-bytes=8000000000 --kv pd_verify=always --rate 1 --rate 8 --seconds 20 --min-prompts 20 || status=1
     pack "$out" small
     wait "$tests" || status=1
     wait "$belt" || status=1

@@ -6,11 +6,14 @@ import sys
 
 import msgspec
 import pytest
+import torch
 
 from kvbelt.channels.choice import Choice
-from kvbelt.channels.ucx_report import choices_in
+from kvbelt.channels.nixl import NixlChannel
+from kvbelt.channels.ucx_report import UcxReport, choices_in
 from kvbelt.channels.ucx_resources import resources_in
 from kvbelt.ops.doctor.measured import Measured
+from kvbelt.paged_copy import region_of
 from kvbelt.wire.about import Road
 
 #: As UCX 1.23 writes it; the second table's largest messages go another way than its smallest.
@@ -58,6 +61,19 @@ def test_what_ucx_could_use_is_read_from_its_context() -> None:
 def test_other_lines_mean_nothing() -> None:
     """Logs hold much else."""
     assert list(choices_in("nonsense\n| a | b |\n+---+\n" + SAID.partition("Config")[0])) == []
+
+
+def test_only_the_ways_of_registered_memory_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """UCX has one for the host's memory where KV never leaves a GPU's, and it may well be TCP."""
+    host, cuda = (Choice("intra-node", "write", *way) for way in (("host", "tcp/lo"), ("cuda", "cuda_ipc/cuda")))
+    monkeypatch.setattr(UcxReport, "choices", lambda _: (host, cuda))
+    memory = torch.zeros(1 << 12, dtype=torch.uint8)
+    channel = NixlChannel(f"ways-{os.getpid()}")
+    try:
+        channel.register(region_of(memory))
+        assert channel.choices() == (host,)
+    finally:
+        channel.close()
 
 
 def test_nixl_says_that_it_takes_tcp_where_nothing_else_is_allowed() -> None:

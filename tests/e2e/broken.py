@@ -17,9 +17,9 @@ scatter, run, end = CpuPagedCopy.scatter, Journey.run, Exchange.end
 requests, streams = itertools.count(1), itertools.count(1)
 
 
-def scatter_backwards(self, layer, block_ids, *args, **kwargs):
+def scatter_backwards(self, block_ids, *args, **kwargs):
     """The right bytes in the wrong places."""
-    return scatter(self, layer, list(reversed(block_ids)), *args, **kwargs)
+    return scatter(self, list(reversed(block_ids)), *args, **kwargs)
 
 
 async def run_or_forget(self):

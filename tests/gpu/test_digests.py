@@ -1,4 +1,4 @@
-"""Digests that a GPU computes, against the host's."""
+"""Digests that a GPU computes and blocks that it fills, with kernels and without, against the host's."""
 
 import pytest
 import torch
@@ -13,6 +13,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 LAYERS, BLOCKS, BLOCK_BYTES = 2, 350, 64 << 10
 
+#: Blocks of a pool.
+LARGE = 500
+
 
 def value(digest: Digest) -> int:
     """Once it is done."""
@@ -22,7 +25,8 @@ def value(digest: Digest) -> int:
 
 @pytest.mark.parametrize("verify", ["sample", "always"])
 @pytest.mark.parametrize("place", ["cuda", "cpu"])
-def test_a_device_finds_the_digest_that_the_host_finds(verify: Verify, place: str) -> None:
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch"])
+def test_a_device_finds_the_digest_that_the_host_finds(verify: Verify, place: str, kernels: bool) -> None:
     """Of some cells and of all, which are more than are looked at in one go; staging on the device, or beside it."""
     staging = torch.randint(0, 256, (LAYERS * BLOCKS * BLOCK_BYTES,), dtype=torch.uint8)
     there = staging.to(place) if place == "cuda" else staging.pin_memory()
@@ -31,7 +35,28 @@ def test_a_device_finds_the_digest_that_the_host_finds(verify: Verify, place: st
     layer = torch.zeros((1, BLOCK_BYTES), dtype=torch.uint8)
     host = TorchPagedCopy([layer], staging, staging)
     device = TorchPagedCopy([layer.cuda()], there, there)
+    if not kernels:
+        device._kernels = None
+    assert (device._kernels is not None) == kernels  # Triton is at hand wherever torch has CUDA
     expected = host.digest_received(0, cells).value()
     assert value(device.digest_received(0, cells)) == expected
     assert value(device.digest_sent(0, cells)) == expected
     assert torch.equal(there, kept)
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch"])
+@pytest.mark.parametrize("place", ["cuda", "cpu"])
+def test_a_device_fills_the_blocks_that_the_host_fills(place: str, kernels: bool) -> None:
+    """Of every layer, far apart in staging; and no others."""
+    blocks, stride = tuple(range(LARGE - 2, 0, -3)), LARGE * BLOCK_BYTES
+    staging = torch.randint(0, 256, (LAYERS * stride + 64,), dtype=torch.uint8)
+    there = staging.to(place) if place == "cuda" else staging.pin_memory()
+    plain = [torch.zeros((LARGE, BLOCK_BYTES), dtype=torch.uint8) for _ in range(LAYERS)]
+    layers = [layer.cuda() for layer in plain]
+    device = TorchPagedCopy(layers, None, there)
+    if not kernels:
+        device._kernels = None
+    for copy in (TorchPagedCopy(plain, None, staging), device):
+        for fence in copy.scatter(blocks, 64, stride):
+            eventually(fence.done, "every block is in place")
+    assert all(torch.equal(one.cpu(), other) for one, other in zip(layers, plain, strict=True))

@@ -14,10 +14,11 @@ DEVICES = [
 ORDERS = [[5, 2, 9, 0], [3, 4, 5, 6], [7], [9, 8]]
 
 
-def finish(fence):
-    """Wait for a copy."""
-    while not fence.done():
-        pass
+def finish(*fences):
+    """Wait for copies."""
+    for fence in fences:
+        while not fence.done():
+            pass
 
 
 def make(device, dtype=torch.float32):
@@ -43,28 +44,29 @@ def test_gather_takes_whole_blocks_in_order(device, dtype, block_ids):
 
 @pytest.mark.parametrize("block_ids", ORDERS)
 @pytest.mark.parametrize("device", DEVICES)
-def test_scatter_fills_these_blocks_only(device, block_ids):
+def test_scatter_fills_these_blocks_of_every_layer_only(device, block_ids):
     """The others keep their bytes."""
     layers, _, receive, copy = make(device)
     receive.random_(0, 256)
     before = [layer.clone().view(torch.uint8) for layer in layers]
-    finish(copy.scatter(0, block_ids, 8192))
-    after = layers[0].view(torch.uint8)
-    for place, block in enumerate(block_ids):
-        start = 8192 + place * copy.block_bytes
-        assert torch.equal(after[block].reshape(-1), receive[start : start + copy.block_bytes])
+    stride = 6 * copy.block_bytes
+    finish(*copy.scatter(block_ids, 8192, stride))
     others = [block for block in range(10) if block not in block_ids]
-    assert torch.equal(after[others], before[0][others])
-    assert torch.equal(layers[1].view(torch.uint8), before[1])
+    for number, layer in enumerate(layers):
+        after = layer.view(torch.uint8)
+        for place, block in enumerate(block_ids):
+            start = 8192 + number * stride + place * copy.block_bytes
+            assert torch.equal(after[block].reshape(-1), receive[start : start + copy.block_bytes])
+        assert torch.equal(after[others], before[number][others])
 
 
 @pytest.mark.parametrize("block_ids", [[10, 3], [-1, 3], [3, 99]])
 def test_block_ids_out_of_range_are_refused(block_ids):
     """Never clipped, never wrapped."""
     _, _, _, copy = make("cpu")
-    for call in (copy.gather, lambda layer, ids, offset, _: copy.scatter(layer, ids, offset)):
+    for call in (lambda: copy.gather(0, block_ids, 0, None), lambda: copy.scatter(block_ids, 0, 0)):
         with pytest.raises(ValueError, match="of a pool of 10 blocks"):
-            call(0, block_ids, 0, None)
+            call()
 
 
 def test_a_run_that_leaves_the_pool_is_refused():
@@ -107,5 +109,5 @@ def test_a_second_receive_buffer_is_scattered_from_by_its_number(device):
     layers = [torch.zeros(10, 64, dtype=torch.uint8, device=device)]
     receive, overflow = torch.zeros(640, dtype=torch.uint8), torch.arange(200, dtype=torch.uint8)
     copy = TorchPagedCopy(layers, None, receive.to(device), overflow)
-    finish(copy.scatter(0, [4], 64, region=1))
+    finish(*copy.scatter([4], 64, 0, region=1))
     assert torch.equal(layers[0][4].cpu(), overflow[64:128])

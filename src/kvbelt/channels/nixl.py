@@ -64,16 +64,20 @@ class NixlChannel:
         self._backends = list(backends or ["UCX"])
         self._agent: Any = None
         self._registered: list[Any] = []
+        self._kinds: frozenset[str] = frozenset()  # of registered memory, as UCX calls them
         self._peers: set[str] = set()
         self._leaving: set[str] = set()  # removed by the owner, with writes in flight
         self._in_flight: list[NixlWrite] = []
         self.backends: tuple[str, ...] = ()  #: that are in use, once there is an agent
         self.plugins: tuple[str, ...] = ()  #: that NIXL could load
 
-    @staticmethod
-    def choices() -> tuple[Choice, ...]:
-        """What UCX has chosen so far, for all channels of this process. From any thread."""
-        return ucx_report().choices()
+    def choices(self) -> tuple[Choice, ...]:
+        """What UCX has chosen so far, for the kinds of memory that are registered here. From any thread.
+
+        It chooses for others as well: two processes with nothing but a GPU's memory have a way for the host's, which
+        says nothing of how KV travels.
+        """
+        return tuple(one for one in ucx_report().choices() if one.memory in self._kinds)
 
     @staticmethod
     def complaints() -> list[str]:
@@ -92,6 +96,7 @@ class NixlChannel:
         entries = [(region.address, region.num_bytes, region.device_index, "")]
         what = f"register {region.num_bytes} bytes of {region.device} memory"
         self._registered.append(_vendor(what, self._agent.register_memory, entries, memory))
+        self._kinds |= {"host" if memory == "DRAM" else "cuda"}
 
     def _make_agent(self) -> Any:
         if self._prepare is not None:

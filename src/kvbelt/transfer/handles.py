@@ -235,16 +235,9 @@ def scatter_part(copy: PagedCopy, slot: Slot, shape: SlotShape, part: Part, want
     end = min(part.first + part.num_blocks, wanted.first + len(wanted.block_ids))
     if start >= end:
         return
-    whole = (start, end) == (wanted.first, wanted.first + len(wanted.block_ids))
-    # The same tuple where it can be: a copier knows it again (paged_copy.py).
-    blocks = wanted.block_ids if whole else wanted.block_ids[start - wanted.first : end - wanted.first]
-    fences: list[Fence] = []
-    for layer in range(shape.layout.num_layers):
-        offset = slot.offset + shape.offset_of(part, layer, start)
-        fences.append(copy.scatter(layer, blocks, offset, slot.region))
-        # A copy may keep the interpreter to itself; who waits for it need not wait for all layers.
-        time.sleep(0)
-    wait_for(fences)
+    blocks = wanted.block_ids[start - wanted.first : end - wanted.first]
+    offset, stride = shape.offset_of(part, 0, start), part.num_blocks * shape.layout.block_bytes
+    wait_for(copy.scatter(blocks, slot.offset + offset, stride, slot.region))
 
 
 def wait_for(fences: Sequence[Fence]) -> None:

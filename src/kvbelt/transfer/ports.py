@@ -55,8 +55,12 @@ class PagedCopy(Protocol):
     def gather(self, layer: int, block_ids: Sequence[int], offset: int, ready: Any) -> Fence:
         """Paged blocks to staging, after ``ready`` (an engine's event, or None)."""
 
-    def scatter(self, layer: int, block_ids: Sequence[int], offset: int, region: int = 0) -> Fence:
-        """Staging to paged blocks."""
+    def scatter(self, block_ids: Sequence[int], offset: int, stride: int, region: int = 0) -> Sequence[Fence]:
+        """Staging to paged blocks, of every layer: layer *n* lies at ``offset + n * stride``.
+
+        Raises:
+            ValueError: a block that the engine does not have.
+        """
 
     def digest_sent(self, offset: int, cells: Cells) -> Digest:
         """Of blocks that have been gathered."""

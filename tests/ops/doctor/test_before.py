@@ -4,6 +4,7 @@ import asyncio
 import json
 import socket
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import msgspec
@@ -52,6 +53,16 @@ def test_a_pair_of_files_that_fit_has_notes_only(seen, monkeypatch) -> None:
     """As ``kvbelt up 1p1d`` writes them."""
     monkeypatch.delenv("UCX_TLS", raising=False)
     assert wrong(seen(SENDER, RECEIVER)) == {}
+
+
+def test_what_is_not_installed_has_no_needs(seen, monkeypatch) -> None:
+    """Run from a folder on the path, it says what it finds."""
+
+    def requires(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", requires)
+    assert "packages" not in wrong(seen(SENDER, RECEIVER))
 
 
 def test_a_file_that_cannot_be_used_is_quoted_with_its_remedy(seen) -> None:

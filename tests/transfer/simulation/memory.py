@@ -228,7 +228,7 @@ class SimCopy:
 
         return self._begin(do)
 
-    def scatter(self, layer: int, block_ids: Sequence[int], offset: int, region: int = 0) -> Copy:
+    def scatter(self, block_ids: Sequence[int], offset: int, stride: int, region: int = 0) -> list[Copy]:
         """Readers of this world look at the memory themselves."""
         raise NotImplementedError
 

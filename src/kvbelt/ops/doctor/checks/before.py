@@ -19,7 +19,7 @@ from kvbelt.vllm.versions import SUPPORTED
 
 def packages(before: Before) -> Iterator[Finding]:
     """What is installed is what this kvbelt needs."""
-    for line in metadata.requires("kvbelt") or []:
+    for line in _requirements():
         wanted = Requirement(line)
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
             continue
@@ -53,6 +53,13 @@ def packages(before: Before) -> Iterator[Finding]:
         "",
         (versions,),
     )
+
+
+def _requirements() -> list[str]:
+    try:
+        return metadata.requires("kvbelt") or []
+    except metadata.PackageNotFoundError:
+        return []  # on the path and not installed: nothing says what it needs
 
 
 def files_read(before: Before) -> Iterator[Finding]:

@@ -1,0 +1,61 @@
+"""Copies whole blocks between an engine's paged KV and contiguous staging memory, on CPU (cpu.py) and CUDA (cuda.py).
+
+A copier also looks at what lies in staging memory: the digests of wire/digest.py.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from kvbelt.paged_copy.cpu import CpuPagedCopy
+from kvbelt.transfer.ports import PagedCopy, Region
+
+__all__ = ["CpuPagedCopy", "TorchPagedCopy", "region_of", "staging_memory"]
+
+
+def staging_memory(num_bytes: int, device: torch.device, *, model_on: torch.device) -> torch.Tensor:
+    """Memory for staging on ``device``, flat; pinned where it is the host's and the model is on a GPU."""
+    # Untouched pages of host memory cost nothing, unless a GPU must reach them: so a buffer may be large.
+    pinned = device.type == "cpu" and model_on.type == "cuda"
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+
+
+def region_of(staging: torch.Tensor) -> Region:
+    """Staging memory as a channel registers it."""
+    return Region(staging.data_ptr(), staging.numel(), staging.device.type, staging.device.index or 0)
+
+
+def TorchPagedCopy(  # noqa: N802 -- a factory that reads as the class it makes
+    layers: Sequence[torch.Tensor],
+    send_staging: torch.Tensor | None,
+    receive_staging: torch.Tensor | None,
+    overflow_staging: torch.Tensor | None = None,
+) -> PagedCopy:
+    """The copier for where ``layers`` live.
+
+    Args:
+        layers: one tensor a layer, ``[num_blocks, ...]``; a block is contiguous, and only its bytes matter.
+        send_staging: where gathers go: ``uint8``, one dimension, CPU (pinned, if the layers are on a GPU) or CUDA.
+        receive_staging: where scatters come from, likewise.
+        overflow_staging: where they come from as well (region 1), likewise.
+
+    Raises:
+        ValueError: a block is not contiguous, or a staging buffer is not a flat run of bytes.
+    """
+    for staging in (send_staging, receive_staging, overflow_staging):
+        if staging is not None and (staging.dtype is not torch.uint8 or staging.dim() != 1):
+            raise ValueError(f"a staging buffer of {staging.dtype} with shape {tuple(staging.shape)}; uint8 and flat")
+    blocks = [_blocks_of_bytes(layer) for layer in layers]
+    received = [staging for staging in (receive_staging, overflow_staging) if staging is not None]
+    if blocks and blocks[0].is_cuda:
+        from kvbelt.paged_copy.cuda import CudaPagedCopy  # noqa: PLC0415 -- imports Triton, where there is one
+
+        return CudaPagedCopy(blocks, send_staging, received)
+    return CpuPagedCopy(blocks, send_staging, received)
+
+
+def _blocks_of_bytes(layer: torch.Tensor) -> torch.Tensor:
+    """``[num_blocks, block_bytes]`` over the same memory."""
+    if not layer.is_contiguous():
+        raise ValueError(f"a layer of shape {tuple(layer.shape)} and strides {layer.stride()} is not contiguous")
+    return layer.view(layer.shape[0], -1).view(torch.uint8)
