@@ -4,8 +4,6 @@ Numbers that change from call to call are read from memory and are no arguments:
 finds about an argument (a multiple of 16, more than 32 bits), and a request would wait for that.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +14,7 @@ _WARPS = 4
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _digest(staging: Any, cells: Any, weights: Any, WORDS: tl.constexpr, TILE: tl.constexpr) -> None:  # noqa: N803
+def _digest(staging, cells, weights, WORDS: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """``cells[2 i]`` is the word at which cell i begins; ``cells[2 i + 1]`` becomes the sum of its weighted words."""
     cell = tl.program_id(0)
     first = tl.load(cells + 2 * cell)
@@ -30,14 +28,14 @@ def _digest(staging: Any, cells: Any, weights: Any, WORDS: tl.constexpr, TILE: t
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _scatter(  # noqa: PLR0917 -- of a kernel
-    staging: Any,
-    order: Any,
-    layers: Any,
-    NUM_LAYERS: tl.constexpr,  # noqa: N803
-    WORDS: tl.constexpr,  # noqa: N803
-    TILE: tl.constexpr,  # noqa: N803
-) -> None:
+def _scatter(  # type: ignore[no-untyped-def]
+    staging,
+    order,
+    layers,
+    NUM_LAYERS: tl.constexpr,
+    WORDS: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """``order``: the first word of layer 0 in staging, words from a layer to the next, and each block's id."""
     number = tl.program_id(0).to(tl.int64)
     first = tl.load(order) + number * WORDS
