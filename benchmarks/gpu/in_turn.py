@@ -17,7 +17,9 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import statistics
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -86,7 +88,7 @@ class Variant:
     def load(self, rate: float, seed: int) -> None:
         """One load."""
         front = whole_of(self.measured.plan)
-        self.measured.note(self.measured.load(front, self.client, rate, seed))
+        self.measured.note(self.measured.load(front, self.client, rate, seed) | {"beside": 0})
 
     def end(self) -> None:
         """Keep what the servers tell, and end them."""
@@ -136,6 +138,8 @@ def main() -> None:
     parser.add_argument("--port-shift", type=int, default=0, metavar="N", help="added to every port")
     parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="no round begins later")
     args = parser.parse_args()
+    # Whoever ends this ends the servers too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began = time.monotonic()
     variants: list[Variant] = []
     try:
@@ -152,13 +156,14 @@ def main() -> None:
         for turn in range(args.rounds):
             for number, rate in enumerate(rates):
                 for variant in variants[turn % len(variants) :] + variants[: turn % len(variants)]:
-                    if time.monotonic() - began > args.budget:
-                        print("no time for more", flush=True)
-                        break
-                    variant.load(rate, 100 + number + 1000 * turn)
+                    if time.monotonic() - began <= args.budget:
+                        variant.load(rate, 100 + number + 1000 * turn)
+                    else:
+                        print(f"no time for {variant.measured.plan.out.name} at {rate:g}/s", flush=True)
     finally:
-        for variant in variants:
-            variant.end()
+        with contextlib.ExitStack() as ends:
+            for variant in variants:
+                ends.callback(variant.end)
     shown: dict[str, Any] = {}
     for variant in variants:
         name = variant.measured.plan.out.name

@@ -81,6 +81,7 @@ bytes)
     tests=$!
     timeout 300 python3 benchmarks/gpu/belt.py --gpus 0,0 --brief --rounds 4 --out "$out" >"$out/belt.log" 2>&1 &
     belt=$!
+    trap 'kill "$tests" "$belt" 2>/dev/null || true' EXIT
     [ -e "$MODEL-small/config.json" ] || python3 benchmarks/gpu/dummy_model.py "$MODEL-small" --small
     status=0
     python3 -m benchmarks.gpu.serving run --model "$MODEL-small" --system kvbelt --out "$out" --gpus 0,0 --trace \
@@ -96,7 +97,7 @@ settings)
     variants=()
     for variant; do variants+=(--variant "$variant"); done
     python3 -m benchmarks.gpu.in_turn --model "$MODEL" --out "$out" --budget 480 "${variants[@]}" || status=$?
-    for folder in "$out"/*/; do pack "${folder%/}" kvbelt; done
+    for folder in "$out"/*/; do [ ! -d "$folder/logs" ] || pack "${folder%/}" kvbelt; done
     exit "${status:-0}"
     ;;
 table) python3 -m benchmarks.gpu.serving table --out "$out" ;;

@@ -1,5 +1,8 @@
 """Copies between paged blocks and staging: every byte, and nothing else."""
 
+import threading
+
+import numpy as np
 import pytest
 import torch
 
@@ -74,6 +77,31 @@ def test_a_run_that_leaves_the_pool_is_refused():
     _, _, _, copy = make("cpu")
     with pytest.raises(ValueError, match="of a pool of 10 blocks"):
         copy.gather(0, [8, 9, 10], 0, None)
+
+
+def test_a_scatter_that_fails_leaves_no_copy_running(monkeypatch):
+    """Slot and blocks are given back then, and others use them."""
+    layers, _, receive, copy = make("cpu")
+    receive.random_(0, 256)
+    begin, submit = threading.Event(), copy._fillers.submit
+
+    def fails_for_the_second_layer(call, into, *args):
+        if np.shares_memory(into, layers[1].numpy()):
+            begin.set()
+            raise RuntimeError("can't start new thread")
+        return submit(lambda: (begin.wait(), call(into, *args)))
+
+    monkeypatch.setattr(copy._fillers, "submit", fails_for_the_second_layer)
+    with pytest.raises(RuntimeError, match="new thread"):
+        copy.scatter([3, 4], 0, 0)
+    filled = layers[0].view(torch.uint8)[[3, 4]].reshape(-1)
+    assert torch.equal(filled, receive[: filled.numel()])
+
+
+def test_layers_that_differ_are_refused():
+    """One number of blocks is all that a copier looks at."""
+    with pytest.raises(ValueError, match="layers differ"):
+        TorchPagedCopy([torch.zeros(4, 8), torch.zeros(5, 8)], send_staging=None, receive_staging=None)
 
 
 def test_layers_that_cannot_be_viewed_as_bytes_are_refused():

@@ -40,12 +40,14 @@ def TorchPagedCopy(  # noqa: N802 -- a factory that reads as the class it makes
         overflow_staging: where they come from as well (region 1), likewise.
 
     Raises:
-        ValueError: a block is not contiguous, or a staging buffer is not a flat run of bytes.
+        ValueError: a block is not contiguous, layers differ, or a staging buffer is not a flat run of bytes.
     """
     for staging in (send_staging, receive_staging, overflow_staging):
         if staging is not None and (staging.dtype is not torch.uint8 or staging.dim() != 1):
             raise ValueError(f"a staging buffer of {staging.dtype} with shape {tuple(staging.shape)}; uint8 and flat")
     blocks = [_blocks_of_bytes(layer) for layer in layers]
+    if len({(layer.shape, layer.device) for layer in blocks}) > 1:
+        raise ValueError(f"layers differ in blocks, bytes or device: {[tuple(layer.shape) for layer in blocks]}")
     received = [staging for staging in (receive_staging, overflow_staging) if staging is not None]
     if blocks and blocks[0].is_cuda:
         from kvbelt.paged_copy.cuda import CudaPagedCopy  # noqa: PLC0415 -- imports Triton, where there is one

@@ -9,7 +9,7 @@ Digests are the product of a matrix of words with a vector of weights (9 GB/s on
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -108,17 +108,23 @@ class CpuPagedCopy:
         """``receive_staging`` to paged blocks."""
         ids = checked(block_ids, len(self._layers[0]))
         first = _run_start(ids)
-        fences: list[Fence] = []
-        for layer, blocks in enumerate(self._layers):
-            start = offset + layer * stride
-            staged = self._receive[region][start : start + ids.size * self.block_bytes].reshape(-1, self.block_bytes)
-            if first is not None:
-                fences.append(_FutureFence(self._fillers.submit(np.copyto, blocks[first : first + ids.size], staged)))
-            else:
-                blocks[ids] = staged  # keeps the interpreter to itself, so a second thread would not help
-            # Who waits for the interpreter need not wait for all layers.
-            time.sleep(0)
-        return fences
+        copies: list[Future[None]] = []
+        try:
+            for layer, blocks in enumerate(self._layers):
+                start = offset + layer * stride
+                staged = self._receive[region][start : start + ids.size * self.block_bytes]
+                rows = staged.reshape(-1, self.block_bytes)
+                if first is not None:
+                    copies.append(self._fillers.submit(np.copyto, blocks[first : first + ids.size], rows))
+                else:
+                    blocks[ids] = rows  # keeps the interpreter to itself, so a second thread would not help
+                # Who waits for the interpreter need not wait for all layers.
+                time.sleep(0)
+        except BaseException:
+            # Whoever asked gives slot and blocks back, which the layers before this one still use.
+            wait(copies)
+            raise
+        return [_FutureFence(copy) for copy in copies]
 
 
 def _run_start(ids: npt.NDArray[np.int64]) -> int | None:

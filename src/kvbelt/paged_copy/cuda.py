@@ -88,15 +88,12 @@ class CudaPagedCopy:
         self._weights = torch.from_numpy(weights(self.block_bytes // WORD_BYTES).view(np.int64)).to(self._device)
         self._gathers = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._scatters = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        # Two engine threads never scatter at once, but nothing here rests on it.
-        self._lock = threading.Lock()
         # The layers of a prompt are gathered one after another, with the same blocks: their ids travel once.
         self._last_gather: _Ids | None = None
         self._addresses = torch.tensor([layer.data_ptr() for layer in layers], dtype=torch.int64).to(self._device)
         self._words = {
             id(staging): _words(staging) for staging in (*self._receive, send_staging) if staging is not None
         }
-        self._in_flight = _InFlight()
         self._kernels: ModuleType | None = None
         self._compile()
 
@@ -130,12 +127,17 @@ class CudaPagedCopy:
         """``receive_staging`` to paged blocks."""
         staging = self._receive[region]
         ids = checked(block_ids, len(self._layers[0]))
-        with self._lock:
-            # The host's memory is copied across the bus as a whole, and not word by word by a kernel.
-            if self._kernels is not None and staging.is_cuda and ids.size:
-                words = self._words[id(staging)]
-                return [self._scatter_in_one(words, self._addresses, ids, offset, stride)]
-            return [self._scatter_in_layers(staging, ids, offset, stride)]
+        self._check(staging, offset, (len(self._layers) - 1) * stride + ids.size * self.block_bytes)
+        # The host's memory is copied across the bus as a whole, and not word by word by a kernel.
+        if self._kernels is not None and staging.is_cuda and ids.size:
+            return [self._scatter_in_one(self._words[id(staging)], self._addresses, ids, offset, stride)]
+        return [self._scatter_in_layers(staging, ids, offset, stride)]
+
+    @staticmethod
+    def _check(staging: torch.Tensor, offset: int, num_bytes: int) -> None:
+        # A kernel would read whatever lies there, or end CUDA for this process.
+        if offset < 0 or offset + num_bytes > staging.numel():
+            raise ValueError(f"bytes {offset} to {offset + num_bytes} of a staging buffer of {staging.numel()}")
 
     # With kernels.
 
@@ -170,7 +172,7 @@ class CudaPagedCopy:
         with torch.cuda.stream(stream):
             self._kernels.digest(words, given, self._weights)
             event = stream.record_event()
-        self._in_flight.add(event, given)
+        _IN_FLIGHT.add(event, given)
         return _DigestOfCells(event, given, cells.keys)
 
     def _scatter_in_one(
@@ -184,12 +186,13 @@ class CudaPagedCopy:
         with torch.cuda.stream(self._scatters):
             self._kernels.scatter(words, given, addresses, self.block_bytes // WORD_BYTES)
             event = self._scatters.record_event()
-        self._in_flight.add(event, given)
+        _IN_FLIGHT.add(event, given)
         return _EventFence(event, (given,))
 
     # With torch.
 
     def _digest(self, staging: torch.Tensor, offset: int, cells: Cells, stream: torch.cuda.Stream) -> Digest:
+        self._check(staging, offset, (int(cells.rows[-1]) + 1) * self.block_bytes)
         if self._kernels is not None:
             return self._digest_of_cells(self._words[id(staging)], offset, cells, stream)
         end = offset + (int(cells.rows[-1]) + 1) * self.block_bytes
@@ -215,13 +218,15 @@ class CudaPagedCopy:
     def _scatter_in_layers(self, staging: torch.Tensor, ids: npt.NDArray[np.int64], offset: int, stride: int) -> Fence:
         with torch.cuda.stream(self._scatters):
             there = self._on_device(ids)
-            held = [there]
-            for layer, blocks in enumerate(self._layers):
-                staged = self._staged(staging, ids.size, offset + layer * stride)
-                here = staged.to(self._device, non_blocking=True)
-                blocks.index_copy_(0, there, here)
-                held.append(here)
-            return _EventFence(self._scatters.record_event(), tuple(held))
+            try:
+                for layer, blocks in enumerate(self._layers):
+                    staged = self._staged(staging, ids.size, offset + layer * stride)
+                    blocks.index_copy_(0, there, staged.to(self._device, non_blocking=True))
+            except BaseException:
+                # Whoever asked gives slot and blocks back, which the layers before this one still use.
+                self._scatters.synchronize()
+                raise
+            return _EventFence(self._scatters.record_event(), (there,))
 
     def _staged(self, staging: torch.Tensor, num_blocks: int, offset: int) -> torch.Tensor:
         return staging[offset : offset + num_blocks * self.block_bytes].view(self._word).view(num_blocks, -1)
@@ -240,7 +245,7 @@ class CudaPagedCopy:
 class _InFlight:
     """Keeps host memory that kernels use until they have ended: torch does not know that they do.
 
-    Whoever asked for the work may have forgotten it by then, as when a transfer is cancelled.
+    Whoever asked for the work may have forgotten it by then, as when a transfer is cancelled or a belt closed.
     """
 
     def __init__(self) -> None:
@@ -253,6 +258,9 @@ class _InFlight:
             self._kept.append((event, memory))
             while self._kept and self._kept[0][0].query():  # type: ignore[no-untyped-call]
                 self._kept.popleft()
+
+
+_IN_FLIGHT = _InFlight()
 
 
 def _words(staging: torch.Tensor) -> torch.Tensor:
