@@ -13,6 +13,9 @@ from tests.vllm.conftest import Deployment
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
+#: How often the doctor may look.
+PATIENCE = 6
+
 
 def doctor(deployment: Deployment) -> list[dict[str, Any]]:
     """Its findings."""
@@ -25,12 +28,17 @@ def doctor(deployment: Deployment) -> list[dict[str, Any]]:
 
 def test_every_pair_is_measured(deployment: Deployment) -> None:
     """By a prompt of the doctor's own, as between workers of kvbelt's own; nothing is wrong."""
-    doctor(deployment)  # a server's first prompts take longer than the doctor waits, where few cores have many servers
-    findings = doctor(deployment)
-    assert not [one for one in findings if one["severity"] == "error"]
-    (links,) = [one for one in findings if one["name"] == "links"]
     pairs = len(deployment.prefill) * len(deployment.decode)
-    assert links["what"] == f"{pairs} of {pairs} pairs carry KV"
+    said = ""
+    # A server's first prompts take longer than the doctor waits, where few cores have many servers; it says so then.
+    for _ in range(PATIENCE):
+        findings = doctor(deployment)
+        (links,) = [one for one in findings if one["name"] == "links"]
+        said = links["what"]
+        if said.startswith(f"{pairs} of"):
+            break
+    assert said == f"{pairs} of {pairs} pairs carry KV"
+    assert not [one for one in findings if one["severity"] == "error"]
     assert all("GB/s" in line and "while the doctor looked" in line and "probe" in line for line in links["evidence"])
 
 
