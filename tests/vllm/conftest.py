@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -48,7 +49,11 @@ class Deployment:
 
     def workers(self) -> list[dict[str, object]]:
         """As the proxy sees them."""
-        with urllib.request.urlopen(self.proxy.url + "/health", timeout=60) as answer:  # noqa: S310 -- ours
+        try:
+            answer = urllib.request.urlopen(self.proxy.url + "/health", timeout=60)  # noqa: S310 -- ours
+        except urllib.error.HTTPError as unhealthy:
+            answer = unhealthy  # it says the same of its workers while it can use none
+        with answer:
             return json.loads(answer.read())["workers"]
 
 
