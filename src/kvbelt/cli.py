@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from kvbelt import __version__
 from kvbelt.errors import KVBeltError, SettingsError
@@ -243,84 +243,44 @@ def _run_keys_new(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_up(commands: "argparse._SubParsersAction[_Parser]") -> None:
-    from kvbelt.ops import up
+class _Command(Protocol):
+    """A module that is a command."""
 
-    parser = commands.add_parser("up", help="start a whole deployment: workers, belt and proxy")
-    up.add_arguments(parser)
-    parser.set_defaults(run=up.run, parser=parser)
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """What it takes."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do it. Returns the exit status."""
 
 
-def _add_chaos(commands: "argparse._SubParsersAction[_Parser]") -> None:
-    from kvbelt.ops.chaos import command
-
-    parser = commands.add_parser("chaos", help="load and faults on a deployment, and whether its promises held")
+def _add(commands: "argparse._SubParsersAction[_Parser]", name: str, command: _Command, about: str) -> None:
+    parser = commands.add_parser(name, help=about)
     command.add_arguments(parser)
     parser.set_defaults(run=command.run, parser=parser)
-
-
-def _add_doctor(commands: "argparse._SubParsersAction[_Parser]") -> None:
-    from kvbelt.ops.doctor import command
-
-    parser = commands.add_parser("doctor", help="what is wrong, its cause first: before a start, or --url of what runs")
-    command.add_arguments(parser)
-    parser.set_defaults(run=command.run, parser=parser)
-
-
-def _add_demo(commands: "argparse._SubParsersAction[_Parser]") -> None:
-    from kvbelt.ops import demo
-
-    parser = commands.add_parser("demo", help="1p1d, one chat, and where its time went")
-    demo.add_arguments(parser)
-    parser.set_defaults(run=demo.run, parser=parser)
-
-
-def _add_workers(commands: "argparse._SubParsersAction[_Parser]") -> None:
-    from kvbelt.ops import workers
-
-    parser = commands.add_parser("workers", help="list, add, drain and remove the workers of a running proxy")
-    workers.add_arguments(parser, _Parser)
-
-
-def _add_why(commands: "argparse._SubParsersAction[_Parser]") -> None:
-    from kvbelt.ops import why
-
-    parser = commands.add_parser("why", help="where one request's time went, and why it took its way")
-    why.add_arguments(parser)
-    parser.set_defaults(run=why.run, parser=parser)
-
-
-def _add_deploy(commands: "argparse._SubParsersAction[_Parser]") -> None:
-    from kvbelt.ops.deploy import command
-
-    parser = commands.add_parser("deploy", help="manifests for Kubernetes")
-    command.add_arguments(parser, _Parser)
-
-
-def _add_top(commands: "argparse._SubParsersAction[_Parser]") -> None:
-    from kvbelt.ops import top
-
-    parser = commands.add_parser("top", help="workers, rates and times of a running proxy, live in a terminal")
-    top.add_arguments(parser)
-    parser.set_defaults(run=top.run, parser=parser)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line. Parsed arguments carry ``run``, what to do, and ``parser``, whose they are."""
+    from kvbelt.ops import demo, top, up, why, workers
+    from kvbelt.ops.chaos import command as chaos
+    from kvbelt.ops.deploy import command as deploy
+    from kvbelt.ops.doctor import command as doctor
+
     parser = _Parser(prog="kvbelt", description="Disaggregated prefill for LLM serving.")
     parser.add_argument("--version", action="version", version=f"kvbelt {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     _add_worker(commands)
     _add_proxy(commands)
-    _add_up(commands)
-    _add_demo(commands)
-    _add_doctor(commands)
-    _add_chaos(commands)
+    _add(commands, "up", up, "start a whole deployment: workers, belt and proxy")
+    _add(commands, "demo", demo, "1p1d, one chat, and where its time went")
+    _add(commands, "doctor", doctor, "what is wrong, its cause first: before a start, or --url of what runs")
+    _add(commands, "chaos", chaos, "load and faults on a deployment, and whether its promises held")
     _add_keys(commands)
-    _add_workers(commands)
-    _add_why(commands)
-    _add_top(commands)
-    _add_deploy(commands)
+    about = "list, add, drain and remove the workers of a running proxy"
+    workers.add_arguments(commands.add_parser("workers", help=about), _Parser)
+    _add(commands, "why", why, "where one request's time went, and why it took its way")
+    _add(commands, "top", top, "workers, rates and times of a running proxy, live in a terminal")
+    deploy.add_arguments(commands.add_parser("deploy", help="manifests for Kubernetes"), _Parser)
     return parser
 
 
