@@ -5,4 +5,4 @@ crosses from one to the other while it is still being computed. ``docs/architect
 rooms of this package in the order in which a request walks through them.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
