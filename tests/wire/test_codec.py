@@ -9,35 +9,23 @@ from hypothesis import given, settings, strategies
 from kvbelt.wire import codec
 from kvbelt.wire import handshake as h
 from kvbelt.wire import reservation as w
-from kvbelt.wire.ids import EngineId, SlotName, TransferId
-from kvbelt.wire.layout import KVLayout
-
-T, P, D = TransferId("t"), EngineId("p"), EngineId("d")
-NAME = SlotName(D, 3, 14)
-LAYOUT = KVLayout(
-    num_layers=2, num_kv_heads=3, head_dim=4, block_size=16, dtype="float32", order="T2HD", block_bytes=1536
-)
-FIT = h.Compatibility(
-    protocol=1, model="m", fingerprint="f", layout=LAYOUT, tp_size=1, tp_rank=0, hash_scheme="xxh3", channel="nixl"
-)
-PROCESS = h.ProcessIdentity(boot_id="b", pid_namespace="pid:[1]", pid=1, start_time=2)
+from tests.wire.support import FIT, FROM_SENDER, NAME, D, P, T
 
 REGIONS = (h.MemoryRegion(1 << 63, 2, "cuda", 1), h.MemoryRegion(1, 2, "cpu", 0))
 
 HEADER = codec.MAGIC + bytes([h.PROTOCOL_VERSION])
 
 HANDSHAKES = [
-    h.Hello(engine_id=P, receiver=D, worker="w", role="prefill", process=PROCESS, compatibility=FIT),
-    h.Welcome(engine_id=D, compatibility=FIT, agent_metadata=b"\x00\xff", regions=REGIONS),
+    h.Hello(engine_id=P, receiver=D, role="prefill", compatibility=FIT),
+    h.Welcome(
+        engine_id=D,
+        compatibility=FIT,
+        agent_metadata=b"\x00\xff",
+        regions=REGIONS,
+        liveness_port=1,
+        liveness_token=b"\xff",
+    ),
     h.HandshakeRefused(engine_id=D, field="dtype", ours="float32", theirs="bfloat16"),
-]
-FROM_SENDER = [
-    w.Reserve(transfer_id=T, sender=P, receiver=D, num_tokens=1, num_blocks=1, num_bytes=1 << 40, deadline_seconds=1.5),
-    w.Heartbeat(transfer_id=T, sender=P, slot=NAME),
-    w.PartLanded(transfer_id=T, sender=P, slot=NAME, part=3, digest=(1 << 64) - 1),
-    w.Commit(transfer_id=T, sender=P, slot=NAME, num_tokens=1, num_bytes=2, digest=None),
-    w.Cancel(transfer_id=T, sender=P, slot=None, reason="x"),
-    w.Cancelled(transfer_id=T, sender=P, slot=NAME),
 ]
 FROM_RECEIVER = [
     w.Granted(
@@ -70,7 +58,6 @@ EVERY = [(make, message) for make, messages in CODECS for message in messages]
 
 @pytest.mark.parametrize(("make", "message"), EVERY)
 def test_every_message_comes_back(make, message):
-    """Encoding loses nothing."""
     assert make().decode(make().encode(message)) == message
 
 
@@ -116,7 +103,7 @@ def test_a_flipped_byte_never_raises_anything_else(make, message, data):
 
 def test_another_version_is_named():
     """The version is readable whatever follows it."""
-    with pytest.raises(codec.VersionError, match="version 9; this side speaks 2") as caught:
+    with pytest.raises(codec.VersionError, match="version 9; this side speaks 3") as caught:
         codec.handshakes().decode(b"KB\x09whatever follows")
     assert caught.value.theirs == 9
 

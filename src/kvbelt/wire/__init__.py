@@ -1,1 +1,1 @@
-"""Every message that crosses a process, and nothing else. Imports none of the other rooms."""
+"""Every message that crosses a process, and nothing else. Imports no other package of kvbelt."""

@@ -17,7 +17,7 @@ MAGIC = b"KB"
 #: The answer to a handshake carries an agent's metadata (some KiB with UCX); everything else is far smaller.
 MAX_HANDSHAKE_BYTES = 1 << 20
 MAX_HELLO_BYTES = 1 << 14
-#: A Reserve carries hashes of a prompt's blocks. Less than what a gate lets through (security/gate.py).
+#: A Reserve carries hashes of a prompt's blocks. Less than the limit of a socket (security/authenticator.py).
 MAX_RESERVATION_BYTES = 60 * 1024
 
 _HEADER_BYTES = len(MAGIC) + 1
@@ -26,17 +26,13 @@ MessageT = TypeVar("MessageT")
 
 
 class FrameError(ValueError):
-    """A frame that is not a message of this protocol. The message says why.
+    """A frame that is not a message of this protocol."""
 
-    Attributes:
-        reason: in one word, to be counted by.
-    """
-
-    reason = "malformed"
+    reason = "malformed"  #: one word, for a counter
 
 
 class OversizedError(FrameError):
-    """A frame that is larger than any message of its kind. It was not looked into."""
+    """A frame that is larger than any message of its kind, and was not parsed."""
 
     reason = "oversized"
 
@@ -52,10 +48,7 @@ class VersionError(FrameError):
 
 
 class Codec(Generic[MessageT]):
-    """Encodes and decodes one union of messages, with a limit on size.
-
-    ``union`` is what may be received. Any message of the protocol may be encoded.
-    """
+    """Encodes any message of the protocol, and decodes those of one union, up to a size."""
 
     def __init__(self, union: object, max_bytes: int) -> None:
         self._encoder = msgspec.msgpack.Encoder()
@@ -64,17 +57,10 @@ class Codec(Generic[MessageT]):
         self._max_bytes = max_bytes
 
     def encode(self, message: msgspec.Struct) -> bytes:
-        """One frame."""
         return self._header + self._encoder.encode(message)
 
     def decode(self, frame: bytes) -> MessageT:
-        """The message in a frame.
-
-        Raises:
-            OversizedError: it is too large.
-            VersionError: the frame is of another protocol version.
-            FrameError: it is not a message of this union.
-        """
+        """The message in a frame. Raises FrameError: it is too large, of another version, or not of this union."""
         if len(frame) > self._max_bytes:
             raise OversizedError(f"a frame of {len(frame)} bytes; at most {self._max_bytes} are accepted")
         if len(frame) < _HEADER_BYTES or frame[: len(MAGIC)] != MAGIC:
@@ -94,10 +80,10 @@ def handshakes(max_bytes: int = MAX_HANDSHAKE_BYTES) -> Codec[HandshakeMessage]:
 
 
 def from_sender() -> Codec[FromSender]:
-    """What a receiver takes on its alloc port."""
+    """Messages to a receiver's alloc port."""
     return Codec(FromSender, MAX_RESERVATION_BYTES)
 
 
 def from_receiver() -> Codec[FromReceiver]:
-    """What a sender takes from a receiver's alloc port."""
+    """Messages from a receiver's alloc port."""
     return Codec(FromReceiver, MAX_RESERVATION_BYTES)
