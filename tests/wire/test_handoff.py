@@ -13,7 +13,7 @@ TWO = msgspec.structs.replace(ONE, ranks=(RankAddress(EngineId("e"), 7301, 7401)
 
 @pytest.mark.parametrize("host", ["10.0.0.7", "decode-0.example", "my_service", "::1", "fe80::1%eth0", "7"])
 def test_hosts_that_can_be_connected_to_are_taken(host):
-    """Names, IPv4 and IPv6."""
+    """A host is a name, an IPv4 or an IPv6 address."""
     assert msgspec.convert(GOOD | {"host": host}, ReceiverAddress).host == host
 
 
@@ -26,7 +26,7 @@ def test_hosts_that_can_be_connected_to_are_taken(host):
     ],
 )  # fmt: skip
 def test_what_cannot_be_connected_to_is_refused_with_its_value(wrong):
-    """Before it reaches a socket, which would raise on the belt's thread."""
+    """A socket would raise later, on the belt's thread."""
     (name, value), = wrong.items()  # fmt: skip
     with pytest.raises(msgspec.ValidationError, match=name) as refused:
         msgspec.convert(GOOD | wrong, ReceiverAddress)
@@ -34,7 +34,7 @@ def test_what_cannot_be_connected_to_is_refused_with_its_value(wrong):
 
 
 def test_each_rank_has_an_address() -> None:
-    """On the same host and with the same key; there is none beyond the last."""
+    """All ranks have one host and one key. A rank beyond the last has no address."""
     assert TWO.of_rank(0) == ONE
     assert TWO.of_rank(1) == ReceiverAddress(EngineId("e"), "10.0.0.7", 7301, 7401, "key")
     assert TWO.of_rank(2) is None
@@ -42,7 +42,7 @@ def test_each_rank_has_an_address() -> None:
 
 
 def test_one_rank_looks_as_it_always_has() -> None:
-    """Nothing is said of ranks where there is one; where there are several, they survive the journey."""
+    """A single rank adds no field. Several ranks are encoded and decoded."""
     assert "ranks" not in msgspec.to_builtins(ONE)
     assert msgspec.convert(msgspec.to_builtins(TWO), ReceiverAddress) == TWO
     with pytest.raises(msgspec.ValidationError, match="alloc_port is 0"):

@@ -4,11 +4,10 @@ import msgspec
 import pytest
 
 from kvbelt.wire.handshake import first_difference
-from tests.wire.test_codec import FIT, LAYOUT
+from tests.wire.support import FIT, LAYOUT
 
 
 def test_equal_sides_fit():
-    """No difference."""
     assert first_difference(FIT, FIT) is None
 
 
@@ -24,21 +23,21 @@ def test_a_model_is_its_fingerprint():
     [("protocol", 2), ("tp_size", 2), ("tp_rank", 1), ("hash_scheme", "sha"), ("channel", "mooncake")],
 )
 def test_every_field_is_compared(field, value):
-    """... and named with both values."""
+    """The difference has both values."""
     difference = first_difference(FIT, msgspec.structs.replace(FIT, **{field: value}))
     assert difference == (field, str(getattr(FIT, field)), str(value))
 
 
 @pytest.mark.parametrize("field", [name for name in LAYOUT.__struct_fields__ if name != "dtype"])
 def test_every_field_of_the_layout_is_compared(field):
-    """... under its own name."""
+    """The difference has the field's own name."""
     changed = msgspec.structs.replace(LAYOUT, **{field: "other" if field == "order" else 99})
     difference = first_difference(FIT, msgspec.structs.replace(FIT, layout=changed))
     assert difference.field == f"layout.{field}"
 
 
 def test_a_dtype_is_named_before_what_follows_from_it():
-    """Not the block size in bytes, which a user has never set."""
+    """A user sets the dtype, and not the block size in bytes."""
     changed = msgspec.structs.replace(LAYOUT, dtype="bfloat16", block_bytes=768)
     difference = first_difference(FIT, msgspec.structs.replace(FIT, layout=changed))
     assert str(difference) == "dtype: ours float32, theirs bfloat16"

@@ -1,9 +1,9 @@
-"""Block hashes: 16 bytes that stand for a block of tokens and everything before it.
+"""Block hashes: 16 bytes that identify a block of tokens and everything before it.
 
 A block's hash is xxh3_128 over the hash of the block before it and its own token ids, each as four bytes, least
-significant first. So equal hashes mean equal prefixes, on every machine and in every process; nothing of Python's own
-hashing is in it. Among n blocks two different ones collide with a chance of about n²/2^129; xxh3 is not made to
-withstand somebody who looks for collisions, so tenants that must not meet need a salt.
+significant first. So equal hashes mean equal prefixes, on every machine and in every process; Python's own hashing has
+no part in it. Among n blocks two different ones collide with a probability of about n²/2^129. xxh3 does not resist an
+attacker who searches for collisions, so tenants that must not share blocks need a salt.
 
 Source of the method: vLLM's prefix caching (a chain over full blocks); the function: https://xxhash.com, XXH3_128bits.
 """
@@ -13,20 +13,17 @@ from collections.abc import Sequence
 
 import xxhash
 
-#: Named in the handshake: two processes compare hashes only if they make them alike.
-HASH_SCHEME = "xxh3_128-chain-u32le"
+HASH_SCHEME = "xxh3_128-chain-u32le"  #: in the handshake: two processes compare hashes only if they compute them alike
+HASH_BYTES = 16  #: of one block hash
 
-#: Of one block hash.
-HASH_BYTES = 16
-
-#: Sent with a reservation at most (wire/codec.py); what a longer prompt shares beyond them travels.
+#: The most in one reservation (wire/codec.py). Later blocks of a longer prompt are sent even if they are shared.
 MAX_SENT_HASHES = 3500
 
 _TOKEN_BYTES = 4
 
 
 def root(salt: str = "") -> bytes:
-    """What a first block's hash is chained to: the hash of no block."""
+    """The parent of a first block's hash."""
     return xxhash.xxh3_128_digest(salt.encode())
 
 
@@ -36,12 +33,9 @@ def chained(parent: bytes, token_ids: Sequence[int]) -> bytes:
 
 
 def block_hashes(token_ids: Sequence[int], block_size: int, salt: str = "") -> tuple[bytes, ...]:
-    """One hash a full block of ``block_size`` tokens; what is left over at the end has none.
+    """One hash for each full block of ``block_size`` tokens of a prompt; the rest at its end has none.
 
-    Args:
-        token_ids: of a prompt, from its first token on.
-        block_size: tokens a block.
-        salt: prompts share nothing with prompts of another salt (vLLM's ``cache_salt``).
+    Prompts with different salts share nothing (vLLM's ``cache_salt``).
 
     Raises:
         ValueError: a token id that does not fit four bytes, or a block size that is not positive.
@@ -52,7 +46,7 @@ def block_hashes(token_ids: Sequence[int], block_size: int, salt: str = "") -> t
     try:
         packed = memoryview(struct.pack(f"<{num_tokens}I", *token_ids[:num_tokens]))
     except struct.error as error:
-        raise ValueError(f"a token id is no number of four bytes: {error}") from None
+        raise ValueError(f"a token id does not fit four bytes: {error}") from None
     parent = root(salt)
     hashes: list[bytes] = []
     size = block_size * _TOKEN_BYTES
@@ -63,11 +57,11 @@ def block_hashes(token_ids: Sequence[int], block_size: int, salt: str = "") -> t
 
 
 def packed(hashes: Sequence[bytes]) -> bytes:
-    """The first of them, as a reservation carries them."""
+    """The first ``MAX_SENT_HASHES``, as a reservation carries them."""
     return b"".join(hashes[:MAX_SENT_HASHES])
 
 
 def unpacked(prefix: bytes) -> tuple[bytes, ...]:
-    """What ``packed`` made; what is left over at the end is none."""
+    """The inverse of ``packed``; an incomplete hash at the end is ignored."""
     end = len(prefix) // HASH_BYTES * HASH_BYTES
     return tuple(prefix[start : start + HASH_BYTES] for start in range(0, end, HASH_BYTES))

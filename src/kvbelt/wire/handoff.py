@@ -1,30 +1,32 @@
-"""``kv_transfer_params``: what a proxy tells a worker about the transfer that goes with a request.
+"""``kv_transfer_params``: what the proxy and a worker tell each other about the transfer of a request's KV.
 
-The proxy writes it into the request's body, the worker parses it once, at its wall. Times travel as
-remaining seconds, because clocks of different hosts differ.
+The proxy writes them into a request's body, and the worker parses them once. Times travel as remaining seconds,
+because clocks of different hosts differ.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from math import inf
+from typing import Any, Literal
 
 import msgspec
 
 from kvbelt.wire.hosts import is_host, is_port
 from kvbelt.wire.ids import EngineId, TransferId
+from kvbelt.wire.reasons import as_word
 
 
-class RankAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of one more rank of a tensor-parallel decode worker, on the same host and with the same key as its first."""
+class RankAddress(msgspec.Struct, frozen=True):
+    """Another rank of a tensor-parallel decode worker, on the same host and with the same key as its first."""
 
     engine_id: EngineId
     init_port: int
     alloc_port: int
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be connected to, as ``ReceiverAddress`` does."""
         _require_ports(self)
 
 
-class ReceiverAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class ReceiverAddress(msgspec.Struct, frozen=True, omit_defaults=True):
     """Where a decode worker takes handshakes (init port) and reservations (alloc port)."""
 
     engine_id: EngineId
@@ -37,17 +39,12 @@ class ReceiverAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True, o
     ranks: tuple[RankAddress, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be connected to.
-
-        Raises:
-            ValueError: which field it is, and its value; a decoder turns it into a ValidationError.
-        """
         if not is_host(self.host):
             raise ValueError(f"host is {self.host[:64]!r}; it must be a host's name or address")
         _require_ports(self)
 
     def of_rank(self, rank: int) -> "ReceiverAddress | None":
-        """The address of one rank by itself; None: the worker has no such rank."""
+        """The address of one rank; None: the worker has no such rank."""
         if rank > len(self.ranks):
             return None
         if rank == 0:
@@ -62,7 +59,7 @@ def _require_ports(address: RankAddress | ReceiverAddress) -> None:
             raise ValueError(f"{name} is {getattr(address, name)}; it must be a port of 1 to 65535")
 
 
-class PrefillHandoff(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class PrefillHandoff(msgspec.Struct, frozen=True):
     """To a prefill worker: compute this prompt and send its KV to ``receiver``."""
 
     transfer_id: TransferId
@@ -70,25 +67,64 @@ class PrefillHandoff(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     deadline_seconds: float
 
 
-class DecodeHandoff(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """To a decode worker: the KV of this prompt comes, or has come, under this name."""
+class DecodeHandoff(msgspec.Struct, frozen=True):
+    """To a decode worker: wait for the KV of this prompt under this name."""
 
     transfer_id: TransferId
     deadline_seconds: float
 
 
-class HandoffState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """In a prefill worker's answer: what became of the transfer so far.
+Handoff = PrefillHandoff | DecodeHandoff
 
-    ``open``: it is under way or done, the decode worker will learn the end. ``failed``: it has ended,
-    with this reason, and the decode worker need not wait.
+
+def handoff_of(params: Mapping[str, Any]) -> Handoff:
+    """The handoff in a request's parameters. Raises msgspec.ValidationError: they are not one."""
+    shape: type[Handoff] = PrefillHandoff if "receiver" in params else DecodeHandoff
+    return msgspec.convert(dict(params), shape)
+
+
+class HandoffState(msgspec.Struct, frozen=True):
+    """In a prefill worker's answer: the transfer so far.
+
+    ``open``: it is under way or done, and the decode worker will learn its end. ``failed``: it has ended with this
+    reason, and the decode worker need not wait.
     """
 
     transfer_id: TransferId
     state: Literal["open", "failed"]
     reason: str | None = None
-    #: Tokens whose KV came from the prefill worker's host memory instead of being computed.
-    loaded_tokens: int = 0
+    loaded_tokens: int = 0  #: tokens whose KV came from the prefill worker's host memory instead of being computed
+
+
+class DecodeOutcome(msgspec.Struct, frozen=True, omit_defaults=True):
+    """In a vLLM decode server's whole answer: what became of the KV. Our own worker sends ``x-kvbelt-kv``."""
+
+    transfer_id: TransferId
+    kv: Literal["received", "recomputed"] | None = None  #: None: not known
+    reason: str | None = None  #: why it was recomputed, or not needed
+
+    @property
+    def text(self) -> str | None:
+        """As our own worker's header says it; None: not known."""
+        return f"recomputed; reason={as_word(self.reason, 'kv_lost')}" if self.kv == "recomputed" else self.kv
+
+
+class Describe(msgspec.Struct, frozen=True, tag_field="kvbelt", tag="describe", omit_defaults=True):
+    """To a vLLM server: describe yourself. The answer is a ``health.ServerDescription``."""
+
+    #: Seconds between tokens that steps beside running requests are to keep from now on, as far as prompts can be cut;
+    #: 0: any; None: as before.
+    itl_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.itl_seconds is not None and not 0 <= self.itl_seconds < inf:
+            raise ValueError(f"itl_seconds is {self.itl_seconds}; it must be a number of seconds, or 0 for any")
+
+
+class Warm(msgspec.Struct, frozen=True, tag_field="kvbelt", tag="warm"):
+    """To a vLLM server: connect to these decode servers. The answer is a ``peers.PeerStates``."""
+
+    receivers: tuple[ReceiverAddress, ...]
 
 
 def prompt_transfer_id(base: TransferId, prompt_index: int) -> TransferId:

@@ -1,14 +1,14 @@
-"""The handshake: what two processes tell each other before any memory is shared.
+"""The handshake: two processes compare themselves before any memory is shared.
 
 Rules:
 
-1. The sender says ``Hello`` on the receiver's init port; the answer is ``Welcome`` or ``HandshakeRefused``.
-2. Everything that must be equal on both sides stands in ``Compatibility`` and nowhere else. The first
-   field that differs is named, with both values side by side.
-3. Both sides compare. The receiver compares before it tells where its memory is, the sender before it writes.
-4. The whole exchange may be repeated at any time: it changes nothing on either side.
+1. The sender sends ``Hello`` to the receiver's init port; the answer is ``Welcome`` or ``HandshakeRefused``.
+2. Everything that must be equal is in ``Compatibility`` and nowhere else. A refusal names the first field that
+   differs, with both values.
+3. Both sides compare: the receiver before it tells where its memory is, the sender before it writes.
+4. The exchange may be repeated at any time and then changes nothing.
 
-A model is compared by its fingerprint. Its name is only shown: one model may lie in folders of different names.
+Models are compared by fingerprint. Their names are shown only, since copies of one model may have different names.
 """
 
 from typing import NamedTuple
@@ -18,20 +18,7 @@ import msgspec
 from kvbelt.wire.ids import EngineId
 from kvbelt.wire.layout import KVLayout
 
-#: Grows with every change of a message of this protocol. Stands in every frame (codec.py).
-PROTOCOL_VERSION = 2
-
-
-class ProcessIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which process of which machine: enough to find out, on the same machine, that it is dead."""
-
-    #: The kernel's boot id; empty when it could not be read (then nobody is ever declared dead by it).
-    boot_id: str
-    #: The pid namespace: pids compare only within one.
-    pid_namespace: str
-    pid: int
-    #: Clock ticks between boot and the start of the process: tells two processes with one pid apart.
-    start_time: int
+PROTOCOL_VERSION = 3  #: grows with every change of a message; part of every frame (codec.py)
 
 
 class Compatibility(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -39,8 +26,7 @@ class Compatibility(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     protocol: int
     model: str
-    #: Identifies architecture and weights; equal fingerprints mean equal KV for equal tokens.
-    fingerprint: str
+    fingerprint: str  #: identifies architecture and weights; equal fingerprints mean equal KV for equal tokens
     layout: KVLayout
     tp_size: int
     tp_rank: int
@@ -58,29 +44,29 @@ class MemoryRegion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """Sender to receiver: who I am. ``receiver`` is whom I believe to be talking to."""
+    """Sender to receiver. ``receiver`` is the engine that the sender expects."""
 
     engine_id: EngineId
     receiver: EngineId
-    #: The worker's name across its lives (empty: none). A new life under the same name proves the old one dead.
-    worker: str
     role: str
-    process: ProcessIdentity
     compatibility: Compatibility
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """Receiver to sender: we fit, and here is my memory."""
+    """Receiver to sender: the two fit."""
 
     engine_id: EngineId
     compatibility: Compatibility
     agent_metadata: bytes
     #: Slots lie in one of them: the receive buffer, then the overflow buffer where there is one.
     regions: tuple[MemoryRegion, ...]
+    #: Where the sender opens the connection whose end proves its death, and what it sends there (transfer/liveness.py).
+    liveness_port: int = 0
+    liveness_token: bytes = b""
 
 
 class HandshakeRefused(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """Receiver to sender: we do not fit. ``ours`` is the receiver's value, ``theirs`` the sender's."""
+    """Receiver to sender: the two do not fit. ``ours`` is the receiver's value, ``theirs`` the sender's."""
 
     engine_id: EngineId
     field: str
@@ -92,14 +78,11 @@ HandshakeMessage = Hello | Welcome | HandshakeRefused
 
 
 class Difference(NamedTuple):
-    """The first field that differs between two sides."""
-
     field: str
     ours: str
     theirs: str
 
     def __str__(self) -> str:
-        """One line for a log or an error."""
         return f"{self.field}: ours {self.ours}, theirs {self.theirs}"
 
 
@@ -118,7 +101,7 @@ def first_difference(ours: Compatibility, theirs: Compatibility) -> Difference |
 
 
 def _layout_difference(ours: KVLayout, theirs: KVLayout) -> Difference:
-    # dtype first: it also changes block_bytes, and it is what a user has set.
+    # dtype first: it changes block_bytes too, and it is the setting that a user knows.
     for field in ("dtype", *(name for name in KVLayout.__struct_fields__ if name != "dtype")):
         mine, other = getattr(ours, field), getattr(theirs, field)
         if mine != other:

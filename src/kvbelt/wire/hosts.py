@@ -1,4 +1,4 @@
-"""Names and addresses of hosts, as they may be connected to: what libzmq refuses is refused before it is asked."""
+"""Names and addresses of hosts, checked before libzmq gets them."""
 
 import ipaddress
 import re
@@ -7,7 +7,7 @@ _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
 
 
 def is_host(text: str) -> bool:
-    """Whether it is a host's name, an IPv4 or an IPv6 address (without brackets). Nobody is asked whether it exists."""
+    """Whether it is a host's name, an IPv4 or an IPv6 address (without brackets). It need not exist."""
     if ":" not in text:
         return _NAME.fullmatch(text) is not None
     try:
@@ -18,5 +18,4 @@ def is_host(text: str) -> bool:
 
 
 def is_port(number: int) -> bool:
-    """Whether something can listen there."""
     return 0 < number < 65536

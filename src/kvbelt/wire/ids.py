@@ -1,10 +1,10 @@
-"""Names of things that more than one process speaks of."""
+"""Names that processes share."""
 
 from typing import NewType
 
 import msgspec
 
-#: One life of one worker process. A restart makes a new one, so that whatever names the old one is refused.
+#: One incarnation of a worker. A restart makes a new one, so that messages to the old one are refused.
 EngineId = NewType("EngineId", str)
 
 #: One attempt to hand the KV of one prompt from one prefill worker to one decode worker.
@@ -12,9 +12,9 @@ TransferId = NewType("TransferId", str)
 
 
 class SlotName(msgspec.Struct, frozen=True, array_like=True):
-    """A piece of a decode worker's staging buffer, for one use of it.
+    """One use of a piece of a decode worker's staging buffer.
 
-    The generation grows with every use of the slot: a message that names an older one is refused.
+    The generation grows with every use of the slot: a message with an older one is refused.
     """
 
     engine_id: EngineId

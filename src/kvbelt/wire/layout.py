@@ -6,8 +6,8 @@ import msgspec
 class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The shape of a paged KV cache: ``num_layers`` tensors of equal blocks.
 
-    A block of one layer is ``block_bytes`` contiguous bytes that hold ``block_size`` tokens. How they lie
-    inside the block (``order``) is compared, never interpreted: whole blocks travel.
+    A block of one layer is ``block_bytes`` contiguous bytes that hold ``block_size`` tokens. Their order inside the
+    block is compared and never interpreted, because only whole blocks are sent.
     """
 
     num_layers: int
@@ -15,15 +15,12 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     head_dim: int
     block_size: int
     dtype: str
-    #: Order of the dimensions inside a block, e.g. ``"T2HD"``: token, K or V, head, element.
-    order: str
-    #: Bytes of one block of one layer.
-    block_bytes: int
+    order: str  #: order of the dimensions inside a block, e.g. ``"T2HD"``: token, K or V, head, element
+    block_bytes: int  #: bytes of one block of one layer
 
     def blocks(self, num_tokens: int) -> int:
-        """How many blocks hold ``num_tokens`` tokens."""
         return -(-num_tokens // self.block_size)
 
     def slot_bytes(self, num_blocks: int) -> int:
-        """Bytes of ``num_blocks`` blocks of every layer."""
+        """Bytes of so many blocks of every layer."""
         return self.num_layers * num_blocks * self.block_bytes

@@ -1,20 +1,26 @@
-"""What a prefill worker tells the proxy about each transfer, on port 7500 (PUSH to PULL, msgpack)."""
+"""What workers tell the proxy unasked, on port 7500 (PUSH to PULL, msgpack).
+
+A prefill worker tells how each transfer ended, a vLLM decode server what became of its KV, and every worker what its
+engine's steps cost.
+"""
 
 import msgspec
 
+from kvbelt.wire.codec import FrameError, OversizedError
+from kvbelt.wire.handoff import DecodeOutcome
 from kvbelt.wire.ids import EngineId, TransferId
+from kvbelt.wire.steps import StepsNow
 
 
-class _Notification(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+class _TransferEnd(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     transfer_id: TransferId
     sender: EngineId
     receiver: EngineId
     num_bytes: int
-    #: From the first write posted to the last one completed.
-    seconds: float
+    seconds: float  #: from the first write posted to the last one completed
 
 
-class TransferDone(_Notification, frozen=True):
+class TransferDone(_TransferEnd, frozen=True):
     """Every byte has landed and the decode worker has acknowledged the commit."""
 
     channel: str
@@ -24,13 +30,31 @@ class TransferDone(_Notification, frozen=True):
     exposed_seconds: float
 
 
-class TransferFailed(_Notification, frozen=True):
+class TransferFailed(_TransferEnd, frozen=True):
     """The transfer ended without a commit."""
 
     reason: str
 
 
-Notification = TransferDone | TransferFailed
+class StepsReport(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The engine's steps as they are now; a report that is lost is replaced by the next."""
+
+    engine: EngineId
+    steps: StepsNow
+
+
+class OutcomeReport(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """What became of the KV of a request. vLLM's streams, whose heads leave before that is known, have no place for it.
+
+    A later report of the same transfer replaces an earlier one.
+    """
+
+    engine: EngineId  #: the decode server's
+    outcome: DecodeOutcome
+
+
+TransferEnd = TransferDone | TransferFailed
+Notification = TransferEnd | StepsReport | OutcomeReport
 
 #: Reasons with which the sending side ends a transfer on purpose: its client has gone, its request was refused or
 #: preempted. They are not failures of the transfer, and no alert should fire for them.
@@ -39,29 +63,18 @@ ENDED_ON_PURPOSE = frozenset({"aborted", "cancelled", "preempted", "probed", "re
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Notification] = msgspec.msgpack.Decoder(Notification)
 
-#: A notification is small; anything larger is not one.
-MAX_BYTES = 4096
+MAX_BYTES = 4096  #: a notification is small; anything larger is not one
 
 
 def encode(notification: Notification) -> bytes:
-    """Serialise for the socket."""
     return _encoder.encode(notification)
 
 
-class OversizedError(ValueError):
-    """It is larger than any notification, and was not looked into."""
-
-
 def decode(frame: bytes) -> Notification:
-    """Parse what came from the socket.
-
-    Raises:
-        OversizedError: it is too large.
-        ValueError: it is not a notification.
-    """
+    """Parse a frame. Raises FrameError: it is too large, or not a notification."""
     if len(frame) > MAX_BYTES:
         raise OversizedError(f"a notification of {len(frame)} bytes; at most {MAX_BYTES} are accepted")
     try:
         return _decoder.decode(frame)
-    except RecursionError as error:
-        raise ValueError(f"a malformed notification: {error}") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise FrameError(f"a malformed notification: {error}") from None

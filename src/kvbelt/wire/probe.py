@@ -1,61 +1,45 @@
-"""``POST /kvbelt/probe``: what a link between two workers can do, measured over what their transfers use.
+"""``POST /kvbelt/probe``: a prefill worker measures its link to a decode worker that it is connected to.
 
-Asked of a prefill worker, about a decode worker that it is connected to. ``kvbelt doctor`` asks.
+It is measured over what transfers use. ``kvbelt doctor`` asks.
 """
 
 import msgspec
 
 from kvbelt.wire.ids import EngineId
-from kvbelt.wire.json_body import JsonDecoder
+from kvbelt.wire.json_body import JsonMessage
 
 
-class ProbeOrder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which decode worker."""
-
+class ProbeRequest(msgspec.Struct, frozen=True):
     engine_id: EngineId
 
 
-class Figures(msgspec.Struct, frozen=True):
-    """One direction. Medians, from posted to done."""
+#: If the fastest of so many operations is slow, the link is. Fewer may be slow because a process had no CPU.
+ENOUGH_OPERATIONS = 3
+
+
+class LinkSpeed(msgspec.Struct, frozen=True):
+    """One direction. Seconds are of the fastest operation: a link is not slow because a process did not run."""
 
     num_bytes: int  #: of a large operation
-    seconds: float  #: that one took
-    small_seconds: float  #: that one of 4 KiB took
+    seconds: float  #: from posted to done
+    small_seconds: float  #: the same, of 4 KiB
+    operations: int = 1  #: large ones
 
     @property
     def gb_per_second(self) -> float:
-        """Of large ones."""
         return self.num_bytes / self.seconds / 1e9 if self.seconds > 0 else 0.0
 
 
-class Probed(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of it. A direction that was not measured to its end is None, and ``reason`` says why."""
+class ProbeResult(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer. A direction that was not measured to its end is None, and ``reason`` says why."""
 
-    channel: str = ""  #: the carrier
-    write: Figures | None = None
-    read: Figures | None = None
-    num_bytes: int = 0  #: that have moved, both ways
+    channel: str = ""  #: empty: there is none
+    write: LinkSpeed | None = None
+    read: LinkSpeed | None = None
+    num_bytes: int = 0  #: moved, both ways
     reason: str = ""  #: empty: everything was measured
     detail: str = ""
 
 
-_orders: JsonDecoder[ProbeOrder] = JsonDecoder(ProbeOrder)
-_answers: JsonDecoder[Probed] = JsonDecoder(Probed)
-
-
-def parse_order(body: bytes) -> ProbeOrder:
-    """What a worker is asked.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    return _orders.decode(body)
-
-
-def parse_answer(body: bytes) -> Probed:
-    """What a worker has answered.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    return _answers.decode(body)
+PROBE_REQUEST = JsonMessage(ProbeRequest, "the probe")
+PROBE_RESULT = JsonMessage(ProbeResult, "/kvbelt/probe")

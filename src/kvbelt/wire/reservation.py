@@ -1,29 +1,33 @@
-"""Reservation, lease and commit: what a sender and a receiver say about one transfer, on the alloc port.
+"""Reservation, lease and commit: the messages of one transfer, on the alloc port.
 
 Rules:
 
-1. Any message may be lost, repeated, delayed or overtaken. Whoever waits for an answer asks again; every
-   request may be repeated and is answered as before.
+1. Any message may be lost, repeated, delayed or overtaken. Every request is repeated until it is answered, and a
+   repeated request gets the same answer.
 2. ``Granted`` names a slot (engine, slot, generation). Every later message about it repeats that name.
-3. ``Commit`` says that every byte has landed. Before it nothing is visible; after it the sender writes no more.
-4. A lease holds from one ``Reserve``, ``Heartbeat`` or ``Commit`` to the next. When it lapses the receiver
-   says ``Expired``; the slot is quarantined until the sender has said ``Cancel`` or ``Cancelled``: I write no more.
-5. A sender that is asked about a transfer it does not know answers ``Cancelled``: what it does not know it
-   does not write. One that has ended a transfer says ``Cancel`` until it hears ``Cancelled``.
+3. ``Commit`` means that every byte has landed. Before it nothing is visible; after it the sender writes no more.
+4. A lease lasts from one ``Reserve``, ``Heartbeat`` or ``Commit`` to the next. When it lapses the receiver sends
+   ``Expired`` and quarantines the slot until the sender has sent ``Cancel`` or ``Cancelled``, or is known to be dead.
+5. A sender answers ``Cancelled`` about a transfer that it does not know, because it writes no such transfer. A sender
+   that has ended a transfer repeats ``Cancel`` until it receives ``Cancelled``.
 6. Times travel as remaining seconds.
 7. A slot holds the prompt's blocks from ``Granted.first_block`` on: those before it are on the receiver already.
 8. A prompt larger than every buffer travels in parts of ``Granted.part_blocks`` blocks through a slot of two parts:
-   part *k* is written into the place of part *k - 2* once ``PartsTaken`` has said that this one was read.
-   ``PartLanded`` and ``PartsTaken`` count up and are repeated, so losing some of them loses nothing. ``Commit``
-   follows the last ``PartsTaken``.
-9. Digests (digest.py) are of what the sender has staged. A receiver that asked for them (``Granted.verify``) shows
-   nothing to a reader before it has found the same in its own memory.
+   part *k* is written to the place of part *k - 2* after ``PartsTaken`` says that this part was read. ``PartLanded``
+   and ``PartsTaken`` count up and are repeated, so losing some does no harm. ``Commit`` follows the last
+   ``PartsTaken``.
+9. Digests (digest.py) are of the sender's staging memory. A receiver that asked for them (``Granted.verify``) delivers
+   nothing before its own memory has the same digest.
 """
+
+from typing import Literal
 
 import msgspec
 
-from kvbelt.wire.digest import Verify
 from kvbelt.wire.ids import EngineId, SlotName, TransferId
+
+#: What is compared before KV becomes visible: nothing, a sample of its cells, all of them.
+Verify = Literal["off", "sample", "always"]
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True, kw_only=True):
@@ -38,10 +42,9 @@ class _FromSender(_Message, frozen=True, kw_only=True):
 
 
 class Reserve(_FromSender, frozen=True, kw_only=True):
-    """Give me a slot for a prompt. Repeated until answered, and while waiting."""
+    """Ask for a slot. Repeated until answered, and while waiting."""
 
-    #: The life of the receiver that is meant; another one refuses.
-    receiver: EngineId
+    receiver: EngineId  #: the receiver's engine id; another incarnation refuses
     num_tokens: int
     num_blocks: int
     num_bytes: int
@@ -51,29 +54,26 @@ class Reserve(_FromSender, frozen=True, kw_only=True):
 
 
 class Heartbeat(_FromSender, frozen=True, kw_only=True):
-    """I am alive and still writing into this slot."""
+    """The sender is alive and still writing."""
 
     slot: SlotName
 
 
 class PartLanded(_FromSender, frozen=True, kw_only=True):
-    """Every byte of this part has landed. Repeated until it is known to be taken."""
+    """Every byte of this part has landed. Repeated until ``PartsTaken`` covers it."""
 
     slot: SlotName
     part: int
-    #: Of the part; None: not asked for.
-    digest: int | None = None
+    digest: int | None = None  #: of the part; None: not asked for
 
 
 class Commit(_FromSender, frozen=True, kw_only=True):
-    """Every byte of the slot has landed; I write no more. Repeated until answered."""
+    """Every byte of the slot has landed and the sender writes no more. Repeated until answered."""
 
     slot: SlotName
     num_tokens: int
-    #: That were sent, of all parts.
-    num_bytes: int
-    #: Of the whole slot; None: not asked for, or said of each part.
-    digest: int | None = None
+    num_bytes: int  #: that were sent, of all parts
+    digest: int | None = None  #: of the whole slot; None: not asked for, or said of each part
 
 
 # From either side.
@@ -82,19 +82,16 @@ class Commit(_FromSender, frozen=True, kw_only=True):
 class Cancel(_Message, frozen=True, kw_only=True):
     """The transfer is over.
 
-    From the sender: I have stopped and write no more. From the receiver: nobody wants it any more; stop,
-    then say so.
+    From the sender: it writes no more. From the receiver: the consumer has gone; stop and answer.
     """
 
-    #: None: no slot was known when it was sent.
-    slot: SlotName | None
+    slot: SlotName | None  #: None: no slot was known when it was sent
     reason: str
-    #: The sender's id; None when it is the receiver who speaks.
-    sender: EngineId | None = None
+    sender: EngineId | None = None  #: None in a receiver's message
 
 
 class Cancelled(_Message, frozen=True, kw_only=True):
-    """Acknowledgement. From the sender: I write no more into this slot. From the receiver: your cancel is known."""
+    """Acknowledges ``Cancel`` or ``Expired``. From the sender it means that it writes no more into this slot."""
 
     slot: SlotName | None
     sender: EngineId | None = None
@@ -104,45 +101,38 @@ class Cancelled(_Message, frozen=True, kw_only=True):
 
 
 class Granted(_Message, frozen=True, kw_only=True):
-    """The slot is yours until the lease lapses. How blocks lie in it: transfer/shape.py."""
+    """The slot belongs to the sender until the lease lapses. Its layout: transfer/shape.py."""
 
     slot: SlotName
-    #: Which of ``Welcome.regions``.
-    region: int
-    #: Bytes from the start of that region.
-    offset: int
+    region: int  #: which of ``Welcome.regions``
+    offset: int  #: bytes from the start of that region
     num_bytes: int
     lease_seconds: float
-    #: The prompt's blocks before it do not travel: they are here.
-    first_block: int
-    #: Blocks of one part; where that is all that travel, there are no parts.
-    part_blocks: int
-    #: What ``PartLanded`` and ``Commit`` must carry digests of.
-    verify: Verify
+    first_block: int  #: the prompt's blocks before it do not travel: they are here
+    part_blocks: int  #: blocks of one part; where that is all that travel, there are no parts
+    verify: Verify  #: what ``PartLanded`` and ``Commit`` must carry digests of
 
 
 class Wait(_Message, frozen=True, kw_only=True):
-    """No room yet; you are in the queue. Ask again after so long, or the place in it is lost with the lease."""
+    """No slot yet. Ask again after so long, or the place in the queue is lost with the lease."""
 
     retry_after_seconds: float
     position: int
 
 
 class Refused(_Message, frozen=True, kw_only=True):
-    """There will be no slot. ``reason`` is of low cardinality."""
+    """There will be no slot. ``reason`` has low cardinality."""
 
     reason: str
     detail: str
 
 
 class Renewed(_Message, frozen=True, kw_only=True):
-    """Your heartbeat was heard."""
-
     slot: SlotName
 
 
 class PartsTaken(_Message, frozen=True, kw_only=True):
-    """So many parts, from the first on, were read: their places may be written again."""
+    """The first so many parts were read: their places may be written again."""
 
     slot: SlotName
     parts: int
@@ -155,10 +145,9 @@ class Committed(_Message, frozen=True, kw_only=True):
 
 
 class Expired(_Message, frozen=True, kw_only=True):
-    """The lease or the deadline has passed. Stop, then say ``Cancel``."""
+    """The lease or the deadline has passed. Stop, then send ``Cancel``."""
 
-    #: None: no slot is known by this transfer's name.
-    slot: SlotName | None
+    slot: SlotName | None  #: None: no slot is known by this transfer's name
     reason: str
 
 
