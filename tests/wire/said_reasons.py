@@ -1,8 +1,8 @@
 """Finds the reasons that the source says, so that they can be compared with the registry.
 
-In ``transfer/``, which says most of them, every word is taken for a reason: a string constant of lower-case letters,
-digits and underscores, unless it is a value of an enumeration or one of ``NOT_REASONS``. Elsewhere a reason is a
-word in one of these places:
+In ``transfer/``, which says most of them, and in the proxy's plan every word is taken for a reason: a string constant
+of lower-case letters, digits and underscores, unless it is a value of an enumeration or one of ``NOT_REASONS``. The
+tables of states name moves, and say none. Elsewhere a reason is a word in one of these places:
 
 * the argument ``reason`` of a call; what is assigned to, or compared with, a name or attribute called ``reason`` (or
   ``outcome``, ``failure``, ``why``); the entry ``"reason"`` of a dictionary;
@@ -23,12 +23,15 @@ SOURCE = Path(__file__).parents[2] / "src" / "kvbelt"
 ROOMS = ("proxy", "routing", "security", "vllm", "worker")
 FILES = ("engine/loading.py", "wire/codec.py", "wire/notification.py")
 
-#: Words in ``transfer/`` that are none: of devices, settings, fields of messages, names of sockets, formats.
+#: Words there that are none: of devices, settings, fields of messages, names of sockets, formats, kinds of errors.
 NOT_REASONS = frozenset(
     {
         "cpu", "cuda", "off", "sample", "always", "bind_host", "init", "alloc", "prefill", "decode", "both",
         "engine_id", "role", "key", "protocol", "slot", "committed", "ascii", "replace", "g", "inf",
-        "reason", "transfer_id", "write", "read",
+        "reason", "transfer_id", "write", "read", "liveness", "sha256", "ipv4_mapped", "tcp", "tcp6", "sender",
+        "receiver", "region", "offset", "first_block", "part_blocks", "verify", "num_tokens", "num_blocks", "prefix",
+        "seconds", "unavailable", "upstream_error", "timeout_error", "internal_error", "local",
+        "rate_limit_error",
     }
 )  # fmt: skip
 _SETTING = re.compile(r"\w+_(seconds|bytes|port)")
@@ -38,21 +41,24 @@ _NAMES = frozenset({"reason", "outcome", "failure", "why"})
 #: Which positional argument is a reason, by the called function's name.
 POSITIONS = {
     "Lost": 0,
-    "KVFate": 1,
+    "KVOutcome": 1,
     "KVLostError": 0,
+    "NotPlacedError": 0,
     "Decision": 1,
-    "FirstToken": 1,
     "cancel": 0,
     "_failed": 1,
+    "Result": 1,
     "end": 0,
     "as_word": 1,
 }
 
 #: The same where a name is used for something else elsewhere.
-POSITIONS_IN = {"proxy/notifications.py": {"add": 1}, "security/gate.py": {"add": 1}}
+POSITIONS_IN = {"proxy/workers/notifications.py": {"add": 1}, "security/authenticator.py": {"add": 1}}
 
 #: Functions that return a reason.
-RETURNS = frozenset({"_why_not_fast", "_why_not_continue", "why_not_fast", "_fill", "run"})
+RETURNS = frozenset(
+    {"_why_not_fast", "_why_not_continue", "why_not_fast", "_fill", "run", "why_whole", "why_not_split"}
+)
 
 _WORD = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -60,15 +66,21 @@ _WORD = re.compile(r"[a-z][a-z0-9_]*")
 def said() -> dict[str, str]:
     """Every reason that is said, and a place where."""
     found: dict[str, str] = {}
-    places = [f"{room}/{file.name}" for room in ROOMS for file in sorted((SOURCE / room).glob("*.py"))]
+    places = [place for room in ROOMS for place in _files(room)]
     for place in (*places, *FILES):
         for word, line in _in_places(_parse(place), POSITIONS | POSITIONS_IN.get(place, {})):
             found.setdefault(word, f"{place}:{line}")
-    for file in sorted((SOURCE / "transfer").glob("*.py")):
-        place = f"transfer/{file.name}"
+    for place in ("proxy/request/plan.py", *_files("transfer")):
+        if place.endswith("/states.py"):
+            continue
         for word, line in _all_words(_parse(place)):
             found.setdefault(word, f"{place}:{line}")
     return found
+
+
+def _files(room: str) -> list[str]:
+    """Every module of a package and of its subpackages."""
+    return [str(file.relative_to(SOURCE)) for file in sorted((SOURCE / room).rglob("*.py"))]
 
 
 def _parse(place: str) -> ast.Module:
