@@ -2,11 +2,11 @@
 
 import pytest
 
-from kvbelt.transfer.patience import PatientClock
+from kvbelt.stall_aware_clock import StallAwareClock
 
 
 class Time:
-    """A clock that goes when told to."""
+    """A clock that the test moves."""
 
     now = 100.0
 
@@ -16,7 +16,7 @@ class Time:
 
 
 def turn(clock, time, sleep, slept, worked):
-    """One turn: meant to sleep, slept, worked."""
+    """One turn: the time it wanted to sleep, slept and worked."""
     woke = clock.asleep(sleep)
     time.now += slept
     woke()
@@ -24,9 +24,9 @@ def turn(clock, time, sleep, slept, worked):
 
 
 def test_ordinary_turns_count_in_full():
-    """Sleeping as long as meant, and a little work, is time."""
+    """A sleep as long as intended and a little work count as time."""
     time = Time()
-    clock = PatientClock(time)
+    clock = StallAwareClock(time)
     start = clock()
     for _ in range(100):
         turn(clock, time, 0.25, 0.26, 0.01)
@@ -35,9 +35,9 @@ def test_ordinary_turns_count_in_full():
 
 
 def test_waking_before_time_is_not_late():
-    """A message came: nothing to forgive, nothing to take back."""
+    """A message may wake the thread early."""
     time = Time()
-    clock = PatientClock(time)
+    clock = StallAwareClock(time)
     start = clock()
     turn(clock, time, float("inf"), 50.0, 0.0)
     turn(clock, time, 10.0, 1.0, 0.0)
@@ -46,9 +46,9 @@ def test_waking_before_time_is_not_late():
 
 @pytest.mark.parametrize(("slept", "worked"), [(5.25, 0.0), (0.25, 5.0)])
 def test_time_without_attention_does_not_count(slept, worked):
-    """Neither sleeping longer than meant, nor being stopped while at work."""
+    """The process may oversleep, or be stopped while it works."""
     time = Time()
-    clock = PatientClock(time)
+    clock = StallAwareClock(time)
     start = clock()
     turn(clock, time, 0.25, slept, worked)
     clock.asleep(0.0)
