@@ -7,7 +7,8 @@ import pytest
 from kvbelt.channels.factory import ChannelSettings
 from kvbelt.errors import SettingsError
 from kvbelt.security.keys import write_new_keys
-from kvbelt.settings import Role, belt_for, channel_of, keys_of, load_belt_file
+from kvbelt.settings import belt_for, channel_of, keys_of, load_belt_file
+from kvbelt.wire.health import Role
 
 SENDER = """\
 # lmcache-prefiller-config.yaml
@@ -78,14 +79,13 @@ def test_the_documented_receiver_file_loads(write):
     ],
 )
 def test_the_other_carrier_is_a_word_in_the_file(more, expected, write):
-    """TCP where nothing is said; RDMA and its devices where it is."""
+    """The protocol is TCP by default. RDMA has its devices."""
     file = belt_for(Role.DECODE, write(MOONCAKE + more))
     assert file is not None
     assert channel_of(file) == expected
 
 
 def test_the_environment_names_the_file_where_the_command_line_does_not(write, monkeypatch):
-    """LMCACHE_CONFIG_FILE is honoured."""
     monkeypatch.setenv("LMCACHE_CONFIG_FILE", str(write(SENDER)))
     file = belt_for(Role.PREFILL, None)
     assert file is not None
@@ -137,7 +137,7 @@ def test_the_environment_names_the_file_where_the_command_line_does_not(write, m
     ],
 )
 def test_what_is_wrong_is_named(role: Role, content: str, words: tuple[str, ...], write):
-    """The key, its value and what it should be, in one line that begins with the file."""
+    """The error is one line with the file, the key, its value and the valid values."""
     with pytest.raises(SettingsError) as raised:
         belt_for(role, write(content))
     message = str(raised.value)
@@ -148,20 +148,20 @@ def test_what_is_wrong_is_named(role: Role, content: str, words: tuple[str, ...]
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path):
-    """The path and the reason."""
+    """The error has the path and the reason."""
     with pytest.raises(SettingsError, match=r"nowhere\.yaml.*No such file"):
         load_belt_file(tmp_path / "nowhere.yaml")
 
 
 def test_a_prefill_worker_needs_a_file(monkeypatch):
-    """Both ways of naming one are said."""
+    """The error names both ways to give one."""
     monkeypatch.delenv("LMCACHE_CONFIG_FILE", raising=False)
     with pytest.raises(SettingsError, match=r"--config.*LMCACHE_CONFIG_FILE"):
         belt_for(Role.PREFILL, None)
 
 
 def test_beyond_loopback_keys_or_the_explicit_word_are_enough(write, tmp_path):
-    """A receiver that others reach: with keys that can be read, or because it was said."""
+    """A receiver that other hosts reach needs keys that can be read, or pd_insecure."""
     open_to_all = RECEIVER.replace('"localhost"', '"0.0.0.0"')
     assert belt_for(Role.DECODE, write(open_to_all + "pd_insecure: True\n"))
     write_new_keys(tmp_path / "k", ["decode"])
@@ -174,7 +174,7 @@ def test_beyond_loopback_keys_or_the_explicit_word_are_enough(write, tmp_path):
 
 
 def test_a_sender_must_know_the_proxys_key(write, tmp_path):
-    """Where it is to notify a proxy; the folder is named."""
+    """A sender that notifies a proxy needs its key. The error names the folder."""
     write_new_keys(tmp_path / "k", ["prefill"])
     keys = f"pd_key_file: {tmp_path}/k/prefill.key_secret\npd_trusted_keys_dir: {tmp_path}/k/trusted\n"
     with pytest.raises(SettingsError, match=r"trusted has no proxy\.key"):
@@ -184,12 +184,12 @@ def test_a_sender_must_know_the_proxys_key(write, tmp_path):
 
 
 def test_a_sender_listens_nowhere_and_needs_no_keys(write):
-    """A pd_peer_host in its file means nothing."""
+    """A pd_peer_host in its file has no effect."""
     assert belt_for(Role.PREFILL, write(SENDER + "pd_peer_host: 0.0.0.0\n"))
 
 
 def test_a_secret_key_that_others_may_read_is_refused_at_the_start(write, tmp_path):
-    """Before the model is loaded."""
+    """The model is not loaded."""
     write_new_keys(tmp_path / "k", ["decode"])
     (tmp_path / "k" / "decode.key_secret").chmod(0o644)
     keys = f"pd_key_file: {tmp_path}/k/decode.key_secret\npd_trusted_keys_dir: {tmp_path}/k/trusted\n"
@@ -198,7 +198,7 @@ def test_a_secret_key_that_others_may_read_is_refused_at_the_start(write, tmp_pa
 
 
 def test_a_value_may_come_from_the_environment(write, monkeypatch):
-    """One file serves many Pods, whose addresses differ."""
+    """One file serves many Pods with different addresses."""
     monkeypatch.setenv("POD_IP", "127.0.0.7")
     file = belt_for(Role.DECODE, write(RECEIVER.replace('"localhost"', '"${POD_IP}"')))
     assert file is not None
@@ -207,7 +207,7 @@ def test_a_value_may_come_from_the_environment(write, monkeypatch):
 
 @pytest.mark.parametrize("value", [None, ""])
 def test_a_value_that_the_environment_lacks_is_refused(write, monkeypatch, value):
-    """By the key, the value and the name."""
+    """The error has the key, the value and the variable."""
     monkeypatch.delenv("POD_IP", raising=False)
     if value is not None:
         monkeypatch.setenv("POD_IP", value)

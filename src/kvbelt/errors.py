@@ -1,6 +1,6 @@
-"""The errors that cross rooms.
+"""The errors that cross packages.
 
-A tree, so that a caller can catch as widely as it means to::
+A tree, so that a caller can catch as widely as it needs::
 
     KVBeltError
     ├── SettingsError        a setting, a flag or a file is wrong: one line, exit status 2
@@ -8,33 +8,25 @@ A tree, so that a caller can catch as widely as it means to::
     ├── ChannelError         bytes could not be moved: the peer is gone, the vendor refused
     └── StartError           a process could not start (port taken, model unreadable): exit status 2
 
-Rooms that stand alone (http, wire, engine, channels) raise errors of their own; the room that
-calls them translates.
+Packages that import none of the others (http, wire, engine, channels) raise their own errors, and their callers
+translate.
 """
 
 
 class KVBeltError(Exception):
-    """Anything that kvbelt raises on purpose."""
+    """Every error that kvbelt raises on purpose."""
 
 
 class SettingsError(KVBeltError):
-    """A setting is wrong. The message names it, its value, and what to do."""
+    """A setting is wrong. The message names it, its value and the remedy."""
 
 
 class StartError(KVBeltError):
-    """A process cannot start. The message says why and what to do."""
+    """A process cannot start. The message has the reason and the remedy."""
 
 
 class RequestError(KVBeltError):
-    """A request that gets an HTTP error in OpenAI's shape.
-
-    Attributes:
-        status: the HTTP status.
-        message: what was wrong, with which value, and what to do.
-        kind: OpenAI's ``error.type``.
-        param: the request field at fault, if one is.
-        reason: in one word of ``wire/reasons.py``, where the fault is not the request's.
-    """
+    """A request that gets an HTTP error in OpenAI's shape."""
 
     def __init__(
         self,
@@ -47,11 +39,11 @@ class RequestError(KVBeltError):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
-        self.kind = kind
-        self.param = param
-        self.reason = reason
+        self.message = message  #: what was wrong, with which value, and what to do
+        self.kind = kind  #: OpenAI's ``error.type``
+        self.param = param  #: the request field at fault, if one is
+        self.reason = reason  #: of ``wire/reasons.py``, where the fault is not the request's
 
 
 class ChannelError(KVBeltError):
-    """Memory could not be registered or bytes could not be moved. The message carries the vendor's text."""
+    """Memory could not be registered or bytes could not be moved. The message has the vendor's text."""

@@ -1,8 +1,8 @@
-"""A name for a model's contents: equal for copies of one folder, different for different weights.
+"""A model's fingerprint: equal for copies of one folder, different for different weights.
 
-Hashing gigabytes would take longer than loading them, so of each tensor only its name, type, shape and three
-samples of 1 KiB are read. Two fine-tunings of one model differ in practically every such sample. Everything small
-that changes answers (configuration, tokenizer, chat template, generation settings) is hashed whole.
+Hashing gigabytes would take longer than loading them, so of each tensor only its name, type, shape and three samples of
+1 KiB are hashed. Two fine-tunings of one model differ in practically every such sample. Small files that change answers
+(configuration, tokenizer, chat template, generation settings) are hashed whole.
 """
 
 import hashlib
@@ -12,9 +12,8 @@ import struct
 from pathlib import Path
 
 _SAMPLE_BYTES = 1024
-#: Samples of a weights file whose inner structure we do not read.
-_OPAQUE_SAMPLES = 512
-#: Where a folder was saved and by which version changes nothing.
+_OPAQUE_SAMPLES = 512  #: samples of a weights file whose structure is not read
+#: The place and version of a folder's saving change no answer.
 _IRRELEVANT_KEYS = ("_name_or_path", "transformers_version")
 _SMALL_FILES = (
     "generation_config.json",
@@ -29,12 +28,7 @@ _SMALL_FILES = (
 
 
 def fingerprint(model_dir: Path) -> str:
-    """32 hexadecimal digits. Under a second for models of any size.
-
-    Raises:
-        OSError: a file cannot be read.
-        ValueError: config.json or a weights file is malformed.
-    """
+    """32 hexadecimal digits, in under a second. Raises OSError; ValueError: a file is malformed."""
     digest = hashlib.sha256()
     config = json.loads((model_dir / "config.json").read_bytes())
     for key in _IRRELEVANT_KEYS:
@@ -61,8 +55,8 @@ def _add_safetensors(digest: "hashlib._Hash", path: Path) -> None:
             raise ValueError(f"{path.name} is not a safetensors file: its header does not fit into it")
         header = json.loads(file.read(header_bytes))
         header.pop("__metadata__", None)
-        # Not the file's name nor the offsets: the same tensors sharded otherwise are the same model only if their
-        # shards are listed alike; that is rare enough to count as another.
+        # Neither the file's name nor the offsets. The same tensors in other shards count as another model, unless their
+        # order is the same; that is rare.
         for name in sorted(header):
             entry = header[name]
             digest.update(f"\0{name}:{entry['dtype']}:{entry['shape']}".encode())

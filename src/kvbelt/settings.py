@@ -1,17 +1,16 @@
-"""Settings: the belt's YAML file and what a worker process is told. Frozen and strict.
+"""The settings of a worker process: the belt's YAML file and the command line. Frozen and strict.
 
-The file has the keys of LMCache's disaggregated prefill configuration, so that a file written for it loads
-unchanged. A key that does not exist is an error that names the key it resembles; a value of the wrong
-type is an error that names the key, the value's type and the type it should have.
+The file has the keys of LMCache's disaggregated prefill configuration, so that a file written for it loads unchanged.
+An unknown key is an error that names the key it resembles. A value of the wrong type is an error that names the
+key, the value's type and the right type.
 """
 
 import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import yaml
@@ -20,42 +19,37 @@ from kvbelt.channels.factory import ChannelSettings
 from kvbelt.errors import SettingsError
 from kvbelt.security.keys import PROXY, Keys, load_keys
 from kvbelt.security.loopback import require_keys_beyond_loopback
+from kvbelt.wire.health import Role
 
-#: Where a worker looks for its file when no ``--config`` is given.
-CONFIG_VARIABLE = "LMCACHE_CONFIG_FILE"
+CONFIG_VARIABLE = "LMCACHE_CONFIG_FILE"  #: where a worker looks for its file when no ``--config`` is given
 
 _VARIABLE = re.compile(r"\$\{([A-Z_][A-Z0-9_]*)\}")
 
+Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+Ports = Port | list[Port]  # a list has one port a tensor-parallel rank
 
-class Role(StrEnum):
-    """What a worker does."""
-
-    PREFILL = "prefill"
-    DECODE = "decode"
-    BOTH = "both"
-
-
-#: The file's word for a role.
-_PD_ROLE = {Role.PREFILL: "sender", Role.DECODE: "receiver"}
+_PD_ROLE = {Role.PREFILL: "sender", Role.DECODE: "receiver"}  #: the file's name of a role
 
 
 class BeltFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The YAML file, key by key. Defaults are those of the file format's origin where it has one."""
+    """The YAML file. Defaults are LMCache's where it has one."""
 
     local_cpu: bool = True
-    max_local_cpu_size: float = 5.0  #: GB
+    max_local_cpu_size: Annotated[float, msgspec.Meta(ge=0)] = 5.0  #: GB
     enable_pd: bool = False
     transfer_channel: Literal["nixl", "mooncake"] | None = None
     pd_role: Literal["sender", "receiver"] | None = None
     pd_proxy_host: str | None = None
-    pd_proxy_port: int | None = None
+    pd_proxy_port: Port | None = None
     pd_peer_host: str | None = None
-    pd_peer_init_port: int | list[int] | None = None  #: a list has one port a tensor-parallel rank
-    pd_peer_alloc_port: int | list[int] | None = None
-    pd_buffer_size: int | None = None  #: bytes
+    pd_peer_init_port: Ports | None = None
+    pd_peer_alloc_port: Ports | None = None
+    pd_peer_liveness_port: Ports | None = None  #: None: any free port
+    pd_buffer_size: Annotated[int, msgspec.Meta(ge=1)] | None = None  #: bytes
     pd_buffer_device: Literal["cpu", "cuda"] = "cpu"
-    pd_overflow_size: int = 0  #: bytes of host memory for KV that finds the buffer full; a receiver's
-    pd_verify: Literal["off", "sample", "always"] = "sample"  #: digests of what lands, compared before it is visible
+    #: Bytes of host memory for KV that does not fit into a full buffer; for receivers.
+    pd_overflow_size: Annotated[int, msgspec.Meta(ge=0)] = 0
+    pd_verify: Literal["off", "sample", "always"] = "sample"  #: digests to compare before landed KV becomes visible
     nixl_backends: list[str] = msgspec.field(default_factory=lambda: ["UCX"])
     mooncake_protocol: Literal["tcp", "rdma"] | None = None  #: None: tcp
     mooncake_device: str | None = None  #: RDMA devices, separated by commas; None: all of the host
@@ -71,27 +65,24 @@ def resembling(word: str, known: Sequence[str]) -> str:
 
 
 def parse_belt_file(content: Mapping[str, Any], *, source: str, environ: Mapping[str, str] = os.environ) -> BeltFile:
-    """Check a loaded YAML mapping. A value ``${NAME}`` is what the environment says.
-
-    Raises:
-        SettingsError: an unknown key, a wrong type, keys that contradict each other, or a name that the environment
-            does not have.
-    """
+    """Check a loaded YAML mapping; values ``${NAME}`` come from the environment. Raises SettingsError."""
     known = [field.name for field in msgspec.structs.fields(BeltFile)]
     for key in content:
         if key not in known:
             raise SettingsError(f"{source}: unknown key {key!r}{resembling(str(key), known)}")
+    given = {key: _from_environment(key, value, source, environ) for key, value in content.items()}
     try:
-        given = {key: _from_environment(key, value, source, environ) for key, value in content.items()}
         parsed = msgspec.convert(given, BeltFile)
     except msgspec.ValidationError as error:
-        raise SettingsError(f"{source}: {error}") from None
+        named = re.search(r"`\$\.(\w+)", str(error))
+        said = f"; it is {given[named[1]]!r}" if named is not None else ""
+        raise SettingsError(f"{source}: {error}{said}") from None
     _check(parsed, source)
     return parsed
 
 
 def _from_environment(key: str, value: Any, source: str, environ: Mapping[str, str]) -> Any:
-    """One file may serve many processes, as a ConfigMap does, where only their addresses differ."""
+    """So that one file, as of a ConfigMap, may serve many processes whose addresses differ."""
     named = _VARIABLE.fullmatch(value) if isinstance(value, str) else None
     if named is None:
         return value
@@ -105,14 +96,8 @@ def _check(file: BeltFile, source: str) -> None:
         if getattr(file, key) is None:
             raise SettingsError(f"{source}: {key} is missing; {why}")
 
-    if file.max_local_cpu_size < 0:
-        raise SettingsError(f"{source}: max_local_cpu_size is {file.max_local_cpu_size}; it cannot be negative")
-    for key in ("pd_proxy_port", "pd_peer_init_port", "pd_peer_alloc_port"):
-        value = getattr(file, key)
-        for port in value if isinstance(value, list) else [value]:
-            if port is not None and not 0 < port < 65536:
-                raise SettingsError(f"{source}: {key} is {port}; a port lies between 1 and 65535")
-    _check_buffers(file, source)
+    if file.pd_overflow_size and file.pd_role == "sender":
+        raise SettingsError(f"{source}: pd_overflow_size is a receiver's; a sender keeps what waits in its own blocks")
     _check_channel(file, source)
     _check_keys(file, source)
     if not file.enable_pd:
@@ -123,19 +108,8 @@ def _check(file: BeltFile, source: str) -> None:
     if file.pd_role == "receiver":
         for key in ("pd_peer_host", "pd_peer_init_port", "pd_peer_alloc_port"):
             need(key, "a receiver listens there for its senders")
-    elif (file.pd_proxy_host is None) != (file.pd_proxy_port is None):
+    if (file.pd_proxy_host is None) != (file.pd_proxy_port is None):
         raise SettingsError(f"{source}: pd_proxy_host and pd_proxy_port belong together; one of them is missing")
-
-
-def _check_buffers(file: BeltFile, source: str) -> None:
-    if file.pd_buffer_size is not None and file.pd_buffer_size <= 0:
-        raise SettingsError(f"{source}: pd_buffer_size is {file.pd_buffer_size}; it must be a positive number of bytes")
-    if file.pd_overflow_size < 0:
-        raise SettingsError(
-            f"{source}: pd_overflow_size is {file.pd_overflow_size}; it is a number of bytes, or 0 for none"
-        )
-    if file.pd_overflow_size and file.pd_role == "sender":
-        raise SettingsError(f"{source}: pd_overflow_size is a receiver's; a sender keeps what waits in its own blocks")
 
 
 def _check_channel(file: BeltFile, source: str) -> None:
@@ -161,7 +135,7 @@ def _check_channel(file: BeltFile, source: str) -> None:
 
 
 def channel_of(file: BeltFile) -> ChannelSettings:
-    """What moves the bytes; NIXL where a file does not say."""
+    """The settings of the channel; NIXL is the default."""
     return ChannelSettings(
         name=file.transfer_channel or "nixl",
         nixl_backends=tuple(file.nixl_backends),
@@ -186,11 +160,7 @@ def _check_keys(file: BeltFile, source: str) -> None:
 
 
 def keys_of(file: BeltFile, source: str) -> Keys | None:
-    """The keys that a file names; None: it names none.
-
-    Raises:
-        SettingsError: they cannot be read, are none, or lack the proxy's.
-    """
+    """The keys that a file names, if any. Raises SettingsError: they cannot be read, or lack the proxy's."""
     if file.pd_key_file is None or file.pd_trusted_keys_dir is None:
         return None
     try:
@@ -206,16 +176,17 @@ def keys_of(file: BeltFile, source: str) -> Keys | None:
 
 
 def load_belt_file(path: Path) -> BeltFile:
-    """Read and check a YAML file.
+    """Read and check a YAML file. Raises SettingsError: it cannot be read, is not YAML, or is wrong."""
+    return parse_belt_file(read_belt_file(path), source=str(path))
 
-    Raises:
-        SettingsError: it cannot be read, is not YAML, or is wrong.
-    """
+
+def read_belt_file(path: Path) -> dict[str, Any]:
+    """The content of a YAML file, not checked. Raises SettingsError: it cannot be read, or is no mapping."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"cannot read the configuration file {path}: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError: of a date or a number that is none
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: a malformed date or number
         raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise SettingsError(f"{path} is not a configuration file: it is nested too deeply") from None
@@ -223,12 +194,10 @@ def load_belt_file(path: Path) -> BeltFile:
         content = {}
     if not isinstance(content, dict):
         raise SettingsError(f"{path} must hold keys and values, not a {type(content).__name__}")
-    return parse_belt_file(content, source=str(path))
+    return content
 
 
 class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """One embedded worker process."""
-
     role: Role
     model_dir: Path
     host: str = "127.0.0.1"
@@ -242,17 +211,14 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_tokens: int | None = None
     max_running: int | None = None
     max_model_len: int | None = None
+    slo_itl_ms: float | None = None
     threads: int | None = None
     prefix_caching: bool = True
     log_json: bool = False
 
 
 def belt_for(role: Role, config: Path | None) -> BeltFile | None:
-    """The belt's file for a worker of this role: ``--config``, else ``LMCACHE_CONFIG_FILE``, else none.
-
-    Raises:
-        SettingsError: the file is wrong, or says another role than the command line.
-    """
+    """The belt's file for a role: ``--config``, else ``LMCACHE_CONFIG_FILE``. Raises SettingsError."""
     if config is None and (named := os.environ.get(CONFIG_VARIABLE)):
         config = Path(named)
     if config is None:
@@ -271,5 +237,5 @@ def belt_for(role: Role, config: Path | None) -> BeltFile | None:
         raise SettingsError(f"{config}: pd_role is {file.pd_role!r}, but --role {role} needs {expected}")
     if file.transfer_channel == "nixl" and file.nixl_backends != ["UCX"]:
         raise SettingsError(f"{config}: nixl_backends is {file.nixl_backends}; only ['UCX'] is supported")
-    keys_of(file, str(config))  # what is wrong with them is said now, not once the model has loaded
+    keys_of(file, str(config))  # errors must come now, not once the model has loaded
     return file
