@@ -1,4 +1,4 @@
-"""Log lines: one an event, with fields, for people or as JSON, and no more of them than somebody can read."""
+"""Log lines: one per event, with fields, as text or JSON, and rate-limited."""
 
 import io
 import json
@@ -9,12 +9,12 @@ import pytest
 import structlog
 
 from kvbelt.telemetry import configure_logging, get_logger
-from kvbelt.telemetry.repeats import REQUESTS, Kind, Repeats, SparingHandler
+from kvbelt.telemetry.rate_limit import REQUESTS, EventKey, RateLimitedHandler, RepeatLimiter
 
 
 @pytest.fixture
 def logged():
-    """Configures logging into a text; everything is as it was afterwards."""
+    """Configure logging into a string; restore it afterwards."""
     root = logging.getLogger()
     before, level = root.handlers[:], root.level
     text = io.StringIO()
@@ -25,7 +25,7 @@ def logged():
 
     yield configure
     for handler in root.handlers:
-        if isinstance(handler, SparingHandler):
+        if isinstance(handler, RateLimitedHandler):
             handler.close()
     root.handlers[:] = before
     root.setLevel(level)
@@ -34,7 +34,7 @@ def logged():
 
 
 def logger_with(handler):
-    """A logger of its own that has this handler alone."""
+    """A logger with only this handler."""
     log = logging.getLogger(f"apart.{id(handler)}")
     log.handlers[:] = [handler]
     log.propagate = False
@@ -48,7 +48,7 @@ def lines(text):
 
 
 def test_json_has_one_object_a_line_with_every_field(logged):
-    """Whoever logs, structlog or the standard library's loggers with extra fields."""
+    """Structlog and the standard library's loggers with extra fields give the same JSON."""
     text = logged(json=True)
     get_logger("kvbelt.test").info("transfer sent", request_id="r1", transfer_id="t1", bytes=3)
     logging.getLogger("kvbelt.test").warning("no answer from %s", "d0", extra={"request_id": "r2"})
@@ -59,7 +59,7 @@ def test_json_has_one_object_a_line_with_every_field(logged):
 
 
 def test_warnings_are_events_like_others(logged):
-    """Python writes them to standard error itself otherwise, in two lines."""
+    """Without this, Python writes warnings to standard error in two lines."""
     text = logged(json=True)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -81,7 +81,7 @@ def test_an_exception_stays_in_its_events_line(logged):
 
 
 def test_people_get_fields_behind_the_text(logged):
-    """A line to read, without colours where nobody sees them."""
+    """Text lines end with the fields, and have no colours without a terminal."""
     text = logged()
     logging.getLogger("kvbelt.test").info("TTFT %.1f ms", 12.34, extra={"request_id": "r1"})
     assert "[info     ] TTFT 12.3 ms" in text.getvalue() or "[info] TTFT 12.3 ms" in text.getvalue()
@@ -89,8 +89,8 @@ def test_people_get_fields_behind_the_text(logged):
 
 
 @pytest.mark.parametrize("json_lines", [False, True])
-def test_what_others_say_stays_in_its_line(logged, json_lines):
-    """A body with line breaks and colours is shown, not obeyed; in fields as well."""
+def test_values_of_other_processes_stay_in_one_line(logged, json_lines):
+    """Line breaks and colour codes in a text or a field are escaped."""
     text = logged(json=json_lines)
     said = "d0 answered 500: {\n12:00:00 [error] forged\x1b[31m}"
     logging.getLogger("kvbelt.test").warning("no answer: %s", said, extra={"detail": said, "word": "\x1b[31m"})
@@ -100,8 +100,12 @@ def test_what_others_say_stays_in_its_line(logged, json_lines):
 
 
 def test_of_repeated_events_a_few_are_admitted_and_the_rest_counted():
-    """Others are counted apart, and when the window has closed the count is told once."""
-    repeats, kind, other = Repeats(allowed=2, window_seconds=10), Kind("a", 30, "x %s"), Kind("a", 30, "y")
+    """Events of other kinds are counted apart; a closed window is reported once."""
+    repeats, kind, other = (
+        RepeatLimiter(allowed=2, window_seconds=10),
+        EventKey("a", 30, "x %s"),
+        EventKey("a", 30, "y"),
+    )
     assert [repeats.admit(kind, now) for now in (0, 1, 2, 3)] == [True, True, False, False]
     assert repeats.admit(other, 3)
     assert repeats.closed(9.9) == []
@@ -110,11 +114,11 @@ def test_of_repeated_events_a_few_are_admitted_and_the_rest_counted():
     assert repeats.admit(kind, 20)
 
 
-def test_what_was_not_said_is_said_of(logged):
-    """Alike is what has the same text before its values are put in."""
+def test_dropped_events_are_reported(logged):
+    """Events with the same template count as the same, whatever their values."""
     text = io.StringIO()
     now = [0.0]
-    handler = SparingHandler(text, Repeats(allowed=3, window_seconds=10), clock=lambda: now[0])
+    handler = RateLimitedHandler(text, RepeatLimiter(allowed=3, window_seconds=10), clock=lambda: now[0])
     log = logger_with(handler)
     for number in range(8):
         log.warning("worker %d is lost", number)
@@ -132,10 +136,10 @@ def test_what_was_not_said_is_said_of(logged):
     ]
 
 
-def test_a_closing_log_says_what_it_owes(logged):
-    """Without waiting for the window."""
+def test_closing_reports_dropped_events(logged):
+    """Closing the log reports dropped events at once."""
     text = io.StringIO()
-    handler = SparingHandler(text, Repeats(allowed=1, window_seconds=1000))
+    handler = RateLimitedHandler(text, RepeatLimiter(allowed=1, window_seconds=1000))
     log = logger_with(handler)
     for _ in range(3):
         log.warning("again")
@@ -143,10 +147,10 @@ def test_a_closing_log_says_what_it_owes(logged):
     assert text.getvalue().splitlines()[1:] == ["2 more like this within 1000 s: again"]
 
 
-def test_nobody_need_log_again_for_the_count_to_be_said():
-    """A timer says it when the window closes."""
+def test_dropped_events_are_reported_without_a_further_event():
+    """A timer reports them when the window closes, without a further event."""
     text = io.StringIO()
-    handler = SparingHandler(text, Repeats(allowed=1, window_seconds=0.02))
+    handler = RateLimitedHandler(text, RepeatLimiter(allowed=1, window_seconds=0.02))
     log = logger_with(handler)
     log.warning("again")
     log.warning("again")
@@ -157,9 +161,9 @@ def test_nobody_need_log_again_for_the_count_to_be_said():
 
 
 def test_request_lines_have_a_limit_of_their_own():
-    """Here each is said."""
+    """The general limit does not apply to them."""
     text = io.StringIO()
-    handler = SparingHandler(text, Repeats(allowed=1))
+    handler = RateLimitedHandler(text, RepeatLimiter(allowed=1))
     for _ in range(5):
         handler.handle(logging.LogRecord(REQUESTS, logging.INFO, __file__, 1, "TTFT 1.0 ms", (), None))
     handler.close()

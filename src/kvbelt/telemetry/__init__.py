@@ -1,8 +1,8 @@
-"""Logs: structured, one line an event, for people by default and as JSON on request.
+"""Structured logs: one line per event, as text by default and as JSON on request.
 
-An event is a text and fields. ``request_id`` and ``transfer_id`` are fields wherever they are known, given by
-structlog's keywords or, in rooms that use the standard library's loggers, by ``extra``. What is said again and again is
-counted instead (``repeats.py``). Never in a log: keys, and the text of prompts and answers.
+An event has a text and fields. ``request_id`` and ``transfer_id`` are fields wherever they are known, passed as
+structlog keywords or, with the standard library's loggers, through ``extra``. Repeated events are rate-limited
+(``rate_limit.py``). Keys and the text of prompts and answers are never logged.
 """
 
 import logging
@@ -12,13 +12,13 @@ from typing import Any, TextIO
 
 import structlog
 
-from kvbelt.telemetry.repeats import SparingHandler
+from kvbelt.telemetry.rate_limit import RateLimitedHandler
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def configure_logging(*, json: bool = False, level: int = logging.INFO, stream: TextIO | None = None) -> None:
-    """Send structlog and the standard library's loggers to ``stream`` (standard error) in one form. Once a process."""
+    """Send structlog and the standard loggers to ``stream`` (standard error) in one format. Call once per process."""
     stream = sys.stderr if stream is None else stream
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -32,17 +32,13 @@ def configure_logging(*, json: bool = False, level: int = logging.INFO, stream: 
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
-    # An exception's lines become one field of the event, so that a JSON log has one line an event whatever happens.
-    renderers: list[structlog.typing.Processor] = (
-        [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-        if json
-        else [
-            structlog.processors.format_exc_info,
-            _in_one_line,
-            structlog.dev.ConsoleRenderer(colors=stream.isatty(), pad_event_to=0),
-        ]
-    )
-    handler = SparingHandler(stream)
+    # A traceback becomes one field, so that a JSON log has one line per event.
+    renderers: list[structlog.typing.Processor] = [structlog.processors.format_exc_info]
+    if json:
+        renderers.append(structlog.processors.JSONRenderer())
+    else:
+        renderers += [_in_one_line, structlog.dev.ConsoleRenderer(colors=stream.isatty(), pad_event_to=0)]
+    handler = RateLimitedHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],
@@ -52,13 +48,13 @@ def configure_logging(*, json: bool = False, level: int = logging.INFO, stream: 
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    logging.captureWarnings(True)  # Python's own, which have lines of their own otherwise
+    logging.captureWarnings(True)  # warnings would be printed in their own format
     for noisy in ("httpx", "asyncio", "uvicorn.access", "transformers", "torch"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def _in_one_line(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """What a worker or a peer has said must not end this line, begin another, or colour the terminal."""
+    """Escape control characters in values from other processes, which could end the line or colour the terminal."""
     for name, value in event.items():
         if isinstance(value, str) and name not in ("exception", "stack"):
             event[name] = _CONTROL.sub(lambda found: repr(found[0])[1:-1], value)
@@ -66,6 +62,5 @@ def _in_one_line(_: Any, __: str, event: structlog.typing.EventDict) -> structlo
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
-    """A logger whose events carry key-value pairs."""
     logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(name)
     return logger
