@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import uvloop
 
 from kvbelt.http import Server
-from kvbelt.ops.ports import problem
+from kvbelt.ops.ports import bind_problem
 
 SECONDS = 60.0  # how long anything may take before a test gives up, on a machine that does much else
 
@@ -37,7 +37,7 @@ async def eventually(condition):
 
 
 class Running:
-    """A server for the length of a ``with``."""
+    """A server inside a ``with`` block."""
 
     def __init__(self, handler, **kwargs):
         self.server = Server(handler, **kwargs)
@@ -54,7 +54,7 @@ class Running:
 
 
 class Raw:
-    """A client that sends exactly what it is told."""
+    """A client that sends raw bytes."""
 
     def __init__(self, port):
         self._port = port
@@ -73,7 +73,7 @@ class Raw:
         self.writer.write(data)
 
     async def until_closed(self):
-        """All that the peer sends."""
+        """Everything that the peer sends."""
         return await asyncio.wait_for(self.reader.read(), SECONDS)
 
     async def until(self, marker):
@@ -82,14 +82,14 @@ class Raw:
 
 
 async def echo(exchange):
-    """A handler that says what it got."""
+    """A handler that echoes its request."""
     request = exchange.request
     said = f"{request.method} {request.target} ".encode() + request.body
     exchange.respond(200, ((b"content-type", b"text/plain"),), said)
 
 
-#: Above what the system gives to connections, and to whoever asks for any port. Each of the processes that share
-#: the tests (pytest-xdist) has some of its own: so a port stays free between two lives of who listens there.
+#: Above the ports that the system gives to connections and to listeners on any port. Each process of the tests
+#: (pytest-xdist) has some of its own, so that a port stays free between two incarnations of its listener.
 _PORTS = 61_000
 _PORTS_EACH = 1000
 
@@ -105,8 +105,5 @@ _own = _own_ports()
 
 
 def free_port() -> int:
-    """A port that nobody listens on, that nobody else will take, and that none of the last thousand calls gave away.
-
-    In turn rather than at random: whoever asks for two, and listens on neither yet, must not get one twice.
-    """
-    return next(port for port in _own if problem("127.0.0.1", port) is None)
+    """A free port that no other process takes and that the last thousand calls did not return."""
+    return next(port for port in _own if bind_problem("127.0.0.1", port) is None)

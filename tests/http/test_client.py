@@ -1,4 +1,4 @@
-"""The client's side: reuse, retries that are safe, streams, and answers that are no answers."""
+"""The HTTP client: reuse, safe retries, streams, and malformed answers."""
 
 import asyncio
 
@@ -82,7 +82,7 @@ async def test_requests_at_once_get_connections_of_their_own():
 
 @async_test
 async def test_body_bytes_come_as_they_arrive():
-    """A piece is handed on before the next is sent."""
+    """A piece can be read before the next one is sent."""
     go = asyncio.Event()
 
     async def stream(exchange):
@@ -104,7 +104,7 @@ async def test_body_bytes_come_as_they_arrive():
 
 @async_test
 async def test_a_cancelled_call_closes_its_connection():
-    """The server notices at once that nobody waits any more."""
+    """The server notices at once that the caller has left."""
     entered, left = asyncio.Event(), asyncio.Event()
 
     async def wait(exchange):
@@ -126,7 +126,7 @@ async def test_a_cancelled_call_closes_its_connection():
 
 @async_test
 async def test_an_unread_response_pauses_its_peer():
-    """What nobody takes is not held without limit, and nothing of it is lost."""
+    """Unread bytes are held up to a limit, and none is lost."""
     written, total = 0, 8 * 1024 * 1024
 
     async def flood(exchange):
@@ -171,7 +171,7 @@ async def test_a_whole_body_larger_than_the_limit_is_refused():
 
 
 @async_test
-async def test_nobody_listening_is_a_connect_error():
+async def test_a_closed_port_is_a_connect_error():
     """It names the address."""
     port = free_port()
     with pytest.raises(ConnectError, match=str(port)):
@@ -191,7 +191,7 @@ async def test_a_connection_cut_in_mid_body_is_an_error_after_the_bytes_that_cam
 
 @async_test
 async def test_a_body_without_a_length_ends_with_its_connection():
-    """HTTP/1.0's way is understood, and the connection is not kept."""
+    """A body that ends with the connection is read, and the connection is not kept."""
     async with Scripted(b"HTTP/1.0 200 OK\r\n\r\nall of it") as peer:
         response = await peer.pool.request("GET", "/")
         assert await response.read(100) == b"all of it"
@@ -218,8 +218,8 @@ async def test_an_answer_one_byte_at_a_time_is_the_same_answer():
 
 
 @async_test
-async def test_an_answer_that_nobody_asked_for_closes_the_connection():
-    """Bytes behind a complete answer are not taken for the next one's."""
+async def test_an_unasked_answer_closes_the_connection():
+    """Bytes after a complete answer are not taken for the next answer."""
     async with Scripted(OK + OK, OK, close=False) as peer:
         for _ in range(2):
             assert await (await peer.pool.request("GET", "/")).read(10) == b"ok"
@@ -227,16 +227,12 @@ async def test_an_answer_that_nobody_asked_for_closes_the_connection():
 
 
 @pytest.mark.parametrize("answer", [b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: " + b"y" * 200_000])
-def test_an_answer_that_is_not_http_is_a_violation(answer):
+@async_test
+async def test_an_answer_that_is_not_http_is_a_violation(answer):
     """Neither garbage nor an endless head is waited for."""
-
-    @async_test
-    async def violates():
-        async with Scripted(answer, close=False) as peer:
-            with pytest.raises(ProtocolViolationError):
-                await peer.pool.request("GET", "/")
-
-    violates()
+    async with Scripted(answer, close=False) as peer:
+        with pytest.raises(ProtocolViolationError):
+            await peer.pool.request("GET", "/")
 
 
 @async_test
@@ -265,7 +261,7 @@ async def test_a_kept_connection_that_is_reset_unread_is_replaced():
 
 @async_test
 async def test_a_connection_idle_for_too_long_is_not_used():
-    """It may be just about to be closed by the peer."""
+    """A connection that was idle for long is not used again."""
     async with Running(echo) as running:
         pool = Pool("127.0.0.1", running.port, limits=ClientLimits(idle_seconds=0.0))
         for _ in range(2):
@@ -277,7 +273,7 @@ async def test_a_connection_idle_for_too_long_is_not_used():
 
 @async_test
 async def test_losing_an_endpoint_fails_every_open_call_with_the_reason():
-    """abort_all reaches those who wait for a head and those who wait for a body."""
+    """abort_all reaches calls that wait for a head or a body."""
     async with Scripted(b"", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx", close=False) as peer:
         waiting = asyncio.create_task(peer.pool.request("GET", "/"))
         await eventually(lambda: peer.connections == 1)
@@ -303,17 +299,13 @@ async def test_losing_an_endpoint_fails_every_open_call_with_the_reason():
         max_size=8,
     )
 )  # fmt: skip
-def test_nothing_that_a_server_sends_breaks_the_client(parts):
-    """Whatever comes is an answer or an HttpError."""
-
-    @async_test
-    async def survives():
-        async with Scripted(b"".join(parts)) as peer:
-            try:
-                response = await peer.pool.request("GET", "/")
-                await response.read(1000)
-            except HttpError:
-                pass
-            await eventually(lambda: all(not c.closed for c in peer.pool._open))
-
-    survives()
+@async_test
+async def test_nothing_that_a_server_sends_breaks_the_client(parts):
+    """Any bytes are an answer or an HttpError."""
+    async with Scripted(b"".join(parts)) as peer:
+        try:
+            response = await peer.pool.request("GET", "/")
+            await response.read(1000)
+        except HttpError:
+            pass
+        await eventually(lambda: all(not c.closed for c in peer.pool._open))

@@ -1,9 +1,9 @@
-"""What tests of servers stand on."""
+"""The support of the tests of servers."""
 
 from tests.http.support import free_port
 
 
 def test_a_free_port_is_given_away_once():
-    """Whoever asks for two before listening on either gets two."""
+    """Two calls before listening give two ports."""
     ports = [free_port() for _ in range(500)]
     assert len(set(ports)) == len(ports)

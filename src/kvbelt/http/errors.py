@@ -1,26 +1,9 @@
-"""What can go wrong between two HTTP peers.
-
-::
-
-    HttpError
-    ├── BadRequestError         a client sent something that is not an acceptable request: a status
-    ├── ConnectError            no connection within the limit: nothing was sent
-    ├── PeerClosedError         the connection ended before the message did
-    ├── ProtocolViolationError  the server's answer is not HTTP/1.1
-    └── TooLargeError           the answer is larger than the caller is ready to hold
-"""
-
-
 class HttpError(Exception):
-    """Anything that this room raises on purpose."""
+    """The base of every error here."""
 
 
 class BadRequestError(HttpError):
-    """A request that the server refuses before any handler sees it.
-
-    Attributes:
-        status: the HTTP status, one of 400, 408, 413, 417, 431.
-    """
+    """A request that the server refuses before the handler is called, with status 400, 408, 413, 417 or 431."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -32,19 +15,13 @@ class ConnectError(HttpError):
 
 
 class PeerClosedError(HttpError):
-    """The connection ended before the message did.
-
-    Attributes:
-        started: whether any byte of the answer had arrived.
-        reused: whether the connection had served a request before.
-        reset: whether it ended in a reset, which a peer sends for bytes that it never read.
-    """
+    """The connection ended before the message did."""
 
     def __init__(self, message: str, *, started: bool = False, reused: bool = False, reset: bool = False) -> None:
         super().__init__(message)
-        self.started = started
-        self.reused = reused
-        self.reset = reset
+        self.started = started  #: a byte of the answer had arrived
+        self.reused = reused  #: the connection had served a request before
+        self.reset = reset  #: it ended in a reset, as a peer resets what it never read
 
 
 class ProtocolViolationError(HttpError):
@@ -52,4 +29,4 @@ class ProtocolViolationError(HttpError):
 
 
 class TooLargeError(HttpError):
-    """The answer is larger than the caller is ready to hold."""
+    """The answer is larger than the caller allows."""

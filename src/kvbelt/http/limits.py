@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
-    """What one client connection may ask of a server."""
-
     #: Request line and headers. nginx takes 32 KiB, Node 16 KiB.
     head_bytes: int = 32 * 1024
     #: A body; larger ones get 413. 32 MiB holds a million-token prompt as text or ids.
@@ -23,11 +21,9 @@ class ServerLimits:
 
 @dataclass(frozen=True, slots=True)
 class ClientLimits:
-    """What a pool does to one endpoint, and what it holds for it."""
-
     connect_seconds: float = 5.0
-    #: A connection idle for longer is not used again. Below uvicorn's keep-alive of 5 s, the shortest in
-    #: common use, so that a request hardly ever meets a connection that is just being closed.
+    #: A connection idle for longer is not used again. Shorter than uvicorn's keep-alive of 5 s, the shortest in common
+    #: use, so that requests rarely meet a connection that the peer is closing.
     idle_seconds: float = 4.0
     max_idle_connections: int = 512
     head_bytes: int = 64 * 1024

@@ -1,29 +1,26 @@
-"""Heads: how they are held and how they are written."""
+"""Requests and heads."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from http import HTTPStatus
 
 #: Names are lower case; a repeated header's values are joined by ``", "`` (RFC 9110, 5.3).
 Headers = dict[bytes, bytes]
 
+JSON = (b"content-type", b"application/json")
+
 _STATUS_LINES = {int(s): f"HTTP/1.1 {int(s)} {s.phrase}\r\n".encode() for s in HTTPStatus}
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Request:
-    """One complete request."""
-
-    __slots__ = ("arrived", "body", "headers", "keep_alive", "method", "target", "version")
-
-    def __init__(
-        self, method: str, target: str, version: str, headers: Headers, body: bytes, *, keep_alive: bool, arrived: float
-    ) -> None:
-        self.method = method
-        self.target = target  #: as sent: path and query
-        self.version = version  #: ``"1.1"`` or ``"1.0"``
-        self.headers = headers
-        self.body = body
-        self.keep_alive = keep_alive
-        self.arrived = arrived  #: ``time.monotonic()`` when it was complete (uvloop's own time has steps of 1 ms)
+    method: str
+    target: str  #: as sent: path and query
+    version: str  #: ``"1.1"`` or ``"1.0"``
+    headers: Headers
+    body: bytes
+    keep_alive: bool
+    arrived: float  #: ``time.monotonic()`` when it was complete (uvloop's own time has steps of 1 ms)
 
     @property
     def path(self) -> str:
@@ -31,12 +28,10 @@ class Request:
         return self.target.partition("?")[0]
 
     def __repr__(self) -> str:
-        """Method, target and size, for logs."""
         return f"<Request {self.method} {self.target} {len(self.body)} bytes>"
 
 
 def add_header(headers: Headers, name: bytes, value: bytes) -> None:
-    """Add one header as parsed."""
     name = name.lower()
     if name in headers:
         value = headers[name] + b", " + value

@@ -1,6 +1,7 @@
-"""An answer that is arriving: its head, then its body as it comes, or whole."""
+"""An answer that is arriving."""
 
 import asyncio
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Protocol
 
@@ -9,7 +10,7 @@ from kvbelt.http.message import Headers
 
 
 class Stage(IntEnum):
-    """What somebody waits for."""
+    """What the reader waits for."""
 
     HEAD = 0
     DATA = 1
@@ -17,63 +18,46 @@ class Stage(IntEnum):
 
 
 class Source(Protocol):
-    """The connection that a response arrives on."""
+    """What a response needs of its connection."""
 
     def abort(self) -> None:
-        """Close at once; the answer is not wanted."""
+        """Close at once."""
 
     def fail(self, error: HttpError) -> None:
         """Close at once; the reader gets this error."""
 
     def resume(self) -> None:
-        """There is room again."""
+        """Read on."""
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Response:
-    """One answer. Read by one task: ``read`` for the whole body, or ``chunk`` until it returns ``b""``.
+    """One answer. One task reads it: ``read`` for the whole body, or ``chunk`` until it returns ``b""``.
 
-    A task cancelled while it waits closes the connection, and so does ``close`` before the end: that is
-    how the peer learns to stop working.
+    A task that is cancelled while it waits closes the connection, as does ``close`` before the end. So the peer learns
+    that it can stop.
     """
 
-    __slots__ = (
-        "_buffered",
-        "_chunks",
-        "_loop",
-        "_source",
-        "_stage",
-        "_waiter",
-        "complete",
-        "error",
-        "head_complete",
-        "headers",
-        "pause_bytes",
-        "pieces",
-        "started",
-        "status",
-    )
-
-    def __init__(self, source: Source, loop: asyncio.AbstractEventLoop, pause_bytes: int) -> None:
-        self.status = 0
-        self.headers: Headers = {}
-        self.started = False  #: any byte has arrived
-        self.head_complete = False
-        self.complete = False
-        self.error: HttpError | None = None
-        self.pause_bytes = pause_bytes  #: unread bytes at which the peer is paused
-        self.pieces = 0  #: that were taken of the body; a chunk of a chunked one that came whole is a piece
-        self._chunks: list[bytes] = []
-        self._buffered = 0
-        self._source = source
-        self._loop = loop
-        self._stage = Stage.HEAD
-        self._waiter: asyncio.Future[None] | None = None
+    _source: Source
+    _loop: asyncio.AbstractEventLoop
+    pause_bytes: int  #: unread bytes at which the peer is paused
+    status: int = 0
+    headers: Headers = field(default_factory=dict)
+    started: bool = False  #: any byte has arrived
+    head_complete: bool = False
+    complete: bool = False
+    error: HttpError | None = None
+    pieces: int = 0  #: of the body that were read; about one for each chunk of a chunked body
+    buffered: int = 0  #: bytes of the body that were not read yet
+    _chunks: list[bytes] = field(default_factory=list)
+    _stage: Stage = Stage.HEAD
+    _waiter: "asyncio.Future[None] | None" = None
 
     async def head(self) -> None:
         """Wait for status and headers.
 
         Raises:
-            HttpError: the connection ended, or what came was not HTTP.
+            HttpError: the connection ended, or the answer was not HTTP.
         """
         if not self.head_complete:
             await self._wait(Stage.HEAD)
@@ -81,17 +65,17 @@ class Response:
             raise self.error
 
     async def read(self, max_bytes: int) -> bytes:
-        """The whole (rest of the) body.
+        """Read the rest of the body.
 
         Raises:
             TooLargeError: it is larger than ``max_bytes``; the connection is closed.
             HttpError: the connection ended before the body did.
         """
         self.pause_bytes = max_bytes
-        while not self.complete and self.error is None and self._buffered <= max_bytes:
+        while not self.complete and self.error is None and self.buffered <= max_bytes:
             self._source.resume()
             await self._wait(Stage.END)
-        if self._buffered > max_bytes:
+        if self.buffered > max_bytes:
             self.close()
             raise TooLargeError(f"the answer is larger than {max_bytes} bytes")
         if self.error is not None:
@@ -99,7 +83,7 @@ class Response:
         return self._take()
 
     async def chunk(self) -> bytes:
-        """What has arrived of the body since the last call, as soon as there is something; ``b""`` at its end.
+        """Read what has arrived since the last call, waiting if there is nothing; ``b""`` at the end.
 
         Raises:
             HttpError: the connection ended before the body did (once everything that arrived was returned).
@@ -121,7 +105,7 @@ class Response:
             self._source.abort()
 
     def abandon(self, error: HttpError) -> None:
-        """Close the connection, from another task: the reader gets this error. Nothing if the answer is complete."""
+        """Close the connection from another task, unless the answer is complete; the reader gets this error."""
         if not self.complete and self.error is None:
             self._source.fail(error)
 
@@ -130,7 +114,7 @@ class Response:
         self.pieces += len(chunks)
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         self._chunks = []
-        self._buffered = 0
+        self.buffered = 0
         return data
 
     async def _wait(self, stage: Stage) -> None:
@@ -144,26 +128,18 @@ class Response:
         finally:
             self._waiter = None
 
-    # The connection's calls
-
-    @property
-    def buffered(self) -> int:
-        """Body bytes that nobody has taken yet."""
-        return self._buffered
+    # Called by the connection
 
     def reached(self, stage: Stage) -> None:
-        """Wake the reader if it waits for this."""
         waiter = self._waiter
         if waiter is not None and stage >= self._stage and not waiter.done():
             waiter.set_result(None)
 
     def add(self, data: bytes) -> None:
-        """A piece of the body has come."""
         self._chunks.append(data)
-        self._buffered += len(data)
+        self.buffered += len(data)
 
     def fail(self, error: HttpError) -> None:
-        """The rest will not come."""
         if not self.complete and self.error is None:
             self.error = error
             self.reached(Stage.END)
