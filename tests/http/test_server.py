@@ -1,4 +1,4 @@
-"""The server's side of the wall: what it accepts, refuses, and notices."""
+"""The HTTP server: which requests it accepts and refuses, and what it notices."""
 
 import asyncio
 
@@ -49,15 +49,11 @@ async def test_a_chunked_body_reaches_the_handler():
 
 
 @pytest.mark.parametrize("request_bytes", [GET, POST, CHUNKED], ids=["get", "post", "chunked"])
-def test_one_byte_at_a_time_is_the_same_request(request_bytes):
+@async_test
+async def test_one_byte_at_a_time_is_the_same_request(request_bytes):
     """How bytes are cut into packets does not matter."""
-
-    @async_test
-    async def both():
-        data = closing(request_bytes)
-        assert await answers_to(data, step=1) == await answers_to(data)
-
-    both()
+    data = closing(request_bytes)
+    assert await answers_to(data, step=1) == await answers_to(data)
 
 
 @async_test
@@ -114,16 +110,12 @@ async def test_a_malformed_request_behind_a_good_one_is_refused_after_its_answer
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     ],
 )
-def test_a_malformed_request_gets_400_and_the_connection_ends(data):
-    """What is not an HTTP/1.1 request, or could be read in two ways, is refused."""
-
-    @async_test
-    async def refused():
-        answer = await answers_to(data)
-        assert answer.startswith(b"HTTP/1.1 400 ")
-        assert b"connection: close" in answer
-
-    refused()
+@async_test
+async def test_a_malformed_request_gets_400_and_the_connection_ends(data):
+    """Malformed and ambiguous requests are refused."""
+    answer = await answers_to(data)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"connection: close" in answer
 
 
 @async_test
@@ -136,25 +128,21 @@ async def test_a_body_announced_too_large_is_refused_before_it_is_read():
 
 @async_test
 async def test_a_chunked_body_that_grows_too_large_is_refused():
-    """The limit holds without a content-length, and the client can read why although it was still sending."""
+    """The limit holds without a content-length, and the client can read the refusal while it still sends."""
     head = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
     answer = await answers_to(head + b"400\r\n" + b"x" * 1024 + b"\r\n" * 3, limits=ServerLimits(body_bytes=100))
     assert answer.startswith(b"HTTP/1.1 413 ")
 
 
 @pytest.mark.parametrize("step", [None, 100])
-def test_a_head_that_grows_too_large_is_refused(step):
+@async_test
+async def test_a_head_that_grows_too_large_is_refused(step):
     """431, whether it comes at once or bit by bit."""
-
-    @async_test
-    async def refused():
-        head = b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X-Y: " + b"z" * 3000
-        answer = await answers_to(
-            head + b"\r\n\r\n" if step is None else head, step=step, limits=ServerLimits(head_bytes=2000)
-        )
-        assert answer.startswith(b"HTTP/1.1 431 ")
-
-    refused()
+    head = b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X-Y: " + b"z" * 3000
+    answer = await answers_to(
+        head + b"\r\n\r\n" if step is None else head, step=step, limits=ServerLimits(head_bytes=2000)
+    )
+    assert answer.startswith(b"HTTP/1.1 431 ")
 
 
 @async_test
@@ -169,7 +157,7 @@ async def test_a_client_that_expects_100_is_asked_for_its_body():
 
 @async_test
 async def test_an_unknown_expectation_is_refused():
-    """417."""
+    """Other expectations get 417."""
     answer = await answers_to(b"GET / HTTP/1.1\r\nHost: x\r\nExpect: wonders\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 417 ")
 
@@ -208,7 +196,7 @@ async def test_http_1_0_gets_an_unframed_stream():
 
 @async_test
 async def test_a_silent_connection_is_closed_and_a_slow_head_gets_408():
-    """Neither may hold a connection for ever."""
+    """Slow heads and slow bodies end the connection."""
     assert await answers_to(b"", limits=ServerLimits(head_seconds=0.01, idle_seconds=0.01)) == b""
     # Patient before the first byte: what a busy machine brings late is not silence.
     limits = ServerLimits(head_seconds=0.01, idle_seconds=SECONDS)
@@ -218,30 +206,26 @@ async def test_a_silent_connection_is_closed_and_a_slow_head_gets_408():
 
 
 @pytest.mark.parametrize("how", ["reset", "half-closed"])
-def test_a_client_that_leaves_cancels_its_handler(how):
+@async_test
+async def test_a_client_that_leaves_cancels_its_handler(how):
     """Closing counts as leaving, and so does closing one direction."""
+    entered, left = asyncio.Event(), asyncio.Event()
 
-    @async_test
-    async def cancelled():
-        entered, left = asyncio.Event(), asyncio.Event()
+    async def wait(exchange):
+        entered.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            left.set()
 
-        async def wait(exchange):
-            entered.set()
-            try:
-                await asyncio.Event().wait()
-            finally:
-                left.set()
-
-        async with Running(wait) as running, Raw(running.port) as raw:
-            raw.send(GET)
-            await entered.wait()
-            if how == "reset":
-                raw.writer.transport.abort()
-            else:
-                raw.writer.write_eof()
-            await asyncio.wait_for(left.wait(), SECONDS)
-
-    cancelled()
+    async with Running(wait) as running, Raw(running.port) as raw:
+        raw.send(GET)
+        await entered.wait()
+        if how == "reset":
+            raw.writer.transport.abort()
+        else:
+            raw.writer.write_eof()
+        await asyncio.wait_for(left.wait(), SECONDS)
 
 
 @async_test
@@ -310,7 +294,7 @@ async def test_a_handler_that_fails_in_mid_stream_cuts_the_stream(caplog):
 
 @async_test
 async def test_a_header_with_a_line_break_is_never_sent(caplog):
-    """A value cannot start a header of its own."""
+    """A value cannot start a new header."""
 
     async def inject(exchange):
         exchange.respond(200, ((b"x-id", b"a\r\nset-cookie: b"),), b"")
@@ -346,7 +330,7 @@ async def test_closing_lets_open_requests_end():
 
 @async_test
 async def test_closing_cuts_what_does_not_end():
-    """The grace is a limit."""
+    """Open requests are cut after the grace."""
     cancelled = asyncio.Event()
 
     async def wait(exchange):
@@ -374,27 +358,23 @@ _PIECES = st.sampled_from(
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(parts=st.lists(st.one_of(_PIECES, st.binary(max_size=20)), max_size=12), cut=st.integers(1, 40))
-def test_nothing_that_a_client_sends_breaks_the_server(parts, cut):
-    """Whatever comes, answers are HTTP, no handler error is caused, and the next client is served."""
+@async_test
+async def test_nothing_that_a_client_sends_breaks_the_server(parts, cut):
+    """For any bytes, answers are HTTP, no handler fails, and the next client is served."""
     data = b"".join(parts)
-
-    @async_test
-    async def survives():
-        limits = ServerLimits(head_bytes=500, body_bytes=50)
-        async with Running(echo, limits=limits) as running:
-            async with Raw(running.port) as raw:
-                for at in range(0, len(data), cut):
-                    raw.send(data[at : at + cut])
-                raw.writer.write_eof()
-                try:
-                    answer = await raw.until_closed()
-                except ConnectionResetError:
-                    answer = b""
-                assert not answer or answer.startswith(b"HTTP/1.1 ")
-                assert b"HTTP/1.1 500" not in answer
-            async with Raw(running.port) as raw:
-                raw.send(GET)
-                await raw.until(b"GET /a?b=c ")
-        assert not running.server._connections
-
-    survives()
+    limits = ServerLimits(head_bytes=500, body_bytes=50)
+    async with Running(echo, limits=limits) as running:
+        async with Raw(running.port) as raw:
+            for at in range(0, len(data), cut):
+                raw.send(data[at : at + cut])
+            raw.writer.write_eof()
+            try:
+                answer = await raw.until_closed()
+            except ConnectionResetError:
+                answer = b""
+            assert not answer or answer.startswith(b"HTTP/1.1 ")
+            assert b"HTTP/1.1 500" not in answer
+        async with Raw(running.port) as raw:
+            raw.send(GET)
+            await raw.until(b"GET /a?b=c ")
+    assert not running.server._connections

@@ -1,67 +1,54 @@
-"""One request and the answer to it, as a handler sees them."""
+"""One request and its answer, as a handler sees them."""
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from kvbelt.http.message import Request, encode_head, status_line
 
 _NO_BODY = frozenset({204, 304})
 
 
+@dataclass(slots=True, eq=False)
 class Outlet:
-    """A connection's writing half: the transport, and whether the peer keeps up."""
-
-    __slots__ = ("_resumed", "closed", "transport")
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self.transport = transport
-        self.closed = False
-        self._resumed: asyncio.Future[None] | None = None
+    transport: asyncio.Transport
+    closed: bool = False
+    _resumed: "asyncio.Future[None] | None" = None
 
     @property
     def paused(self) -> bool:
-        """Whether more unsent bytes wait than the limit allows."""
+        """Whether more bytes are unsent than the limit allows."""
         return self._resumed is not None
 
     def pause(self) -> None:
-        """The transport's buffer is full."""
         self._resumed = asyncio.get_running_loop().create_future()
 
     def resume(self) -> None:
-        """The transport's buffer has room, or the connection is gone."""
         if self._resumed is not None:
             if not self._resumed.done():
                 self._resumed.set_result(None)
             self._resumed = None
 
     async def drained(self) -> None:
-        """Wait until there is room."""
         if self._resumed is not None:
             await asyncio.shield(self._resumed)
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Exchange:
     """A request and its answer: either ``respond``, or ``start``, any number of ``write``, ``end``.
 
-    Writes never block and never raise for a client that is gone (its handler is being cancelled); a handler
-    that writes much awaits ``drain`` whenever ``paused``.
+    Writes never block, and do not raise when the client has left: then the handler is cancelled. A handler that writes
+    much awaits ``drain`` whenever ``paused``.
     """
 
-    __slots__ = ("_chunked", "_keep_alive", "_outlet", "ended", "request", "started", "status")
-
-    def __init__(self, request: Request, outlet: Outlet, *, keep_alive: bool) -> None:
-        self.request = request
-        self.started = False
-        self.ended = False
-        self.status = 0  #: of the answer, once started
-        self._outlet = outlet
-        self._chunked = False
-        self._keep_alive = keep_alive
-
-    @property
-    def keep_alive(self) -> bool:
-        """Whether the connection takes another request after this one."""
-        return self._keep_alive
+    request: Request
+    _outlet: Outlet
+    keep_alive: bool  #: whether the connection takes another request after this one
+    started: bool = False
+    ended: bool = False
+    status: int = 0  #: of the answer, once started
+    _chunked: bool = False
 
     @property
     def paused(self) -> bool:
@@ -69,30 +56,23 @@ class Exchange:
         return self._outlet.paused
 
     async def drain(self) -> None:
-        """Wait until the client has caught up."""
         await self._outlet.drained()
-
-    def close_after(self) -> None:
-        """Take no further request on this connection. Only before the answer starts."""
-        self._keep_alive = False
 
     def respond(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None:
         """Answer with a whole body; its content-length is added."""
-        extra: tuple[tuple[bytes, bytes], ...] = ()
-        if status not in _NO_BODY:
-            extra = ((b"content-length", b"%d" % len(body)),)
+        extra = () if status in _NO_BODY else ((b"content-length", b"%d" % len(body)),)
         head = self._head(status, headers, extra)
         self._send(head if self.request.method == "HEAD" else head + body)
         self.ended = True
 
     def start(self, status: int, headers: Sequence[tuple[bytes, bytes]], first: bytes = b"") -> None:
-        """Begin an answer whose length is not known. HTTP/1.0 clients get it unframed, ended by closing.
+        """Begin an answer of unknown length. HTTP/1.0 clients get it unframed, ended by closing.
 
-        The head leaves at once, together with the ``first`` piece of the body if there is one: a write is a
-        system call, and on loopback wakes the reader, which costs more than everything else done for it.
+        The head is sent at once, together with the ``first`` piece of the body: each write is a system call, and on
+        loopback it wakes the reader, which costs more than all the rest.
         """
         if self.request.version == "1.0":
-            self._keep_alive = False
+            self.keep_alive = False
             head = self._head(status, headers, ())
         else:
             self._chunked = True
@@ -100,7 +80,6 @@ class Exchange:
         self._send(head + self._framed(first))
 
     def write(self, data: bytes) -> None:
-        """One piece of the body."""
         if not self.started or self.ended:
             raise RuntimeError("write outside start and end")
         framed = self._framed(data)
@@ -129,7 +108,7 @@ class Exchange:
         if self.started:
             raise RuntimeError("an answer has already been started")
         # HTTP/1.1 keeps a connection unless told otherwise, HTTP/1.0 closes it unless told otherwise.
-        if not self._keep_alive:
+        if not self.keep_alive:
             extra = (*extra, (b"connection", b"close"))
         elif self.request.version == "1.0":
             extra = (*extra, (b"connection", b"keep-alive"))

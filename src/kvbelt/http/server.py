@@ -1,4 +1,4 @@
-"""Listens, owns its connections, and ends them in order."""
+"""The server: its listener and its connections."""
 
 import asyncio
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from kvbelt.http.server_connection import Handler, ServerConnection
 
 __all__ = ["Handler", "Server"]
 
-#: How often silent connections are looked for, in seconds, while there are connections.
+#: Seconds between two checks for silent connections, while there are any.
 _SWEEP_SECONDS = 1.0
 
 
@@ -18,12 +18,12 @@ def _plain_refusal(error: BadRequestError) -> tuple[bytes, bytes]:
 
 
 class Server:
-    """An HTTP/1.1 server: one handler call a request, cancelled when its client goes away.
+    """An HTTP/1.1 server: one handler call for each request, cancelled when its client leaves.
 
     Args:
-        handler: called with an Exchange; must end its answer. What it raises becomes a 500.
-        limits: what a client may ask.
-        refusal_body: content type and body for requests that no handler sees.
+        handler: called with an Exchange; must end its answer. An exception becomes a 500.
+        limits: of one client's connection.
+        refusal_body: content type and body of an answer to a request that is refused before the handler is called.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Server:
         self.handler = handler
         self.limits = limits or ServerLimits()
         self.draining = False
-        self._refusal_body = refusal_body
+        self.refusal_body = refusal_body
         self._connections: set[ServerConnection] = set()
         self._emptied = asyncio.Event()
         self._emptied.set()
@@ -44,17 +44,17 @@ class Server:
         self._sweeper: asyncio.TimerHandle | None = None
 
     async def start(self, host: str, port: int) -> int:
-        """Listen. Returns the port, which matters if 0 was asked for.
+        """Listen. Returns the port, for callers that gave 0.
 
         Raises:
-            OSError: the address cannot be listened on.
+            OSError: the address is taken or not this host's.
         """
         loop = asyncio.get_running_loop()
         self._listener = await loop.create_server(lambda: ServerConnection(self, loop), host, port, backlog=1024)
         return int(self._listener.sockets[0].getsockname()[1])
 
     async def close(self, grace_seconds: float = 5.0) -> None:
-        """Accept nothing more, let open requests end within the grace, then cut them. Idempotent."""
+        """Accept no more requests, give open ones the grace to end, then cut them. Idempotent."""
         self.draining = True
         if self._listener is not None:
             self._listener.close()
@@ -70,24 +70,18 @@ class Server:
             self._sweeper.cancel()
             self._sweeper = None
 
-    # The connections' calls
+    # Called by connections
 
     def opened(self, connection: ServerConnection) -> None:
-        """A connection is there."""
         self._connections.add(connection)
         self._emptied.clear()
         if self._sweeper is None:
             self._sweeper = asyncio.get_running_loop().call_later(_SWEEP_SECONDS, self._sweep)
 
     def closed(self, connection: ServerConnection) -> None:
-        """A connection is gone and its handler has ended."""
         self._connections.discard(connection)
         if not self._connections:
             self._emptied.set()
-
-    def refusal_body(self, error: BadRequestError) -> tuple[bytes, bytes]:
-        """Content type and body of a refusal."""
-        return self._refusal_body(error)
 
     def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
@@ -95,5 +89,5 @@ class Server:
         for connection in list(self._connections):
             if connection.deadline is not None and connection.deadline < now:
                 connection.expire()
-        # An idle server sleeps: the sweep ends with the last connection and starts with the next.
+        # The sweep ends with the last connection and starts with the next, so that an idle server sleeps.
         self._sweeper = loop.call_later(_SWEEP_SECONDS, self._sweep) if self._connections else None

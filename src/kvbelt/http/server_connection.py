@@ -1,10 +1,10 @@
 """One client's connection to the server.
 
-Requests that a client sends ahead (pipelining) are parsed as they arrive and answered one at a time, in
-order; while one waits, the socket is not read, so that at most one read of the transport (256 KiB) is held.
+Pipelined requests are parsed as they arrive and answered one at a time, in order. While one waits, the socket is not
+read, so that at most one read of the transport (256 KiB) is held.
 
-A client that ends its side of the connection while its request is being worked on counts as gone: HTTP
-clients end a connection by closing it, and the two cannot be told apart until something is written.
+A client that ends its side of the connection during a request counts as gone: HTTP clients close a connection to end
+it, and the server cannot tell the two apart before it writes.
 """
 
 import asyncio
@@ -23,31 +23,29 @@ from kvbelt.http.message import Headers, Request, add_header, encode_head
 
 log = logging.getLogger("kvbelt.http")
 
-#: How long a refused client may take to read the refusal.
+#: Seconds that a refused client has to read the refusal.
 _LINGER_SECONDS = 2.0
 
 Handler = Callable[[Exchange], Awaitable[None]]
 
 
 class Owner(Protocol):
-    """The server, as its connections see it."""
+    """What a connection needs of its server."""
 
     handler: Handler
     limits: ServerLimits
     draining: bool
+    refusal_body: Callable[[BadRequestError], tuple[bytes, bytes]]  #: content type and body of a refusal's answer
 
     def opened(self, connection: "ServerConnection") -> None:
-        """A connection is there."""
+        """A connection has opened."""
 
     def closed(self, connection: "ServerConnection") -> None:
-        """A connection is gone and its handler has ended."""
-
-    def refusal_body(self, error: BadRequestError) -> tuple[bytes, bytes]:
-        """Content type and body of an answer to a request that no handler will see."""
+        """A connection has closed, and its handler has ended."""
 
 
 class ServerConnection(asyncio.Protocol):
-    """Parses requests, runs the handler for one at a time, and ends what ends early."""
+    """Parses requests, and runs the handler for one at a time."""
 
     def __init__(self, owner: Owner, loop: asyncio.AbstractEventLoop) -> None:
         self._owner = owner
@@ -60,9 +58,9 @@ class ServerConnection(asyncio.Protocol):
         self._outlet: Outlet
         self._transport: asyncio.Transport
         self._reading = True
-        self._input_ended = False  # nothing more will be parsed on this connection
+        self._input_ended = False  # the connection parses no more
         self._refusal: BadRequestError | None = None
-        #: The loop's time after which the connection is closed for its silence; None while a handler runs.
+        #: The loop's time at which a silent connection is closed; None while a handler runs.
         self.deadline: float | None = None
         self._clear()
 
@@ -80,10 +78,9 @@ class ServerConnection(asyncio.Protocol):
         """Whether a request is being answered or waits to be."""
         return self._task is not None
 
-    # The transport's calls
+    # Called by the transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """A client is there."""
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=self._limits.write_high_bytes)
         self._outlet = Outlet(self._transport)
@@ -91,7 +88,7 @@ class ServerConnection(asyncio.Protocol):
         self._owner.opened(self)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - however it ended
-        """The client is gone; so is the reason to go on working for it."""
+        """Cancel the handler: its client is gone."""
         self._outlet.closed = True
         self._outlet.resume()
         self._waiting.clear()
@@ -104,21 +101,18 @@ class ServerConnection(asyncio.Protocol):
             self._owner.closed(self)
 
     def eof_received(self) -> bool:
-        """The client sends nothing more: while it has a request open, it is gone (see above)."""
+        """A client that ends its side during a request is gone (see above)."""
         if self._task is not None:
             self._transport.abort()
         return False
 
     def pause_writing(self) -> None:
-        """The client reads too slowly."""
         self._outlet.pause()
 
     def resume_writing(self) -> None:
-        """The client has caught up."""
         self._outlet.resume()
 
     def data_received(self, data: bytes) -> None:
-        """Parse, and start what is complete."""
         if self._input_ended:
             return
         in_head = self._in_head
@@ -139,13 +133,13 @@ class ServerConnection(asyncio.Protocol):
             self._transport.pause_reading()
 
     def _decline(self, rest: bytes) -> None:
-        """Answer an offer to change protocols in this one (RFC 9110, 7.8), as the connection's last request.
+        """Decline an offer to change protocols (RFC 9110, 7.8): answer in this one, as the connection's last request.
 
-        llhttp gives up at the end of such a head; a fresh parser reads the same head without the offer.
+        llhttp stops at the end of such a head; a new parser reads the same head without the offer.
         """
         method = self._parser.get_method()
         if method == b"CONNECT":
-            self._refuse(BadRequestError(400, "this server is no proxy for CONNECT"))
+            self._refuse(BadRequestError(400, "this server does not serve CONNECT"))
             return
         offered = (b"upgrade", b"connection", b"http2-settings", b"expect")
         headers = [(name, value) for name, value in self._headers.items() if name not in offered]
@@ -153,21 +147,19 @@ class ServerConnection(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._parser.feed_data(head + rest)
 
-    # The parser's calls
+    # Called by the parser
 
     def on_message_begin(self) -> None:
-        """A request begins."""
         self._clear()
         self._in_head = True
         if self._task is None:
             self.deadline = self._loop.time() + self._limits.head_seconds
 
     def on_url(self, url: bytes) -> None:
-        """A piece of the target."""
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One header, or a trailer, which nobody needs."""
+        """Trailers are dropped."""
         if not self._in_head:
             return
         self._head_bytes += len(name) + len(value)
@@ -176,7 +168,7 @@ class ServerConnection(asyncio.Protocol):
         add_header(self._headers, name, value)
 
     def on_headers_complete(self) -> None:
-        """Refuse what will not be read; ask for the body of a client that waits to be asked."""
+        """Refuse bodies that are too large; answer ``Expect: 100-continue``."""
         self._in_head = False
         self._in_body = True
         if len(self._url) > self._limits.head_bytes:
@@ -193,19 +185,17 @@ class ServerConnection(asyncio.Protocol):
             return
         if expect.lower() != b"100-continue":
             self._stop(BadRequestError(417, f"expectation {expect!r} is not supported; only 100-continue is"))
-        # Behind an unanswered request, 100 would be taken for that one's answer; the client then sends after a while.
+        # After an unanswered request, 100 would be taken for its answer; the client sends its body after a while.
         if self._task is None and self._parser.get_http_version() == "1.1":
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, body: bytes) -> None:
-        """A piece of the body."""
         self._body_bytes += len(body)
         if self._body_bytes > self._limits.body_bytes:
             self._stop(self._body_too_large(None))
         self._body.append(body)
 
     def on_message_complete(self) -> None:
-        """A request is complete."""
         if self._parser.should_upgrade():
             return  # its head only: see _decline
         self._in_body = False
@@ -248,7 +238,7 @@ class ServerConnection(asyncio.Protocol):
             if exchange.started:
                 self._transport.abort()  # a cut body must not look complete
             else:
-                exchange.close_after()
+                exchange.keep_alive = False
                 kind, body = self._owner.refusal_body(BadRequestError(500, "internal error; the log has more"))
                 exchange.respond(500, ((b"content-type", kind),), body)
         finally:
@@ -282,7 +272,7 @@ class ServerConnection(asyncio.Protocol):
     # Refusing
 
     def _stop(self, refusal: BadRequestError) -> None:
-        # Raised inside the parser's callback, so that it parses no further.
+        # Raised in the parser's callback, so that the parser stops.
         self._refusal = refusal
         raise refusal
 
@@ -298,8 +288,8 @@ class ServerConnection(asyncio.Protocol):
         request = Request("GET", "", "1.1", {}, b"", keep_alive=False, arrived=0.0)
         exchange = Exchange(request, self._outlet, keep_alive=False)
         exchange.respond(refusal.status, ((b"content-type", kind),), body)
-        # Closing now, with bytes of the client unread, would send a reset that can overtake the answer:
-        # end our side, and let the client's bytes drop until it closes or a moment has passed.
+        # Closing with bytes of the client unread sends a reset, which can overtake the answer. So end our side, and
+        # drop the client's bytes until it closes or a moment has passed.
         self._in_head = self._in_body = False
         self._transport.write_eof()
         self.deadline = self._loop.time() + _LINGER_SECONDS
@@ -316,7 +306,7 @@ class ServerConnection(asyncio.Protocol):
         return BadRequestError(413, f"the request's body{said} is larger than the limit of {limit} bytes")
 
     def expire(self) -> None:
-        """The deadline has passed: say so if a request had begun, and close."""
+        """Close after the deadline; with 408 if a request had begun."""
         self.deadline = None
         if self._in_head or self._in_body:
             self._refuse(BadRequestError(408, "the request did not arrive in time"))
@@ -324,10 +314,8 @@ class ServerConnection(asyncio.Protocol):
             self._transport.close()
 
     def close_if_idle(self) -> None:
-        """Close unless a request is being read or answered."""
         if self._task is None and not (self._in_head or self._in_body):
             self._transport.close()
 
     def abort(self) -> None:
-        """Close now, whatever is under way."""
         self._transport.abort()
