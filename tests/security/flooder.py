@@ -13,7 +13,7 @@ import zmq
 
 
 def raw(port: int, data: bytes, times: int) -> None:
-    """Connect, say something that is not ZeroMQ, hang up, as often as this."""
+    """Connect, send bytes that are not ZeroMQ and close, this many times."""
     for _ in range(times):
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(data)
@@ -36,7 +36,7 @@ def silent(ports: list[int]) -> None:
 
 
 def messages(ports: list[int], server: str, public: str, secret: str) -> None:
-    """As many messages as go, of every kind that is none; with a key if there is one."""
+    """Send as many invalid messages as the socket takes; with a key if one is given."""
     context = zmq.Context()
     dealers = []
     for port in ports:
@@ -48,7 +48,7 @@ def messages(ports: list[int], server: str, public: str, secret: str) -> None:
             dealer.connect(f"tcp://127.0.0.1:{port}")
             dealers.append(dealer)
     under_way()
-    rubbish = [b"", b"KB\x02" + os.urandom(300), os.urandom(1000), b"KB\x07", bytes(20_000), b"KB\x02\x81\xa4type"]
+    rubbish = [b"", b"KB\x03" + os.urandom(300), os.urandom(1000), b"KB\x07", bytes(20_000), b"KB\x03\x81\xa4type"]
     for number in itertools.count():
         for dealer in dealers:
             try:
@@ -58,7 +58,7 @@ def messages(ports: list[int], server: str, public: str, secret: str) -> None:
 
 
 def connections(ports: list[int], server: str, public: str, secret: str) -> None:
-    """Handshake after handshake."""
+    """Make one handshake after another."""
     context = zmq.Context()
     under_way()
     while True:
@@ -76,7 +76,7 @@ def connections(ports: list[int], server: str, public: str, secret: str) -> None
 
 
 def under_way() -> None:
-    """Tell who waits for it."""
+    """Tell the test that the flood has begun."""
     sys.stdout.write("flooding\n")
     sys.stdout.flush()
 

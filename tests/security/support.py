@@ -18,7 +18,7 @@ def deployment(*names: str) -> dict[str, Keys]:
 
 
 def belts(keys: Keys | None, **changes: Any) -> BeltSettings:
-    """Settings of a belt that loses nobody because the machine stood still for some seconds."""
+    """Settings of a belt that loses no peer while the machine stalls for some seconds."""
     given = {"lease_seconds": 20.0, "heartbeat_seconds": 0.1, "handshake_seconds": 20.0, "claim_seconds": 30.0}
     return BeltSettings(keys=keys, **(given | changes))
 
@@ -40,6 +40,6 @@ def peer(
 
 
 def knock(socket: "zmq.Socket[bytes]", frame: bytes) -> None:
-    """Say something to somebody who does not listen: it may have hung up already, and then nothing can be sent."""
+    """Send to a peer that may have closed the connection already."""
     with contextlib.suppress(zmq.Again):
         socket.send(frame, zmq.NOBLOCK)

@@ -1,26 +1,26 @@
-"""Belts with keys, real sockets and strangers: who has no key gets nothing, and who has one speaks for himself only."""
+"""Belts with keys and real sockets: a peer without a key gets nothing, and a key counts for its own name only."""
 
+import contextlib
 import socket as sockets
 import threading
-from dataclasses import replace
 
 import msgspec
 import pytest
 import zmq
 
-from kvbelt.channels.memory import MemoryChannel, MemoryNetwork
 from kvbelt.errors import SettingsError
-from kvbelt.security import gate
+from kvbelt.security import authenticator
 from kvbelt.security.keys import Keys, new_engine_id, new_key_pair
-from kvbelt.transfer import desk, reception
+from kvbelt.transfer.receive import driver as receiver
+from kvbelt.transfer.receive import incoming
 from kvbelt.transfer.sockets import Sockets
 from kvbelt.wire import codec
 from kvbelt.wire import handshake as h
 from kvbelt.wire import reservation as w
 from kvbelt.wire.ids import EngineId, SlotName, TransferId
+from tests.channels.memory import MemoryChannel, MemoryNetwork
 from tests.security.support import belts, deployment, knock, peer
-from tests.transfer.belts import LAYOUT, Side, begin, eventually, hand_over
-from tests.transfer.test_belt import transfer_once
+from tests.transfer.belts import LAYOUT, Side, begin, eventually, hand_over, transfer_once
 
 HANDSHAKES, FROM_SENDER, FROM_RECEIVER = codec.handshakes(), codec.from_sender(), codec.from_receiver()
 
@@ -34,7 +34,7 @@ def channel():
 
 @pytest.fixture
 def trusted():
-    """Keys of a prefill worker p, a decode worker d, and q, who is trusted as well."""
+    """Keys of a prefill worker p, a decode worker d and another trusted worker q."""
     return deployment("p", "d", "q", "proxy")
 
 
@@ -50,19 +50,17 @@ def pair(channel, trusted):
 
 
 def refused(side: Side) -> dict[str, dict[str, int]]:
-    """What a belt has refused, by socket and reason."""
+    """The belt's refusals, by socket and reason."""
     return {name: dict(counts) for name, counts in side.belt.snapshot().refused_total.items()}
 
 
 def hello(engine: EngineId, to: Side) -> bytes:
-    """What a prefill worker of this name says first."""
+    """A Hello of a prefill worker of this name."""
     belt = to.belt
     message = h.Hello(
         engine_id=engine,
         receiver=belt.identity.engine_id,
-        worker="",
         role="prefill",
-        process=h.ProcessIdentity(boot_id="", pid_namespace="", pid=1, start_time=0),
         compatibility=belt.identity.compatibility("memory"),
     )
     return HANDSHAKES.encode(message)
@@ -91,19 +89,19 @@ def test_every_byte_arrives_under_keys(pair):
     assert (refused(p), refused(d)) == ({}, {})
 
 
-STRANGERS = {
+UNTRUSTED = {
     "no key": lambda keys: (None, None, "handshake"),
     "an unknown key": lambda keys: (new_key_pair(), keys["d"].own.public, "unknown_key"),
     "another server in mind": lambda keys: (keys["p"].own, keys["q"].own.public, "handshake"),
 }
 
 
-@pytest.mark.parametrize("stranger", STRANGERS)
+@pytest.mark.parametrize("credentials", UNTRUSTED)
 @pytest.mark.parametrize("port", ["init", "alloc"])
-def test_who_is_not_let_in_hears_nothing(pair, trusted, stranger, port):
-    """Not a byte, on neither port; it is counted, and others go on."""
+def test_a_peer_without_a_trusted_key_gets_no_answer(pair, trusted, credentials, port):
+    """It gets no byte on either port and is counted, and transfers of others go on."""
     p, d = pair
-    own, server, reason = STRANGERS[stranger](trusted)
+    own, server, reason = UNTRUSTED[credentials](trusted)
     address = d.belt.receiver_address()
     engine = new_engine_id(trusted["p"])
     with peer(getattr(address, f"{port}_port"), own=own, server=server, wait_ms=0) as socket:
@@ -115,8 +113,8 @@ def test_who_is_not_let_in_hears_nothing(pair, trusted, stranger, port):
 
 
 @pytest.mark.parametrize("port", ["init", "alloc"])
-def test_without_keys_the_same_stranger_is_answered(channel, port):
-    """The mechanism switched off: so it is the keys that keep strangers out, and the test above can fail."""
+def test_without_keys_such_a_peer_is_answered(channel, port):
+    """With CURVE off the peer of the test above gets an answer, so that test can fail."""
     with Side("d", "decode", channel("d"), settings=belts(None)) as d:
         with peer(getattr(d.belt.receiver_address(), f"{port}_port")) as socket:
             socket.send(hello(EngineId("x"), d) if port == "init" else reserve(EngineId("x"), d))
@@ -124,21 +122,21 @@ def test_without_keys_the_same_stranger_is_answered(channel, port):
         assert d.belt.snapshot().mechanism == "NULL"
 
 
-def test_a_gate_that_trusts_everybody_lets_unknown_keys_in(pair, trusted, monkeypatch):
-    """The judgement switched off: an unknown key is answered, so it is the judgement that keeps it out."""
+def test_a_gate_that_trusts_every_key_lets_unknown_keys_in(pair, trusted, monkeypatch):
+    """Without the check of the key an unknown key is answered."""
     _, d = pair
-    monkeypatch.setattr(gate.Keys, "trusts", lambda self, key: True)
-    stranger = new_key_pair()
-    engine = new_engine_id(Keys(stranger, {}))
-    with peer(d.belt.receiver_address().init_port, own=stranger, server=trusted["d"].own.public) as socket:
+    monkeypatch.setattr(authenticator.Keys, "trusts", lambda self, key: True)
+    unknown = new_key_pair()
+    engine = new_engine_id(Keys(unknown, {}))
+    with peer(d.belt.receiver_address().init_port, own=unknown, server=trusted["d"].own.public) as socket:
         socket.send(hello(engine, d))
         assert isinstance(HANDSHAKES.decode(socket.recv()), h.Welcome)
 
 
-def test_without_an_answer_of_the_gate_nobody_passes(pair, trusted, monkeypatch):
-    """Closed by default: a gate that says nothing lets nobody in."""
+def test_without_an_answer_of_the_gate_no_peer_passes(pair, trusted, monkeypatch):
+    """The ports are closed while the ZAP handler does not answer."""
     _, d = pair
-    monkeypatch.setattr(gate.Gate, "_answer_requests", lambda self: False)
+    monkeypatch.setattr(authenticator.ZapAuthenticator, "_answer_requests", lambda self: False)
     with peer(
         d.belt.receiver_address().init_port, own=trusted["p"].own, server=trusted["d"].own.public, wait_ms=500
     ) as socket:
@@ -147,9 +145,9 @@ def test_without_an_answer_of_the_gate_nobody_passes(pair, trusted, monkeypatch)
             socket.recv()
 
 
-def test_where_there_is_no_gate_nobody_passes(channel, trusted, monkeypatch):
-    """Closed by default: libzmq's own would be to let everybody in who has some key."""
-    monkeypatch.setattr(gate, "_ZAP_ADDRESS", "inproc://elsewhere")
+def test_without_a_gate_no_peer_passes(channel, trusted, monkeypatch):
+    """Without a ZAP handler libzmq would accept every key; here no peer is let in."""
+    monkeypatch.setattr(authenticator, "_ZAP_ADDRESS", "inproc://elsewhere")
     with (
         Side("d", "decode", channel("d"), settings=belts(trusted["d"])) as d,
         peer(
@@ -162,11 +160,11 @@ def test_where_there_is_no_gate_nobody_passes(channel, trusted, monkeypatch):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_who_is_trusted_speaks_for_himself_only(pair, trusted, monkeypatch, tied):
-    """In p's name q is refused on both ports, and counted. With the tie cut, q is answered."""
+def test_a_trusted_peer_speaks_only_for_itself(pair, trusted, monkeypatch, tied):
+    """Q is refused and counted on both ports when it uses p's name. Without the name check q is answered."""
     _, d = pair
     if not tied:
-        monkeypatch.setattr(reception, "_may_speak", lambda key, engine: True)
+        monkeypatch.setattr(receiver, "_may_speak", lambda key, engine: True)
     stolen, address = new_engine_id(trusted["p"]), d.belt.receiver_address()
     q, server = trusted["q"].own, trusted["d"].own.public
     with peer(address.init_port, own=q, server=server) as socket:
@@ -189,16 +187,16 @@ def test_who_is_trusted_speaks_for_himself_only(pair, trusted, monkeypatch, tied
 
 
 def recorded(p: Side, d: Side, monkeypatch) -> list[bytes]:
-    """One transfer from p to d; everything that p has said to the alloc port, in order."""
+    """Make one transfer from p to d. Returns all that p has sent to the alloc port, in order."""
     said: list[bytes] = []
-    say = Sockets.say
+    say = Sockets.send
 
     def listen(socket, *frames):
         if len(frames) == 1:
             said.append(frames[0])
         return say(socket, *frames)
 
-    monkeypatch.setattr(Sockets, "say", staticmethod(listen))
+    monkeypatch.setattr(Sockets, "send", staticmethod(listen))
     transfer_once(p, d, "recorded", 100)
     monkeypatch.undo()
     frames = []
@@ -213,8 +211,8 @@ def recorded(p: Side, d: Side, monkeypatch) -> list[bytes]:
     return frames
 
 
-def test_a_recorded_transfer_said_again_in_another_name_is_refused(pair, trusted, monkeypatch):
-    """By somebody who is trusted: each message is counted, none is answered."""
+def test_a_transfer_replayed_in_another_name_is_refused(pair, trusted, monkeypatch):
+    """A trusted peer replays another peer's messages. Each is counted, and none is answered."""
     p, d = pair
     frames = recorded(p, d, monkeypatch)
     before = d.belt.snapshot()
@@ -227,13 +225,13 @@ def test_a_recorded_transfer_said_again_in_another_name_is_refused(pair, trusted
         eventually(lambda: refused(d) == {"alloc": {"another_key": len(frames)}}, "all is counted")
         with pytest.raises(zmq.Again):
             socket.recv()
-    assert replace(d.belt.snapshot(), refused_total={}) == before
+    assert msgspec.structs.replace(d.belt.snapshot(), refused_total={}) == before
     transfer_once(p, d, "b", 100)
 
 
 @pytest.mark.parametrize("order", ["as it was", "backwards"])
-def test_a_recorded_transfer_said_again_in_its_own_name_changes_nothing(pair, trusted, monkeypatch, order):
-    """By who said it: it is answered as an ended transfer is, nothing is reserved, committed or delivered again."""
+def test_a_transfer_replayed_in_its_own_name_changes_nothing(pair, trusted, monkeypatch, order):
+    """A sender repeats its ended transfer. Nothing is reserved, committed or delivered again."""
     p, d = pair
     frames = recorded(p, d, monkeypatch)
     before = d.belt.snapshot()
@@ -244,12 +242,12 @@ def test_a_recorded_transfer_said_again_in_its_own_name_changes_nothing(pair, tr
         eventually(lambda: refused(d) == {"alloc": {"ended": reserves}}, "the reservations are refused and counted")
         answer = FROM_RECEIVER.decode(socket.recv())
         assert isinstance(answer, w.Refused | w.Committed)
-    assert replace(d.belt.snapshot(), refused_total={}) == before
+    assert msgspec.structs.replace(d.belt.snapshot(), refused_total={}) == before
     transfer_once(p, d, "b", 100)
 
 
 class Tap:
-    """A wire between two ports that keeps every byte of the first connection's client."""
+    """A relay between two ports that keeps every byte of its first client."""
 
     def __init__(self, port: int) -> None:
         self.bytes = b""
@@ -266,16 +264,17 @@ class Tap:
         self._pump(client, server, keep=True)
 
     def _pump(self, source: sockets.socket, target: sockets.socket, *, keep: bool = False) -> None:
-        while data := source.recv(65536):
-            if keep:
-                self.bytes += data
-            target.sendall(data)
+        with contextlib.suppress(OSError):  # the other direction has closed both
+            while data := source.recv(65536):
+                if keep:
+                    self.bytes += data
+                target.sendall(data)
         target.close()
         source.close()
 
 
-def test_a_recorded_connection_is_worth_nothing(pair, trusted):
-    """Whoever records the bytes of the wire and says them again is refused in the handshake."""
+def test_a_replayed_connection_is_refused(pair, trusted):
+    """Recorded bytes fail in the handshake."""
     _, d = pair
     address = d.belt.receiver_address()
     tap = Tap(address.init_port)
@@ -292,7 +291,7 @@ def test_a_recorded_connection_is_worth_nothing(pair, trusted):
 
 
 def test_what_comes_too_early_or_too_late_is_refused_and_counted(pair, trusted):
-    """A commit before the grant, a commit and a heartbeat of another generation, an unknown transfer."""
+    """A commit before the grant, a wrong generation and an unknown transfer change nothing."""
     _, d = pair
     engine, address = new_engine_id(trusted["p"], "raw"), d.belt.receiver_address()
     own, server = trusted["p"].own, trusted["d"].own.public
@@ -312,7 +311,7 @@ def test_what_comes_too_early_or_too_late_is_refused_and_counted(pair, trusted):
             slot=guess,
             num_tokens=1,
             num_bytes=LAYOUT.slot_bytes(1),
-            digest=0,  # of a buffer that nobody has written to
+            digest=0,  # of a buffer without writes
         )
         assert say(commit) == w.Expired(transfer_id=TransferId("t"), slot=guess, reason="unknown_transfer")
         granted = say(reserve(engine, d))
@@ -327,7 +326,7 @@ def test_what_comes_too_early_or_too_late_is_refused_and_counted(pair, trusted):
 
 
 def test_a_frame_larger_than_anything_ends_its_connection(pair, trusted):
-    """It is not even read. A smaller one that is too large is counted; both change nothing for others."""
+    """The frame is not read. A smaller one above the limit is only counted. Transfers of others go on."""
     p, d = pair
     address = d.belt.receiver_address()
     with peer(address.alloc_port, own=trusted["q"].own, server=trusted["d"].own.public) as socket:
@@ -335,7 +334,7 @@ def test_a_frame_larger_than_anything_ends_its_connection(pair, trusted):
         monitor.rcvtimeo = 60_000
         socket.send(bytes(codec.MAX_RESERVATION_BYTES + 1))
         eventually(lambda: refused(d) == {"alloc": {"oversized": 1}}, "it is counted")
-        socket.send(bytes(gate.MAX_MESSAGE_BYTES + 1))
+        socket.send(bytes(authenticator.MAX_MESSAGE_BYTES + 1))
         assert monitor.recv_multipart()  # hung up
         socket.disable_monitor()
         monitor.close()
@@ -364,8 +363,8 @@ DISTRUST = {
 
 
 @pytest.mark.parametrize("case", DISTRUST)
-def test_a_prefill_worker_sends_to_whom_it_trusts_only(channel, trusted, pair, case):
-    """What the proxy says of a receiver is believed only where this worker's own keys say the same."""
+def test_a_prefill_worker_sends_only_to_trusted_receivers(channel, trusted, pair, case):
+    """A receiver's key must be among this worker's trusted keys, whatever the proxy says."""
     _, d = pair
     make, reason = DISTRUST[case]
     keys, address = make(trusted, d.belt.receiver_address())
@@ -376,7 +375,7 @@ def test_a_prefill_worker_sends_to_whom_it_trusts_only(channel, trusted, pair, c
 
 
 def test_another_process_in_the_receivers_place_gets_no_kv(channel, trusted):
-    """Whoever listens at its address without its key is not spoken to."""
+    """A sender sends nothing to a listener that has the receiver's address but not its key."""
     with (
         Side("p", "prefill", channel("p"), settings=belts(trusted["p"], handshake_seconds=1.0)) as p,
         Side("q", "decode", channel("q"), settings=belts(trusted["q"])) as q,
@@ -394,16 +393,16 @@ def test_another_process_in_the_receivers_place_gets_no_kv(channel, trusted):
 
 
 def test_names_and_keys_must_fit_at_the_start(channel, trusted):
-    """An engine id that goes with another key; a proxy that is to be told and whose key is not known."""
+    """An engine id must go with the key, and the proxy's key must be known."""
     with pytest.raises(SettingsError, match="does not go with this process's key"):
         Side("d", "decode", channel("d"), settings=belts(trusted["d"]), engine_id=EngineId("d"))
-    nobody = Keys(trusted["p"].own, {trusted["p"].own.public: "p"})
+    lonely = Keys(trusted["p"].own, {trusted["p"].own.public: "p"})
     with pytest.raises(SettingsError, match=r"proxy\.key"):
-        belts(nobody, notification_endpoint="tcp://127.0.0.1:7500")
+        belts(lonely, notification_endpoint="tcp://127.0.0.1:7500")
 
 
 def test_a_belt_listens_beyond_loopback_with_keys_or_when_told_to(channel, trusted):
-    """The last wall, whatever way settings have come. A sender listens nowhere."""
+    """The belt checks its own settings. A sender listens nowhere and needs no keys."""
     everywhere = {"bind_host": "0.0.0.0"}
     with pytest.raises(SettingsError, match=r"bind_host is 0\.0\.0\.0"):
         Side("d", "decode", channel("d"), settings=belts(None, **everywhere))
@@ -416,9 +415,9 @@ def test_a_belt_listens_beyond_loopback_with_keys_or_when_told_to(channel, trust
 
 @pytest.mark.parametrize("bounded", [True, False])
 def test_a_writer_may_open_so_many_transfers_and_no_more(channel, trusted, monkeypatch, bounded):
-    """A flood of reservations leaves room for others. Without the bound it takes all there is."""
+    """A flood of reservations leaves room for others. Without the limit it takes all of the buffer."""
     if bounded:
-        monkeypatch.setattr(desk, "MAX_OPEN", 100)
+        monkeypatch.setattr(incoming, "MAX_OPEN", 100)
     engine, room = new_engine_id(trusted["q"]), 150  # slots of one block
     with Side(
         "d", "decode", channel("d"), settings=belts(trusted["d"], lease_seconds=60.0), staging_blocks=4 * room

@@ -5,11 +5,10 @@ import sys
 
 import pytest
 
-from kvbelt.channels.memory import MemoryChannel, MemoryNetwork
 from kvbelt.security.keys import KeyPair, new_key_pair
+from tests.channels.memory import MemoryChannel, MemoryNetwork
 from tests.security.support import belts, deployment
-from tests.transfer.belts import Side, eventually
-from tests.transfer.test_belt import transfer_once
+from tests.transfer.belts import Side, eventually, transfer_once
 
 pytestmark = pytest.mark.e2e
 
@@ -25,7 +24,7 @@ FLOODS = {
 
 @pytest.fixture
 def flood():
-    """Starts a flooder; it is gone afterwards."""
+    """Starts a flooder, and ends it after the test."""
     processes = []
 
     def start(what: str, d: Side, own: KeyPair | None) -> None:
@@ -46,13 +45,13 @@ def flood():
 
 
 def counted(d: Side, reason: str) -> int:
-    """How often this was refused, on both ports."""
+    """The number of refusals for this reason, on both ports."""
     return sum(counts.get(reason, 0) for counts in d.belt.snapshot().refused_total.values())
 
 
 @pytest.mark.parametrize("case", FLOODS)
 def test_transfers_finish_beside_a_flood(flood, case):
-    """A worker that is connected goes on, and one that comes anew is let in; nothing of the flood is taken."""
+    """A connected worker goes on, a new one is let in, and no message of the flood is accepted."""
     what, key, reason, least = FLOODS[case]
     keys = deployment("p", "p2", "d", "q")
     own = {"none": None, "unknown": new_key_pair(), "trusted": keys["q"].own}[key]
@@ -77,7 +76,7 @@ def test_transfers_finish_beside_a_flood(flood, case):
 
 
 def test_transfers_finish_beside_a_flood_on_ports_without_keys(flood):
-    """On loopback without keys there is nothing but the bounds."""
+    """On loopback without keys only the bounds protect the belt."""
     network = MemoryNetwork()
     with (
         Side("d", "decode", MemoryChannel("d", network), settings=belts(None)) as d,

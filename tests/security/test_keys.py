@@ -20,12 +20,12 @@ def folder(tmp_path):
 
 
 def load(folder, name="prefill"):
-    """As a worker does."""
+    """Load the keys as a worker does."""
     return k.load_keys(k.secret_file(folder, name), k.trusted_folder(folder))
 
 
 def test_what_is_made_is_what_is_read(folder):
-    """Each process has its own pair, and trusts everybody by name."""
+    """Each process has its own pair, and trusts all others by name."""
     prefill, proxy = load(folder), load(folder, "proxy")
     assert prefill.trusted == proxy.trusted == {prefill.own.public: "prefill", proxy.own.public: "proxy"}
     assert prefill.public_key_of("proxy") == proxy.own.public
@@ -33,13 +33,13 @@ def test_what_is_made_is_what_is_read(folder):
 
 
 def test_secret_keys_are_for_their_owner_only(folder):
-    """Mode 0600 in a folder of mode 0700."""
+    """The file has mode 0600, and its folder 0700."""
     assert stat.S_IMODE((folder / "prefill.key_secret").stat().st_mode) == 0o600
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
 def test_the_files_are_zeromqs_certificates(folder):
-    """Both ways: pyzmq reads ours, and we read pyzmq's."""
+    """Pyzmq reads our files, and we read pyzmq's."""
     ours = load(folder).own
     loaded = zmq.auth.load_certificate(folder / "prefill.key_secret")
     assert loaded == (ours.public.encode(), ours.secret.encode())
@@ -52,7 +52,7 @@ def test_the_files_are_zeromqs_certificates(folder):
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o660])
 def test_a_secret_key_that_others_may_read_is_refused(folder, mode):
-    """With the command that helps."""
+    """The error has the chmod command."""
     file = folder / "prefill.key_secret"
     file.chmod(mode)
     with pytest.raises(SettingsError, match=f"chmod 600 {file}"):
@@ -62,7 +62,7 @@ def test_a_secret_key_that_others_may_read_is_refused(folder, mode):
 
 
 def test_public_keys_that_others_may_change_are_refused(folder):
-    """Whoever may write there could trust himself."""
+    """A user who may write to the folder could add a trusted key."""
     file = folder / "trusted" / "proxy.key"
     file.chmod(0o666)
     with pytest.raises(SettingsError, match=f"chmod go-w {file}"):
@@ -83,8 +83,8 @@ def test_public_keys_that_others_may_change_are_refused(folder):
         ("\xff\xfe", "not text"),
     ],
 )
-def test_what_is_no_key_is_refused(folder, content, words):
-    """The file is named, and what it lacks."""
+def test_a_file_without_a_key_is_refused(folder, content, words):
+    """The error names the file and the missing part."""
     file = folder / "prefill.key_secret"
     file.write_bytes(content.encode("latin-1"))
     with pytest.raises(SettingsError, match=words) as raised:
@@ -92,8 +92,8 @@ def test_what_is_no_key_is_refused(folder, content, words):
     assert str(file) in str(raised.value)
 
 
-def test_what_is_not_there_is_named(folder, tmp_path):
-    """A file, and a folder without keys."""
+def test_a_missing_file_is_named(folder, tmp_path):
+    """A missing key file and a folder without keys are errors."""
     with pytest.raises(SettingsError, match=r"decode\.key_secret.*No such file"):
         load(folder, "decode")
     with pytest.raises(SettingsError, match=r"no NAME\.key in .*empty"):
@@ -101,9 +101,9 @@ def test_what_is_not_there_is_named(folder, tmp_path):
 
 
 def test_a_key_is_never_overwritten(folder):
-    """Not the secret one, and not the public one."""
+    """This holds for the secret and the public key."""
     before = load(folder)
-    with pytest.raises(SettingsError, match="there already"):
+    with pytest.raises(SettingsError, match="exists already"):
         k.write_new_keys(folder, ["decode", "prefill"])
     assert load(folder) == before
     assert not (folder / "decode.key_secret").exists()
@@ -111,7 +111,7 @@ def test_a_key_is_never_overwritten(folder):
 
 @pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "ü"])
 def test_a_name_that_is_no_file_name_is_refused(tmp_path, name):
-    """Before anything is written."""
+    """Nothing is written."""
     with pytest.raises(SettingsError, match="not a name of a key"):
         k.write_new_keys(tmp_path, [name])
     assert list(tmp_path.iterdir()) == []
@@ -124,8 +124,8 @@ def test_secret_keys_are_not_shown(folder):
     assert keys.own.public in repr(keys)
 
 
-def test_the_name_of_a_life_is_proved_by_its_key(folder):
-    """And by no other."""
+def test_an_engine_id_is_proved_by_its_key(folder):
+    """No other key proves it."""
     prefill, proxy = load(folder), load(folder, "proxy")
     name = k.new_engine_id(prefill)
     assert k.speaks_for(prefill.own.public, name)
@@ -135,18 +135,18 @@ def test_the_name_of_a_life_is_proved_by_its_key(folder):
 
 
 def test_the_command_makes_keys(tmp_path, capsys):
-    """``kvbelt keys new DIR`` says what it has written; a second time it refuses."""
+    """``kvbelt keys new DIR`` lists what it has written, and refuses a second time."""
     assert main(["keys", "new", str(tmp_path / "k")]) == 0
     written = capsys.readouterr().out.split()
     assert len(written) == 6
     assert load(tmp_path / "k", "decode").public_key_of("proxy")
     assert main(["keys", "new", str(tmp_path / "k"), "decode-1"]) == 0
     assert main(["keys", "new", str(tmp_path / "k"), "decode-1"]) == 2
-    assert "there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_a_libzmq_without_curve_is_refused(monkeypatch):
-    """By name, and with what to install."""
+    """The error names the library and says what to install."""
     monkeypatch.setattr(zmq, "has", lambda feature: False)
     with pytest.raises(StartError, match="built without CURVE"):
         k.new_key_pair()
@@ -162,7 +162,7 @@ def test_a_libzmq_without_curve_is_refused(monkeypatch):
     ],
 )
 def test_the_proxys_command_line_refuses_what_is_not_safe(arguments, words, capsys):
-    """In one line, with status 2, before anything listens."""
+    """The error is one line with status 2, before the proxy listens."""
     assert main(["proxy", *arguments]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
@@ -170,7 +170,7 @@ def test_the_proxys_command_line_refuses_what_is_not_safe(arguments, words, caps
 
 
 def test_a_workers_command_line_refuses_to_listen_beyond_loopback_without_keys(tmp_path):
-    """In one line, with status 2, before the model is looked for."""
+    """The error is one line with status 2, before the model is loaded."""
     file = tmp_path / "decode.yaml"
     file.write_text(
         "enable_pd: True\ntransfer_channel: nixl\npd_role: receiver\npd_buffer_size: 1000000\n"

@@ -1,4 +1,4 @@
-"""Counting refusals, and who may listen where."""
+"""Counting refusals, and where a process may listen without keys."""
 
 import logging
 
@@ -10,7 +10,7 @@ from kvbelt.security.refusals import LOG_SECONDS, MAX_LABELS, Refusals, Tally
 
 
 def test_a_flood_is_counted_and_not_logged(caplog):
-    """One line a reason, and one more when some time has passed, with the number that it stands for."""
+    """Each reason has one line, and later another one with the number of repeats."""
     now = [0.0]
     refusals = Refusals(lambda: now[0])
     with caplog.at_level(logging.WARNING):
@@ -25,14 +25,14 @@ def test_a_flood_is_counted_and_not_logged(caplog):
 
 
 def test_a_peers_words_stay_within_their_line(caplog):
-    """Nor is the line longer than a few hundred characters."""
+    """A peer's text adds no line break, and its line is short."""
     Refusals().add("alloc", "malformed", "a\nERROR: b" + "c" * 100_000)
     assert "\n" not in caplog.messages[0]
     assert len(caplog.messages[0]) < 500
 
 
 def test_labels_are_bounded():
-    """Whatever peers write into their reasons."""
+    """Peers cannot make labels without limit through their reasons."""
     tally = Tally()
     for number in range(10_000):
         tally.add(f"reason-{number}")
@@ -45,7 +45,7 @@ def test_labels_are_bounded():
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.8.9.10", "::1", "[::1]"])
 def test_loopback_needs_no_keys(host):
-    """Only this machine is there."""
+    """Only processes of this machine reach loopback."""
     assert is_loopback(host)
     require_keys_beyond_loopback(host, keys=False, insecure=False, setting="s", how="h")
 
@@ -54,7 +54,7 @@ def test_loopback_needs_no_keys(host):
     "host", ["0.0.0.0", "::", "*", "10.0.0.7", "decode-0", "localhost.example.com", "127.0.0.1.evil"]
 )
 def test_elsewhere_needs_keys_or_the_explicit_word(host):
-    """The setting, the address and the remedy are named."""
+    """The error names the setting, the address and the remedy."""
     with pytest.raises(SettingsError, match=r"s is .*no keys.*the remedy") as raised:
         require_keys_beyond_loopback(host, keys=False, insecure=False, setting="s", how="the remedy")
     assert host in str(raised.value)

@@ -1,1 +1,1 @@
-"""Who may speak on a control socket: keys, the gate before each listening socket, and what was refused there."""
+"""Access to the control sockets: keys, the ZAP handler, and counts of refusals."""

@@ -1,4 +1,4 @@
-"""The key of whoever may add and remove workers: a secret word in a file of its owner's alone."""
+"""The admin key, which allows to add and remove workers: one line in a file that only its owner can read."""
 
 import os
 import re
@@ -6,41 +6,19 @@ import secrets
 from pathlib import Path
 
 from kvbelt.errors import SettingsError
-from kvbelt.security.secret_files import others_may_read
+from kvbelt.security.keys import read_secret
 
-#: What goes into a header as it is, and is too long to guess.
-_KEY = re.compile(r"[!-~]{16,256}")
+_KEY = re.compile(r"[!-~]{16,256}")  #: valid in a header, and too long to guess
 
 
 def load_admin_key(path: Path) -> str:
-    """Read a key.
-
-    Raises:
-        SettingsError: it cannot be read, is not a key, or others may read it.
-    """
-    try:
-        status = path.stat()
-        text = path.read_text(encoding="ascii").strip()
-    except OSError as error:
-        raise SettingsError(f"cannot read the admin key {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        text = ""
-    if others_may_read(status):
-        raise SettingsError(f"{path} holds the admin key and others may read it; run: chmod 600 {path}")
-    if not _KEY.fullmatch(text):
-        raise SettingsError(
-            f"{path} does not hold an admin key: one line of 16 to 256 visible ASCII characters "
-            f"(openssl rand -hex 32 > {path})"
-        )
-    return text
+    """Raises SettingsError: it cannot be read, is not a key, or others may read it."""
+    how = f"one line of 16 to 256 visible ASCII characters (openssl rand -hex 32 > {path})"
+    return read_secret(path, "the admin key", _KEY, how)
 
 
 def write_admin_key(path: Path) -> Path:
-    """Make a new key, in a file that only its owner can read. Returns the file.
-
-    Raises:
-        SettingsError: it cannot be written there, or is there already.
-    """
+    """Write a new key. Raises SettingsError: it cannot be written there, or is there already."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError as error:

@@ -1,13 +1,12 @@
-"""The gate before the control sockets of one ZeroMQ context: CURVE, and who may pass.
+"""CURVE on the control sockets of one ZeroMQ context, and the ZAP handler that admits trusted keys.
 
 Rules:
 
-1. With keys, every listening socket is a CURVE server and every connection a CURVE client. A peer whose key is not
-   trusted, who has none, or who expects another server never gets as far as a message.
-2. Without an answer of this gate nobody passes (``ZAP_ENFORCE_DOMAIN``): libzmq's own default is to let everybody in.
-3. Bounds come before trust: size of a message, length of a queue, time for a handshake.
-4. It works in turns, on the thread that owns the context, and never waits. That thread looks at ``sockets`` and calls
-   ``work`` when one is readable.
+1. With keys, every listening socket is a CURVE server and every connection a CURVE client. A peer without a trusted
+   key, or that expects another server, cannot send a message.
+2. Without an answer of the ZAP handler a peer is refused (``ZAP_ENFORCE_DOMAIN``); libzmq's default is to admit it.
+3. Limits apply before keys: size of a message, length of a queue, time for a handshake.
+4. The handler never waits. The thread that owns the context polls ``sockets`` and calls ``work`` when one is readable.
 
 ZAP is https://rfc.zeromq.org/spec/27/.
 """
@@ -21,17 +20,13 @@ from zmq.utils import z85
 from kvbelt.security.keys import Keys, fingerprint, require_curve
 from kvbelt.security.refusals import Refusals
 
-#: Everything a listening socket takes is far smaller (wire/codec.py); a larger frame ends its connection unread.
+#: Every valid message is far smaller (wire/codec.py); a larger frame ends its connection unread.
 MAX_MESSAGE_BYTES = 64 * 1024
-#: Messages of one peer that wait to be read; then TCP makes the peer wait.
-QUEUE_MESSAGES = 1000
-#: How long a peer may take to show its key. The thread that answers may be kept from running for seconds.
-HANDSHAKE_MS = 10_000
-#: Connections that wait to be accepted.
+QUEUE_MESSAGES = 1000  #: unread messages of one peer; beyond it TCP makes the peer wait
+HANDSHAKE_MS = 10_000  #: for a peer's key exchange; the thread that answers may not run for seconds
 BACKLOG = 512
 
-#: Peers and events looked at in one turn.
-PER_TURN = 64
+PER_TURN = 64  #: requests and events handled in one turn
 
 _ZAP_ADDRESS = "inproc://zeromq.zap.01"
 _FAILURES = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -40,19 +35,15 @@ _monitor_numbers = itertools.count()
 Socket = zmq.Socket[bytes]
 
 
-class Gate:
-    """Of one context. Belongs to one thread.
-
-    Raises:
-        StartError: there are keys, but libzmq has no CURVE.
-    """
+class ZapAuthenticator:
+    """The ZAP handler of one context. Belongs to one thread. Raises StartError: there are keys, but no CURVE."""
 
     def __init__(self, context: "zmq.Context[Socket]", keys: Keys | None, refusals: Refusals) -> None:
         self._context = context
         self._keys = keys
         self._refusals = refusals
         self._zap: Socket | None = None
-        # Listening socket by its monitor.
+        # Monitor to the listening socket and its name.
         self._watched: dict[Socket, tuple[Socket, str]] = {}
         if keys is not None:
             require_curve()
@@ -62,18 +53,18 @@ class Gate:
 
     @property
     def sockets(self) -> list[Socket]:
-        """Whom to look at: ``work`` when one of these is readable."""
+        """Call ``work`` when one of these is readable."""
         return [*([self._zap] if self._zap is not None else []), *self._watched]
 
     def guard(self, socket: Socket, name: str) -> None:
-        """Before ``socket`` is bound. ``name`` is what refusals call it."""
+        """Secure a socket before it is bound. ``name`` appears in refusals."""
         socket.maxmsgsize = MAX_MESSAGE_BYTES
         socket.rcvhwm = QUEUE_MESSAGES
         socket.handshake_ivl = HANDSHAKE_MS
         socket.backlog = BACKLOG
         if self._keys is not None:
             socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
-            socket.zap_domain = name.encode("ascii")  # so that the gate knows at which socket somebody stands
+            socket.zap_domain = name.encode("ascii")  # tells the handler which socket a peer connects to
             socket.curve_publickey = self._keys.own.public.encode("ascii")
             socket.curve_secretkey = self._keys.own.secret.encode("ascii")
             socket.curve_server = 1
@@ -81,30 +72,30 @@ class Gate:
         socket.monitor(address, _FAILURES)
         monitor = self._context.socket(zmq.PAIR)
         monitor.linger = 0
-        # No bound: libzmq's own thread, which serves everybody, would wait where there is no room.
+        # No limit: a full queue would block libzmq's thread, which serves all sockets.
         monitor.rcvhwm = 0
         monitor.connect(address)
         self._watched[monitor] = (socket, name)
 
     def show_key(self, socket: Socket, server_key: str | None) -> None:
-        """Before ``socket`` is connected, to whoever holds ``server_key`` and nobody else."""
+        """Secure a socket before it is connected. Only the holder of ``server_key`` is accepted as the server."""
         if self._keys is None:
             return
         if server_key is None or not self._keys.trusts(server_key):
-            raise ValueError("a connection to somebody who is not trusted")  # its caller has not looked
+            raise ValueError("a connection to a key that is not trusted")  # the caller must check first
         socket.curve_serverkey = server_key.encode("ascii")
         socket.curve_publickey = self._keys.own.public.encode("ascii")
         socket.curve_secretkey = self._keys.own.secret.encode("ascii")
 
     def work(self) -> bool:
-        """Let peers in or not, and count those who did not come as far. True: there is more to do."""
+        """Answer requests and count failed handshakes. True: there is more to do."""
         more = self._answer_requests()
         for monitor, (_, name) in list(self._watched.items()):
             more |= self._count_failures(monitor, name)
         return more
 
     def close(self, socket: Socket | None = None) -> None:
-        """Watch a socket no more; without one: everything ends. Before the socket itself is closed."""
+        """Stop watching a socket before it is closed; without one: close everything."""
         for monitor, (watched, _) in list(self._watched.items()):
             if socket is None or watched is socket:
                 watched.disable_monitor()
@@ -153,14 +144,19 @@ class Gate:
 
 
 def key_of(frame: "zmq.Frame | Any") -> str:
-    """Whose message it is: the public key that this gate has let in. Empty: nobody's, which a gate with keys prevents.
+    """The authenticated public key of a message's sender.
 
-    Not to be asked without keys: then a peer may have written there what it likes.
+    Without keys the field is under the peer's control: do not call it then.
     """
     try:
         return str(frame.get("User-Id"))
     except zmq.ZMQError:
         return ""
+
+
+def address_of(frame: "zmq.Frame | Any") -> str:
+    """The numeric address that a message came from."""
+    return str(frame.get("Peer-Address"))
 
 
 def mechanism_of(socket: Socket) -> str:

@@ -1,10 +1,10 @@
-"""CURVE keys: which file holds them, and whom they prove.
+"""CURVE keys: their files, and which process a key proves.
 
 The files are ZeroMQ certificates (ZPL), as ``zmq.auth`` and czmq write and read them: ``NAME.key_secret`` holds a
-process's own pair, ``NAME.key`` a public key. A deployment is a folder of public keys: who has one there is trusted.
+process's own pair, ``NAME.key`` a public key. A deployment is a folder of public keys; these are trusted.
 
-The name of a process's life (its engine id) begins with a fingerprint of its key. So whoever speaks in an engine's
-name is known to hold that engine's key or not, without anything to remember and whoever speaks first.
+An engine id begins with a fingerprint of its process's key. So a receiver can check a message's sender without
+remembering anything.
 """
 
 import hashlib
@@ -19,10 +19,9 @@ from pathlib import Path
 import zmq
 
 from kvbelt.errors import SettingsError, StartError
-from kvbelt.security.secret_files import others_may_read
 from kvbelt.wire.ids import EngineId
 
-#: The name of the proxy's public key in the folder of trusted keys: prefill workers must know it to notify the proxy.
+#: The name of the proxy's public key in the folder of trusted keys. Workers need it to notify the proxy.
 PROXY = "proxy"
 
 SECRET_SUFFIX = ".key_secret"  # noqa: S105 -- how such files are named
@@ -37,7 +36,7 @@ _BANNER = '#   A ZeroMQ CURVE {kind} key of kvbelt.{advice}\n\nmetadata\n    nam
 
 @dataclass(frozen=True, slots=True)
 class KeyPair:
-    """Both in Z85. ``secret`` is not shown."""
+    """A pair in Z85."""
 
     public: str
     secret: str = field(repr=False)
@@ -45,24 +44,20 @@ class KeyPair:
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """This process's own pair, and whom it trusts."""
-
     own: KeyPair
     trusted: Mapping[str, str]  #: public key to name
 
     def public_key_of(self, name: str) -> str | None:
-        """The public key of this name, if it is trusted."""
         return next((key for key, trusted in self.trusted.items() if trusted == name), None)
 
     def trusts(self, public: str) -> bool:
-        """Whether a key is one of this deployment's."""
         return public in self.trusted
 
 
-def new_engine_id(keys: Keys | None, life: str = "") -> EngineId:
-    """A name for this life of a process; its key, if it has one, proves it. ``life``: instead of a random one."""
-    life = life or uuid.uuid4().hex
-    return EngineId(life if keys is None else f"{fingerprint(keys.own.public)}-{life}")
+def new_engine_id(keys: Keys | None, incarnation: str = "") -> EngineId:
+    """An engine id for this process, with its key's fingerprint. ``incarnation``: instead of a random one."""
+    incarnation = incarnation or uuid.uuid4().hex
+    return EngineId(incarnation if keys is None else f"{fingerprint(keys.own.public)}-{incarnation}")
 
 
 def fingerprint(public: str) -> str:
@@ -71,16 +66,12 @@ def fingerprint(public: str) -> str:
 
 
 def speaks_for(public: str, engine: str) -> bool:
-    """Whether the holder of a key may speak in the name of an engine."""
+    """Whether an engine id belongs to a key."""
     return engine.startswith(fingerprint(public) + "-")
 
 
 def require_curve() -> None:
-    """See that this libzmq can do CURVE.
-
-    Raises:
-        StartError: it cannot.
-    """
+    """Raises StartError if this libzmq has no CURVE."""
     if not zmq.has("curve"):
         raise StartError(
             f"keys are given, but this libzmq ({zmq.zmq_version()}) was built without CURVE; "
@@ -89,11 +80,7 @@ def require_curve() -> None:
 
 
 def load_keys(key_file: str | Path, trusted_dir: str | Path) -> Keys:
-    """Read a process's secret key, and the public keys that it trusts.
-
-    Raises:
-        SettingsError: a file cannot be read, is not a key, or may be read (or changed) by somebody else.
-    """
+    """Raises SettingsError: a file cannot be read, is not a key, or other users may read or change it."""
     own = _load_pair(Path(key_file))
     trusted: dict[str, str] = {}
     folder = Path(trusted_dir)
@@ -115,32 +102,23 @@ def load_keys(key_file: str | Path, trusted_dir: str | Path) -> Keys:
 
 
 def new_key_pair() -> KeyPair:
-    """A pair that nobody has seen.
-
-    Raises:
-        StartError: this libzmq cannot do CURVE.
-    """
     require_curve()
     public, secret = zmq.curve_keypair()
     return KeyPair(public.decode("ascii"), secret.decode("ascii"))
 
 
 def secret_file(directory: Path, name: str) -> Path:
-    """Where ``write_new_keys`` puts a secret key."""
     return directory / f"{name}{SECRET_SUFFIX}"
 
 
 def trusted_folder(directory: Path) -> Path:
-    """Where ``write_new_keys`` puts public keys."""
     return directory / "trusted"
 
 
 def write_new_keys(directory: Path, names: list[str]) -> list[Path]:
     """Make a pair for each name: ``DIR/NAME.key_secret`` (mode 0600) and ``DIR/trusted/NAME.key``. Returns the files.
 
-    Raises:
-        SettingsError: a name is no file name, a key of this name is there already, or nothing can be written there.
-        StartError: this libzmq cannot do CURVE.
+    Raises SettingsError: a name is no file name, its key exists, or nothing can be written; StartError: no CURVE.
     """
     trusted = trusted_folder(directory)
     for name in names:
@@ -148,7 +126,7 @@ def write_new_keys(directory: Path, names: list[str]) -> list[Path]:
             raise SettingsError(f"{name!r} is not a name of a key; use letters, digits, '.', '-' and '_'")
         for file in (secret_file(directory, name), trusted / f"{name}{PUBLIC_SUFFIX}"):
             if file.exists():
-                raise SettingsError(f"{file} is there already; remove it, or choose another name or folder")
+                raise SettingsError(f"{file} exists already; remove it, or choose another name or folder")
     written = []
     try:
         for folder in (directory, trusted):
@@ -156,7 +134,7 @@ def write_new_keys(directory: Path, names: list[str]) -> list[Path]:
         for name in names:
             pair = new_key_pair()
             public = f'    public-key = "{pair.public}"\n'
-            advice = " Whoever can read this file can pass for this process."
+            advice = " Keep it secret: a reader of this file can act as this process."
             text = _BANNER.format(kind="SECRET", name=name, advice=advice) + public
             written.append(_write(secret_file(directory, name), text + f'    secret-key = "{pair.secret}"\n', 0o600))
             text = _BANNER.format(kind="public", name=name, advice="") + public
@@ -167,7 +145,7 @@ def write_new_keys(directory: Path, names: list[str]) -> list[Path]:
 
 
 def _write(path: Path, text: str, mode: int) -> Path:
-    # Created with its mode: it is never, not even for a moment, readable by others. Never over another file.
+    # Created with its mode, so that other users can read it at no moment. Never overwrites a file.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with os.fdopen(descriptor, "w", encoding="ascii") as file:
         file.write(text)
@@ -181,14 +159,13 @@ def _load_pair(path: Path) -> KeyPair:
     try:
         fits = zmq.curve_public(secret.encode("ascii")).decode("ascii") == public
     except zmq.ZMQError:
-        fits = True  # without CURVE it cannot be told, and require_curve refuses
+        fits = True  # cannot be checked without CURVE, which require_curve refuses
     if not fits:
         raise SettingsError(f"{path}: its public-key does not belong to its secret-key; make a new pair")
     return KeyPair(public, secret)
 
 
 def _entry(path: Path, name: str) -> str:
-    """One entry of a certificate."""
     try:
         lines = path.read_text(encoding="ascii").splitlines()
     except OSError as error:
@@ -204,6 +181,43 @@ def _entry(path: Path, name: str) -> str:
             return key
     what = "a public key" if name == "public-key" else f"a secret key (a *{SECRET_SUFFIX} file)"
     raise SettingsError(f"{path} does not hold {what}")
+
+
+def others_may_read(status: os.stat_result, user: int | None = None) -> bool:
+    """Whether users other than the file's owner may read or change it.
+
+    For a process that is not root, a file of root's may be readable by a group: Kubernetes mounts Secrets so
+    (``fsGroup``), and PostgreSQL accepts the same for its private keys. ``user``: of the process; None: ask.
+    """
+    user = os.geteuid() if user is None else user
+    by_group = stat.S_IRGRP if status.st_uid == 0 != user else 0
+    return bool(stat.S_IMODE(status.st_mode) & (stat.S_IRWXG | stat.S_IRWXO) & ~by_group)
+
+
+def read_secret(path: Path, what: str, valid: re.Pattern[str], how: str) -> str:
+    """The one line of a file that only its owner can read.
+
+    Args:
+        path: of the file.
+        what: it holds, for people: ``the admin key``.
+        valid: what the line must be.
+        how: a valid line looks, and where to get one, for people.
+
+    Raises:
+        SettingsError: it cannot be read, is no such line, or others may read it.
+    """
+    try:
+        status = path.stat()
+        text = path.read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise SettingsError(f"cannot read {what} {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        text = ""
+    if others_may_read(status):
+        raise SettingsError(f"{path} holds {what} and others may read it; run: chmod 600 {path}")
+    if not valid.fullmatch(text):
+        raise SettingsError(f"{path} does not hold {what}: {how}")
+    return text
 
 
 def _mode(path: Path) -> int:

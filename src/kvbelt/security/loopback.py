@@ -1,4 +1,4 @@
-"""Who cannot be asked for a key must not be reachable: without keys a socket listens on loopback only."""
+"""Without keys a socket listens on loopback only."""
 
 import ipaddress
 
@@ -6,7 +6,7 @@ from kvbelt.errors import SettingsError
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address. Other names than ``localhost`` may mean anything: False."""
+    """Whether only this machine reaches an address. False for every name but ``localhost``."""
     if host == "localhost":
         return True
     try:
@@ -16,17 +16,9 @@ def is_loopback(host: str) -> bool:
 
 
 def require_keys_beyond_loopback(host: str, *, keys: bool, insecure: bool, setting: str, how: str) -> None:
-    """Refuse to listen where strangers are, without keys.
+    """Refuse to listen on ``host`` without keys, unless it is loopback or ``insecure``: raises SettingsError.
 
-    Args:
-        host: where it would listen.
-        keys: whether there are keys.
-        insecure: whether it was said that none are wanted.
-        setting: the name of the setting with ``host``.
-        how: which settings give keys, and which one says that none are wanted.
-
-    Raises:
-        SettingsError: it would.
+    The error names the ``setting`` with the host, and says ``how`` to give keys or to go without.
     """
     if not (keys or insecure or is_loopback(host)):
         raise SettingsError(

@@ -1,7 +1,6 @@
-"""What was refused on the control sockets: counted always, logged seldom.
+"""Counts of what was refused on the control sockets, with a rate-limited log.
 
-A flood must not become a flood of log lines, and what a peer writes into a message must not become a label of its own
-for each message.
+A flood of messages must become neither a flood of log lines nor a flood of metric labels.
 """
 
 import logging
@@ -11,34 +10,30 @@ from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
-#: Between two log lines about one socket and reason.
-LOG_SECONDS = 10.0
-
-#: Different labels of one counter; ours are far fewer.
-MAX_LABELS = 64
+LOG_SECONDS = 10.0  #: between two log lines about one socket and reason
+MAX_LABELS = 64  #: labels of one counter at most; the code has far fewer
 _MAX_LABEL = 64
 
 
 class Tally(Counter[str]):
-    """Counts by label. Labels may come from peers: beyond a number of them, and of characters, it is ``other``."""
+    """Counts by label. Peers may choose labels, so further and longer ones are counted as ``other``."""
 
     def add(self, label: str) -> None:
-        """One more."""
         known = label in self or (len(self) < MAX_LABELS and len(label) <= _MAX_LABEL)
         self[label if known else "other"] += 1
 
 
 class Refusals:
-    """Of one process. Belongs to one thread."""
+    """The refusals of one process. Belongs to one thread."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._counts: dict[str, Tally] = {}
-        # When a line was last written, and how many were not written since.
+        # Time of the last log line, and how many were dropped since.
         self._told: dict[tuple[str, str], tuple[float, int]] = {}
 
     def add(self, socket: str, reason: str, detail: object = "") -> None:
-        """A message or a peer was refused on a socket. ``reason`` is one of ours, of low cardinality."""
+        """Count a refused message or peer. ``reason`` has low cardinality; ``detail`` goes to the log."""
         self._counts.setdefault(socket, Tally()).add(reason)
         now = self._clock()
         told_at, silent = self._told.get((socket, reason), (float("-inf"), 0))
@@ -47,7 +42,7 @@ class Refusals:
             return
         self._told[socket, reason] = (now, 0)
         more = f" (and {silent} times before, since the last line)" if silent else ""
-        # repr: what a peer has written must not end this line and begin another.
+        # repr: a peer's text must not begin a new line of the log.
         log.warning("refused on the %s port: %s: %.300r%s", socket, reason, str(detail), more)
 
     def totals(self) -> dict[str, dict[str, int]]:
