@@ -1,8 +1,8 @@
-"""What is measured: the catalogue of every metric (``catalogue.py``), and how a scrape is made of it."""
+"""The catalogue of all metrics (``catalogue.py``) and the rendering of a scrape."""
 
 from kvbelt.metrics.catalogue import CATALOGUE, GROUPS, spec_of
 from kvbelt.metrics.families import counter, gauge, histogram, process_families, render, summary
-from kvbelt.metrics.histogram import BYTES, LONG_SECONDS, SECONDS, Histogram
+from kvbelt.metrics.histogram import BYTES, LONG_SECONDS, SECONDS, SIGNED_SECONDS, Histogram
 from kvbelt.metrics.spec import By, Group, Kind, Spec
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "GROUPS",
     "LONG_SECONDS",
     "SECONDS",
+    "SIGNED_SECONDS",
     "By",
     "Group",
     "Histogram",

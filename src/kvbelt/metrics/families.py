@@ -1,6 +1,6 @@
-"""A scrape's text from what was counted: names, help and labels are the catalogue's.
+"""Renders metrics in Prometheus' text format. Names, help and labels come from the catalogue.
 
-Nothing can be exported that the catalogue does not have: its name would not be found there.
+A metric that the catalogue lacks cannot be exported.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,29 +20,26 @@ from kvbelt.metrics.catalogue import spec_of
 from kvbelt.metrics.histogram import Histogram
 from kvbelt.metrics.spec import Kind
 
-#: A metric's value; or values by its labels' values, in the catalogue's order (of one label: the value itself).
+#: One value, or values by label values in the catalogue's order (with one label: its value itself).
 Values = float | Mapping[str, float] | Mapping[tuple[str, str], float] | Mapping[tuple[str, ...], float]
 
 
 def counter(name: str, values: Values) -> Metric:
-    """What only grows."""
     spec = spec_of(name, Kind.COUNTER)
     return _filled(CounterMetricFamily(name.removesuffix("_total"), spec.help, labels=spec.labels), values)
 
 
 def gauge(name: str, values: Values) -> Metric:
-    """What is."""
     spec = spec_of(name, Kind.GAUGE)
     return _filled(GaugeMetricFamily(name, spec.help, labels=spec.labels), values)
 
 
 def summary(name: str, count: int, total: float) -> Metric:
-    """How many there were, and their sum."""
     return SummaryMetricFamily(name, spec_of(name, Kind.SUMMARY).help, count_value=count, sum_value=total)
 
 
 def histogram(name: str, seen: Histogram, scale: float = 1.0) -> Metric:
-    """Values by size; ``scale`` multiplies bounds and sum."""
+    """``scale`` multiplies bounds and sum."""
     buckets = [("+Inf" if bound == float("inf") else repr(bound * scale), n) for bound, n in seen.cumulative()]
     return HistogramMetricFamily(
         name, spec_of(name, Kind.HISTOGRAM).help, buckets=buckets, sum_value=seen.total * scale
@@ -62,21 +59,18 @@ _process = ProcessCollector(registry=CollectorRegistry())
 
 
 def process_families() -> Iterator[Metric]:
-    """This process: its version, CPU, memory, file descriptors and start. Read from /proc."""
+    """This process: version, CPU, memory, file descriptors and start time, from /proc."""
     yield gauge("kvbelt_build_info", {__version__: 1.0})
     yield from _process.collect()
 
 
 def render(families: Iterable[Metric]) -> bytes:
-    """Prometheus' text format."""
     registry = CollectorRegistry()
     registry.register(_Once(list(families)))
     return bytes(generate_latest(registry))
 
 
 class _Once(Collector):
-    """One scrape's families."""
-
     def __init__(self, families: Sequence[Metric]) -> None:
         self._families = families
 

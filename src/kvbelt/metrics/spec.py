@@ -1,12 +1,10 @@
-"""One metric: its name, kind and labels, what it means, and what to do when it moves."""
+"""The description of one metric."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Flag, StrEnum, auto
 
 
 class Kind(StrEnum):
-    """Prometheus' kinds."""
-
     COUNTER = "counter"
     GAUGE = "gauge"
     HISTOGRAM = "histogram"
@@ -14,8 +12,6 @@ class Kind(StrEnum):
 
 
 class By(Flag):
-    """Whose ``/metrics`` has it."""
-
     PROXY = auto()
     WORKER = auto()  #: with the embedded engine
     VLLM = auto()  #: a vLLM server with the connector
@@ -23,19 +19,19 @@ class By(Flag):
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """One metric."""
-
-    name: str  #: as it stands in a scrape: of a counter with ``_total``, of a histogram without ``_bucket``
     kind: Kind
+    name: str  #: as in a scrape: a counter's with ``_total``, a histogram's without ``_bucket``
     help: str
-    act: str  #: what to do when it moves
+    act: str = ""  #: what to do when it moves
     labels: tuple[str, ...] = ()
-    by: By = By.PROXY
+    by: By = field(default=By(0))  #: default: its group's
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Metrics that are about one thing."""
-
     title: str
     specs: tuple[Spec, ...]
+
+
+def group(title: str, by: By, *specs: Spec) -> Group:
+    return Group(title, tuple(replace(spec, by=spec.by or by) for spec in specs))
