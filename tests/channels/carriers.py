@@ -1,4 +1,4 @@
-"""Every channel there is, and how to make an end of one: what the contract suite and the belt's tests run on."""
+"""All channels, and how to make an end of each, for the contract suite and the belt's tests."""
 
 import itertools
 import os
@@ -8,10 +8,10 @@ from importlib import util
 import pytest
 import torch
 
-from kvbelt.channels.memory import MemoryChannel, MemoryNetwork
 from kvbelt.channels.mooncake import MooncakeChannel
 from kvbelt.channels.nixl import NixlChannel
 from kvbelt.transfer.ports import Channel, Region
+from tests.channels.memory import MemoryChannel, MemoryNetwork
 
 #: Between processes: NIXL over what UCX finds, NIXL over TCP, Mooncake.
 REMOTE = ("nixl", "nixl-tcp", "mooncake")
@@ -33,18 +33,18 @@ def why_not(kind: str) -> str | None:
 
 
 def need(kind: str) -> None:
-    """Skip what cannot be tested here."""
+    """Skip the test if the channel cannot be tested here."""
     if reason := why_not(kind):
         pytest.skip(reason)
 
 
 def environment(kind: str) -> dict[str, str]:
-    """What a process must have in its environment to use a channel."""
+    """The variables that a process needs to use a channel."""
     return {"UCX_TLS": "tcp"} if kind == "nixl-tcp" else {}
 
 
 def maker(kind: str) -> Callable[[], Channel]:
-    """Makes channels that reach each other. Whoever calls has the environment."""
+    """Makes channels that reach each other. The caller sets the environment."""
     if kind == "memory":
         network = MemoryNetwork()
         return lambda: MemoryChannel(f"end-{next(NAMES)}", network)
@@ -64,5 +64,5 @@ class End:
 
     @property
     def at(self) -> int:
-        """Address of the memory."""
+        """The address of the memory."""
         return self.region.address

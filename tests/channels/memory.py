@@ -21,7 +21,7 @@ class Fault(StrEnum):
 
 
 class MemoryNetwork:
-    """Where the channels of one process find each other."""
+    """The channels of one process, by agent."""
 
     def __init__(self) -> None:
         self.agents: dict[str, MemoryChannel] = {}
@@ -71,7 +71,7 @@ class MemoryChannel:
             raise ChannelError(f"peer {agent!r} is not known")
 
     def remove_peer(self, agent: str) -> None:
-        """Forget a peer; what is in flight to it never lands."""
+        """Forget a peer; writes in flight to it never land."""
         self._peers.discard(agent)
         for write in self._in_flight:
             if write.agent == agent:
@@ -82,8 +82,8 @@ class MemoryChannel:
         self,
         agent: str,
         spans: Sequence[tuple[int, int, int]],
-        device: str,  # noqa: ARG002
-        peer_device: str,  # noqa: ARG002
+        device: str,
+        peer_device: str,
     ) -> "MemoryWrite":
         """Copy, or do what the fault says.
 
@@ -97,8 +97,8 @@ class MemoryChannel:
         self,
         agent: str,
         spans: Sequence[tuple[int, int, int]],
-        device: str,  # noqa: ARG002
-        peer_device: str,  # noqa: ARG002
+        device: str,
+        peer_device: str,
     ) -> "MemoryWrite":
         """Likewise, from the peer's memory to ours.
 
@@ -115,7 +115,7 @@ class MemoryChannel:
         if peer is None:
             raise ChannelError(f"peer {agent!r} is gone")
         for local, remote, num_bytes in spans:
-            if not self._holds(local, num_bytes) or not peer._holds(remote, num_bytes):  # noqa: SLF001
+            if not self._holds(local, num_bytes) or not peer._holds(remote, num_bytes):
                 raise ChannelError(f"{num_bytes} bytes between {local:#x} and {remote:#x} are not registered")
 
     def _post(self, write: "MemoryWrite") -> "MemoryWrite":
@@ -124,10 +124,10 @@ class MemoryChannel:
         return write
 
     def progress(self) -> None:
-        """Nothing: a copy needs no help."""
+        """Nothing: a copy needs none."""
 
     def close(self) -> None:
-        """Nobody reaches this agent any more."""
+        """Make this agent unreachable."""
         self._network.agents.pop(self._agent, None)
 
     def _holds(self, address: int, num_bytes: int) -> bool:
@@ -135,8 +135,6 @@ class MemoryChannel:
 
 
 class MemoryWrite:
-    """One posted write."""
-
     def __init__(self, network: MemoryNetwork, agent: str, spans: tuple[tuple[int, int, int], ...]) -> None:
         self.agent = agent
         self.error: str | None = None
@@ -146,7 +144,7 @@ class MemoryWrite:
         self._released = False
 
     def try_land(self) -> bool:
-        """Land unless something is in the way. False: still in flight."""
+        """Land unless a fault prevents it. False: still in flight."""
         fault = self._network.faults.get(self.agent)
         if fault is Fault.STALL:
             return False
@@ -171,5 +169,5 @@ class MemoryWrite:
         return self._landed
 
     def release(self) -> None:
-        """Forget it; if it is in flight it never lands."""
+        """Forget the write; if it is in flight, it never lands."""
         self._released = True

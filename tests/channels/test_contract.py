@@ -1,13 +1,13 @@
-"""What every channel promises (transfer/ports.py: Channel), checked on each of them."""
+"""The contract of transfer/ports.py: Channel, checked on every channel."""
 
 import pytest
 import torch
 
-from kvbelt.channels.memory import Fault, MemoryChannel, MemoryNetwork
 from kvbelt.channels.nixl import NixlChannel
 from kvbelt.errors import ChannelError
 from kvbelt.transfer.ports import Reads, Region
 from tests.channels.carriers import REMOTE, End, environment, maker, need
+from tests.channels.memory import Fault, MemoryChannel, MemoryNetwork
 from tests.transfer.belts import eventually
 
 
@@ -25,7 +25,7 @@ def ends(request, monkeypatch):
 
 
 def land(there, write):
-    """Wait for a write, helping on the other side."""
+    """Wait for a write while the other side makes progress."""
 
     def done():
         there.channel.progress()
@@ -36,7 +36,7 @@ def land(there, write):
 
 
 def test_a_write_puts_bytes_where_they_belong(ends):
-    """... and nowhere else."""
+    """A write changes the bytes that it names and no others."""
     here, there, peer = ends
     here.memory.random_(0, 256)
     land(there, here.channel.write(peer, [(here.at + 100, there.at + 5000, 300)], "cpu", "cpu"))
@@ -46,7 +46,7 @@ def test_a_write_puts_bytes_where_they_belong(ends):
 
 
 def test_a_read_fetches_what_is_there(ends):
-    """From a channel that can: the bytes that were asked for, into the place that was named, and nothing else."""
+    """A read copies the named bytes to the named place and changes nothing else."""
     here, there, peer = ends
     if not isinstance(here.channel, Reads):
         pytest.skip("this channel does not read")
@@ -60,7 +60,7 @@ def test_a_read_fetches_what_is_there(ends):
 
 
 def test_one_write_of_many_spans(ends):
-    """All of them have landed when it is done."""
+    """When a write of many spans is done, all of them have landed."""
     here, there, peer = ends
     here.memory.random_(0, 256)
     spans = [(here.at + i * 4096, there.at + (255 - i) * 4096, 4096) for i in range(256)]
@@ -69,7 +69,7 @@ def test_one_write_of_many_spans(ends):
 
 
 def test_many_writes_in_flight(ends):
-    """Posted one after another, looked at afterwards."""
+    """Writes posted one after another all land."""
     here, there, peer = ends
     here.memory.random_(0, 256)
     writes = [
@@ -81,7 +81,7 @@ def test_many_writes_in_flight(ends):
 
 
 def test_release_is_idempotent(ends):
-    """Twice is once."""
+    """A second release does nothing."""
     here, there, peer = ends
     write = here.channel.write(peer, [(here.at, there.at, 8)], "cpu", "cpu")
     land(there, write)
@@ -89,14 +89,14 @@ def test_release_is_idempotent(ends):
 
 
 def test_an_unknown_peer_is_an_error(ends):
-    """A ChannelError, whatever the vendor raises."""
+    """A write to an unknown peer raises ChannelError, whatever the vendor raises."""
     here, there, _ = ends
     with pytest.raises(ChannelError):
         here.channel.write("nobody", [(here.at, there.at, 8)], "cpu", "cpu")
 
 
 def test_a_connection_may_be_opened_before_the_first_write(ends):
-    """It stays the same peer, and nothing is written."""
+    """Connecting twice writes nothing, and the first write lands afterwards."""
     here, there, peer = ends
     here.memory.fill_(1)
     here.channel.connect(peer)
@@ -107,32 +107,32 @@ def test_a_connection_may_be_opened_before_the_first_write(ends):
 
 
 def test_connecting_to_an_unknown_peer_is_an_error(ends):
-    """As a write to it is."""
+    """Connecting to an unknown peer raises ChannelError, like a write to it."""
     here, _, _ = ends
     with pytest.raises(ChannelError, match="nobody"):
         here.channel.connect("nobody")
 
 
-def test_metadata_that_is_none_is_an_error(ends):
-    """Likewise."""
+def test_malformed_metadata_is_an_error(ends):
+    """Bytes that are not metadata raise ChannelError."""
     here, _, _ = ends
     with pytest.raises(ChannelError):
         here.channel.add_peer(b"this is not an agent's metadata")
 
 
 def test_memory_that_is_not_registered_is_an_error(ends):
-    """Neither read here nor written there."""
+    """A span outside registered memory of either side raises ChannelError."""
     here, there, peer = ends
     beyond = there.at + there.region.num_bytes
     with pytest.raises(ChannelError):
         here.channel.write(peer, [(here.at, beyond, 8)], "cpu", "cpu")
-    stranger = torch.zeros(8, dtype=torch.uint8)
+    unregistered = torch.zeros(8, dtype=torch.uint8)
     with pytest.raises(ChannelError):
-        here.channel.write(peer, [(stranger.data_ptr(), there.at, 8)], "cpu", "cpu")
+        here.channel.write(peer, [(unregistered.data_ptr(), there.at, 8)], "cpu", "cpu")
 
 
 def test_a_removed_peer_is_unknown_and_can_be_learnt_again(ends):
-    """Removing is also how a dead peer's memory is let go."""
+    """A removed peer cannot be written until its metadata is added again."""
     here, there, peer = ends
     land(there, here.channel.write(peer, [(here.at, there.at, 8)], "cpu", "cpu"))
     here.channel.remove_peer(peer)
@@ -146,7 +146,7 @@ def test_a_removed_peer_is_unknown_and_can_be_learnt_again(ends):
 
 
 def test_a_missing_nixl_backend_is_named():
-    """With what there is instead."""
+    """The error names the missing backend and those that exist."""
     channel = NixlChannel("x", backends=["WARP"])
     memory = torch.zeros(8, dtype=torch.uint8)
     with pytest.raises(ChannelError, match=r"no backend 'WARP'.*UCX"):
@@ -154,7 +154,7 @@ def test_a_missing_nixl_backend_is_named():
 
 
 def test_a_device_that_nixl_does_not_know_is_named():
-    """Before NIXL sees it."""
+    """An unknown device is refused before NIXL sees it."""
     memory = torch.zeros(8, dtype=torch.uint8)
     with pytest.raises(ChannelError, match="device 'tpu'"):
         NixlChannel("y").register(Region(memory.data_ptr(), 8, "tpu"))
@@ -171,7 +171,7 @@ def faulty():
 
 
 def test_a_stalled_write_lands_late(faulty):
-    """The fault of a stopped peer."""
+    """A write to a stopped peer lands once the peer goes on."""
     here, there, network = faulty
     network.faults["there"] = Fault.STALL
     write = here.channel.write("there", [(here.at, there.at, 8)], "cpu", "cpu")
@@ -182,7 +182,7 @@ def test_a_stalled_write_lands_late(faulty):
 
 
 def test_a_released_write_never_lands(faulty):
-    """The fault of an aborted write."""
+    """An aborted write never lands."""
     here, there, network = faulty
     network.faults["there"] = Fault.STALL
     write = here.channel.write("there", [(here.at, there.at, 8)], "cpu", "cpu")
@@ -193,7 +193,7 @@ def test_a_released_write_never_lands(faulty):
 
 
 def test_a_failed_write_raises(faulty):
-    """The fault of a dead peer."""
+    """A write to a dead peer raises ChannelError."""
     here, there, network = faulty
     network.faults["there"] = Fault.FAIL
     write = here.channel.write("there", [(here.at, there.at, 8)], "cpu", "cpu")
@@ -202,7 +202,7 @@ def test_a_failed_write_raises(faulty):
 
 
 def test_a_dropped_write_is_done_and_nothing_has_arrived(faulty):
-    """The fault that only comparing bytes finds."""
+    """A dropped write is reported as done; only a comparison of bytes finds it."""
     here, there, network = faulty
     network.faults["there"] = Fault.DROP
     assert here.channel.write("there", [(here.at, there.at, 8)], "cpu", "cpu").done()

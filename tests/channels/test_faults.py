@@ -42,27 +42,24 @@ class Peer:
         self.metadata, self.at = bytes.fromhex(words[0]), int(words[1])
 
     def bytes_at(self, offset, num_bytes):
-        """What lies in its memory."""
+        """The bytes of its memory."""
         self.process.stdin.write(f"{offset} {num_bytes}\n")
         self.process.stdin.flush()
         return bytes.fromhex(self.process.stdout.readline())
 
     def stop(self):
-        """Freeze it; returns once it stands."""
+        """Stop the process; returns once it has stopped."""
         self.process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
 
     def go_on(self):
-        """Continue it."""
         self.process.send_signal(signal.SIGCONT)
 
     def kill(self):
-        """End it at once."""
         self.process.kill()
         self.process.wait()
 
     def close(self):
-        """Whatever state it is in."""
         self.kill()
         self.process.stdin.close()
         self.process.stdout.close()
@@ -79,7 +76,7 @@ def kind(request, monkeypatch):
 
 @pytest.fixture
 def start(kind):
-    """Starts peers; all are gone afterwards."""
+    """Starts peers, and ends them after the test."""
     peers = []
 
     def make():
@@ -93,7 +90,7 @@ def start(kind):
 
 @pytest.fixture
 def here(kind, start):
-    """This process's end. It goes before its peers do."""
+    """This process's end, which closes before its peers end."""
     end = End(maker(kind)(), LARGE)
     end.memory.random_(0, 256)
     yield end
@@ -101,7 +98,7 @@ def here(kind, start):
 
 
 def prompt(call, *arguments):
-    """Call, and return what comes of it; it must not wait for the peer."""
+    """Make a call that must not wait for the peer, and return its result."""
     began = time.monotonic()
     try:
         return call(*arguments)
@@ -116,7 +113,7 @@ def write(here, peer, agent, num_bytes, offset=0):
 
 
 def land(here, peer, agent, num_bytes, offset=0):
-    """One whole write, its last bytes compared."""
+    """Write, wait for the end, and compare the last bytes."""
     posted = write(here, peer, agent, num_bytes, offset)
     eventually(lambda: prompt(posted.done), "the write is done")
     posted.release()
@@ -125,7 +122,7 @@ def land(here, peer, agent, num_bytes, offset=0):
 
 
 def ends(posted):
-    """Whether it is done, or has failed; either way nothing of it is in flight."""
+    """Whether the write is done or has failed, so that nothing of it is in flight."""
     try:
         return prompt(posted.done)
     except ChannelError:
@@ -133,14 +130,14 @@ def ends(posted):
 
 
 def keep_writing(here, peer, agent):
-    """One write after another, until one fails; what was done without the peer's help may have been done before."""
+    """Write until one write fails. Earlier ones may be done without the peer's help."""
     while True:
         posted = write(here, peer, agent, 4096)
         eventually(lambda posted=posted: prompt(posted.done), "it ends")
 
 
 def stays_in_flight(here, posted):
-    """Looked at many times, on both ways that a belt looks."""
+    """The write stays in flight however often the belt polls it."""
     for _ in range(100):
         prompt(here.channel.progress)
         assert not prompt(posted.done)
@@ -148,15 +145,15 @@ def stays_in_flight(here, posted):
 
 
 def test_a_write_reaches_another_process(here, start):
-    """The first over a new connection, and one that is larger than any buffer on its way."""
+    """The first write over a new connection lands, and so does one that is larger than any buffer on the way."""
     peer = start()
     agent = here.channel.add_peer(peer.metadata)
     land(here, peer, agent, 4096)
     land(here, peer, agent, LARGE)
 
 
-def test_a_peer_that_stands_at_first_contact_holds_nobody(here, start):
-    """Neither learning, connecting, writing nor asking waits; others are written meanwhile; it goes on with SIGCONT."""
+def test_a_peer_stopped_at_first_contact_delays_no_call(here, start):
+    """A stopped peer delays no call, and no write to another peer; its own write lands after SIGCONT."""
     standing, other = start(), start()
     standing.stop()
     agent = prompt(here.channel.add_peer, standing.metadata)
@@ -170,8 +167,8 @@ def test_a_peer_that_stands_at_first_contact_holds_nobody(here, start):
     assert standing.bytes_at(0, 4096) == here.memory[:4096].numpy().tobytes()
 
 
-def test_a_peer_that_stops_later_holds_nobody(here, start):
-    """What is in flight stays so, or was done without the peer's help; what is said of it is true either way."""
+def test_a_peer_that_stops_later_delays_no_call(here, start):
+    """Writes to a peer that stops later end after SIGCONT, and delay no write to another peer."""
     standing, other = start(), start()
     agents = [here.channel.add_peer(peer.metadata) for peer in (standing, other)]
     land(here, standing, agents[0], 4096)
@@ -187,7 +184,7 @@ def test_a_peer_that_stops_later_holds_nobody(here, start):
 
 
 def test_a_killed_peers_writes_fail(here, start):
-    """Each of them, with a reason; the others' go on, and the dead one can be forgotten."""
+    """Every write to a killed peer fails with a reason; the peer can be removed, and others are written."""
     peer, other = start(), start()
     agents = [here.channel.add_peer(one.metadata) for one in (peer, other)]
     land(here, peer, agents[0], 4096)
@@ -204,7 +201,7 @@ def test_a_killed_peers_writes_fail(here, start):
 
 
 def test_a_dead_peer_fails_the_first_write(here, start):
-    """Nobody was ever reached there."""
+    """The first write to a dead peer fails."""
     peer = start()
     agent = here.channel.add_peer(peer.metadata)
     peer.kill()
@@ -212,8 +209,8 @@ def test_a_dead_peer_fails_the_first_write(here, start):
         keep_writing(here, peer, agent)
 
 
-def test_removing_a_peer_that_stands_is_quick_and_says_what_is_in_flight(here, start):
-    """What cannot be recalled raises until it has ended; it ends when the peer is dead, and is an error or done."""
+def test_removing_a_stopped_peer_is_quick_and_reports_writes_in_flight(here, start):
+    """Releasing a write that cannot be recalled raises until the write has ended, well or not."""
     peer, other = start(), start()
     agents = [here.channel.add_peer(one.metadata) for one in (peer, other)]
     land(here, peer, agents[0], 4096)
@@ -236,7 +233,7 @@ def test_removing_a_peer_that_stands_is_quick_and_says_what_is_in_flight(here, s
 
 
 def test_a_peer_removed_while_it_stood_is_learnt_again(here, start):
-    """What is in flight to it does not stand in the way, and lands before what is written afterwards is done."""
+    """Writes in flight to a removed peer land before later writes, and do not prevent these."""
     peer = start()
     peer.stop()
     agent = here.channel.add_peer(peer.metadata)
@@ -283,7 +280,7 @@ def test_a_released_write_never_lands_later(here, start):
 
 
 def test_a_peer_may_close_and_another_come(here, start):
-    """The next life of a peer is another agent, and is reached."""
+    """The next incarnation of a peer is another agent, and can be written."""
     for _ in range(2):
         peer = start()
         agent = here.channel.add_peer(peer.metadata)

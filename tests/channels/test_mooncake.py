@@ -1,4 +1,4 @@
-"""What is Mooncake's own: what is refused at the start, engines that are kept, writes that wait."""
+"""Mooncake's own behaviour: refusals at the start, engines that are kept, writes that wait."""
 
 import builtins
 import threading
@@ -20,25 +20,25 @@ from tests.transfer.belts import eventually
 
 @pytest.fixture
 def mooncake():
-    """It is installed and loads."""
+    """Skip the test unless Mooncake is installed and loads."""
     need("mooncake")
 
 
 @pytest.fixture
 def memory():
-    """A region that nobody writes."""
+    """A region that is not written."""
     tensor = torch.zeros(8, dtype=torch.uint8)
     return Region(tensor.data_ptr(), 8, "cpu")
 
 
 def test_the_factory_makes_what_the_settings_say():
-    """Nothing is loaded yet."""
+    """The factory makes the channel of the settings, without loading the vendor."""
     assert isinstance(make_channel(ChannelSettings(), "a", "127.0.0.1"), NixlChannel)
     assert isinstance(make_channel(ChannelSettings("mooncake"), "a", "127.0.0.1"), MooncakeChannel)
 
 
 def test_without_the_package_everything_that_is_needed_is_named(memory, monkeypatch):
-    """The package, its twin for GPUs, and Debian's libraries."""
+    """The error names the package, its variant for GPUs, and Debian's libraries."""
     really = builtins.__import__
 
     def without(name, *rest):
@@ -47,26 +47,29 @@ def test_without_the_package_everything_that_is_needed_is_named(memory, monkeypa
         return really(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ChannelError, match=r"transfer-engine-non-cuda.*libibverbs1 and librdmacm1: libibverbs\.so\.1"):
+    with pytest.raises(
+        ChannelError,
+        match=r"kvbelt\[mooncake\].*kvbelt\[mooncake-cuda\].*libibverbs1 and librdmacm1: libibverbs\.so\.1",
+    ):
         MooncakeChannel("127.0.0.1").register(memory)
 
 
 def test_a_version_that_does_not_wait_for_the_peer_is_refused(mooncake, memory, monkeypatch):
-    """Its writes would be committed before they have arrived."""
+    """A version that reports writes as done before they arrive is refused."""
     monkeypatch.setattr(metadata, "version", lambda package: "0.3.12.post1")
     with pytest.raises(ChannelError, match=r"is 0\.3\.12\.post1; install 0\.3\.13"):
         MooncakeChannel("127.0.0.1").register(memory)
 
 
 def test_switching_the_acknowledgements_off_is_refused(mooncake, memory, monkeypatch):
-    """As that would be."""
+    """The variable that makes writes end before they arrive is refused."""
     monkeypatch.setenv("MC_TCP_PROTO", "1")
     with pytest.raises(ChannelError, match="MC_TCP_PROTO=1"):
         MooncakeChannel("127.0.0.1").register(memory)
 
 
 def test_memory_that_the_package_cannot_move_is_refused(mooncake):
-    """The package that can is named."""
+    """The error names the package that can move the memory."""
     with pytest.raises(ChannelError, match="install mooncake-transfer-engine in its place"):
         MooncakeChannel("127.0.0.1").register(Region(0, 8, "cuda"))
     with pytest.raises(ChannelError, match="device 'tpu'"):
@@ -74,14 +77,14 @@ def test_memory_that_the_package_cannot_move_is_refused(mooncake):
 
 
 def test_rdma_without_a_device_is_refused(mooncake, memory, monkeypatch):
-    """Mooncake itself would use TCP, and say nothing."""
+    """Mooncake itself would silently use TCP."""
     monkeypatch.delenv("MC_FORCE_TCP", raising=False)
     with pytest.raises(ChannelError, match="no RDMA device called warp_0; use tcp"):
         MooncakeChannel("127.0.0.1", "rdma", "warp_0").register(memory)
 
 
 def test_another_protocol_is_refused_with_both(mooncake):
-    """A peer that speaks RDMA cannot be written over TCP."""
+    """The error names the protocols of both sides."""
     here = MooncakeChannel("127.0.0.1")
     there = Peer("rdma", "127.0.0.1:1", "a", [(0, 8)])
     with pytest.raises(ChannelError, match="mooncake_protocol is tcp here and rdma there"):
@@ -89,28 +92,28 @@ def test_another_protocol_is_refused_with_both(mooncake):
 
 
 def test_a_sender_has_no_memory_that_others_could_write(mooncake):
-    """Only who gives its metadata away has an engine with memory; a connection's own has none."""
+    """Only the engine whose metadata is given away has registered memory."""
     here, there = End(MooncakeChannel("127.0.0.1")), End(MooncakeChannel("127.0.0.1"))
     agent = here.channel.add_peer(there.channel.local_metadata())
     here.channel.connect(agent)
     link = here.channel._links[agent]
     eventually(lambda: link._opening.ended, "it is open")
     assert here.channel._home is None
-    stranger = End(MooncakeChannel("127.0.0.1"))
-    there_to_here = stranger.channel.add_peer(
+    outsider = End(MooncakeChannel("127.0.0.1"))
+    there_to_here = outsider.channel.add_peer(
         msgspec.json.encode(Peer("tcp", link._opening.engine.session, "b", [(here.at, here.region.num_bytes)]))
     )
-    stranger.memory.fill_(1)
-    posted = stranger.channel.write(there_to_here, [(stranger.at, here.at, 8)], "cpu", "cpu")
+    outsider.memory.fill_(1)
+    posted = outsider.channel.write(there_to_here, [(outsider.at, here.at, 8)], "cpu", "cpu")
     with pytest.raises(ChannelError):
         eventually(posted.done, "it is refused")
     assert not here.memory.any()
-    for end in (here, there, stranger):
+    for end in (here, there, outsider):
         end.channel.close()
 
 
 def test_the_engine_of_a_peer_that_has_gone_serves_the_next(mooncake):
-    """Ending one stops the interpreter for up to a second, so it is not done while there is work."""
+    """An engine is kept for the next peer, because ending one stops the interpreter for up to a second."""
     here = End(MooncakeChannel("127.0.0.1"))
     there = [End(MooncakeChannel("127.0.0.1")) for _ in range(2)]
     engines = []
@@ -126,8 +129,8 @@ def test_the_engine_of_a_peer_that_has_gone_serves_the_next(mooncake):
         end.channel.close()
 
 
-def test_an_engine_that_has_met_another_life_at_an_address_is_not_taken(mooncake):
-    """It remembers where that life's memory was, and would write there."""
+def test_an_engine_that_has_met_another_incarnation_is_not_reused(mooncake):
+    """An engine remembers the memory of an earlier incarnation at an address, so it is not used for the next one."""
     channel = MooncakeChannel("127.0.0.1")
     engine = channel._make_engine()
     engine.known["10.0.0.1:7000"] = "first"
@@ -138,7 +141,7 @@ def test_an_engine_that_has_met_another_life_at_an_address_is_not_taken(mooncake
 
 
 class Still:
-    """An engine that is told when what has landed."""
+    """An engine whose spans land when the test says so."""
 
     def __init__(self):
         self.known = {}
@@ -148,17 +151,15 @@ class Still:
         self.posted = []
 
     def read(self, there):
-        """Wait to be told that the peer answers."""
+        """Wait until the test lets the peer answer."""
         self.answers.wait(60)
         return self.reached
 
     def submit(self, session, local, remote, num_bytes):
-        """Post."""
         self.posted.append((local, remote, num_bytes))
         return len(self.posted)
 
     def state_of(self, posted):
-        """As told."""
         return self.landed.get(posted)
 
     def end(self):
@@ -167,7 +168,7 @@ class Still:
 
 @pytest.fixture
 def still():
-    """An engine, and the link to a peer over it."""
+    """An engine, and a link to a peer over it."""
     engine = Still()
     link = Link(Peer("tcp", "there", "a", [(0, 1 << 20)]), lambda there: None, lambda: engine)
     yield engine, link
@@ -175,14 +176,14 @@ def still():
 
 
 def opened(engine, link):
-    """The link, open."""
+    """Wait until the link is open."""
     link.open()
     engine.answers.set()
     eventually(lambda: link._opening.ended, "it is open")
 
 
 def test_what_waits_for_the_connection_can_be_recalled(still):
-    """It has not left; the next one does."""
+    """A write that waits for the connection can be recalled, and the next one is posted."""
     engine, link = still
     first, second = link.write([(1, 1, 8)]), link.write([(2, 2, 8)])
     first.release()
@@ -194,7 +195,7 @@ def test_what_waits_for_the_connection_can_be_recalled(still):
 
 
 def test_a_write_of_which_a_part_is_in_flight_cannot_be_recalled(still):
-    """Its other spans stay here, and it is an error only when nothing of it is in flight."""
+    """Its other spans are not posted, and it fails once no span is in flight."""
     engine, link = still
     opened(engine, link)
     write = link.write([(i, i, 1) for i in range(MAX_POSTED + 2)])
@@ -213,7 +214,7 @@ def test_a_write_of_which_a_part_is_in_flight_cannot_be_recalled(still):
 
 
 def test_a_failed_span_fails_the_write_once_the_others_have_ended(still):
-    """Until then its memory is in use."""
+    """The write does not fail earlier, because its memory is in use until then."""
     engine, link = still
     opened(engine, link)
     write = link.write([(1, 1, 8), (2, 2, 8)])
@@ -225,7 +226,7 @@ def test_a_failed_span_fails_the_write_once_the_others_have_ended(still):
 
 
 def test_a_connection_that_could_not_be_opened_is_tried_again(still):
-    """What waited fails with the reason; the next write makes another attempt, over the same engine."""
+    """Waiting writes fail with the reason; the next write makes another attempt over the same engine."""
     engine, link = still
     engine.reached = False
     write = link.write([(1, 1, 8)])

@@ -1,4 +1,4 @@
-"""What UCX says that it has chosen."""
+"""UCX's report of the transports that it has chosen."""
 
 import os
 import subprocess
@@ -12,9 +12,9 @@ from kvbelt.channels.choice import Choice
 from kvbelt.channels.nixl import NixlChannel
 from kvbelt.channels.ucx_report import UcxReport, choices_in
 from kvbelt.channels.ucx_resources import resources_in
-from kvbelt.ops.doctor.measured import Measured
+from kvbelt.ops.doctor.nixl_measurement import NixlMeasurement
 from kvbelt.paged_copy import region_of
-from kvbelt.wire.about import Road
+from kvbelt.wire.about import TransportChoice
 
 #: As UCX 1.23 writes it; the second table's largest messages go another way than its smallest.
 SAID = """\
@@ -39,8 +39,8 @@ SAID = """\
 """
 
 
-def test_the_largest_messages_road_is_read_from_each_table() -> None:
-    """Scope, operation, memory and transport."""
+def test_the_largest_messages_transport_is_read_from_each_table() -> None:
+    """Scope, operation, memory and transport of the largest messages are read from each table."""
     assert list(choices_in(SAID)) == [
         Choice("self", "write", "host", "cma/memory"),
         Choice("inter-node", "write", "cuda", "rc_mlx5/mlx5_0:1"),
@@ -48,7 +48,7 @@ def test_the_largest_messages_road_is_read_from_each_table() -> None:
 
 
 def test_what_ucx_could_use_is_read_from_its_context() -> None:
-    """Transports with their devices, each once."""
+    """A context's transports and devices are listed once each."""
     said = """\
 #            md 1  :  component 1  tcp
 #      resource 1  :  md 1  dev 1  flags -- tcp/eth0
@@ -59,12 +59,12 @@ def test_what_ucx_could_use_is_read_from_its_context() -> None:
 
 
 def test_other_lines_mean_nothing() -> None:
-    """Logs hold much else."""
+    """Other lines of the log are ignored."""
     assert list(choices_in("nonsense\n| a | b |\n+---+\n" + SAID.partition("Config")[0])) == []
 
 
-def test_only_the_ways_of_registered_memory_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """UCX has one for the host's memory where KV never leaves a GPU's, and it may well be TCP."""
+def test_only_transports_of_registered_memory_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """UCX's choice for host memory is left out where only GPU memory is registered."""
     host, cuda = (Choice("intra-node", "write", *way) for way in (("host", "tcp/lo"), ("cuda", "cuda_ipc/cuda")))
     monkeypatch.setattr(UcxReport, "choices", lambda _: (host, cuda))
     memory = torch.zeros(1 << 12, dtype=torch.uint8)
@@ -77,16 +77,16 @@ def test_only_the_ways_of_registered_memory_are_told(monkeypatch: pytest.MonkeyP
 
 
 def test_nixl_says_that_it_takes_tcp_where_nothing_else_is_allowed() -> None:
-    """Two real processes; how it says that of others is in tests/e2e/test_doctor.py."""
+    """Two processes limited to TCP report TCP (tests/e2e/test_doctor.py has the other transports)."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("UCX_")}
-    command = [sys.executable, "-m", "kvbelt.ops.doctor.pair", "cpu"]
+    command = [sys.executable, "-m", "kvbelt.ops.doctor.nixl_pair", "cpu"]
     done = subprocess.run(command, env=environment | {"UCX_TLS": "tcp"}, capture_output=True, timeout=240, check=True)
-    measured = msgspec.json.decode(done.stdout, type=Measured)
+    measured = msgspec.json.decode(done.stdout, type=NixlMeasurement)
     assert not measured.error
-    writes = [road for road in measured.roads if road.operation == "write"]
+    writes = [road for road in measured.transports if road.operation == "write"]
     assert writes
     assert all(road.over_tcp and road.scope == "intra-node" for road in writes), writes
-    assert any(road.operation == "read" for road in measured.roads)
+    assert any(road.operation == "read" for road in measured.transports)
     assert any(one.startswith("tcp/") for one in measured.resources)
     assert not any(one.startswith("cma/") for one in measured.resources)  # UCX_TLS forbids it
     assert measured.write_gb_per_second > 0
@@ -103,6 +103,6 @@ def test_nixl_says_that_it_takes_tcp_where_nothing_else_is_allowed() -> None:
         ("", False),
     ],
 )
-def test_a_road_that_is_nothing_but_tcp(transport: str, tcp: bool) -> None:
-    """One way, or shares of several."""
-    assert Road("intra-node", "write", "host", transport).over_tcp is tcp
+def test_a_transport_that_is_only_tcp(transport: str, tcp: bool) -> None:
+    """A choice is over TCP if all its shares are."""
+    assert TransportChoice("intra-node", "write", "host", transport).over_tcp is tcp

@@ -1,4 +1,4 @@
-"""Moves bytes between registered memory of two processes: one file a vendor, each the sole importer of its own.
+"""Moves bytes between the registered memory of two processes. Each vendor has one file, which alone imports it.
 
-Every class here has the shape of ``transfer.ports.Channel`` and imports none of our rooms.
+The channels implement ``transfer.ports.Channel`` and import no other room.
 """

@@ -1,14 +1,12 @@
-"""What a carrier has chosen by itself, where it does choose."""
-
 from dataclasses import dataclass
 from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Of the largest messages of one kind of operation."""
+    """The transport that a vendor has chosen for the largest messages of one operation."""
 
-    scope: str  #: ``"intra-node"``, ``"inter-node"``; empty: to everybody
+    scope: str  #: ``"intra-node"`` or ``"inter-node"``; empty: to every peer
     operation: Literal["write", "read"]
     memory: str  #: ``"host"`` or ``"cuda"``, of this side
-    transport: str  #: in the carrier's own words, as ``"cma/memory"``
+    transport: str  #: in the vendor's words, such as ``"cma/memory"``

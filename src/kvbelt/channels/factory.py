@@ -1,5 +1,3 @@
-"""The one place that makes a channel from settings."""
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -7,11 +5,11 @@ from typing import Literal
 from kvbelt.channels.mooncake import MooncakeChannel
 from kvbelt.channels.nixl import NixlChannel
 
+VendorChannel = NixlChannel | MooncakeChannel
+
 
 @dataclass(frozen=True, slots=True)
 class ChannelSettings:
-    """Which vendor moves the bytes, and how."""
-
     name: Literal["nixl", "mooncake"] = "nixl"
     nixl_backends: tuple[str, ...] = ("UCX",)
     mooncake_protocol: Literal["tcp", "rdma"] = "tcp"
@@ -20,14 +18,11 @@ class ChannelSettings:
 
 def make_channel(
     settings: ChannelSettings, agent_name: str, host: str, prepare: Callable[[], None] | None = None
-) -> NixlChannel | MooncakeChannel:
-    """A channel that holds nothing yet.
+) -> VendorChannel:
+    """A channel without registered memory.
 
-    Args:
-        settings: which, and how.
-        agent_name: unique among all processes that meet.
-        host: this host, as peers reach it.
-        prepare: called once on the thread that uses the channel, before the vendor is loaded.
+    ``agent_name`` is unique among all processes that exchange KV; ``host`` is this host's address, for peers.
+    ``prepare`` is called once on the thread that uses the channel, before the vendor's library is loaded.
     """
     if settings.name == "mooncake":
         return MooncakeChannel(host, settings.mooncake_protocol, settings.mooncake_device, prepare)

@@ -1,17 +1,16 @@
 """Mooncake's TransferEngine: TCP, or RDMA where the host has it.
 
-What was learnt about it (docs/dependencies.md says from what):
+Observations (docs/dependencies.md has the evidence):
 
-- Opening the connection to a peer that has stopped takes a minute, in which one engine does nothing else. So each peer
-  has an engine of its own, and a thread opens it; afterwards submitting and asking never block, not even when the
-  network is cut.
-- Ending an engine takes up to a second, in which this process's interpreter stands still. So engines of peers that
-  are gone are kept for the next ones, and end with the channel.
-- Over TCP a write is done when the peer has said that its bytes are in place (0.3.13 and later, without
-  ``MC_TCP_PROTO=1``); it cannot be recalled, and is in flight for as long as the peer is stopped. A killed peer is
-  reported within milliseconds.
-- An engine asks nobody for a key, and listens on every interface. So only memory that peers are to write is
-  registered with the one that they reach, and the others have none over TCP.
+- Opening the connection to a stopped peer takes a minute, in which the engine does nothing else. So each peer has its
+  own engine, which a thread opens. After that, submitting and polling never block, even if the network is cut.
+- Ending an engine takes up to a second, in which the interpreter stands still. So the engines of removed peers are kept
+  for new peers, and end with the channel.
+- Over TCP a write is done once the peer has confirmed that its bytes are in place (0.3.13 and later, without
+  ``MC_TCP_PROTO=1``). It cannot be recalled, and is in flight as long as the peer is stopped. A killed peer is reported
+  within milliseconds.
+- An engine requires no key, and listens on every interface. So only memory that peers may write is registered with the
+  engine that they reach. Over TCP the other engines have no registered memory.
 """
 
 import ctypes
@@ -28,14 +27,14 @@ from kvbelt.channels.choice import Choice
 from kvbelt.channels.mooncake_link import Engine, Link, MooncakeWrite, Peer
 from kvbelt.errors import ChannelError
 
-#: Packages that carry the engine. The first is for hosts without GPUs.
+#: Packages that contain the engine. The first is for hosts without GPUs.
 PACKAGES = ("mooncake-transfer-engine-non-cuda", "mooncake-transfer-engine", "mooncake-transfer-engine-cuda13")
 
-#: Earlier ones may report a write as done while its bytes are still on their way.
+#: Earlier versions may report a write as done while its bytes are still on their way.
 OLDEST = (0, 3, 13)
 
-#: Read by the engine for each write and each connection. A write that waits for a stopped peer must not be given up:
-#: what lies in the peer's socket would be written when it wakes up, wherever else this memory is used by then.
+#: The engine reads these for each write and each connection. It must not give up a write to a stopped peer: the bytes
+#: in the peer's socket are written when the peer wakes up, and its memory may serve another transfer by then.
 _ENVIRONMENT = {
     "MC_LOG_LEVEL": "ERROR",
     "MC_TCP_PROGRESS_TIMEOUT_SEC": "86400",
@@ -49,14 +48,7 @@ Protocol = Literal["tcp", "rdma"]
 
 
 class MooncakeChannel:
-    """``transfer.ports.Channel`` over Mooncake.
-
-    Args:
-        host: this host, as peers reach it.
-        protocol: how bytes travel.
-        device: RDMA devices to use, as ``mlx5_0,mlx5_1``; empty: all of the host.
-        prepare: called once on the thread that uses the channel, before the vendor is loaded.
-    """
+    """``transfer.ports.Channel`` over Mooncake (see ``make_channel``)."""
 
     name = "mooncake"
 
@@ -68,7 +60,7 @@ class MooncakeChannel:
         self._device = device
         self._prepare = prepare
         self._regions: list[Any] = []
-        self._home: _Engine | None = None  # the one that peers write through
+        self._home: _Engine | None = None  # peers write through this one
         self._idle: list[Engine] = []
         self._links: dict[str, Link] = {}
         self._leaving: list[Link] = []  # to peers that were removed, with writes in flight
@@ -77,20 +69,15 @@ class MooncakeChannel:
 
     @staticmethod
     def complaints() -> list[str]:
-        """Its warnings go to standard error by themselves."""
+        """None: Mooncake writes its warnings to standard error."""
         return []
 
     def choices(self) -> tuple[Choice, ...]:
-        """What was asked for: Mooncake does not choose."""
+        """The transport of the settings: Mooncake does not choose."""
         memories = {"host" if region.device == "cpu" else region.device for region in self._regions}
         return tuple(Choice("", "write", memory, self._protocol) for memory in sorted(memories))
 
     def register(self, region: Any) -> None:
-        """Make a region reachable.
-
-        Raises:
-            ChannelError: Mooncake is not installed or too old, or the host has no such device.
-        """
         if self._prepare is not None:
             self._prepare()
             self._prepare = None
@@ -105,40 +92,30 @@ class MooncakeChannel:
         self._regions.append(region)
 
     def local_metadata(self) -> bytes:
-        """What a peer needs to reach this process's regions."""
         if self._home is None:
             self._home = self._make_engine()
             self._home.register(self._regions)
         regions = [(region.address, region.num_bytes) for region in self._regions]
-        return msgspec.json.encode(Peer(self._protocol, self._home.session, self._home.life, regions))
+        return msgspec.json.encode(Peer(self._protocol, self._home.session, self._home.incarnation, regions))
 
     def add_peer(self, metadata: bytes) -> str:
-        """Learn a peer. Returns its agent name.
-
-        Raises:
-            ChannelError: the metadata is not Mooncake's, or of another protocol.
-        """
         try:
             there = msgspec.json.decode(metadata, type=Peer)
         except msgspec.DecodeError as error:
             raise ChannelError(f"this is not a mooncake peer's metadata: {error}") from None
         if there.protocol != self._protocol:
             raise ChannelError(f"mooncake_protocol is {self._protocol} here and {there.protocol} there")
-        agent = f"{there.session}/{there.life}"
+        agent = f"{there.session}/{there.incarnation}"
         if agent not in self._links:
             self._links[agent] = Link(there, self._take_idle, self._make_sender)
         return agent
 
     def connect(self, agent: str) -> None:
-        """Open the connection on a thread of its own: the engine's handshake, and a read of one byte.
-
-        Raises:
-            ChannelError: the peer is not known.
-        """
+        """Open the connection on a new thread: the engine's handshake, and a read of one byte."""
         self._link(agent).open()
 
     def remove_peer(self, agent: str) -> None:
-        """Forget a peer. What waits is aborted; what is in flight ends by itself, and is in flight until then."""
+        """Forget a peer. Waiting writes are aborted; writes in flight stay so until they end by themselves."""
         link = self._links.pop(agent, None)
         if link is not None:
             link.abort(f"peer {agent} was removed")
@@ -146,11 +123,6 @@ class MooncakeChannel:
         self._tidy()
 
     def write(self, agent: str, spans: Sequence[tuple[int, int, int]], device: str, peer_device: str) -> MooncakeWrite:
-        """Post one write of ``(local address, remote address, bytes)`` spans.
-
-        Raises:
-            ChannelError: the peer is unknown, a span lies outside registered memory, or too much waits.
-        """
         link = self._link(agent)
         here = [(region.address, region.num_bytes) for region in self._regions]
         for local, remote, num_bytes in spans:
@@ -161,13 +133,13 @@ class MooncakeChannel:
         return link.write(spans)
 
     def progress(self) -> None:
-        """Mooncake works on its own threads; here what waits is handed to it."""
+        """Hand waiting writes to Mooncake, which works on its own threads."""
         for link in (*self._links.values(), *self._leaving):
             link.step()
         self._tidy()
 
     def close(self) -> None:
-        """End every engine, and with it whatever is in flight, so that memory may be freed. Idempotent."""
+        """End every engine, and with it every write in flight, so that memory can be freed. Idempotent."""
         engines = [link.give_up("the channel was closed") for link in (*self._links.values(), *self._leaving)]
         self._links.clear()
         self._leaving.clear()
@@ -194,9 +166,9 @@ class MooncakeChannel:
         return engine
 
     def _take_idle(self, there: Peer) -> Engine | None:
-        """One that nobody uses and that knows no other life at this address: an engine remembers what it met there."""
+        """An unused engine that has met no other incarnation at this address, because an engine remembers the first."""
         for engine in self._idle:
-            if engine.known.get(there.session, there.life) == there.life:
+            if engine.known.get(there.session, there.incarnation) == there.incarnation:
                 self._idle.remove(engine)
                 return engine
         return None
@@ -210,33 +182,28 @@ class MooncakeChannel:
 
 
 class _Engine:
-    """One TransferEngine."""
+    """Implements ``mooncake_link.Engine`` with one TransferEngine."""
 
     def __init__(self, vendor: Any, host: str, protocol: Protocol, device: str) -> None:
         self._vendor = vendor.TransferEngine()
-        # An IPv6 address would be taken to end in a port.
+        # Without brackets the end of an IPv6 address would be taken for a port.
         name = f"[{host}]" if ":" in host and not host.startswith("[") else host
         if self._vendor.initialize(name, "P2PHANDSHAKE", protocol, device) != 0:
             raise ChannelError(f"mooncake could not start with protocol {protocol} on {host}")
         self.session = f"{name}:{self._vendor.get_rpc_port()}"
-        self.life = os.urandom(8).hex()
-        self.known: dict[str, str] = {}  #: the life of each session that it remembers
+        self.incarnation = os.urandom(8).hex()
+        self.known: dict[str, str] = {}
         self._scratch = ctypes.create_string_buffer(8)
         self._protocol = protocol
 
     def register(self, regions: Sequence[Any]) -> None:
-        """Make memory known.
-
-        Raises:
-            ChannelError: it cannot be registered.
-        """
         for region in regions:
             if self._vendor.register_memory(region.address, region.num_bytes) != 0:
                 raise ChannelError(f"mooncake could not register {region.num_bytes} bytes of {region.device} memory")
 
     def read(self, there: Peer) -> bool:
-        """Read a byte of the peer's first region, which opens everything. Blocks; the interpreter goes on."""
-        self.known[there.session] = there.life
+        # Reading one byte opens everything. Other threads go on meanwhile.
+        self.known[there.session] = there.incarnation
         if not there.regions:
             return False
         local = ctypes.addressof(self._scratch)
@@ -252,30 +219,23 @@ class _Engine:
         return False
 
     def submit(self, session: str, local: int, remote: int, num_bytes: int) -> int | None:
-        """Post one span. Returns its number; None: it was not taken."""
         batch: int = self._vendor.transfer_submit_write(session, local, remote, num_bytes)
         return batch if _is_batch(batch) else None
 
     def state_of(self, batch: int) -> bool | None:
-        """Whether a span has landed; None: it is in flight. Asked no more once it has ended."""
         status: int = self._vendor.transfer_check_status(batch)
         return {1: True, -1: False}.get(status)
 
     def end(self) -> None:
-        """Close its connections. Takes up to a second, in which this process's interpreter stands still."""
         self._vendor = None
 
 
 def _load(protocol: Protocol) -> Any:
-    """Mooncake's module, with its environment set before its first thread reads it.
-
-    Raises:
-        ChannelError: it is not installed, too old, or told to do without what is needed.
-    """
+    """Mooncake's module, with its environment set before its first thread reads it."""
     if os.environ.get("MC_TCP_PROTO") == "1":
-        raise ChannelError("MC_TCP_PROTO=1 has mooncake report writes as done that have not arrived; unset it")
+        raise ChannelError("MC_TCP_PROTO=1 makes mooncake report writes as done before they arrive; unset it")
     if protocol == "tcp":
-        os.environ.setdefault("MC_FORCE_TCP", "1")  # it would take an RDMA device that it finds
+        os.environ.setdefault("MC_FORCE_TCP", "1")  # otherwise it would use an RDMA device if it finds one
     elif "MC_FORCE_TCP" in os.environ:
         raise ChannelError("mooncake_protocol is rdma, and MC_FORCE_TCP is set; unset it")
     for name, value in _ENVIRONMENT.items():
@@ -284,7 +244,7 @@ def _load(protocol: Protocol) -> Any:
         from mooncake import engine  # noqa: PLC0415 -- only if used
     except ImportError as error:
         raise ChannelError(
-            f"transfer_channel mooncake needs the package {PACKAGES[0]} (with GPUs: {PACKAGES[1]}) and the libraries "
+            "transfer_channel mooncake needs 'kvbelt[mooncake]' (with GPUs 'kvbelt[mooncake-cuda]') and the libraries "
             f"libibverbs1 and librdmacm1: {error}"
         ) from error
     for package in PACKAGES:
@@ -294,7 +254,9 @@ def _load(protocol: Protocol) -> Any:
             continue
         if tuple(int(number) for number in re.findall(r"\d+", version)[:3]) < OLDEST:
             oldest = ".".join(map(str, OLDEST))
-            raise ChannelError(f"{package} is {version}; install {oldest} or later, which says when bytes have arrived")
+            raise ChannelError(
+                f"{package} is {version}; install {oldest} or later, which reports when bytes have arrived"
+            )
     return engine
 
 
@@ -304,7 +266,7 @@ def _rdma_devices(vendor: Any, device: str) -> bool:
 
 
 def _is_batch(number: int) -> bool:
-    """What is none is 0, or -1 without a sign."""
+    # No batch is 0, or -1 as an unsigned number.
     return number not in (0, (1 << 64) - 1)
 
 

@@ -1,6 +1,6 @@
-"""The way to one Mooncake peer: an engine of its own, opened on a thread, and the writes that wait for it.
+"""The link to one Mooncake peer: its engine, which a thread opens, and the writes that wait for it.
 
-It knows no vendor: an ``Engine`` is what mooncake.py makes of one.
+The vendor is behind ``Engine``, which mooncake.py implements.
 """
 
 import threading
@@ -12,42 +12,43 @@ import msgspec
 
 from kvbelt.errors import ChannelError
 
-#: Spans with an engine at a time; it has four connections to a peer. The rest waits here, where it can be aborted.
+#: Spans that an engine has at a time; it has four connections to a peer. The others wait here, and can be aborted.
 MAX_POSTED = 8
 
-#: Writes to one peer that may wait.
+#: Most writes to one peer that wait.
 MAX_WAITING = 1 << 14
 
 
 class Peer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="mooncake"):
-    """What a process tells those that write into it."""
+    """The metadata that a process gives to its senders."""
 
     protocol: Literal["tcp", "rdma"]
     session: str  #: host and port of its engine
-    life: str  #: of its engine: the port may be another's later
+    #: Of its engine; another engine may have the port later.
+    incarnation: str = msgspec.field(name="life")
     regions: list[tuple[int, int]]  #: address and bytes
 
 
 class Engine(Protocol):
-    """What moves the bytes to one peer at a time."""
+    """Moves the bytes to one peer at a time."""
 
-    known: dict[str, str]  #: the life of each session that it has met, and remembers
+    known: dict[str, str]  #: session to incarnation, of the peers that it has met
 
     def read(self, there: Peer) -> bool:
-        """Open the connection by reading something. Blocks; False: no answer."""
+        """Open the connection by reading from the peer. Blocks; False: no answer."""
 
     def submit(self, session: str, local: int, remote: int, num_bytes: int) -> int | None:
-        """Post one span. Returns its number; None: it was not taken."""
+        """Post one span. Returns its number; None: it was refused."""
 
     def state_of(self, posted: int) -> bool | None:
-        """Whether a span has landed; None: it is in flight. Asked no more once it has ended."""
+        """Whether a span has landed; None: it is in flight. Must not be called again once it has ended."""
 
     def end(self) -> None:
-        """Close its connections; nothing is in flight afterwards. Takes up to a second."""
+        """Close the connections; then nothing is in flight. The interpreter stands still for up to a second."""
 
 
 class MooncakeWrite:
-    """One posted write: done when each of its spans is."""
+    """One posted write. It is done when each of its spans is."""
 
     def __init__(self, link: "Link", spans: Sequence[tuple[int, int, int]]) -> None:
         self._link = link
@@ -57,19 +58,15 @@ class MooncakeWrite:
 
     @property
     def quiet(self) -> bool:
-        """Whether nothing of it is in flight, nor will be."""
+        """Whether no span is in flight, or will be."""
         return not self.in_flight and (self.error is not None or not self.waiting)
 
     def fail(self, error: str) -> None:
-        """Post nothing more of it."""
+        """Post no more spans."""
         self.error = self.error or error
 
     def done(self) -> bool:
-        """Whether it has completed.
-
-        Raises:
-            ChannelError: it failed, and nothing of it is in flight any more.
-        """
+        """Whether it has completed. A failed write raises once no span is in flight."""
         if not self.quiet:
             self._link.step()
         if self.quiet and self.error is not None:
@@ -77,11 +74,7 @@ class MooncakeWrite:
         return self.quiet
 
     def release(self) -> None:
-        """Post nothing more of it.
-
-        Raises:
-            ChannelError: spans are in flight; Mooncake cannot recall them.
-        """
+        """Post no more spans. Mooncake cannot recall those in flight, so they raise."""
         if self.quiet:
             return
         self.fail(f"the write to {self._link.there.session} was aborted")
@@ -90,8 +83,6 @@ class MooncakeWrite:
 
 
 class Link:
-    """The way to one peer."""
-
     def __init__(
         self,
         there: Peer,
@@ -106,7 +97,7 @@ class Link:
         self._posted: list[tuple[int, MooncakeWrite]] = []
 
     def open(self) -> None:
-        """Begin to connect, again if it has failed."""
+        """Begin to connect, also if the last attempt has failed."""
         opening = self._opening
         if opening is None:
             self._opening = Opening(self._take_idle(self.there), self._make_engine, self.there)
@@ -114,11 +105,7 @@ class Link:
             self._opening = Opening(opening.engine, self._make_engine, self.there)
 
     def write(self, spans: Sequence[tuple[int, int, int]]) -> MooncakeWrite:
-        """Post one, behind those that wait.
-
-        Raises:
-            ChannelError: too much waits.
-        """
+        """Post a write behind those that wait, unless there are too many."""
         if len(self._waiting) >= MAX_WAITING:
             raise ChannelError(f"{MAX_WAITING} writes to {self.there.session} wait already")
         self.step()
@@ -129,7 +116,7 @@ class Link:
         return write
 
     def step(self) -> None:
-        """Take in what has ended, and post what there is room for. Never blocks."""
+        """Collect spans that have ended, and post as many as there is room for. Never blocks."""
         opening = self._opening
         if opening is None or not opening.ended:
             return
@@ -143,7 +130,7 @@ class Link:
                 self._posted.remove(item)
                 write.in_flight -= 1
                 if not landed:
-                    write.fail(f"mooncake could not write to {self.there.session}: the peer is gone, or refuses it")
+                    write.fail(f"mooncake could not write to {self.there.session}: the peer is gone or refuses it")
         while self._waiting and len(self._posted) < MAX_POSTED:
             self._post_one(opening.engine)
 
@@ -154,13 +141,12 @@ class Link:
             return
         posted = engine.submit(self.there.session, *write.waiting.popleft())
         if posted is None:
-            write.fail(f"mooncake takes no write to {self.there.session}")
+            write.fail(f"mooncake refuses a write to {self.there.session}")
             return
         write.in_flight += 1
         self._posted.append((posted, write))
 
     def abort(self, reason: str) -> None:
-        """Post nothing of what waits."""
         for write in self._waiting:
             if write.waiting:
                 write.fail(reason)
@@ -168,12 +154,12 @@ class Link:
 
     @property
     def quiet(self) -> bool:
-        """Whether nothing is in flight, and no thread is opening it."""
+        """Whether no span is in flight, and no thread opens the connection."""
         self.step()
         return not self._posted and (self._opening is None or self._opening.ended)
 
     def give_up(self, reason: str) -> Engine | None:
-        """Let go of its engine; what is in flight is over once that ends. None: a thread has it, and lets it end."""
+        """Return the engine; spans in flight end with it. None: a thread is opening the connection, and will end it."""
         self.abort(reason)
         for _, write in self._posted:
             write.in_flight = 0
@@ -184,7 +170,7 @@ class Link:
 
 
 class Opening:
-    """The thread that opens a connection; it ends by itself, if need be by Mooncake's own limit of a minute."""
+    """The thread that opens a connection. It ends by itself, after a minute at most (Mooncake's limit)."""
 
     def __init__(self, engine: Engine | None, make_engine: Callable[[], Engine], there: Peer) -> None:
         self.engine = engine
@@ -196,7 +182,7 @@ class Opening:
 
     @property
     def ended(self) -> bool:
-        """Whether it is open, or ``error`` says why not."""
+        """Whether the connection is open, or ``error`` says why not."""
         return not self._thread.is_alive()
 
     def _open(self) -> None:
@@ -205,6 +191,6 @@ class Opening:
             self.engine = self.engine or self._make_engine()
             if self.engine.read(self._there):
                 return
-        except Exception as error:  # noqa: BLE001 -- whatever it is, this peer cannot be written
+        except Exception as error:  # noqa: BLE001 -- whatever it is, this peer cannot be reached
             why = str(error)
         self.error = f"mooncake could not reach {self._there.session}: {why}"

@@ -1,14 +1,15 @@
-"""NIXL: RDMA, NVLink, shared memory or TCP, whatever UCX finds between two processes.
+"""NIXL: RDMA, NVLink, shared memory or TCP, as UCX chooses between two processes.
 
-What was learnt about it (docs/dependencies.md has the figures):
+Observations (docs/dependencies.md has the figures):
 
-- Its progress thread burns a whole core even when idle, so it is off, and ``progress`` is called instead
-  while a peer may be writing here: a peer that never does completes no first transfer.
-- A killed peer is reported by an exception of ``check_xfer_state``; a stopped one by nothing at all.
-- A write cannot be recalled. NIXL lets its handle be released, and its peer be removed, and then calls it failed; but
-  its bytes still leave this process's memory for a stopped peer's when that wakes up, whatever the memory holds by
-  then. So a write that is not done is in flight until NIXL says how it ended, and its peer is not removed before.
-- The Python layer raises for some failures and returns "ERR" for others. Both are ChannelErrors here.
+- The progress thread uses a whole core even when idle, so it is off. ``progress`` is called instead while a peer may be
+  writing here; without it the peer's first transfer never completes.
+- A killed peer is reported by an exception of ``check_xfer_state``; a stopped peer is not reported at all.
+- A write cannot be recalled. NIXL allows its handle to be released and its peer to be removed, and then reports the
+  write as failed. But when a stopped peer wakes up, the bytes still go from this process's memory to the peer's,
+  whatever the memory holds by then. So a write is in flight until NIXL reports its end, and only then its peer is
+  removed.
+- The Python layer raises for some failures and returns "ERR" for others. Both become ChannelErrors.
 """
 
 import contextlib
@@ -20,14 +21,14 @@ from kvbelt.channels.choice import Choice
 from kvbelt.channels.ucx_report import ucx_report
 from kvbelt.errors import ChannelError
 
-#: NIXL's names of kinds of memory.
+#: NIXL's names for kinds of memory.
 _MEMORY = {"cpu": "DRAM", "cuda": "VRAM"}
 
 ResultT = TypeVar("ResultT")
 
 
 def _vendor(what: str, call: Callable[..., ResultT], *arguments: Any) -> ResultT:
-    """Call NIXL; whatever it raises becomes a ChannelError with its text."""
+    """Call NIXL, and turn any exception into a ChannelError with its text."""
     try:
         return call(*arguments)
     except Exception as error:
@@ -44,14 +45,9 @@ def _place(device: str) -> tuple[str, int]:
 
 
 class NixlChannel:
-    """``transfer.ports.Channel`` over a NIXL agent.
+    """``transfer.ports.Channel`` over a NIXL agent (see ``make_channel``).
 
-    The agent is created by the first ``register``, on the thread that uses it from then on.
-
-    Args:
-        name: unique among all processes that meet.
-        backends: NIXL's; None: UCX.
-        prepare: called once on that thread, before NIXL is loaded.
+    The first ``register`` creates the agent, on the thread that uses it from then on.
     """
 
     name = "nixl"
@@ -66,30 +62,24 @@ class NixlChannel:
         self._registered: list[Any] = []
         self._kinds: frozenset[str] = frozenset()  # of registered memory, as UCX calls them
         self._peers: set[str] = set()
-        self._leaving: set[str] = set()  # removed by the owner, with writes in flight
+        self._leaving: set[str] = set()  # removed peers with writes in flight
         self._in_flight: list[NixlWrite] = []
-        self.backends: tuple[str, ...] = ()  #: that are in use, once there is an agent
-        self.plugins: tuple[str, ...] = ()  #: that NIXL could load
+        self.backends: tuple[str, ...] = ()  #: in use, once there is an agent
+        self.plugins: tuple[str, ...] = ()  #: those that NIXL could load
 
     def choices(self) -> tuple[Choice, ...]:
-        """What UCX has chosen so far, for the kinds of memory that are registered here. From any thread.
+        """Any thread: the transports that UCX has chosen so far, for the kinds of memory that are registered here.
 
-        It chooses for others as well: two processes with nothing but a GPU's memory have a way for the host's, which
-        says nothing of how KV travels.
+        UCX chooses for other kinds as well. Between two processes with GPU memory alone, its choice for host memory
+        carries no KV.
         """
         return tuple(one for one in ucx_report().choices() if one.memory in self._kinds)
 
     @staticmethod
     def complaints() -> list[str]:
-        """UCX's warnings and errors so far."""
         return ucx_report().complaints()
 
     def register(self, region: Any) -> None:
-        """Make a region reachable.
-
-        Raises:
-            ChannelError: NIXL is not installed, a backend is missing, or the memory cannot be registered.
-        """
         if self._agent is None:
             self._agent = self._make_agent()
         memory, _ = _place(region.device)
@@ -101,14 +91,16 @@ class NixlChannel:
     def _make_agent(self) -> Any:
         if self._prepare is not None:
             self._prepare()
-        # Its notices about versions and plugins belong in nobody's log unless asked for.
+        # NIXL's notices about versions and plugins are useful only to a user who asks for them.
         os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
         try:
-            from nixl._api import nixl_agent, nixl_agent_config  # noqa: PLC0415 -- seconds, and only if used
+            from nixl._api import nixl_agent, nixl_agent_config  # noqa: PLC0415 -- takes seconds
         except ImportError as error:
-            raise ChannelError(f"transfer_channel nixl needs the package nixl: {error}") from error
+            raise ChannelError(
+                f"transfer_channel nixl needs nixl ({error}): pip install 'kvbelt[embedded]', or 'kvbelt[vllm]'"
+            ) from error
         config = nixl_agent_config(enable_prog_thread=False, backends=self._backends)
-        with ucx_report().asked_for():
+        with ucx_report().requested():
             agent = _vendor(f"start with backends {self._backends}", nixl_agent, self._agent_name, config)
         self.backends, self.plugins = tuple(sorted(agent.backends)), tuple(sorted(agent.plugin_list))
         missing = [backend for backend in self._backends if backend not in agent.backends]
@@ -119,15 +111,9 @@ class NixlChannel:
         return agent
 
     def local_metadata(self) -> bytes:
-        """What a peer needs to reach this process's regions."""
         return bytes(_vendor("describe this agent", self._agent.get_agent_metadata))
 
     def add_peer(self, metadata: bytes) -> str:
-        """Learn a peer. Returns its agent name.
-
-        Raises:
-            ChannelError: the metadata is not of a compatible agent.
-        """
         self._tidy()
         name = _vendor("learn a peer", self._agent.add_remote_agent, metadata)
         agent = name.decode() if isinstance(name, bytes) else str(name)
@@ -136,46 +122,34 @@ class NixlChannel:
         return agent
 
     def connect(self, agent: str) -> None:
-        """Have UCX open its connection, with a notification that says nothing.
+        """Make UCX open its connection, by an empty notification.
 
-        NIXL's own ``make_connection`` returns in microseconds and opens nothing: UCX connects when it first has
-        something to say, and goes on in ``progress`` of both sides. Where both sides let it work each millisecond the
-        first write takes as long with this as without (``benchmarks/carriers.py``); it is for those that do not.
-
-        Raises:
-            ChannelError: the peer is not known, or cannot be reached.
+        NIXL's ``make_connection`` returns in microseconds and opens nothing: UCX connects for the first message, and
+        continues in ``progress`` of both sides. If both sides call it each millisecond, the first write takes as long
+        without this (``benchmarks/carriers.py``); otherwise this saves time.
         """
         if agent not in self._peers:
             raise ChannelError(f"peer {agent!r} is not known")
         _vendor(f"connect to {agent}", self._agent.send_notif, agent, b"")
 
     def remove_peer(self, agent: str) -> None:
-        """Forget a peer. Its connection is closed once nothing is in flight to it."""
+        """Forget a peer. Its connection is closed once no write to it is in flight."""
         if agent in self._peers:
             self._peers.discard(agent)
             self._leaving.add(agent)
         self._tidy()
 
     def _tidy(self) -> None:
-        self._in_flight = [write for write in self._in_flight if write.look()]
+        self._in_flight = [write for write in self._in_flight if write.poll()]
         for agent in self._leaving - {write.agent for write in self._in_flight}:
             self._leaving.discard(agent)
             _vendor(f"forget {agent}", self._agent.remove_remote_agent, agent)
 
     def write(self, agent: str, spans: Sequence[tuple[int, int, int]], device: str, peer_device: str) -> "NixlWrite":
-        """Post one write of ``(local address, remote address, bytes)`` spans.
-
-        Raises:
-            ChannelError: it could not be posted.
-        """
         return self._post("WRITE", agent, spans, device, peer_device)
 
     def read(self, agent: str, spans: Sequence[tuple[int, int, int]], device: str, peer_device: str) -> "NixlWrite":
-        """The other way round: from the peer's memory to ours. No transfer reads; ``kvbelt doctor`` measures it.
-
-        Raises:
-            ChannelError: it could not be posted.
-        """
+        """Post one read from the peer's memory. Transfers never read; ``kvbelt doctor`` measures it."""
         return self._post("READ", agent, spans, device, peer_device)
 
     def _post(
@@ -186,17 +160,10 @@ class NixlChannel:
         nixl = self._agent
         memory, index = _place(device)
         peer_memory, peer_index = _place(peer_device)
-        local = [(address, num_bytes, index) for address, _, num_bytes in spans]
-        remote = [(address, num_bytes, peer_index) for _, address, num_bytes in spans]
+        local = nixl.get_xfer_descs([(address, num_bytes, index) for address, _, num_bytes in spans], memory)
+        remote = nixl.get_xfer_descs([(there, num_bytes, peer_index) for _, there, num_bytes in spans], peer_memory)
         what = f"{operation.lower()} {len(spans)} spans {'to' if operation == 'WRITE' else 'from'} {agent}"
-        handle = _vendor(
-            what,
-            nixl.initialize_xfer,
-            operation,
-            nixl.get_xfer_descs(local, memory),
-            nixl.get_xfer_descs(remote, peer_memory),
-            agent,
-        )
+        handle = _vendor(what, nixl.initialize_xfer, operation, local, remote, agent)
         write = NixlWrite(nixl, handle, agent, what)
         write.post()
         self._in_flight = [other for other in self._in_flight if other.in_flight]
@@ -205,7 +172,6 @@ class NixlChannel:
         return write
 
     def progress(self) -> None:
-        """Let UCX work."""
         _vendor("make progress", self._agent.get_new_notifs)
         if self._leaving:
             self._tidy()
@@ -226,8 +192,6 @@ class NixlChannel:
 
 
 class NixlWrite:
-    """One posted write."""
-
     def __init__(self, nixl: Any, handle: Any, agent: str, what: str) -> None:
         self.agent = agent
         self._nixl = nixl
@@ -237,26 +201,21 @@ class NixlWrite:
         self._error = ""
 
     def post(self) -> None:
-        """Start it. Small writes, and writes within one machine, are often done at once.
-
-        Raises:
-            ChannelError: it could not be started.
-        """
+        """Start it. Small writes, and writes within one machine, are often done at once."""
         try:
             self._state = _vendor(self._what, self._nixl.transfer, self._handle)
         except ChannelError:
-            # It was never under way; NIXL may still refuse to free the handle, and keeps it until the agent ends.
+            # It never started. NIXL may still refuse to free the handle, and then keeps it until the agent ends.
             self._state = "ERR"
             self.release()
             raise
 
     @property
     def in_flight(self) -> bool:
-        """Whether NIXL was still at it when it was last asked."""
+        """Whether it had not ended at the last ``poll``."""
         return self._state == "PROC"
 
-    def look(self) -> bool:
-        """Ask NIXL. Returns whether it is in flight."""
+    def poll(self) -> bool:
         if self.in_flight:
             try:
                 self._state = _vendor(self._what, self._nixl.check_xfer_state, self._handle)
@@ -265,27 +224,18 @@ class NixlWrite:
         return self.in_flight
 
     def done(self) -> bool:
-        """Whether it has completed.
-
-        Raises:
-            ChannelError: it failed.
-        """
-        self.look()
+        self.poll()
         if self._state == "ERR":
             raise ChannelError(self._error or f"nixl could not {self._what}: the transfer is in state ERR")
         return self._state == "DONE"
 
     def release(self) -> None:
-        """Free NIXL's handle.
-
-        Raises:
-            ChannelError: it is in flight, and cannot be recalled.
-        """
+        """Free NIXL's handle. A write in flight cannot be recalled, so it raises."""
         if self._handle is None:
             return
-        if self.look():
+        if self.poll():
             raise ChannelError(f"nixl cannot abort: {self._what}")
-        # A write that has ended holds no memory of ours, whatever NIXL thinks of its handle.
+        # A write that has ended uses no memory of ours, even if NIXL refuses to free its handle.
         with contextlib.suppress(Exception):
             self._handle.release()
         self._handle = None

@@ -1,11 +1,10 @@
-"""What UCX has really chosen, from its own report.
+"""The transports that UCX has chosen, from its own report.
 
-UCX picks a transport for each pair of processes and kind of memory, silently, and falls back to TCP where nothing
-better works. Asked by ``UCX_PROTO_INFO`` it says in its log what it has picked for each kind of operation, once, when
-that is first used; nothing is said per message. The log goes to a file of this process's, which is read when somebody
-asks.
+UCX silently picks a transport for each pair of processes and kind of memory, and falls back to TCP where nothing better
+works. With ``UCX_PROTO_INFO`` it logs its choice for each kind of operation, at the first use and not per message. Each
+process has its own log file, which is read on demand.
 
-A user who has set one of these variables keeps his setting, and the report is empty.
+If the user has set one of these variables, the setting stays, and the report is empty.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ from typing import Literal
 
 from kvbelt.channels.choice import Choice
 
-#: The operations that move KV, ucp_put and ucp_get. NIXL's notifications are active messages: not asked for.
+#: The operations that move KV: ucp_put and ucp_get. NIXL's notifications are active messages, and are left out.
 _OPERATIONS = "*ucp_??t*"
 
 _MAX_BYTES = 1 << 20
@@ -33,18 +32,18 @@ _RANGE = re.compile(r"\| +(\d+)(?:\.\.(\d+|inf))? +\| +([^|]*?) +\| +([^|]*?) +\
 
 
 class UcxReport:
-    """Of this process: UCX has one log a process. ``ucx_report`` makes it."""
+    """This process's log: UCX has one a process. ``ucx_report`` creates it."""
 
     def __init__(self) -> None:
-        self._file: int | None = None  # for as long as the process lives
+        self._file: int | None = None  # never closed
         with contextlib.suppress(OSError):
             self._file, name = tempfile.mkstemp(prefix="kvbelt-ucx-")
-            # It has no name, so that nothing of it stays behind however this process ends.
+            # Without a name, the file disappears with the process.
             Path(name).unlink()
 
     @contextlib.contextmanager
-    def asked_for(self) -> Iterator[None]:
-        """While UCX is loaded, and while each agent is made: what they read from the environment."""
+    def requested(self) -> Iterator[None]:
+        """Set the environment that UCX reads when it is loaded, and when an agent is created."""
         if self._file is None or any(name in os.environ for name in ("UCX_LOG_FILE", "UCX_PROTO_INFO")):
             yield
             return
@@ -53,32 +52,31 @@ class UcxReport:
         try:
             yield
         finally:
-            for name in asked:  # children have files of their own
+            for name in asked:  # child processes have their own files
                 os.environ.pop(name, None)
 
     def choices(self) -> tuple[Choice, ...]:
-        """What has been chosen so far, for other processes. From any thread."""
+        """Any thread: the choices so far, for connections to other processes."""
         return tuple(dict.fromkeys(one for one in choices_in(self._text()) if one.scope != "self"))
 
     def complaints(self) -> list[str]:
-        """UCX's warnings and errors, which would stand on standard output otherwise."""
+        """UCX's warnings and errors, which it would otherwise print to standard output."""
         return [line for line in self._text().splitlines() if " WARN " in line or " ERROR " in line]
 
     def _text(self) -> str:
         if self._file is None:
             return ""
-        _libc.fflush(None)  # UCX writes through C's buffers, and what it says is often less than one
+        _libc.fflush(None)  # UCX writes through C's buffers, and often less than one
         return os.pread(self._file, _MAX_BYTES, 0).decode(errors="replace")
 
 
 @cache
 def ucx_report() -> UcxReport:
-    """This process's."""
     return UcxReport()
 
 
 def choices_in(text: str) -> Iterator[Choice]:
-    """Each table of UCX's report, by its last line: the largest messages."""
+    """The last line of each table in UCX's report, which is for the largest messages."""
     scope = memory = transport = ""
     operation: Literal["write", "read"] | None = None
     for line in text.splitlines():

@@ -1,14 +1,14 @@
-"""Which transports and devices UCX could use in this process: what ``ucx_info -d`` says, of the UCX that NIXL brings.
+"""The transports and devices that UCX can use in this process, as ``ucx_info -d`` lists them for NIXL's own UCX.
 
-Asked of the library that is loaded already, with this environment (UCX_TLS counts). For a short-lived process: it makes
-a context of its own, and a UCX of another shape could end it.
+The loaded library is asked, in this environment (UCX_TLS counts). Only for short-lived processes: it creates another
+context, and an incompatible UCX could crash the process.
 """
 
 import ctypes
 import re
 from pathlib import Path
 
-#: ``ucp_params``: so far only these two fields are used, and the rest is there and zero (ucp/api/ucp.h).
+#: ``ucp_params`` (ucp/api/ucp.h): only these two fields are set, and the rest is zero.
 _FIELD_FEATURES = 1 << 0
 _FEATURE_RMA = 1 << 1
 _PARAMS_BYTES = 512
@@ -18,7 +18,7 @@ _RESOURCE = re.compile(r"resource\s+\d+.*\s(\w+/\S+)\s*$")
 
 
 def resources() -> list[str]:
-    """Such as ``cma/memory`` and ``tcp/eth0``. Empty: UCX is not loaded, or does not say."""
+    """Such as ``cma/memory`` and ``tcp/eth0``. Empty: UCX is not loaded, or reports nothing."""
     path = _loaded_library()
     if path is None:
         return []
@@ -51,7 +51,7 @@ def resources() -> list[str]:
 
 
 def resources_in(text: str) -> list[str]:
-    """From what UCX prints of a context."""
+    """The resources in what UCX prints about a context."""
     return list(dict.fromkeys(found[1] for line in text.splitlines() if (found := _RESOURCE.search(line))))
 
 
