@@ -1,4 +1,4 @@
-"""The embedded engine and the belt on GPUs. Random models: what is compared is one road with the other."""
+"""The embedded engine and the belt on GPUs, with random models: two paths must give the same answers."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from kvbelt.engine.engine import Engine
 from kvbelt.engine.settings import EngineSettings
 from kvbelt.ops.deployment import SyncDeployment, running
-from kvbelt.ops.processes import DeploymentSpec
+from kvbelt.ops.processes import SPLIT_ALL, DeploymentSpec
 from kvbelt.ops.topology import Topology
 from tests.e2e.asking import ask_all, until
 from tests.engine.support import GREEDY, Client, save_model, small
@@ -35,14 +35,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spec(model: Path, topology: str, **changes) -> DeploymentSpec:
-    """On GPUs, staging included, one GPU a worker; on a single one, all workers."""
+    """Everything on GPUs, staging included. Each worker has its GPU; with a single GPU they share it."""
     given = {"topology": Topology.parse(topology), "model": model, "auto_ports": True, "device": "cuda",
-             "kv_gb": 2.0, "max_model_len": 2048, "start_timeout": 300.0}  # fmt: skip
+             "kv_gb": 2.0, "max_model_len": 2048, "start_timeout": 300.0,
+             "proxy_args": SPLIT_ALL}  # fmt: skip
     return DeploymentSpec(**(given | changes))
 
 
 def sent(deployment: SyncDeployment) -> dict[str, int]:
-    """The first prefill worker's ended transfers, by reason."""
+    """The ended transfers of the first prefill worker, by reason."""
     belt = httpx.get(deployment.process("prefill-0").url + "/health").json()["belt"]
     totals: dict[str, int] = belt["sent_total"]
     return totals
@@ -97,7 +98,7 @@ def test_bf16_crosses_too(model: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def _free_gpu_memory() -> Iterator[None]:
-    """What a test held in this process is given back before the next starts others."""
+    """Free the GPU memory of this process before the next test starts others."""
     yield
     if GPUS:
         torch.cuda.empty_cache()

@@ -5,8 +5,9 @@ import torch
 
 from kvbelt.paged_copy import TorchPagedCopy
 from kvbelt.transfer.ports import Digest
-from kvbelt.wire.digest import Choice, Verify
+from kvbelt.wire.digest import Choice
 from kvbelt.wire.ids import TransferId
+from kvbelt.wire.reservation import Verify
 from tests.transfer.belts import eventually
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -18,7 +19,7 @@ LARGE = 500
 
 
 def value(digest: Digest) -> int:
-    """Once it is done."""
+    """The digest, once it is done."""
     eventually(digest.done, "the device has come so far")
     return digest.value()
 
@@ -27,7 +28,7 @@ def value(digest: Digest) -> int:
 @pytest.mark.parametrize("place", ["cuda", "cpu"])
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch"])
 def test_a_device_finds_the_digest_that_the_host_finds(verify: Verify, place: str, kernels: bool) -> None:
-    """Of some cells and of all, which are more than are looked at in one go; staging on the device, or beside it."""
+    """The GPU's digest equals the host's, of few cells and of many, with staging on either side."""
     staging = torch.randint(0, 256, (LAYERS * BLOCKS * BLOCK_BYTES,), dtype=torch.uint8)
     there = staging.to(place) if place == "cuda" else staging.pin_memory()
     kept = there.clone()
@@ -46,7 +47,7 @@ def test_a_device_finds_the_digest_that_the_host_finds(verify: Verify, place: st
 
 @pytest.mark.parametrize(("place", "kernels"), [("cuda", True), ("cuda", False), ("cpu", False)])
 def test_a_device_fills_the_blocks_that_the_host_fills(place: str, kernels: bool) -> None:
-    """Of every layer, far apart in staging; and no others."""
+    """Every layer's blocks are filled from staging as on the host, and no others."""
     blocks, stride = tuple(range(LARGE - 2, 0, -3)), LARGE * BLOCK_BYTES
     staging = torch.randint(0, 256, (LAYERS * stride + 64,), dtype=torch.uint8)
     there = staging.to(place) if place == "cuda" else staging.pin_memory()

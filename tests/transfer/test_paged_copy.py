@@ -48,7 +48,7 @@ def test_gather_takes_whole_blocks_in_order(device, dtype, block_ids):
 @pytest.mark.parametrize("block_ids", ORDERS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_scatter_fills_these_blocks_of_every_layer_only(device, block_ids):
-    """The others keep their bytes."""
+    """Other blocks keep their bytes."""
     layers, _, receive, copy = make(device)
     receive.random_(0, 256)
     before = [layer.clone().view(torch.uint8) for layer in layers]
@@ -65,7 +65,7 @@ def test_scatter_fills_these_blocks_of_every_layer_only(device, block_ids):
 
 @pytest.mark.parametrize("block_ids", [[10, 3], [-1, 3], [3, 99]])
 def test_block_ids_out_of_range_are_refused(block_ids):
-    """Never clipped, never wrapped."""
+    """They are neither clipped nor wrapped."""
     _, _, _, copy = make("cpu")
     for call in (lambda: copy.gather(0, block_ids, 0, None), lambda: copy.scatter(block_ids, 0, 0)):
         with pytest.raises(ValueError, match="of a pool of 10 blocks"):
@@ -73,14 +73,14 @@ def test_block_ids_out_of_range_are_refused(block_ids):
 
 
 def test_a_run_that_leaves_the_pool_is_refused():
-    """Consecutive ids are no exception."""
+    """Consecutive ids are checked, too."""
     _, _, _, copy = make("cpu")
     with pytest.raises(ValueError, match="of a pool of 10 blocks"):
         copy.gather(0, [8, 9, 10], 0, None)
 
 
 def test_a_scatter_that_fails_leaves_no_copy_running(monkeypatch):
-    """Slot and blocks are given back then, and others use them."""
+    """Slot and blocks are then free for other requests."""
     layers, _, receive, copy = make("cpu")
     receive.random_(0, 256)
     begin, submit = threading.Event(), copy._fillers.submit
@@ -99,13 +99,13 @@ def test_a_scatter_that_fails_leaves_no_copy_running(monkeypatch):
 
 
 def test_layers_that_differ_are_refused():
-    """One number of blocks is all that a copier looks at."""
+    """A copier has one number of blocks for all layers."""
     with pytest.raises(ValueError, match="layers differ"):
         TorchPagedCopy([torch.zeros(4, 8), torch.zeros(5, 8)], send_staging=None, receive_staging=None)
 
 
 def test_layers_that_cannot_be_viewed_as_bytes_are_refused():
-    """A copy made in passing would be gathered, and the pool never."""
+    """Otherwise a hidden copy would be gathered instead of the pool."""
     with pytest.raises(ValueError, match="not contiguous"):
         TorchPagedCopy([torch.zeros(4, 8, 6).transpose(1, 2)], send_staging=None, receive_staging=None)
     with pytest.raises(ValueError, match="uint8 and flat"):
@@ -115,7 +115,7 @@ def test_layers_that_cannot_be_viewed_as_bytes_are_refused():
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("verify", ["sample", "always"])
 def test_a_digest_is_the_same_wherever_the_bytes_lie(device, verify):
-    """What a GPU sums is what the CPU sums, for either buffer, in one go or in several."""
+    """A GPU and the CPU agree for either buffer, in one piece or in several."""
     _, send, receive, copy = make(device)
     send.random_(0, 256)
     receive.copy_(send)

@@ -1,6 +1,6 @@
 """Copies whole blocks between an engine's paged KV and contiguous staging memory, on CPU (cpu.py) and CUDA (cuda.py).
 
-A copier also looks at what lies in staging memory: the digests of wire/digest.py.
+A copier also computes digests of staging memory (wire/digest.py).
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,13 @@ __all__ = ["CpuPagedCopy", "TorchPagedCopy", "region_of", "staging_memory"]
 
 
 def staging_memory(num_bytes: int, device: torch.device, *, model_on: torch.device) -> torch.Tensor:
-    """Memory for staging on ``device``, flat; pinned where it is the host's and the model is on a GPU."""
-    # Untouched pages of host memory cost nothing, unless a GPU must reach them: so a buffer may be large.
+    """Flat staging memory on ``device``; pinned if it is host memory and the model is on a GPU."""
+    # Unless it is pinned, an untouched page takes no memory, so a buffer may be large.
     pinned = device.type == "cpu" and model_on.type == "cuda"
     return torch.empty(num_bytes, dtype=torch.uint8, device=device, pin_memory=pinned)
 
 
 def region_of(staging: torch.Tensor) -> Region:
-    """Staging memory as a channel registers it."""
     return Region(staging.data_ptr(), staging.numel(), staging.device.type, staging.device.index or 0)
 
 
@@ -31,13 +30,10 @@ def TorchPagedCopy(  # noqa: N802 -- a factory that reads as the class it makes
     receive_staging: torch.Tensor | None,
     overflow_staging: torch.Tensor | None = None,
 ) -> PagedCopy:
-    """The copier for where ``layers`` live.
+    """The copier for the device of ``layers``: one tensor a layer, ``[num_blocks, ...]``, with contiguous blocks.
 
-    Args:
-        layers: one tensor a layer, ``[num_blocks, ...]``; a block is contiguous, and only its bytes matter.
-        send_staging: where gathers go: ``uint8``, one dimension, CPU (pinned, if the layers are on a GPU) or CUDA.
-        receive_staging: where scatters come from, likewise.
-        overflow_staging: where they come from as well (region 1), likewise.
+    Gathers write to ``send_staging``; scatters read ``receive_staging`` or, as region 1, ``overflow_staging``. They
+    are ``uint8``, of one dimension, on CUDA or the CPU (pinned, if the layers are on a GPU).
 
     Raises:
         ValueError: a block is not contiguous, layers differ, or a staging buffer is not a flat run of bytes.
@@ -50,7 +46,7 @@ def TorchPagedCopy(  # noqa: N802 -- a factory that reads as the class it makes
         raise ValueError(f"layers differ in blocks, bytes or device: {[tuple(layer.shape) for layer in blocks]}")
     received = [staging for staging in (receive_staging, overflow_staging) if staging is not None]
     if blocks and blocks[0].is_cuda:
-        from kvbelt.paged_copy.cuda import CudaPagedCopy  # noqa: PLC0415 -- imports Triton, where there is one
+        from kvbelt.paged_copy.cuda import CudaPagedCopy  # noqa: PLC0415 -- imports Triton, if it is installed
 
         return CudaPagedCopy(blocks, send_staging, received)
     return CpuPagedCopy(blocks, send_staging, received)

@@ -1,10 +1,10 @@
-"""Copies on CPU: numpy's, one call a run of blocks, on the calling thread alone.
+"""Copies on CPU, with numpy. Neighbouring blocks are copied as one piece.
 
-Measured, 24 KiB blocks in random order, one core: ``numpy.take`` into a warm buffer 23 GB/s against 15 to 20 for
-torch's ``index_select``; assigning rows back 14 GB/s against 1.6 for ``index_copy_``. torch would also start a pool of
-threads for every thread that copies. Blocks that lie side by side are copied as one piece.
+Measured with 24 KiB blocks in random order on one core: ``numpy.take`` into a warm buffer 23 GB/s, torch's
+``index_select`` 15 to 20; assigning rows back 14 GB/s, ``index_copy_`` 1.6. torch would also start a pool of threads
+for every thread that copies.
 
-Digests are the product of a matrix of words with a vector of weights (9 GB/s on one core, where that was measured).
+A digest is the product of a matrix of words with a vector of weights (9 GB/s on one core).
 """
 
 import time
@@ -22,22 +22,21 @@ from kvbelt.wire.digest import WORD_BYTES, Cells, Words, plus, weights
 
 Bytes = npt.NDArray[np.uint8]
 
-#: Threads that fill runs of neighbouring blocks. ``benchmarks/transfer.py`` printed 10.5 ms for the scatter of 46 MB
-#: with one and 5.3 with two, on the machine of docs/performance.md; the request waits for nothing else.
+#: Threads that fill runs of neighbouring blocks. On the machine of docs/performance.md ``benchmarks/transfer.py`` took
+#: 10.5 ms to scatter 46 MB with one thread and 5.3 with two, and the request waits for nothing else.
 _FILLING_THREADS = 2
 
-#: Blocks whose digest is computed in one go, so that the copies it makes of them stay small.
+#: Blocks whose digest is computed at once, so that their temporary copies stay small.
 _DIGEST_ROWS = 256
 
 
 class _FutureFence:
-    """A copy on a thread of the copier's."""
+    """A copy on one of the copier's threads."""
 
     def __init__(self, copy: "Future[None]") -> None:
         self._copy = copy
 
     def done(self) -> bool:
-        """Whether it has run. Raises what it raised."""
         if not self._copy.done():
             return False
         self._copy.result()
@@ -45,9 +44,9 @@ class _FutureFence:
 
 
 class CpuPagedCopy:
-    """``PagedCopy`` on CPU. Gathers are complete when the call returns, on the belt's own thread.
+    """``PagedCopy`` on CPU. Gathers are complete when the call returns.
 
-    Scatters into neighbouring blocks run on two threads, layer beside layer; they sleep while there is nothing to fill.
+    Scatters into neighbouring blocks run on two threads, which copy different layers.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class CpuPagedCopy:
         self._fillers = ThreadPoolExecutor(_FILLING_THREADS, thread_name_prefix="scatter")
 
     def gather(self, layer: int, block_ids: Sequence[int], offset: int, ready: Any) -> Fence:  # noqa: ARG002
-        """Paged blocks to ``send_staging``. ``ready`` is None on CPU."""
+        """Copy paged blocks to ``send_staging``. ``ready`` is None on CPU."""
         assert self._send is not None
         blocks = self._layers[layer]
         ids = checked(block_ids, len(blocks))
@@ -73,17 +72,15 @@ class CpuPagedCopy:
         if first is not None:
             np.copyto(staged, blocks[first : first + ids.size])
         else:
-            # The ids are in range; "raise" would check them again, at the price of a second copy.
+            # The ids are in range; "raise" would check them again and make a second copy.
             np.take(blocks, ids, axis=0, out=staged, mode="clip")
         return DONE
 
     def digest_sent(self, offset: int, cells: Cells) -> Digest:
-        """Of blocks in ``send_staging``."""
         assert self._send is not None
         return Known(self._digest(self._send[offset:], cells))
 
     def digest_received(self, offset: int, cells: Cells, region: int = 0) -> Digest:
-        """Of blocks in ``receive_staging``."""
         return Known(self._digest(self._receive[region][offset:], cells))
 
     def _digest(self, staging: Bytes, cells: Cells) -> int:
@@ -105,7 +102,6 @@ class CpuPagedCopy:
         return chosen.view(np.uint64) if chosen.ctypes.data % WORD_BYTES == 0 else chosen.copy().view(np.uint64)
 
     def scatter(self, block_ids: Sequence[int], offset: int, stride: int, region: int = 0) -> list[Fence]:
-        """``receive_staging`` to paged blocks."""
         ids = checked(block_ids, len(self._layers[0]))
         first = _run_start(ids)
         copies: list[Future[None]] = []
@@ -117,16 +113,16 @@ class CpuPagedCopy:
                 if first is not None:
                     copies.append(self._fillers.submit(np.copyto, blocks[first : first + ids.size], rows))
                 else:
-                    blocks[ids] = rows  # keeps the interpreter to itself, so a second thread would not help
-                # Who waits for the interpreter need not wait for all layers.
+                    blocks[ids] = rows  # does not release the interpreter, so a second thread would not help
+                # Give other threads the interpreter between two layers.
                 time.sleep(0)
         except BaseException:
-            # Whoever asked gives slot and blocks back, which the layers before this one still use.
+            # The caller gives slot and blocks back, and the copies of earlier layers still use them.
             wait(copies)
             raise
         return [_FutureFence(copy) for copy in copies]
 
 
 def _run_start(ids: npt.NDArray[np.int64]) -> int | None:
-    """The first id, when the ids follow one upon another."""
+    """The first id if the ids are consecutive, else None."""
     return int(ids[0]) if ids.size and bool((np.diff(ids) == 1).all()) else None

@@ -1,8 +1,8 @@
 """Copies on one CUDA device, on a side stream for each direction; a fence is an event.
 
-Every call of torch gives the interpreter away and waits to get it back, and a model runner that prepares its next step
-does not give it back soon. So what is many calls, all layers of a scatter and the cells of a digest, is one launch of a
-kernel where Triton is at hand (kernels.py; with torch's CUDA builds it is), and torch's calls where it is not.
+Every call of torch releases the interpreter and waits to get it back, which may take long while a model runner prepares
+its next step. So operations of many calls (all layers of a scatter, the cells of a digest) are one launch of a kernel
+if Triton is available (kernels.py), as it is with torch's CUDA builds. Without Triton they are calls of torch.
 """
 
 import logging
@@ -24,40 +24,38 @@ log = logging.getLogger(__name__)
 
 _Ids = tuple[tuple[int, ...], torch.Tensor]
 
-#: Without kernels so many bytes of cells in one go: a sample of 7,500 tokens of an 8B model is 17 MiB.
+#: Without kernels, bytes of cells at once. A sample of 7,500 tokens of an 8B model is 17 MiB.
 _DIGEST_BYTES = 32 << 20
 
 _MASK = 0xFFFF_FFFF_FFFF_FFFF
 
 
 class _EventFence:
-    """Work on a stream, with what must stay alive until it has run."""
+    """Work on a stream, and the tensors that must stay alive until it has run."""
 
     def __init__(self, event: torch.cuda.Event, held: tuple[torch.Tensor, ...]) -> None:
         self._event = event
         self._held = held
 
     def done(self) -> bool:
-        """Whether the stream has come past it."""
         if self._held and bool(self._event.query()):  # type: ignore[no-untyped-call]
             self._held = ()
         return not self._held
 
 
 class _DigestOnDevice(_EventFence):
-    """A digest that a stream computes, and copies to where the host can read it."""
+    """A digest that a stream computes and copies to host memory."""
 
     def __init__(self, event: torch.cuda.Event, result: torch.Tensor, held: tuple[torch.Tensor, ...]) -> None:
         super().__init__(event, held)
         self._result = result
 
     def value(self) -> int:
-        """It, once it is done."""
         return int(self._result.item()) & _MASK
 
 
 class _DigestOfCells(_EventFence):
-    """A digest of which a kernel writes each cell's part to where the host can read it."""
+    """A digest whose cells a kernel writes to host memory."""
 
     def __init__(self, event: torch.cuda.Event, cells: torch.Tensor, keys: Words) -> None:
         super().__init__(event, (cells,))
@@ -65,13 +63,10 @@ class _DigestOfCells(_EventFence):
         self._keys = keys
 
     def value(self) -> int:
-        """It, once it is done."""
         return int(np.dot(self._parts, self._keys)) & _MASK
 
 
 class CudaPagedCopy:
-    """``PagedCopy`` on one CUDA device."""
-
     def __init__(
         self,
         layers: Sequence[torch.Tensor],
@@ -79,7 +74,7 @@ class CudaPagedCopy:
         receive_staging: Sequence[torch.Tensor],
     ) -> None:
         self.block_bytes = layers[0].shape[1]
-        # Copied in the widest words that fit: byte by byte an index costs as much as what it moves.
+        # In the widest words that fit: byte by byte, an index costs as much as the byte that it moves.
         self._word = torch.int64 if self.block_bytes % WORD_BYTES == 0 else torch.uint8
         self._layers = [layer.view(self._word) for layer in layers]
         self._device = layers[0].device
@@ -88,7 +83,7 @@ class CudaPagedCopy:
         self._weights = torch.from_numpy(weights(self.block_bytes // WORD_BYTES).view(np.int64)).to(self._device)
         self._gathers = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._scatters = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        # The layers of a prompt are gathered one after another, with the same blocks: their ids travel once.
+        # The layers of a prompt are gathered in turn, from the same blocks, so their ids are copied to the device once.
         self._last_gather: _Ids | None = None
         self._addresses = torch.tensor([layer.data_ptr() for layer in layers], dtype=torch.int64).to(self._device)
         self._words = {
@@ -98,7 +93,7 @@ class CudaPagedCopy:
         self._compile()
 
     def gather(self, layer: int, block_ids: Sequence[int], offset: int, ready: Any) -> Fence:
-        """Paged blocks to ``send_staging``, once ``ready`` (a CUDA event, or None) has happened."""
+        """Copy paged blocks to ``send_staging`` once ``ready`` (a CUDA event, or None) has happened."""
         assert self._send is not None
         staged = self._staged(self._send, len(block_ids), offset)
         with torch.cuda.stream(self._gathers):
@@ -115,34 +110,32 @@ class CudaPagedCopy:
             return _EventFence(self._gathers.record_event(), held)
 
     def digest_sent(self, offset: int, cells: Cells) -> Digest:
-        """Of blocks in ``send_staging``, once the gathers before it have run."""
+        """The digest of blocks in ``send_staging``, once the gathers before it have run."""
         assert self._send is not None
         return self._digest(self._send, offset, cells, self._gathers)
 
     def digest_received(self, offset: int, cells: Cells, region: int = 0) -> Digest:
-        """Of blocks in ``receive_staging``."""
         return self._digest(self._receive[region], offset, cells, self._scatters)
 
     def scatter(self, block_ids: Sequence[int], offset: int, stride: int, region: int = 0) -> list[Fence]:
-        """``receive_staging`` to paged blocks."""
         staging = self._receive[region]
         ids = checked(block_ids, len(self._layers[0]))
         self._check(staging, offset, (len(self._layers) - 1) * stride + ids.size * self.block_bytes)
-        # The host's memory is copied across the bus as a whole, and not word by word by a kernel.
+        # Host memory is copied over the bus as a whole, and not word by word by a kernel.
         if self._kernels is not None and staging.is_cuda and ids.size:
             return [self._scatter_in_one(self._words[id(staging)], self._addresses, ids, offset, stride)]
         return [self._scatter_in_layers(staging, ids, offset, stride)]
 
     @staticmethod
     def _check(staging: torch.Tensor, offset: int, num_bytes: int) -> None:
-        # A kernel would read whatever lies there, or end CUDA for this process.
+        # A kernel would read other memory, or end CUDA for this process.
         if offset < 0 or offset + num_bytes > staging.numel():
             raise ValueError(f"bytes {offset} to {offset + num_bytes} of a staging buffer of {staging.numel()}")
 
     # With kernels.
 
     def _compile(self) -> None:
-        """The kernels, by using them once; where they cannot be had, torch does it."""
+        """Compile the kernels by using them once. If that fails, torch does their work."""
         if self._word is not torch.int64:
             return
         try:
@@ -153,7 +146,7 @@ class CudaPagedCopy:
             cells = Cells(np.zeros(1, np.int64), np.ones(1, np.uint64))
             self._scatters.wait_stream(torch.cuda.current_stream(self._device))
             self._digest_of_cells(block, 0, cells, self._scatters)
-            # Every layer's only block is the one that it is copied from.
+            # Each layer has one block, which is also the source.
             addresses = torch.full_like(self._addresses, block.data_ptr())
             self._scatters.wait_stream(torch.cuda.current_stream(self._device))
             self._scatter_in_one(block, addresses, np.zeros(1, np.int64), 0, 0)
@@ -161,12 +154,13 @@ class CudaPagedCopy:
         except Exception:  # whatever a compiler may lack
             self._kernels = None
             log.warning(
-                "no Triton kernels here; KV is copied with more calls, and some milliseconds later", exc_info=True
+                "Triton kernels are not available; copies of KV need more calls and take some milliseconds longer",
+                exc_info=True,
             )
 
     def _digest_of_cells(self, words: torch.Tensor, offset: int, cells: Cells, stream: torch.cuda.Stream) -> Digest:
         assert self._kernels is not None
-        # Read and written where it lies, in the host's memory: where each cell begins, and after it what it came to.
+        # The kernel reads and writes it in host memory: the first word of each cell, and then the cell's sum.
         given = torch.empty(2 * len(cells), dtype=torch.int64, pin_memory=True)
         given.numpy()[::2] = cells.rows * (self.block_bytes // WORD_BYTES) + offset // WORD_BYTES
         with torch.cuda.stream(stream):
@@ -199,16 +193,16 @@ class CudaPagedCopy:
         blocks = staging[offset:end].view(torch.int64).view(-1, self.block_bytes // WORD_BYTES)
         result = torch.zeros((), dtype=torch.int64, pin_memory=True)
         with torch.cuda.stream(stream):
-            # Few calls, and so few that wait for the interpreter: a sample's rows are looked at in one go.
+            # Few calls, because each waits for the interpreter: a sample's rows are read at once.
             here = torch.from_numpy(np.stack([cells.rows, cells.keys.view(np.int64)]))
             ids, keys = here.pin_memory().to(self._device, non_blocking=True)
             total: torch.Tensor | None = None
             at_once = max(_DIGEST_BYTES // self.block_bytes, 1)
             for begin in range(0, len(cells), at_once):
-                # What lies in host memory is picked there: only the chosen blocks cross the bus.
+                # Blocks in host memory are chosen there, so that only these cross the bus.
                 rows = (ids if staging.is_cuda else here[0])[begin : begin + at_once]
                 chosen = blocks.index_select(0, rows).to(self._device)
-                # In place: it is a copy, and another one would be as large.
+                # In place, because another copy would be as large.
                 part = chosen.mul_(self._weights).sum(dim=1).mul_(keys[begin : begin + at_once]).sum()
                 total = part if total is None else total + part
             assert total is not None  # there are cells
@@ -223,7 +217,7 @@ class CudaPagedCopy:
                     staged = self._staged(staging, ids.size, offset + layer * stride)
                     blocks.index_copy_(0, there, staged.to(self._device, non_blocking=True))
             except BaseException:
-                # Whoever asked gives slot and blocks back, which the layers before this one still use.
+                # The caller gives slot and blocks back, and the copies of earlier layers still use them.
                 self._scatters.synchronize()
                 raise
             return _EventFence(self._scatters.record_event(), (there,))
@@ -235,7 +229,7 @@ class CudaPagedCopy:
         if last is not None and last[0] is block_ids:
             return last[1], last
         ids = self._on_device(checked(block_ids, len(self._layers[0])))
-        # A list could be changed behind our back.
+        # A list could be changed later.
         return ids, (block_ids, ids) if isinstance(block_ids, tuple) else None
 
     def _on_device(self, ids: npt.NDArray[np.int64]) -> torch.Tensor:
@@ -243,9 +237,9 @@ class CudaPagedCopy:
 
 
 class _InFlight:
-    """Keeps host memory that kernels use until they have ended: torch does not know that they do.
+    """Keeps host memory alive while kernels use it, because torch does not know that they do.
 
-    Whoever asked for the work may have forgotten it by then, as when a transfer is cancelled or a belt closed.
+    The caller may have dropped it by then, for example when a transfer was cancelled or a belt closed.
     """
 
     def __init__(self) -> None:
@@ -253,7 +247,6 @@ class _InFlight:
         self._kept: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
 
     def add(self, event: torch.cuda.Event, memory: torch.Tensor) -> None:
-        """Until the event has happened; those that have are let go."""
         with self._lock:
             self._kept.append((event, memory))
             while self._kept and self._kept[0][0].query():  # type: ignore[no-untyped-call]
@@ -264,5 +257,5 @@ _IN_FLIGHT = _InFlight()
 
 
 def _words(staging: torch.Tensor) -> torch.Tensor:
-    # A view; made once, because making one is two calls.
+    # A view takes two calls, so it is created once.
     return staging[: staging.numel() // WORD_BYTES * WORD_BYTES].view(torch.int64)

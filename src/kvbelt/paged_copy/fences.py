@@ -1,5 +1,3 @@
-"""What both kinds of copier share."""
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +8,6 @@ class _Done:
     """A copy that was complete when the call returned."""
 
     def done(self) -> bool:
-        """It is."""
         return True
 
 
@@ -24,7 +21,6 @@ class Known(_Done):
         self._value = value
 
     def value(self) -> int:
-        """It."""
         return self._value
 
 
@@ -32,7 +28,7 @@ def checked(block_ids: Sequence[int], num_blocks: int) -> npt.NDArray[np.int64]:
     """The ids as an array.
 
     Raises:
-        ValueError: one is not of the pool; a copy would clip or wrap it.
+        ValueError: an id is not in the pool; a copy would clip or wrap it.
     """
     ids = np.asarray(block_ids, dtype=np.int64)
     if ids.size and not (int(ids.min()) >= 0 and int(ids.max()) < num_blocks):

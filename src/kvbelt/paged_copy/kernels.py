@@ -1,14 +1,14 @@
-"""Triton kernels, each one launch: a digest's cells, and a scatter's blocks of every layer.
+"""Triton kernels: one launch for a digest's cells, and one for a scatter's blocks of all layers.
 
-Numbers that change from call to call are read from memory and are no arguments: Triton compiles once more for what it
-finds about an argument (a multiple of 16, more than 32 bits), and a request would wait for that.
+Numbers that change from call to call are in memory, not arguments: Triton compiles again for each property of an
+argument (a multiple of 16, more than 32 bits), and a request would wait for that.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-#: Words (of 8 bytes) that a program takes at once.
+#: Words of 8 bytes that a program handles at once.
 _TILE = 1024
 _WARPS = 4
 
@@ -51,11 +51,11 @@ def _scatter(  # type: ignore[no-untyped-def]
 
 
 def digest(staging: torch.Tensor, cells: torch.Tensor, weights: torch.Tensor) -> None:
-    """Launch it on the current stream.
+    """Launch the digest kernel on the current stream.
 
     Args:
         staging: ``int64``, on the device or pinned.
-        cells: ``int64[2 * cells]``, likewise: where each begins, in words; the kernel fills the places between.
+        cells: ``int64[2 * cells]``, likewise: the first word of each cell, each followed by a place for its sum.
         weights: ``int64[words of a block]``, on the device.
     """
     programs = (cells.numel() // 2,)
@@ -63,13 +63,13 @@ def digest(staging: torch.Tensor, cells: torch.Tensor, weights: torch.Tensor) ->
 
 
 def scatter(staging: torch.Tensor, order: torch.Tensor, layers: torch.Tensor, words: int) -> None:
-    """Launch it on the current stream.
+    """Launch the scatter kernel on the current stream.
 
     Args:
         staging: ``int64``, on the device.
         order: ``int64[2 + blocks]``, at least one block, on the device or pinned; see the kernel.
         layers: ``int64[layers]``, on the device: the address of each layer's block 0.
-        words: of a block.
+        words: words in a block.
     """
     programs = (order.numel() - 2,)
     _scatter[programs](staging, order, layers, NUM_LAYERS=layers.numel(), WORDS=words, TILE=_TILE, num_warps=_WARPS)
