@@ -1,23 +1,24 @@
-"""A belt's metrics, rendered from its snapshot: the same names in a worker's ``/metrics`` and in a vLLM server's."""
+"""A belt's metrics from its snapshot. A worker and a vLLM server export the same names."""
 
 from collections.abc import Iterable, Iterator
 
 from prometheus_client.metrics_core import Metric
 
 from kvbelt.metrics import counter, gauge, summary
-from kvbelt.transfer import receiver_states, sender_states
-from kvbelt.transfer.receiver_states import ReceiverState
-from kvbelt.transfer.sender_states import SenderState
-from kvbelt.transfer.snapshot import BeltSnapshot
-from kvbelt.wire.about import Link, Road
+from kvbelt.transfer.receive import states as receiver_states
+from kvbelt.transfer.receive.states import ReceiverState
+from kvbelt.transfer.send import states as sender_states
+from kvbelt.transfer.send.states import SenderState
+from kvbelt.wire.about import LinkTotals, TransportChoice
+from kvbelt.wire.load import BeltSnapshot
 
-#: In the order of the enumerations, without those in which a transfer is over.
+#: In the order of the enumerations, without the final states.
 _SENDING = [state.value for state in SenderState if state not in sender_states.FINAL]
 _RECEIVING = [state.value for state in ReceiverState if state not in receiver_states.FINAL]
 
 
 def belt_families(belt: BeltSnapshot) -> Iterator[Metric]:
-    """What stands in ``/metrics`` of whoever has a belt."""
+    """All metrics of a belt, on either side."""
     yield gauge("kvbelt_receive_buffer_bytes", belt.receive_bytes)
     yield gauge("kvbelt_overflow_buffer_bytes", belt.overflow_bytes)
     yield gauge("kvbelt_overflow_bytes", belt.overflow_bytes_used)
@@ -29,7 +30,7 @@ def belt_families(belt: BeltSnapshot) -> Iterator[Metric]:
     yield gauge("kvbelt_receive_bytes", held)
     yield gauge("kvbelt_staging_buffer_bytes", belt.staging_bytes)
     yield gauge("kvbelt_staging_bytes", belt.staging_bytes_used)
-    # Zeros too: a series that comes and goes has no average over time.
+    # Zeros are exported, too: a series that comes and goes has no average over time.
     now = {("send", state): belt.sends.get(state, 0) for state in _SENDING if belt.staging_bytes}
     now |= {("receive", state): belt.arrivals.get(state, 0) for state in _RECEIVING if belt.receive_bytes}
     yield gauge("kvbelt_transfers", now)
@@ -47,16 +48,14 @@ def belt_families(belt: BeltSnapshot) -> Iterator[Metric]:
     yield counter("kvbelt_refused_messages_total", refused)
 
 
-def link_families(links: Iterable[Link]) -> Iterator[Metric]:
-    """What has moved to each decode worker that is connected."""
+def link_families(links: Iterable[LinkTotals]) -> Iterator[Metric]:
     known = list(links)
     yield counter("kvbelt_link_bytes_total", {link.engine_id: link.num_bytes for link in known})
     yield counter("kvbelt_link_busy_seconds_total", {link.engine_id: link.busy_seconds for link in known})
 
 
-def road_families(roads: Iterable[Road]) -> Iterator[Metric]:
-    """What the carrier has chosen."""
+def transport_families(choices: Iterable[TransportChoice]) -> Iterator[Metric]:
     chosen: dict[tuple[str, ...], float] = {
-        (road.scope, road.operation, road.memory, road.transport): float(road.over_tcp) for road in roads
+        (one.scope, one.operation, one.memory, one.transport): float(one.over_tcp) for one in choices
     }
     yield gauge("kvbelt_transport_over_tcp", chosen)
