@@ -1,7 +1,7 @@
 """The scripts of the simulation, with real belts: real sockets and threads, a network that is ill, writes that fail.
 
-What holds is seen from outside: every byte that was read is compared, everybody is told once, counters agree, and in
-the end nothing is held.
+The tests look from outside: every byte that was read is compared, every reader is notified once, counters agree, and
+in the end nothing is held.
 """
 
 import random
@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from kvbelt.channels.memory import Fault, MemoryChannel, MemoryNetwork
 from kvbelt.transfer.ports import Lost, SlotGoneError
-from kvbelt.transfer.receiver import ReceiverSession
+from kvbelt.transfer.receive.session import ReceiverSession
 from kvbelt.transfer.settings import BeltSettings
 from kvbelt.wire.ids import TransferId
+from tests.channels.memory import Fault, MemoryChannel, MemoryNetwork
 from tests.transfer.belts import LAYOUT, Arrival, Side, begin, eventually, hand_over
 from tests.transfer.relay import CUT, ROUGH, WELL, Relay
 
@@ -32,7 +32,7 @@ POOL = 1024
 
 
 class Prompt:
-    """One transfer, and what has become of it on both sides."""
+    """One transfer and its fate on both sides."""
 
     def __init__(self, world, number, rng):
         self.name = f"t{number}"
@@ -52,7 +52,7 @@ class Prompt:
         self.read = None
 
     def claim(self, world, *, lets_go):
-        """A decode worker's request waits for it, on a thread of its own."""
+        """Let a request wait for the KV on a thread of its own."""
         self.arrival = Arrival()
         self.cancel_reading = world.d.belt.receive(TransferId(self.name), SECONDS, self.arrival)
         self.read = world.readers.submit(self._read, world.d, lets_go)
@@ -107,24 +107,24 @@ class World:
     # What may happen.
 
     def send(self):
-        """A prompt."""
+        """Begin a prompt."""
         self.prompts.append(Prompt(self, self.over + len(self.prompts), self.rng))
 
     def write(self):
-        """All of it, in chunks."""
+        """Write all of a prompt in chunks."""
         prompt = self._some(lambda prompt: not prompt.written)
         if prompt is not None:
             prompt.written = True
             hand_over(prompt.sending, LAYOUT, prompt.here, self.rng.randint(1, LARGEST))
 
     def claim(self):
-        """Somebody waits for it."""
+        """Let a request wait for a prompt."""
         prompt = self._some(lambda prompt: prompt.arrival is None)
         if prompt is not None:
             prompt.claim(self, lets_go=self.rng.random() < 0.1)
 
     def cancel(self):
-        """One side or the other wants it no more."""
+        """Cancel a prompt on one of the two sides."""
         prompt = self._some(lambda prompt: True)
         if prompt is not None:
             if prompt.cancel_reading is not None and self.rng.random() < 0.5:
@@ -137,11 +137,11 @@ class World:
         return self.rng.choice(candidates) if candidates else None
 
     def rain(self):
-        """The network becomes ill, or well."""
+        """Disturb the network, or repair it."""
         self.relay.weather = self.rng.choice([WELL, ROUGH, ROUGH, CUT])
 
     def fault(self):
-        """Writes stall, fail, or lie where digests find it."""
+        """Let writes stall, fail, or lie where digests find it."""
         faults = [Fault.STALL, Fault.FAIL, None] + [Fault.DROP] * (self.verify == "always")
         fault = self.rng.choice(faults)
         agent = self.d.belt.identity.engine_id
@@ -150,7 +150,7 @@ class World:
             self.network.faults[agent] = fault
 
     def stop_or_wake(self):
-        """A belt's thread stands still, as a stopped process's."""
+        """Stop a belt's thread, or wake it."""
         side = self.rng.choice([self.p, self.d])
         if side in self.stopped:
             self.stopped.pop(side).set()
@@ -171,7 +171,7 @@ class World:
         threading.Event().wait(self.rng.choice([0.0, 0.01, 0.03, 0.1, 0.3]))
 
     def run(self, steps):
-        """A script by chance."""
+        """Run a random script."""
         weights = {
             self.send: 5, self.write: 5, self.claim: 5, self.wait: 6, self.rain: 2, self.cancel: 1, self.fault: 1,
             self.stop_or_wake: 1, self.restart: 0.3,
@@ -182,7 +182,7 @@ class World:
     # What must hold.
 
     def heal(self):
-        """All is well; everything comes to its end."""
+        """Repair everything and let it end."""
         self.relay.weather = WELL
         self.network.faults.clear()
         for gate in self.stopped.values():
@@ -213,7 +213,7 @@ class World:
         return ends
 
     def close(self):
-        """End it all."""
+        """Close everything."""
         for gate in self.stopped.values():
             gate.set()
         self.p.belt.close()
@@ -224,7 +224,7 @@ class World:
 
 @pytest.fixture
 def world(request):
-    """Two belts and what is between them."""
+    """Two belts and the relay between them."""
     seed, verify = request.param
     world = World(seed, verify)
     yield world
@@ -236,7 +236,7 @@ SCRIPTS = [(1, "off"), (2, "sample"), (3, "always")]
 
 @pytest.mark.parametrize("world", SCRIPTS, indirect=True, ids=str)
 def test_a_script_over_real_sockets(world):
-    """Whatever happened, no wrong byte was read, everything ended, and then prompts arrive again."""
+    """No wrong byte was read, every transfer ended, and new prompts arrive."""
     for _ in range(2):
         world.run(30)
         world.heal()
@@ -252,7 +252,7 @@ def test_a_script_over_real_sockets(world):
 
 @pytest.mark.parametrize("world", [(5, "off")], indirect=True)
 def test_a_cut_in_the_middle_of_a_prompt_leaves_nothing_behind(world):
-    """Both sides give it up in their own time; the last word is said again when there is somebody to hear it."""
+    """Both sides give it up, and the end message is repeated until the network works."""
     world.send()
     (prompt,) = world.prompts
     prompt.claim(world, lets_go=False)
@@ -265,17 +265,17 @@ def test_a_cut_in_the_middle_of_a_prompt_leaves_nothing_behind(world):
 
 @pytest.mark.parametrize("world", [(6, "off")], indirect=True)
 def test_bytes_that_are_read_too_early_are_seen(world, monkeypatch):
-    """So that the scripts can fail: without commit before visible, a reader has what nobody has written."""
-    room = ReceiverSession._room
+    """Without commit before visible, a reader gets bytes that were never written. So the scripts can fail."""
+    take_slot = ReceiverSession.take_slot
 
-    def delivers(self, *arguments):
-        return [*room(self, *arguments), *([self._deliver()] if self.has_reader else [])]
+    def delivers(self, event):
+        return [*take_slot(self, event), *(self.deliver(event) if self.has_consumer else [])]
 
-    monkeypatch.setattr(ReceiverSession, "_room", delivers)
+    monkeypatch.setattr(ReceiverSession, "take_slot", delivers)
     for _ in range(20):  # a reader that is slower than the reservation finds no fault
         world.send()
         prompt = world.prompts[-1]
         prompt.claim(world, lets_go=False)
         if prompt.read.result(PATIENCE) == "WRONG":
             return
-    raise AssertionError("nobody has read too early")
+    raise AssertionError("no reader has read too early")

@@ -1,12 +1,11 @@
-"""Contiguous pieces of variable size out of one buffer: first fit, neighbours merge when freed.
+"""Contiguous pieces of variable size from one buffer: first fit; free neighbours merge.
 
-First fit from the low end, on purpose: the piece freed last at the low end is handed out next, while its
-bytes are still in a cache.
+First fit from the low end reuses the piece that was freed last there, while its bytes are still in a cache.
 """
 
 from bisect import bisect_left, insort
 
-#: Pieces begin at a page: what an RDMA card or the kernel maps is whole pages.
+#: Pieces begin at a page, because RDMA cards and the kernel map whole pages.
 ALIGNMENT = 4096
 
 
@@ -22,7 +21,7 @@ class Arena:
 
     @property
     def used_bytes(self) -> int:
-        """Handed out, with what alignment adds."""
+        """Bytes in use, padding included."""
         return sum(self._used.values())
 
     def allocate(self, num_bytes: int) -> int | None:
@@ -30,7 +29,7 @@ class Arena:
         if num_bytes < 1:
             raise ValueError(f"a piece of {num_bytes} bytes")
         for index, (offset, free) in enumerate(self._free):
-            # The buffer's own end need not be aligned: a piece that ends there is not rounded up.
+            # The buffer's end need not be aligned, so a piece that ends there is not rounded up.
             if free < num_bytes:
                 continue
             taken = min(free, -(-num_bytes // self._alignment) * self._alignment)
@@ -43,7 +42,6 @@ class Arena:
         return None
 
     def free(self, offset: int) -> None:
-        """Take back the piece that begins at ``offset``."""
         num_bytes = self._used.pop(offset)
         index = bisect_left(self._free, (offset, 0))
         if index < len(self._free) and self._free[index][0] == offset + num_bytes:
@@ -52,21 +50,3 @@ class Arena:
             offset, before = self._free.pop(index - 1)
             num_bytes += before
         insort(self._free, (offset, num_bytes))
-
-    def validate(self) -> None:
-        """Check the invariants.
-
-        Raises:
-            AssertionError: free and used pieces do not tile the buffer.
-        """
-        pieces = sorted([*self._free, *self._used.items()])
-        end = 0
-        for offset, num_bytes in pieces:
-            if offset != end or num_bytes < 1:
-                raise AssertionError(f"piece at {offset} of {num_bytes} bytes after {end}")
-            end = offset + num_bytes
-        if end != self.num_bytes:
-            raise AssertionError(f"pieces end at {end} of {self.num_bytes}")
-        for (offset, num_bytes), (following, _) in zip(self._free, self._free[1:], strict=False):
-            if offset + num_bytes >= following:
-                raise AssertionError(f"free pieces at {offset} and {following} touch")

@@ -1,4 +1,4 @@
-"""When each of many things is due next."""
+"""The deadlines of many keys, in a heap."""
 
 import heapq
 import itertools
@@ -11,7 +11,7 @@ NEVER = float("inf")
 
 
 class Deadlines(Generic[KeyT]):
-    """A heap in which an entry that was set anew stays behind, and is recognised when it comes up."""
+    """A heap with lazy deletion: an entry that was replaced is skipped when it comes up."""
 
     def __init__(self) -> None:
         self._due: dict[KeyT, float] = {}
@@ -20,7 +20,6 @@ class Deadlines(Generic[KeyT]):
 
     @property
     def due(self) -> float:
-        """The earliest time of all; infinity when there is none."""
         while self._heap:
             at, _, key = self._heap[0]
             if self._due.get(key) == at:
@@ -29,7 +28,7 @@ class Deadlines(Generic[KeyT]):
         return NEVER
 
     def set(self, key: KeyT, due: float) -> None:
-        """``key`` is due at ``due`` and no other time; infinity forgets it."""
+        """Replace the deadline of ``key``; infinity removes it."""
         if self._due.get(key) == due:
             return
         if due == NEVER:
@@ -39,7 +38,7 @@ class Deadlines(Generic[KeyT]):
         heapq.heappush(self._heap, (due, next(self._order), key))
 
     def pop_due(self, now: float) -> list[KeyT]:
-        """Everything due by now, earliest first; each must be set anew to come again."""
+        """Remove and return all keys that are due, earliest first."""
         keys: list[KeyT] = []
         while self.due <= now:
             _, _, key = heapq.heappop(self._heap)

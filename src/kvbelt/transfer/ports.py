@@ -1,8 +1,7 @@
-"""The seams of the belt: what it is given (copying, moving bytes, time) and what it gives (the belt's face).
+"""The interfaces of the belt: what it needs (copying, moving bytes) and what it offers to an engine.
 
-``Channel`` and ``PagedCopy`` are implemented outside this room; ``Sending``, ``Receiving`` and their
-outcomes are what an engine's side sees. Everything an engine's side calls may come from any thread;
-callbacks run on the belt's thread and must return quickly.
+``Channel`` and ``PagedCopy`` are implemented outside this package. ``ReceivedKV`` and the outcomes are for engines. An
+engine may call from any thread; callbacks run on the belt's thread and must return quickly.
 """
 
 from collections.abc import Sequence
@@ -32,57 +31,51 @@ class Region:
 
 
 class Fence(Protocol):
-    """A copy under way."""
-
     def done(self) -> bool:
         """Whether its bytes are in place. Never blocks."""
 
 
 class Digest(Fence, Protocol):
-    """A digest under way."""
-
     def value(self) -> int:
-        """What it is, once it is done (wire/digest.py)."""
+        """The digest (wire/digest.py), once it is done."""
 
 
 class PagedCopy(Protocol):
-    """Copies whole blocks between an engine's paged KV and contiguous staging buffers, and looks at what lies in these.
+    """Copies whole blocks between an engine's paged KV and contiguous staging buffers, and sums what is in the buffers.
 
     ``offset`` is in bytes from the start of a staging buffer; block *i* of the call lies at
     ``offset + i * layout.block_bytes``. ``region`` says which receive buffer: 0, or 1 for the overflow.
     """
 
     def gather(self, layer: int, block_ids: Sequence[int], offset: int, ready: Any) -> Fence:
-        """Paged blocks to staging, after ``ready`` (an engine's event, or None)."""
+        """Copy paged blocks to staging, after ``ready`` (an engine's event, or None)."""
 
     def scatter(self, block_ids: Sequence[int], offset: int, stride: int, region: int = 0) -> Sequence[Fence]:
-        """Staging to paged blocks, of every layer: layer *n* lies at ``offset + n * stride``.
+        """Copy staging to paged blocks, every layer: layer *n* lies at ``offset + n * stride``.
 
         Raises:
             ValueError: a block that the engine does not have.
         """
 
     def digest_sent(self, offset: int, cells: Cells) -> Digest:
-        """Of blocks that have been gathered."""
+        """Sum blocks that were gathered."""
 
     def digest_received(self, offset: int, cells: Cells, region: int = 0) -> Digest:
-        """Of blocks that a peer has written."""
+        """Sum blocks that a peer has written."""
 
 
 class PrefixIndex(Protocol):
-    """What an engine holds of prompts that it has seen."""
+    """The blocks of earlier prompts that an engine holds."""
 
     def held(self, hashes: Sequence[bytes]) -> int:
         """How many blocks, from the first on, with these hashes are here; they count as used just now.
 
-        Called on the belt's thread; returns at once. A promise without a pin: a block may be evicted before the
-        prompt is read, and then the prompt is computed here. So nothing waits for anything that is held.
+        Called on the belt's thread; returns at once. It pins nothing: a block may be evicted before the prompt is read,
+        and then the prompt is computed here. So nothing waits for a block that is held.
         """
 
 
 class WriteHandle(Protocol):
-    """One posted write."""
-
     def done(self) -> bool:
         """Whether it has completed. Never blocks.
 
@@ -104,18 +97,26 @@ class Channel(Protocol):
     name: str
 
     def register(self, region: Region) -> None:
-        """Make a region reachable. Once a region, before ``local_metadata``."""
+        """Make a region reachable. Once a region, before ``local_metadata``.
+
+        Raises:
+            ChannelError: the vendor is not installed, too old, or cannot move this memory.
+        """
 
     def local_metadata(self) -> bytes:
         """What a peer needs to reach this process's regions."""
 
     def add_peer(self, metadata: bytes) -> str:
-        """Learn a peer. Returns its agent name."""
+        """Add a peer. Returns its agent name.
+
+        Raises:
+            ChannelError: the metadata is not that of a compatible agent.
+        """
 
     def connect(self, agent: str) -> None:
-        """Begin to open the connection to a peer that was learnt, so that the first write finds it open.
+        """Begin to open the connection to a peer that was added, so that the first write finds it open.
 
-        Returns at once. What is left to do is done on the vendor's own threads, or in ``progress`` of both sides.
+        Returns at once. The rest is done on the vendor's threads, or in ``progress`` of both sides.
 
         Raises:
             ChannelError: the peer is not known, or cannot be reached.
@@ -134,7 +135,7 @@ class Channel(Protocol):
         """
 
     def progress(self) -> None:
-        """Let the vendor work (handshakes of its own, incoming traffic). Never blocks."""
+        """Let the vendor's library work (its handshakes, incoming traffic). Never blocks."""
 
     def close(self) -> None:
         """Deregister and end."""
@@ -142,20 +143,14 @@ class Channel(Protocol):
 
 @runtime_checkable
 class Reads(Protocol):
-    """A channel that can read, too. Transfers never do; a link is measured both ways (probing.py)."""
+    """A channel that can read, too. Transfers never do; a link is measured both ways (link_probe.py)."""
 
     def read(self, agent: str, spans: Sequence[tuple[int, int, int]], device: str, peer_device: str) -> WriteHandle:
-        """Post one read into ``(local address, remote address, bytes)`` spans; returns at once.
-
-        Raises:
-            ChannelError: it could not be posted.
-        """
+        """Post one read, as ``Channel.write``."""
 
 
 @dataclass(frozen=True, slots=True)
 class TransferOutcome:
-    """How one transfer ended, as the sending side saw it."""
-
     ok: bool
     reason: str  #: ``"done"``, or a low-cardinality cause such as ``"refused_layout"``, ``"deadline"``, ``"peer_lost"``
     detail: str  #: for people: what happened, with values
@@ -165,33 +160,16 @@ class TransferOutcome:
     exposed_seconds: float = 0.0  #: end of the prompt's computation to the acknowledged commit
 
 
-class Sending(Protocol):
-    """One outgoing transfer, as a prefill engine's side sees it."""
-
-    def blocks_written(self, layer: int, first: int, block_ids: Sequence[int], ready: Any) -> None:
-        """These blocks of this layer are final; take them along. The caller keeps them until ``on_blocks_free``."""
-
-    def computed(self) -> None:
-        """Every block of every layer has been handed over."""
-
-    def cancel(self, reason: str) -> None:
-        """The request is over without a complete prompt. Idempotent."""
-
-    @property
-    def failure(self) -> str | None:
-        """The reason, if it has already failed."""
-
-
 class ReceivedKV(Protocol):
     """A prompt's KV on a decode worker: committed, or coming in parts.
 
-    What is larger than the buffer comes in parts while it is read: ``scatter`` then takes as long as they take to
-    come, and can be called once. So it is called on a thread that may wait.
+    A prompt larger than the buffer comes in parts while it is read: ``scatter`` then waits for them, on a thread that
+    may wait, and can be called once.
     """
 
     num_tokens: int  #: of the prompt
     num_blocks: int  #: of the prompt
-    first_block: int  #: those before it were not sent, because this process's engine had them (PrefixIndex)
+    first_block: int  #: earlier ones were not sent, because this process's engine had them (PrefixIndex)
     whole: bool  #: every byte is there: ``scatter`` takes as long as the copies take
 
     def scatter(self, block_ids: Sequence[int], first: int | None = None) -> None:
@@ -212,8 +190,6 @@ class ReceivedKV(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PeerOutcome:
-    """Whether a receiver could be connected to."""
-
     ok: bool
     reason: str  #: empty, or a low-cardinality cause as in TransferOutcome
     detail: str  #: for people; of a refused handshake, the two values that differ
@@ -221,7 +197,5 @@ class PeerOutcome:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The KV will not come."""
-
     reason: str  #: low cardinality, as in TransferOutcome
     detail: str

@@ -1,11 +1,11 @@
-"""How the blocks of a prompt lie in a slot. Both sides derive it from what was reserved and granted.
+"""The layout of a prompt's blocks in a slot. Both sides derive it from the reservation and the grant.
 
 A slot holds the prompt's blocks from ``first_block`` on, of every layer, layer-major and contiguous: layer *l* begins
 at ``l * N * block_bytes``, its blocks one after another. So one layer of one chunk of a prompt is one span, and
 successive layers of a whole prompt are adjacent.
 
-A prompt that is larger than every buffer travels in parts. Its slot has room for two: part *k* lies, by itself
-layer-major, in the place ``k % 2``, and while a reader takes one out the other is written.
+A prompt larger than every buffer is sent in parts. Its slot has room for two: part *k* lies in place ``k % 2``,
+layer-major by itself. While the consumer reads one part, the other is written.
 """
 
 from collections.abc import Iterator
@@ -29,10 +29,10 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SlotShape:
-    """Which blocks travel, and in how many parts.
+    """Which blocks are sent, and in how many parts.
 
     Raises:
-        ValueError: no block travels, or a part has none.
+        ValueError: no block is sent, or a part is empty.
     """
 
     layout: KVLayout
@@ -41,7 +41,6 @@ class SlotShape:
     part_blocks: int
 
     def __post_init__(self) -> None:
-        """Check."""
         if not 0 <= self.first_block < self.num_blocks or not 1 <= self.part_blocks <= self.travelling:
             raise ValueError(
                 f"blocks {self.first_block} to {self.num_blocks} of a prompt, in parts of {self.part_blocks}"
@@ -49,43 +48,36 @@ class SlotShape:
 
     @property
     def travelling(self) -> int:
-        """Blocks that are sent, in each layer."""
         return self.num_blocks - self.first_block
 
     @property
     def num_parts(self) -> int:
-        """One: the slot holds all that travels."""
+        """1 if the slot holds all blocks at once."""
         return -(-self.travelling // self.part_blocks)
 
     @property
     def in_parts(self) -> bool:
-        """Whether the slot holds only a part of it at a time."""
         return self.num_parts > 1
 
     @property
     def sent_bytes(self) -> int:
-        """That travel, all parts together."""
         return self.layout.slot_bytes(self.travelling)
 
     @property
     def slot_bytes(self) -> int:
-        """Of the slot."""
         return self.layout.slot_bytes(self.part_blocks * min(PLACES, self.num_parts))
 
     def part(self, number: int) -> Part:
-        """One of the parts."""
         first = self.first_block + number * self.part_blocks
         place = (number % PLACES) * self.layout.slot_bytes(self.part_blocks)
         return Part(number, first, min(self.part_blocks, self.num_blocks - first), place)
 
     def part_of(self, block: int) -> int:
-        """The part that a block travels in."""
         return (block - self.first_block) // self.part_blocks
 
     def parts(self) -> Iterator[Part]:
-        """In the order in which they travel."""
         return (self.part(number) for number in range(self.num_parts))
 
     def offset_of(self, part: Part, layer: int, block: int) -> int:
-        """Where a block of a part lies: bytes from the start of the slot."""
+        """The place of a block of a part, in bytes from the start of the slot."""
         return part.offset + (layer * part.num_blocks + block - part.first) * self.layout.block_bytes

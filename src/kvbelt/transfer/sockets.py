@@ -1,6 +1,6 @@
-"""The belt's sockets: how frames reach and leave the belt's thread. No frame is ever waited for.
+"""The belt's sockets: how frames reach and leave the belt's thread. Sending never blocks.
 
-What cannot be sent at once is dropped: every message is said again until it is answered.
+A frame that cannot be sent at once is dropped, because every message is repeated until it is answered.
 """
 
 from collections.abc import Iterator
@@ -9,42 +9,37 @@ from typing import NamedTuple
 import zmq
 
 from kvbelt.errors import StartError
-from kvbelt.security.gate import Gate, key_of, mechanism_of
+from kvbelt.security.authenticator import ZapAuthenticator, address_of, key_of, mechanism_of
 from kvbelt.security.keys import Keys
 from kvbelt.security.refusals import Refusals
+from kvbelt.transfer.fencing import ControlEnds, listening_ports
+from kvbelt.transfer.liveness import LivenessConnections, LivenessListener
 from kvbelt.wire.codec import FrameError
 
-#: More than any burst; beyond it frames are dropped.
+#: Larger than any burst; beyond it frames are dropped.
 QUEUE_FRAMES = 10_000
-#: How long closing a socket waits for its last words.
+#: How long closing a socket waits for frames that are still to be sent.
 LINGER_MS = 200
-#: Messages taken from one socket before the others have their turn.
+#: Messages taken from one socket before the other sockets are served.
 MESSAGES_A_TURN = 64
-#: A handshake's answer carries an agent's metadata (wire/codec.py); what is larger ends the connection unread.
+#: A handshake's answer carries an agent's metadata (wire/codec.py); a larger frame ends the connection unread.
 MAX_ANSWER_BYTES = (1 << 20) + 1024
 
 
 def endpoint(host: str, port: int) -> str:
-    """A TCP endpoint; an IPv6 address in brackets."""
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
 def one(frames: list[bytes]) -> bytes:
-    """The only frame of a message.
-
-    Raises:
-        FrameError: there are more.
-    """
     if len(frames) != 1:
         raise FrameError(f"{len(frames)} frames instead of one")
     return frames[0]
 
 
 class Received(NamedTuple):
-    """One message."""
-
     frames: list[bytes]
-    key: str | None  #: the public key of whoever has sent it to a listening socket; None: no keys are asked for
+    key: str | None  #: the sender's public key, on a listening socket; None: there are no keys
+    address: str  #: numeric, of the other end
 
 
 class Sockets:
@@ -60,38 +55,51 @@ class Sockets:
         self._poller = zmq.Poller()
         self._open: set[zmq.Socket[bytes]] = set()
         self._keys = keys
+        self._listener: LivenessListener | None = None
+        # The channel has not started, so that no port which accepts connections now is its.
+        self._control = ControlEnds(set(listening_ports()))
         try:
-            self._gate = Gate(self._context, keys, refusals)
+            self._authenticator = ZapAuthenticator(self._context, keys, refusals)
         except StartError:
             self._context.term()
             raise
-        # Those of the gate are polled like all others, and served before anybody is told of a message.
-        self._gatekeepers: set[zmq.Socket[bytes]] = set()
-        self._watch_gate()
+        # They are polled like all others, and served first.
+        self._zap_sockets: set[zmq.Socket[bytes]] = set()
+        self._watch_authenticator()
 
     def bind(self, name: str, host: str, port: int, what: str, setting: str) -> tuple[zmq.Socket[bytes], int]:
-        """A ROUTER on a port (0: any free one). Returns it and its port. ``name`` is what refusals call it.
+        """A ROUTER on a port (0: any free one). Returns it and its port. ``name`` appears in refusals.
 
         Raises:
             StartError: the port is taken or the address is not ours.
         """
         socket = self._socket(zmq.ROUTER)
-        self._gate.guard(socket, name)
-        self._watch_gate()
+        self._authenticator.guard(socket, name)
+        self._watch_authenticator()
         try:
             socket.bind(endpoint(host, port))
         except zmq.ZMQError as error:
             raise StartError(
                 f"{what} cannot listen on {host} port {port}: {error.strerror}; free the port or set {setting}"
             ) from None
-        return socket, int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+        bound = int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+        self._control.accepting.add(bound)
+        return socket, bound
 
-    def connect(self, kind: int, address: str, server_key: str | None) -> zmq.Socket[bytes]:
-        """A DEALER or PUSH to whoever holds ``server_key`` at an address. Connecting goes on in the background."""
+    def connect(
+        self, kind: int, address: str, server_key: str | None, *, newest_only: bool = False
+    ) -> zmq.Socket[bytes]:
+        """A DEALER or PUSH to an address, whose server must hold ``server_key``. Connects in the background.
+
+        ``newest_only``: a frame that has not left is replaced by the next one.
+        """
         socket = self._socket(kind)
+        socket.conflate = newest_only
         socket.maxmsgsize = MAX_ANSWER_BYTES
-        self._gate.show_key(socket, server_key)
+        self._authenticator.show_key(socket, server_key)
         socket.connect(address)
+        host, _, port = address.removeprefix("tcp://").rpartition(":")
+        self._control.dial(host.strip("[]"), int(port))
         return socket
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
@@ -99,7 +107,7 @@ class Sockets:
         socket.linger = LINGER_MS
         socket.sndhwm = socket.rcvhwm = QUEUE_FRAMES
         socket.ipv6 = True
-        # A peer that was away is found again soon after it is back.
+        # Reconnect soon after a peer is back.
         socket.reconnect_ivl, socket.reconnect_ivl_max = 50, 1000
         self._open.add(socket)
         if kind != zmq.PUSH:
@@ -107,58 +115,70 @@ class Sockets:
         return socket
 
     def close(self, socket: zmq.Socket[bytes]) -> None:
-        """Forget one. Idempotent."""
         if socket in self._open:
             self._open.remove(socket)
-            self._gate.close(socket)
-            self._watch_gate()
+            self._authenticator.close(socket)
+            self._watch_authenticator()
             if socket in self._poller:
                 self._poller.unregister(socket)
             socket.close()
 
     def close_all(self) -> None:
-        """Forget all; waits LINGER_MS at most."""
+        """Close all sockets; waits LINGER_MS at most."""
         for socket in list(self._open):
             self.close(socket)
-        self._gate.close()
+        if self._listener is not None:
+            self._listener.close()
+        self._authenticator.close()
         self._context.term()
 
     def mechanism(self) -> str:
-        """How listening sockets and connections are secured: ``CURVE`` or ``NULL``, as the sockets themselves say."""
+        """``CURVE`` if every socket reports it, else ``NULL``."""
         curve = self._keys is not None and all(mechanism_of(socket) == "CURVE" for socket in self._open)
         return "CURVE" if curve else "NULL"
 
-    def _watch_gate(self) -> None:
-        now = set(self._gate.sockets)
-        for socket in self._gatekeepers - now:
+    def _watch_authenticator(self) -> None:
+        now = set(self._authenticator.sockets)
+        for socket in self._zap_sockets - now:
             self._poller.unregister(socket)
-        for socket in now - self._gatekeepers:
+        for socket in now - self._zap_sockets:
             self._poller.register(socket, zmq.POLLIN)
-        self._gatekeepers = now
+        self._zap_sockets = now
+
+    def listen_for_liveness(self, host: str, port: int) -> LivenessListener:
+        self._listener = LivenessListener(host, port, self.refusals, self._control)
+        self._control.accepting.add(self._listener.port)
+        self.watch(self._listener.fileno)
+        return self._listener
+
+    def liveness_connections(self) -> LivenessConnections:
+        """The sending ends. Their owner closes them: only it knows whether a write is in flight."""
+        connections = LivenessConnections(self._control)
+        self.watch(connections.fileno)
+        return connections
 
     def watch(self, fileno: int) -> None:
-        """Also wake up for this file descriptor."""
         self._poller.register(fileno, zmq.POLLIN)
 
     def wait(self, milliseconds: int) -> set[zmq.Socket[bytes]]:
-        """Sockets with messages, after at most so long (-1: for ever)."""
+        """Wait for messages, at most so long (-1: no limit). Returns the sockets that have some."""
         ready = {ready for ready, _ in self._poller.poll(milliseconds) if isinstance(ready, zmq.Socket)}
-        if ready & self._gatekeepers:
-            self._gate.work()
-        return ready - self._gatekeepers
+        if ready & self._zap_sockets:
+            self._authenticator.work()
+        return ready - self._zap_sockets
 
     def received(self, socket: zmq.Socket[bytes]) -> Iterator[Received]:
-        """The messages that have arrived, up to a turn's worth."""
+        """The messages that have arrived, up to ``MESSAGES_A_TURN``."""
         for _ in range(MESSAGES_A_TURN):
             try:
                 frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.ZMQError:
-                return  # none left, or closed while we looked
+                return  # none left, or the socket was closed meanwhile
             key = key_of(frames[-1]) if self._keys is not None else None
-            yield Received([frame.bytes for frame in frames], key)
+            yield Received([frame.bytes for frame in frames], key, address_of(frames[-1]))
 
     @staticmethod
-    def say(socket: zmq.Socket[bytes], *frames: bytes) -> bool:
+    def send(socket: zmq.Socket[bytes], *frames: bytes) -> bool:
         """Send, or drop. False: dropped."""
         try:
             socket.send_multipart(frames, zmq.NOBLOCK)
