@@ -3,16 +3,16 @@
 import msgspec
 import pytest
 
-from kvbelt.transfer.sender import AbortWrites, BeginWriting, Outcome, Say, StopWriting
-from kvbelt.transfer.sender_states import Abandon, PeerFailed, Quiet, SenderState, StopOverdue, WriteFailed, Written
+from kvbelt.transfer.send.session import AbortWrites, BeginWriting, Outcome, Send, StopWriting
+from kvbelt.transfer.send.states import Abort, PeerFailed, SenderState, StopOverdue, WriteFailed, WritesDrained, Written
 from kvbelt.wire import reservation as w
 from kvbelt.wire.ids import EngineId, SlotName
-from tests.transfer.test_tables import GRANTED, NAME, D, P, T, sender_in
+from tests.transfer.sessions import GRANTED, NAME, D, P, T, sender_in
 
 
 def said(commands):
     """The messages among commands."""
-    return [command.message for command in commands if isinstance(command, Say)]
+    return [command.message for command in commands if isinstance(command, Send)]
 
 
 def outcomes(commands):
@@ -21,7 +21,7 @@ def outcomes(commands):
 
 
 def test_reserve_carries_the_remaining_time():
-    """Deadlines travel as remaining seconds, smaller every time."""
+    """A repeated Reserve carries fewer remaining seconds."""
     session = sender_in("reserving")
     (again,) = said(session.tick(0.25))
     assert isinstance(again, w.Reserve)
@@ -29,12 +29,12 @@ def test_reserve_carries_the_remaining_time():
 
 
 def test_a_grant_starts_the_writing():
-    """The slot and its place come with the grant."""
+    """A grant starts the writing, with the slot and its place."""
     assert sender_in("reserving").handle(GRANTED, 0.1) == [BeginWriting(GRANTED)]
 
 
-def test_a_slot_of_another_life_of_the_receiver_is_ignored():
-    """A grant that names another engine is not ours."""
+def test_a_slot_of_another_incarnation_of_the_receiver_is_ignored():
+    """A grant that names another engine is ignored."""
     session = sender_in("reserving")
     stale = msgspec.structs.replace(GRANTED, slot=SlotName(EngineId("old"), 0, 1))
     assert session.handle(stale, 0.1) == []
@@ -42,7 +42,7 @@ def test_a_slot_of_another_life_of_the_receiver_is_ignored():
 
 
 def test_what_names_an_older_generation_changes_nothing():
-    """Expired for an earlier use of the slot does not stop this one."""
+    """An Expired about an earlier use of the slot is ignored."""
     session = sender_in("writing")
     older = w.Expired(transfer_id=T, slot=SlotName(D, 0, 0), reason="lease")
     assert session.handle(older, 0.1) == []
@@ -50,7 +50,7 @@ def test_what_names_an_older_generation_changes_nothing():
 
 
 def test_a_writer_keeps_its_lease_alive():
-    """A heartbeat every beat, as long as answers come."""
+    """A sender sends a heartbeat at every beat while answers come."""
     session = sender_in("writing")
     beats = 0
     for step in range(1, 20):
@@ -62,7 +62,7 @@ def test_a_writer_keeps_its_lease_alive():
 
 @pytest.mark.parametrize("state", ["reserving", "waiting", "writing", "committing"])
 def test_a_silent_receiver_is_lost_after_a_lease(state):
-    """Nothing waits for ever for an answer."""
+    """A receiver that is silent for a lease is lost, in every waiting state."""
     session = sender_in(state)
     (end,) = outcomes(session.tick(2.0))
     assert (end.state, end.reason) == (SenderState.FAILED, "peer_lost")
@@ -73,32 +73,32 @@ def test_a_silent_receiver_is_lost_after_a_lease(state):
     [("handshaking", "deadline"), ("reserving", "deadline"), ("waiting", "receiver_full"), ("writing", "deadline")],
 )
 def test_the_deadline_ends_every_wait(state, reason):
-    """... with a reason that tells a full receiver from a slow one."""
+    """The deadline ends every wait; the reason tells a full receiver from a slow one."""
     session = sender_in(state)
     (end,) = outcomes(session.tick(10.0))
     assert (end.state, end.reason) == (SenderState.EXPIRED, reason)
 
 
 def test_cancel_waits_for_writes_in_flight():
-    """The receiver hears Cancel only when nothing is in flight any more."""
+    """Cancel is sent only once no write is in flight."""
     session = sender_in("writing")
-    commands = session.handle(Abandon("client_gone"), 0.1)
+    commands = session.handle(Abort("client_gone"), 0.1)
     assert said(commands) == []
     assert StopWriting() in commands
     assert outcomes(commands)[0].reason == "client_gone"
-    (farewell,) = said(session.handle(Quiet(), 0.5))
-    assert isinstance(farewell, w.Cancel)
-    assert farewell.slot == NAME
+    (end_message,) = said(session.handle(WritesDrained(), 0.5))
+    assert isinstance(end_message, w.Cancel)
+    assert end_message.slot == NAME
     session.handle(w.Cancelled(transfer_id=T, slot=NAME), 0.6)
     assert session.state is SenderState.CANCELLED
 
 
-def test_a_farewell_is_repeated_until_it_is_acknowledged():
-    """A lost one would leave the slot held for as long as this sender has nothing else to say there."""
+def test_an_end_message_is_repeated_until_it_is_acknowledged():
+    """An end message is repeated every lease until it is acknowledged."""
     session = sender_in("leaving")
     for lease in range(1, 5):
-        (farewell,) = said(session.tick(lease * 2.0))
-        assert isinstance(farewell, w.Cancel)
+        (end_message,) = said(session.tick(lease * 2.0))
+        assert isinstance(end_message, w.Cancel)
     session.handle(w.Granted(**{**msgspec.structs.asdict(GRANTED), "transfer_id": T}), 9.0)
     assert session.state is SenderState.LEAVING
     assert session.handle(w.Cancelled(transfer_id=T, slot=None), 9.1) == []
@@ -106,8 +106,8 @@ def test_a_farewell_is_repeated_until_it_is_acknowledged():
     assert session.due == float("inf")
 
 
-def test_a_farewell_that_nobody_answers_ends_with_memory():
-    """When the other side has forgotten everything, too."""
+def test_an_end_message_without_an_answer_is_given_up():
+    """It is not repeated after the time in which the receiver remembers the transfer."""
     session = sender_in("leaving")
     session.tick(119.9)
     assert session.state is SenderState.LEAVING
@@ -116,42 +116,42 @@ def test_a_farewell_that_nobody_answers_ends_with_memory():
 
 
 @pytest.mark.parametrize("state", ["reserving", "waiting", "committing", "leaving"])
-def test_nobody_says_goodbye_to_a_life_that_is_over(state):
-    """A new life at the same address holds nothing of the old one's."""
+def test_an_ended_incarnation_gets_no_end_message(state):
+    """No end message goes to a receiver that is known to have been replaced."""
     session = sender_in(state)
     assert said(session.handle(PeerFailed("stale_engine", "", gone=True), 0.1)) == []
     assert session.ended
 
 
 def test_expired_is_acknowledged_when_writes_have_stopped():
-    """A sender told to stop says so once it is true, and again if asked again."""
+    """A sender that was told to stop acknowledges once it is true, and again when asked again."""
     session = sender_in("writing")
     expired = w.Expired(transfer_id=T, slot=NAME, reason="lease")
     assert said(session.handle(expired, 0.1)) == []
     assert said(session.handle(expired, 0.2)) == []
-    assert said(session.handle(Quiet(), 0.3)) == [w.Cancel(transfer_id=T, slot=NAME, reason="lease", sender=P)]
+    assert said(session.handle(WritesDrained(), 0.3)) == [w.Cancel(transfer_id=T, slot=NAME, reason="lease", sender=P)]
     assert said(session.handle(expired, 0.4)) == [w.Cancelled(transfer_id=T, slot=NAME, sender=P)]
     session.handle(w.Cancelled(transfer_id=T, slot=NAME), 0.5)
     assert session.state is SenderState.EXPIRED
     assert said(session.handle(expired, 0.6)) == [w.Cancelled(transfer_id=T, slot=NAME, sender=P)]
 
 
-def test_a_grant_that_was_never_seen_is_let_go_of():
-    """The receiver asks about a slot that this sender has not heard of: it is told, by its name, that nobody writes."""
+def test_a_grant_that_was_never_seen_is_given_up():
+    """A question about a slot whose grant was never seen is answered with Cancelled and the name of that slot."""
     session = sender_in("leaving")
     expired = w.Expired(transfer_id=T, slot=NAME, reason="lease")
     assert said(session.handle(expired, 0.1)) == [w.Cancelled(transfer_id=T, slot=NAME, sender=P)]
 
 
-def test_a_receiver_that_was_full_is_the_reason_whoever_notices_first():
-    """The receiver's clock may be the first to see the deadline."""
+def test_a_full_receiver_is_the_reason_even_if_it_notices_first():
+    """The receiver's clock may see the deadline before the sender's."""
     session = sender_in("waiting")
     (end,) = outcomes(session.handle(w.Expired(transfer_id=T, slot=None, reason="deadline"), 0.1))
     assert end.reason == "receiver_full"
 
 
 def test_writes_that_do_not_stop_are_aborted():
-    """After a lease in STOPPING the driver is told to abort, and again a lease later."""
+    """Writes that have not ended a lease after the stop are aborted, and again a lease later."""
     session = sender_in("stopping")
     assert session.due == pytest.approx(2.0)
     assert session.tick(2.0) == [AbortWrites()]
@@ -160,17 +160,16 @@ def test_writes_that_do_not_stop_are_aborted():
 
 
 def test_the_outcome_is_decided_once():
-    """Whatever follows a failure does not change it."""
+    """Events after a failure do not change the outcome."""
     session = sender_in("writing")
     session.handle(WriteFailed("write_failed", "broken"), 0.1)
-    assert outcomes(session.handle(Abandon("late"), 0.2)) == []
+    assert outcomes(session.handle(Abort("late"), 0.2)) == []
     assert outcomes(session.handle(PeerFailed("peer_lost", ""), 0.2)) == []
-    session.handle(Quiet(), 0.3)
+    session.handle(WritesDrained(), 0.3)
     assert session.outcome.reason == "write_failed"
 
 
-def test_commit_is_said_again_until_it_is_answered():
-    """A lost Commit, or a lost answer, is repaired."""
+def test_commit_is_repeated_until_it_is_answered():
     session = sender_in("writing")
     first = said(session.handle(Written(), 0.1))
     again = said(session.tick(0.4))
