@@ -1,20 +1,19 @@
 """How fast bytes reach a peer."""
 
-from kvbelt.transfer.links import LinkTallies
+from kvbelt.transfer.send.links import LinkTallies
 
 
 class Clock:
-    """Stands still until told."""
+    """A clock that is set by hand."""
 
     now = 0.0
 
     def __call__(self) -> float:
-        """Seconds."""
         return self.now
 
 
 def test_time_counts_once_while_several_writes_are_in_flight() -> None:
-    """Two writes side by side take as long as the longer one."""
+    """Overlapping writes count as one busy span."""
     clock = Clock()
     links = LinkTallies(clock)
     first = links.posting("a", 100)
@@ -30,7 +29,7 @@ def test_time_counts_once_while_several_writes_are_in_flight() -> None:
 
 
 def test_pauses_do_not_count() -> None:
-    """A sender that computes has no slow link."""
+    """Time without a write in flight does not count."""
     clock = Clock()
     links = LinkTallies(clock)
     for start in (0.0, 100.0):
@@ -42,7 +41,7 @@ def test_pauses_do_not_count() -> None:
 
 
 def test_what_is_in_flight_counts_as_busy_and_not_as_landed() -> None:
-    """A link on which nothing arrives shows."""
+    """A link on which nothing lands shows busy time without bytes."""
     clock = Clock()
     links = LinkTallies(clock)
     links.posting("a", 10)
@@ -51,8 +50,8 @@ def test_what_is_in_flight_counts_as_busy_and_not_as_landed() -> None:
     assert (tally.busy_until(clock.now), tally.num_bytes, tally.bytes_in_flight) == (7.0, 0, 10)
 
 
-def test_a_write_that_ends_after_its_peer_was_forgotten_is_nobodys() -> None:
-    """A new connection under the old name begins at nothing."""
+def test_a_write_that_ends_after_its_peer_was_forgotten_is_not_counted() -> None:
+    """A write that ends after its peer was forgotten does not count for a new connection of that name."""
     clock = Clock()
     links = LinkTallies(clock)
     late = links.posting("a", 10)

@@ -3,15 +3,15 @@
 import msgspec
 import pytest
 
-from kvbelt.channels.memory import MemoryChannel, MemoryNetwork
 from kvbelt.errors import ChannelError
-from kvbelt.transfer import peers
+from kvbelt.transfer.send import peers
 from kvbelt.transfer.settings import BeltSettings
 from kvbelt.wire.handoff import ReceiverAddress
 from kvbelt.wire.ids import EngineId
+from tests.channels.memory import MemoryChannel, MemoryNetwork
 from tests.http.support import free_port
 from tests.security.support import belts, deployment
-from tests.transfer.belts import LAYOUT, Side, Told, begin, eventually, hand_over, patient
+from tests.transfer.belts import LAYOUT, Side, Warmed, begin, eventually, hand_over, patient
 
 QUICK = BeltSettings(lease_seconds=0.4, heartbeat_seconds=0.05, handshake_seconds=0.6)
 
@@ -23,21 +23,14 @@ def memory():
     return lambda name: MemoryChannel(name, network)
 
 
-class Warmed(Told):
-    """What was told of one receiver."""
-
-    def __init__(self, side, address):
-        super().__init__(lambda on_end: side.belt.warm(address, on_end))
-
-
 def test_a_warm_receiver_needs_no_handshake(memory):
-    """The first transfer finds the connection made, and the same one is used."""
+    """The first transfer uses the connection that was made before it."""
     with Side("p", "prefill", memory("p")) as p, Side("d", "decode", memory("d")) as d:
         address = d.belt.receiver_address()
         assert Warmed(p, address).answer().ok
         assert p.belt.snapshot().peers == 1
         hellos = []
-        there = p.belt._driver.dispatch.peers
+        there = p.belt._driver.sender.peers
         before, there._hello = there._hello, lambda engine: hellos.append(engine) or before(engine)
         sending, sent = begin(p, address, "a", 100)
         hand_over(sending, LAYOUT, list(range(7)))
@@ -45,12 +38,12 @@ def test_a_warm_receiver_needs_no_handshake(memory):
         assert not hellos
 
 
-def test_warming_twice_is_told_at_once_and_counts_as_use(memory):
-    """Whoever is connected stays so."""
+def test_warming_twice_is_answered_at_once_and_counts_as_use(memory):
+    """A warmed connection that is warmed again is not idle."""
     with Side("p", "prefill", memory("p")) as p, Side("d", "decode", memory("d")) as d:
         address = d.belt.receiver_address()
         assert Warmed(p, address).answer().ok
-        (peer,) = p.belt._driver.dispatch.peers._peers.values()
+        (peer,) = p.belt._driver.sender.peers._peers.values()
         used_at = peer.used_at
         assert Warmed(p, address).answer().ok
         assert peer.used_at > used_at
@@ -58,7 +51,7 @@ def test_warming_twice_is_told_at_once_and_counts_as_use(memory):
 
 
 def test_a_refusal_has_both_values(memory):
-    """As a transfer's has."""
+    """A refused handshake names the field that differs."""
     other = msgspec.structs.replace(LAYOUT, dtype="bfloat16")
     with Side("p", "prefill", memory("p")) as p, Side("d", "decode", memory("d"), layout=other) as d:
         outcome = Warmed(p, d.belt.receiver_address()).answer()
@@ -68,7 +61,7 @@ def test_a_refusal_has_both_values(memory):
 
 
 def test_an_untrusted_key_is_an_outcome(memory):
-    """Nothing is said to whoever holds it."""
+    """A receiver with an untrusted key is not connected to."""
     ours, theirs = deployment("p"), deployment("d")
     with (
         Side("p", "prefill", memory("p"), settings=belts(ours["p"])) as p,
@@ -77,20 +70,20 @@ def test_an_untrusted_key_is_an_outcome(memory):
         assert Warmed(p, d.belt.receiver_address()).answer().reason == "untrusted_key"
 
 
-def test_nobody_there_is_an_outcome(memory):
-    """After the handshake's own time."""
+def test_a_receiver_that_does_not_answer_is_an_outcome(memory):
+    """A receiver that does not answer is given up after the handshake time."""
     with Side("p", "prefill", memory("p"), settings=QUICK) as p:
         assert Warmed(p, ReceiverAddress(EngineId("d"), "127.0.0.1", 1, 1)).answer().reason == "peer_unreachable"
 
 
-def test_who_only_receives_connects_to_nobody(memory):
-    """A decode worker that is told of another one."""
+def test_a_worker_that_only_receives_connects_to_no_receiver(memory):
+    """A worker that only receives refuses to connect."""
     with Side("d", "decode", memory("d")) as d:
         assert Warmed(d, d.belt.receiver_address()).answer().reason == "sends_nothing"
 
 
-def test_closing_tells_whoever_waits(memory):
-    """Once, and so it does afterwards."""
+def test_closing_ends_a_connection_attempt(memory):
+    """It ends once, and later attempts are refused."""
     p = Side("p", "prefill", memory("p"))
     address = ReceiverAddress(EngineId("d"), "127.0.0.1", 1, 1)
     waiting = Warmed(p, address)
@@ -101,34 +94,34 @@ def test_closing_tells_whoever_waits(memory):
 
 
 def test_a_receiver_that_restarted_ends_what_was_under_way_to_its_earlier_life(memory):
-    """Told of the new one, the prefill worker need not find out by silence."""
+    """A new incarnation at the same address ends the transfers to the old one at once."""
     with Side("p", "prefill", memory("p"), settings=patient()) as p:
         settings = patient(init_port=free_port(), alloc_port=free_port())
         with Side("d1", "decode", memory("d1"), settings=settings) as d:
             _, sent = begin(p, d.belt.receiver_address(), "a", 100)
             eventually(lambda: p.belt.snapshot().sends == {"writing": 1}, "it is under way")
-            d.belt._driver.reception.close = lambda _: None  # killed: it says no farewell
-            d.belt._driver.reception.desk.suspects = set
+            d.belt._driver.receiver.close = lambda _: None  # killed: it sends no end message
+            d.belt._driver.receiver.incoming.suspects = set
         with Side("d2", "decode", memory("d2"), settings=settings) as d:
             assert Warmed(p, d.belt.receiver_address()).answer().ok
             assert sent.outcome().reason == "stale_engine"
 
 
-def test_there_is_an_end_to_receivers(memory, monkeypatch):
-    """Each takes sockets; whoever is told of too many refuses the rest, and goes on."""
+def test_the_number_of_receivers_is_limited(memory, monkeypatch):
+    """Beyond MAX_PEERS receivers further ones are refused, and the known ones still work."""
     monkeypatch.setattr(peers, "MAX_PEERS", 2)
     with Side("p", "prefill", memory("p"), settings=QUICK) as p, Side("d", "decode", memory("d")) as d:
         known = d.belt.receiver_address()
         assert Warmed(p, known).answer().ok
-        strangers = [ReceiverAddress(EngineId(f"x{port}"), "127.0.0.1", port, port) for port in (1, 2)]
-        first, second = (Warmed(p, address) for address in strangers)
+        others = [ReceiverAddress(EngineId(f"x{port}"), "127.0.0.1", port, port) for port in (1, 2)]
+        first, second = (Warmed(p, address) for address in others)
         assert second.answer().reason == "too_many_peers"
         assert first.answer().reason == "peer_unreachable"
         assert Warmed(p, known).answer().ok
 
 
 class Counting(MemoryChannel):
-    """Counts what the belt does with it."""
+    """A channel that counts calls."""
 
     def __init__(self, name, network):
         super().__init__(name, network)
@@ -136,17 +129,15 @@ class Counting(MemoryChannel):
         self.looks = 0
 
     def connect(self, agent):
-        """Remember whom."""
         super().connect(agent)
         self.connected.append(agent)
 
     def progress(self):
-        """Count."""
         self.looks += 1
 
 
 def test_the_channels_connection_is_opened_with_the_handshake():
-    """Both sides let the channel work for a while, with no transfer, and then no more."""
+    """After the handshake both sides let the channel work for a while without a transfer, then stop."""
     network = MemoryNetwork()
     channels = Counting("p", network), Counting("d", network)
     settings = patient(opening_seconds=0.1)
@@ -163,7 +154,7 @@ def test_the_channels_connection_is_opened_with_the_handshake():
 
 
 def test_a_channel_that_cannot_connect_is_a_lost_peer(memory):
-    """As one that cannot learn it."""
+    """A channel that cannot connect loses the peer with the reason ``channel``."""
 
     class Unreachable(MemoryChannel):
         def connect(self, agent):

@@ -1,4 +1,4 @@
-"""How fast bytes reach each peer, counted while they are in flight: pauses of whoever computes do not matter."""
+"""How fast bytes reach each peer. Time counts only while bytes are in flight, so a pause of the engine does not."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,14 +6,11 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class LinkTally:
-    """Of one peer.
-
-    Invariant: ``in_flight`` writes are under way, since ``busy_since`` if there are any.
-    """
+    """Of one peer. Invariant: ``in_flight`` writes are under way, since ``busy_since`` if there are any."""
 
     writes: int = 0  #: that have landed
-    num_bytes: int = 0  #: likewise
-    busy_seconds: float = 0.0  #: in which at least one write was in flight, without the present span
+    num_bytes: int = 0  #: that have landed
+    busy_seconds: float = 0.0  #: with at least one write in flight, without the present span
     in_flight: int = 0
     bytes_in_flight: int = 0
     busy_since: float = 0.0
@@ -32,9 +29,7 @@ class LinkTallies:
 
     def posting(self, agent: str, num_bytes: int) -> LinkTally:
         """A write is about to be posted: within one machine it may be done when that call returns."""
-        link = self._links.get(agent)
-        if link is None:
-            link = self._links[agent] = LinkTally()
+        link = self._links.setdefault(agent, LinkTally())
         if not link.in_flight:
             link.busy_since = self._clock()
         link.in_flight += 1
@@ -42,7 +37,7 @@ class LinkTallies:
         return link
 
     def ended(self, link: LinkTally, num_bytes: int, *, landed: bool) -> None:
-        """It has landed, or will not. ``link`` is what ``posting`` gave: its peer may be forgotten by now."""
+        """A write has landed, or will not. ``link`` is what ``posting`` returned: its peer may be forgotten by now."""
         link.in_flight -= 1
         link.bytes_in_flight -= num_bytes
         if landed:
@@ -52,9 +47,7 @@ class LinkTallies:
             link.busy_seconds += max(0.0, self._clock() - link.busy_since)
 
     def of(self, agent: str) -> LinkTally | None:
-        """One peer's; None: nothing was ever written to it."""
         return self._links.get(agent)
 
     def forget(self, agent: str) -> None:
-        """The peer is gone."""
         self._links.pop(agent, None)
