@@ -6,11 +6,11 @@ import threading
 import pytest
 import torch
 
-from kvbelt.channels.memory import Fault, MemoryChannel, MemoryNetwork
 from kvbelt.transfer.ports import Lost, SlotGoneError
-from kvbelt.transfer.pump import PLACES as PUMP_PLACES
-from kvbelt.transfer.pump import Pump
+from kvbelt.transfer.send.pipeline import PLACES as PUMP_PLACES
+from kvbelt.transfer.send.pipeline import WritePipeline
 from kvbelt.wire.ids import TransferId
+from tests.channels.memory import Fault, MemoryChannel, MemoryNetwork
 from tests.transfer.belts import LAYOUT, SECONDS, Arrival, Side, begin, eventually, hand_over, patient
 
 #: Of a prompt; the receive buffer has room for eight in every layer, so a part has two.
@@ -38,7 +38,7 @@ def made(network, verify, **times):
 
 @pytest.fixture(params=["off", "always"])
 def sides(request, network):
-    """Both."""
+    """Both sides."""
     with made(network, request.param) as both:
         yield both
 
@@ -67,7 +67,7 @@ class Reader:
             kv.release()
 
     def join(self):
-        """Until it has read, or given up."""
+        """Wait until it has read or given up."""
         self._thread.join(SECONDS)
         assert not self._thread.is_alive(), "the reader waits for ever"
 
@@ -79,7 +79,7 @@ def same(p, there, d, here):
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 def test_a_prompt_larger_than_the_buffer_arrives_whole(sides, chunk):
-    """Every byte of every block is where it belongs, and nothing is held afterwards on either side."""
+    """Every byte of every block is right, and nothing is held afterwards on either side."""
     p, d = sides
     there, here = list(range(20, 20 + BLOCKS)), list(range(40, 40 + BLOCKS))[::-1]
     reader = Reader(d, "a", here)
@@ -99,7 +99,7 @@ def test_a_prompt_larger_than_the_buffer_arrives_whole(sides, chunk):
 
 
 def test_a_reader_that_comes_late_gets_it_all_the_same(sides):
-    """Two parts wait in the slot, the rest in the prefill worker's blocks."""
+    """Two parts wait in the slot, and the rest in the prefill worker's blocks."""
     p, d = sides
     sending, sent = begin(p, d.belt.receiver_address(), "a", BLOCKS * 16)
     blocks = list(range(BLOCKS))
@@ -114,7 +114,7 @@ def test_a_reader_that_comes_late_gets_it_all_the_same(sides):
 
 
 def test_several_stream_through_one_buffer(sides):
-    """Nobody who has room waits for more of it, so all of them end."""
+    """A transfer with a slot waits for no further slot, so all of them end."""
     p, d = sides
     readers, sents, places = [], [], [list(range(start, start + BLOCKS)) for start in (0, 20, 40)]
     for number, blocks in enumerate(places):
@@ -130,7 +130,7 @@ def test_several_stream_through_one_buffer(sides):
 
 
 def test_a_reader_that_leaves_ends_it(sides):
-    """The writer is told to stop; the slot is free once it has."""
+    """The sender is told to stop, and the slot is free once it has."""
     p, d = sides
     arrival = Arrival()
     d.belt.receive(TransferId("a"), 30.0, arrival)
@@ -145,7 +145,7 @@ def test_a_reader_that_leaves_ends_it(sides):
 
 
 def test_a_prompt_that_is_given_up_half_way_breaks_its_reader(sides):
-    """What it has taken so far is worth nothing, and it learns that."""
+    """The reader gets an error, because its first parts are useless."""
     p, d = sides
     reader = Reader(d, "a", list(range(BLOCKS)))
     sending, sent = begin(p, d.belt.receiver_address(), "a", BLOCKS * 16)
@@ -160,7 +160,7 @@ def test_a_prompt_that_is_given_up_half_way_breaks_its_reader(sides):
 
 @pytest.mark.parametrize("verify", ["off", "always"])
 def test_a_writer_that_falls_silent_breaks_its_reader_and_is_fenced(network, verify):
-    """Its slot is quarantined until it says that it has stopped."""
+    """Its slot is in quarantine until it acknowledges the end."""
     network.faults["d"] = Fault.STALL
     with made(network, verify, lease_seconds=3.0) as (p, d):  # after as long it aborts
         reader = Reader(d, "a", list(range(BLOCKS)))
@@ -173,7 +173,6 @@ def test_a_writer_that_falls_silent_breaks_its_reader_and_is_fenced(network, ver
 
 
 def test_closing_the_belt_wakes_a_reader(sides):
-    """Nobody waits for a belt that has gone."""
     p, d = sides
     reader = Reader(d, "a", list(range(BLOCKS)))
     begin(p, d.belt.receiver_address(), "a", BLOCKS * 16)
@@ -184,17 +183,17 @@ def test_closing_the_belt_wakes_a_reader(sides):
 
 
 def test_without_waiting_for_what_was_taken_parts_would_be_overwritten(sides, monkeypatch):
-    """The mechanism taken out: a writer that does not wait is refused, and nothing wrong is delivered."""
+    """A sender that does not wait is refused, and no wrong byte is delivered."""
     p, d = sides
     assert PUMP_PLACES == 2
-    begun = Pump.begin
+    begun = WritePipeline.begin
 
     def begin_without_waiting(self, load, target):
         begun(self, load, target)
         load.taken = len(load.parts) - 1
 
-    monkeypatch.setattr(Pump, "begin", begin_without_waiting)
-    monkeypatch.setattr("kvbelt.transfer.pump.PLACES", 100)
+    monkeypatch.setattr(WritePipeline, "begin", begin_without_waiting)
+    monkeypatch.setattr("kvbelt.transfer.send.pipeline.PLACES", 100)
     reader = Reader(d, "a", list(range(BLOCKS)))
     sending, sent = begin(p, d.belt.receiver_address(), "a", BLOCKS * 16, deadline=1.0)
     hand_over(sending, LAYOUT, list(range(BLOCKS)))
@@ -204,7 +203,7 @@ def test_without_waiting_for_what_was_taken_parts_would_be_overwritten(sides, mo
 
 
 def test_what_is_delivered_while_the_belt_closes_waits_for_nothing(sides):
-    """The last turn of a belt that was kept from running begins a prompt in parts; its reader is told at once."""
+    """A prompt in parts that begins in the belt's last turn is lost at once."""
     p, d = sides
     first, sent = begin(p, d.belt.receiver_address(), "first", 16)
     hand_over(first, LAYOUT, [0])
@@ -225,7 +224,7 @@ def test_what_is_delivered_while_the_belt_closes_waits_for_nothing(sides):
 
 
 def test_a_belt_that_fails_leaves_no_reader_waiting(sides):
-    """A mistake of ours ends the thread in the middle of a prompt in parts."""
+    """An exception ends the belt's thread in the middle of a prompt in parts."""
     p, d = sides
     reader = Reader(d, "a", list(range(BLOCKS)))
     sending, _ = begin(p, d.belt.receiver_address(), "a", BLOCKS * 16)

@@ -4,7 +4,7 @@ from collections import deque
 
 from hypothesis import given, settings, strategies
 
-from kvbelt.transfer.plan import Run, Span, plan_writes, take_batch
+from kvbelt.transfer.send.plan import Run, Span, plan_writes, take_batch
 from kvbelt.transfer.shape import SlotShape
 from kvbelt.wire.layout import KVLayout
 
@@ -18,7 +18,7 @@ LAYOUT = KVLayout(num_layers=5, num_kv_heads=1, head_dim=1, block_size=1, dtype=
     budget=strategies.integers(1, 50),
 )
 def test_every_block_of_every_layer_is_written_once(num_blocks, chunk, budget):
-    """However runs are cut into batches, the slot is covered exactly, and each block comes from its own place."""
+    """Batches of any size cover the slot exactly, and each block comes from its own place."""
     runs = deque(
         Run(layer, first, list(range(first, min(first + chunk, num_blocks))))
         for first in range(0, num_blocks, chunk)
@@ -46,7 +46,7 @@ def test_every_block_of_every_layer_is_written_once(num_blocks, chunk, budget):
 
 
 def test_successive_layers_of_a_whole_prompt_are_one_span():
-    """Posting costs by the span."""
+    """Successive layers of a whole prompt are merged into one span."""
     shape = SlotShape(LAYOUT, 3, 0, 3)
     batch = [Run(layer, 0, [7, 3, 9]) for layer in range(5)]
     assert plan_writes(batch, shape, shape.part(0), 0, 4096) == [Span(0, 4096, 5 * 3 * 16)]

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kvbelt.channels.memory import MemoryChannel, MemoryNetwork
 from kvbelt.wire.block_hash import block_hashes
 from kvbelt.wire.ids import TransferId
+from tests.channels.memory import MemoryChannel, MemoryNetwork
 from tests.transfer.belts import LAYOUT, Arrival, Side, begin, eventually, hand_over
 
 BLOCKS = 8
@@ -44,7 +44,7 @@ def make():
 
 @pytest.mark.parametrize("room", [64, 4], ids=["whole", "in parts"])
 def test_only_the_missing_tail_travels(make, room):
-    """The reader is told where it begins; both sides count what was sent and what was not."""
+    """The reader learns where it begins. Both sides count sent and reused bytes."""
     p = make("p", "prefill")
     d = make("d", "decode", prefix=Holds(HASHES[:3]), staging_blocks=room * LAYOUT.num_layers)
     p.fill(1)
@@ -66,7 +66,7 @@ def test_only_the_missing_tail_travels(make, room):
 
 
 def test_blocks_that_were_not_sent_cannot_be_read(make):
-    """An engine that has lost them learns it, and computes the prompt."""
+    """An engine that has evicted them gets an error, and computes the prompt."""
     p, d = make("p", "prefill"), make("d", "decode", prefix=Holds(HASHES[:3]))
     sending, _ = begin(p, d.belt.receiver_address(), "a", BLOCKS * 16, prefix_hashes=HASHES)
     hand_over(sending, LAYOUT, list(range(BLOCKS)))
@@ -94,7 +94,7 @@ def test_another_prompt_shares_nothing(make):
 
 
 def test_what_finds_the_buffer_full_goes_into_the_overflow(make):
-    """... and comes out of it, byte for byte."""
+    """It is read from there byte for byte."""
     p = make("p", "prefill")
     d = make("d", "decode", staging_blocks=BLOCKS * LAYOUT.num_layers, overflow_blocks=BLOCKS * LAYOUT.num_layers)
     p.fill(2)
@@ -114,7 +114,7 @@ def test_what_finds_the_buffer_full_goes_into_the_overflow(make):
 
 
 def test_without_an_overflow_the_second_one_waits(make):
-    """The mechanism taken out: so the test above can fail."""
+    """So the test above can fail."""
     p, d = make("p", "prefill"), make("d", "decode", staging_blocks=BLOCKS * LAYOUT.num_layers)
     begin(p, d.belt.receiver_address(), "t0", BLOCKS * 16)
     begin(p, d.belt.receiver_address(), "t1", BLOCKS * 16)
