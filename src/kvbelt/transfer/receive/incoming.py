@@ -2,110 +2,82 @@
 
 Rules:
 
-1. One record a transfer, from its first mention until some time after its end (messages come late).
-2. Room is given in the order in which it was asked for. Who is at the head waits until it fits; nobody
-   overtakes, so a large prompt is never starved by small ones.
-3. Room is asked for once: a prompt that is larger than every buffer gets a slot of two parts, and streams through it.
-   So nobody who has room waits for more of it.
-4. A prompt of which not even two blocks fit, an unknown engine_id, a size that does not follow from the layout:
-   refused at once, because waiting would not help.
-5. A writer speaks for its own transfers only.
-6. What the engine holds of a prompt already need not travel. It is asked at the moment of the grant, and promises
-   nothing: should it have lost a block by the time the prompt is read, the prompt is computed.
+1. One record a transfer, from its first message until some time after its end, because messages may be late.
+2. Slots are granted in the order of the reservations. The first one waits until it fits and is never overtaken, so
+   small prompts do not starve a large one.
+3. A transfer asks for a slot once: a prompt larger than every buffer gets a slot of two parts and streams through it.
+   So no transfer that has a slot waits for a larger one.
+4. A prompt of which not even two blocks fit, an unknown engine_id, or a size that does not follow from the layout is
+   refused at once.
+5. A sender's messages affect only its own transfers.
+6. Blocks that the engine holds already are not sent. The engine is asked at the grant and promises nothing: if it has
+   evicted a block when the prompt is read, the prompt is computed.
 """
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvbelt.security.refusals import Tally
 from kvbelt.transfer.deadlines import Deadlines
-from kvbelt.transfer.receiver import ReceiverSession
-from kvbelt.transfer.receiver_commands import (
+from kvbelt.transfer.receive.commands import (
     Answer,
-    Break,
     Check,
-    Deliver,
     Ended,
     Enqueue,
-    Finish,
     FreeSlot,
     LeaveQueue,
     Lose,
-    PartReady,
     ReceiverCommand,
-    ToReader,
+    ToConsumer,
 )
-from kvbelt.transfer.receiver_states import (
-    HOLDING,
-    Claim,
-    PartTaken,
-    ReceiverEvent,
-    ReceiverState,
-    Release,
-    Room,
-    Unclaim,
-    Verified,
-    WriterDead,
-)
+from kvbelt.transfer.receive.session import ReceiverSession
+from kvbelt.transfer.receive.slots import SlotAllocator
+from kvbelt.transfer.receive.states import Claim, FromOwner, ReceiverEvent, ReceiverState, SenderDead, SlotGranted
 from kvbelt.transfer.shape import PLACES, SlotShape
-from kvbelt.transfer.slots import SlotAllocator
 from kvbelt.wire import reservation as wire
 from kvbelt.wire.block_hash import unpacked
-from kvbelt.wire.digest import Verify
 from kvbelt.wire.ids import EngineId, TransferId
 from kvbelt.wire.layout import KVLayout
+from kvbelt.wire.reservation import Verify
 
 S = ReceiverState
 
-#: Ends remembered at most; beyond it the oldest are forgotten early.
+#: Ended transfers remembered at most; beyond it the oldest are forgotten early.
 MAX_ENDED = 4096
 
-#: Transfers of one writer that are not over; more are refused. A prefill worker has some hundreds at most.
+#: Open transfers of one sender; more are refused. A prefill worker has some hundreds at most.
 MAX_OPEN = 4096
 
-#: A prompt in parts gets at most this share of a buffer, so that others find room beside it.
+#: A prompt in parts gets at most this share of a buffer, so that others fit beside it.
 PARTS_SHARE = 2
 
-DeskCommand = Answer | Check | ToReader
+IncomingCommand = Answer | Check | ToConsumer
 
 #: Blocks, from the first on, with these hashes that this process's engine holds (ports.py: PrefixIndex).
 Held = Callable[[Sequence[bytes]], int]
 
 
 def nothing_held(hashes: Sequence[bytes]) -> int:  # noqa: ARG001
-    """Of an engine that shares no prefixes."""
     return 0
 
 
-@dataclass(frozen=True, slots=True)
-class DeskTimes:
-    """The times of settings.py that matter here."""
-
+class ReceiveTimes(NamedTuple):
     lease_seconds: float
     heartbeat_seconds: float
     claim_seconds: float
     memory_seconds: float
 
 
-class Desk:
-    """Takes what writers and readers say; returns what to answer them.
-
-    Args:
-        engine_id: of this process.
-        layout: of its KV.
-        sizes: bytes of its buffers, the first one used first.
-        times: of leases and memory.
-        verify: which digests writers are asked for.
-        held: what the engine has of a prompt.
-    """
+class IncomingTransfers:
+    """Each event returns the commands for the driver. ``sizes``: bytes of the buffers, the first one used first."""
 
     def __init__(  # noqa: PLR0917 -- its seams
         self,
         engine_id: EngineId,
         layout: KVLayout,
         sizes: Sequence[int],
-        times: DeskTimes,
+        times: ReceiveTimes,
         verify: Verify = "off",
         held: Held = nothing_held,
     ) -> None:
@@ -114,23 +86,21 @@ class Desk:
         self._times = times
         self._verify: Verify = verify
         self._held = held
+        self.sizes = tuple(sizes)
         self._slots = SlotAllocator(engine_id, sizes)
-        # One record a transfer, in exactly one of the two. Ended ones, oldest first, until they are forgotten.
+        # Each transfer's record is in exactly one of the two. Ended ones, oldest first, until they are forgotten.
         self._live: dict[TransferId, ReceiverSession] = {}
         self._ended: OrderedDict[TransferId, tuple[float, ReceiverSession]] = OrderedDict()
         # Exactly the records in QUEUED, in order of arrival.
         self._queue: OrderedDict[TransferId, None] = OrderedDict()
-        # How many of the live records each writer has reserved for; no zeros.
+        # Live records with a reservation, by sender; no zeros.
         self._open: Counter[EngineId] = Counter()
-        self._deadlines: Deadlines[TransferId] = Deadlines()
+        self.deadlines: Deadlines[TransferId] = Deadlines()  #: forgetting is never urgent and has none
         self.ended_total = Tally()
         self.committed_bytes_total = 0
         self.reused_bytes_total = 0
 
-    # What happens.
-
-    def hear(self, message: wire.FromSender, now: float) -> list[DeskCommand]:
-        """A writer speaks."""
+    def on_message(self, message: wire.FromSender, now: float) -> list[IncomingCommand]:
         sender = message.sender
         if sender is None:
             return []
@@ -152,48 +122,32 @@ class Desk:
         if isinstance(message, wire.Reserve) and record.state is S.QUEUED:
             position = list(self._queue).index(message.transfer_id)
             wait = wire.Wait(
-                transfer_id=message.transfer_id,
-                retry_after_seconds=self._times.heartbeat_seconds,
-                position=position,
+                transfer_id=message.transfer_id, retry_after_seconds=self._times.heartbeat_seconds, position=position
             )
             commands.append(Answer(sender, wait))
         return commands
 
-    def claim(self, transfer_id: TransferId, deadline: float, now: float) -> list[DeskCommand]:
-        """A reader wants this transfer, until ``deadline``. At most one a transfer."""
+    def claim(self, transfer_id: TransferId, deadline: float, now: float) -> list[IncomingCommand]:
+        """A consumer waits for this transfer until ``deadline``. At most one a transfer."""
         record = self._find(transfer_id) or self._new(transfer_id)
-        if record.has_reader or record.reason == "done" or record.state in (S.STREAMING, S.CLAIMED):
+        if record.has_consumer or record.reason == "done" or record.state in (S.STREAMING, S.CLAIMED):
             return [Lose(transfer_id, "already_claimed", "another request reads this transfer")]
         return self._handle(record, Claim(deadline, now + self._times.lease_seconds), now)
 
-    def unclaim(self, transfer_id: TransferId, now: float) -> list[DeskCommand]:
-        """The reader wants it no more."""
-        return self._if_known(transfer_id, Unclaim(), now)
+    def handle(self, transfer_id: TransferId, event: FromOwner, now: float) -> list[IncomingCommand]:
+        record = self._find(transfer_id)
+        return [] if record is None else self._handle(record, event, now)
 
-    def verified(self, transfer_id: TransferId, part: int | None, now: float, *, right: bool) -> list[DeskCommand]:
-        """The digest of a part, or of the whole slot, was compared."""
-        return self._if_known(transfer_id, Verified(part, right), now)
-
-    def part_taken(self, transfer_id: TransferId, now: float) -> list[DeskCommand]:
-        """The reader has read the next part."""
-        return self._if_known(transfer_id, PartTaken(), now)
-
-    def release(self, transfer_id: TransferId, now: float) -> list[DeskCommand]:
-        """The reader has read it, or reads no more of it."""
-        return self._if_known(transfer_id, Release(), now)
-
-    def writer_dead(self, writer: EngineId, now: float) -> list[DeskCommand]:
-        """This life of a prefill worker is known to be over."""
-        commands: list[DeskCommand] = []
+    def sender_dead(self, sender: EngineId, now: float) -> list[IncomingCommand]:
+        commands: list[IncomingCommand] = []
         for record in list(self._live.values()):
-            if record.reservation is not None and record.reservation.sender == writer:
-                commands += self._handle(record, WriterDead(), now)
+            if record.reservation is not None and record.reservation.sender == sender:
+                commands += self._handle(record, SenderDead(), now)
         return commands
 
-    def tick(self, now: float) -> list[DeskCommand]:
-        """Let time pass."""
-        commands: list[DeskCommand] = []
-        for transfer_id in self._deadlines.pop_due(now):
+    def tick(self, now: float) -> list[IncomingCommand]:
+        commands: list[IncomingCommand] = []
+        for transfer_id in self.deadlines.pop_due(now):
             record = self._live.get(transfer_id)
             if record is not None:
                 commands += self._done(record, record.tick(now), now)
@@ -204,71 +158,33 @@ class Desk:
             del self._ended[transfer_id]
         return commands
 
-    # What it looks like.
-
-    @property
-    def due(self) -> float:
-        """When ``tick`` has something to do. Forgetting is done in passing: it is never urgent."""
-        return self._deadlines.due
-
     @property
     def expects_writes(self) -> bool:
-        """Whether a peer may be writing: then the channel must be given a chance to work."""
         return any(record.state in (S.RESERVED, S.STREAMING) for record in self._live.values())
 
     def suspects(self) -> set[EngineId]:
-        """Writers that hold a slot without a valid lease: whose death would free it."""
+        """Senders of quarantined slots: their deaths would free them."""
         return {
             record.reservation.sender
             for record in self._live.values()
             if record.state is S.QUARANTINED and record.reservation is not None
         }
 
-    def writers(self) -> set[EngineId]:
-        """Writers of transfers that are not over."""
+    def senders(self) -> set[EngineId]:
         return {record.reservation.sender for record in self._live.values() if record.reservation is not None}
 
     def states(self) -> Counter[str]:
-        """Transfers that are not over, by state."""
         return Counter(record.state.value for record in self._live.values())
 
     def bytes_by_state(self) -> Counter[ReceiverState]:
-        """Bytes of slots, by the state of their transfer."""
         total: Counter[ReceiverState] = Counter()
         for record in self._live.values():
             if record.slot is not None:
                 total[record.state] += record.slot.num_bytes
         return total
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Bytes of each buffer."""
-        return self._slots.sizes
-
     def overflow_bytes(self) -> int:
-        """Bytes of slots in other buffers than the first."""
         return sum(record.slot.num_bytes for record in self._live.values() if record.slot and record.slot.region)
-
-    def validate(self) -> None:
-        """Check the invariants.
-
-        Raises:
-            AssertionError: a record, the queue and the slots do not agree.
-        """
-        self._slots.validate()
-        queued = {key for key, record in self._live.items() if record.state is S.QUEUED}
-        if queued != set(self._queue):
-            raise AssertionError(f"queued {queued}, in the queue {list(self._queue)}")
-        reserved = Counter(record.reservation.sender for record in self._live.values() if record.reservation)
-        if reserved != self._open:
-            raise AssertionError(f"{reserved} transfers are open, counted {self._open}")
-        for record in [*self._live.values(), *(record for _, record in self._ended.values())]:
-            if (record.state in HOLDING) != (record.slot is not None):
-                raise AssertionError(f"{record.name} is {record.state} with slot {record.slot}; {record.story()}")
-            if record.has_reader and record.state not in (S.EXPECTED, S.QUEUED, S.RESERVED, S.VERIFYING):
-                raise AssertionError(f"{record.name} is {record.state} and its reader was not told")
-
-    # How it is done.
 
     def _find(self, transfer_id: TransferId) -> ReceiverSession | None:
         record = self._live.get(transfer_id)
@@ -281,16 +197,12 @@ class Desk:
         self._live[transfer_id] = record
         return record
 
-    def _if_known(self, transfer_id: TransferId, event: ReceiverEvent, now: float) -> list[DeskCommand]:
-        record = self._find(transfer_id)
-        return [] if record is None else self._handle(record, event, now)
-
-    def _handle(self, record: ReceiverSession, event: ReceiverEvent, now: float) -> list[DeskCommand]:
+    def _handle(self, record: ReceiverSession, event: ReceiverEvent, now: float) -> list[IncomingCommand]:
         return self._done(record, record.handle(event, now), now)
 
-    def _done(self, record: ReceiverSession, asked: list[ReceiverCommand], now: float) -> list[DeskCommand]:
-        """Do what concerns the buffer and the queue; hand on the rest."""
-        commands: list[DeskCommand] = []
+    def _done(self, record: ReceiverSession, asked: list[ReceiverCommand], now: float) -> list[IncomingCommand]:
+        """Perform the commands for the slots and the queue; return the others."""
+        commands: list[IncomingCommand] = []
         look_for_room = False
         for command in asked:
             match command:
@@ -309,9 +221,9 @@ class Desk:
                     self.ended_total.add(reason)
                     self.committed_bytes_total += num_bytes
                     self.reused_bytes_total += reused_bytes
-                case Answer() | Check() | Deliver() | PartReady() | Finish() | Break() | Lose():
+                case _:
                     commands.append(command)
-        self._deadlines.set(record.transfer_id, record.due)
+        self.deadlines.set(record.transfer_id, record.due)
         if record.ended and self._live.pop(record.transfer_id, None) is not None:
             self._ended[record.transfer_id] = (now, record)
             if record.reservation is not None:
@@ -321,8 +233,8 @@ class Desk:
             commands += self._give_room(now)
         return commands
 
-    def _give_room(self, now: float) -> list[DeskCommand]:
-        commands: list[DeskCommand] = []
+    def _give_room(self, now: float) -> list[IncomingCommand]:
+        commands: list[IncomingCommand] = []
         while self._queue:
             record = self._live[next(iter(self._queue))]
             assert record.reservation is not None  # invariant of QUEUED
@@ -331,7 +243,7 @@ class Desk:
             if slot is None:
                 break
             self._queue.popitem(last=False)
-            commands += self._handle(record, Room(slot, shape), now)
+            commands += self._handle(record, SlotGranted(slot, shape), now)
         return commands
 
     def _shape_for(self, asked: wire.Reserve) -> SlotShape:
@@ -368,8 +280,7 @@ class Desk:
     def _refuse(self, message: wire.FromSender, sender: EngineId, reason: str, detail: str) -> Answer:
         return Answer(sender, wire.Refused(transfer_id=message.transfer_id, reason=reason, detail=detail))
 
-    def _unknown(self, message: wire.FromSender, sender: EngineId) -> list[DeskCommand]:
-        """A transfer nobody here remembers."""
+    def _unknown(self, message: wire.FromSender, sender: EngineId) -> list[IncomingCommand]:
         if isinstance(message, wire.Heartbeat | wire.PartLanded | wire.Commit):
             slot = message.slot
             return [Answer(sender, wire.Expired(transfer_id=message.transfer_id, slot=slot, reason="unknown_transfer"))]

@@ -1,6 +1,6 @@
-"""Slots of the receive buffers, each named by (engine, slot, generation). How blocks lie in one: shape.py.
+"""Slots of the receive buffers, each named by (engine, slot, generation). Their layout: shape.py.
 
-A slot number is used again, a name never: the generation grows with every use.
+Slot numbers are reused, names never: the generation grows with every use.
 """
 
 from collections.abc import Sequence
@@ -12,29 +12,22 @@ from kvbelt.wire.ids import EngineId, SlotName
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One use of a piece of a receive buffer."""
-
     name: SlotName
-    region: int  #: which buffer
+    region: int  #: index of the buffer
     offset: int  #: bytes from the start of the region
     num_bytes: int
 
 
 class SlotAllocator:
-    """Allocates slots out of one or several buffers, the first one first. Single-threaded."""
+    """Allocates slots from several buffers, preferring the first. Single-threaded."""
 
     def __init__(self, engine_id: EngineId, sizes: Sequence[int]) -> None:
         self._engine_id = engine_id
         self._arenas = [Arena(num_bytes) for num_bytes in sizes]
-        # Every number ever used is in exactly one of the two; its generation is that of its latest use.
+        # Every number is in exactly one of the two. Its generation is that of its latest use.
         self._open: dict[int, Slot] = {}
         self._idle: list[int] = []
         self._generations: list[int] = []
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Bytes of each buffer."""
-        return tuple(arena.num_bytes for arena in self._arenas)
 
     def allocate(self, num_bytes: int) -> Slot | None:
         """A new slot, or None when no buffer has a gap of that size."""
@@ -56,10 +49,10 @@ class SlotAllocator:
         return slot
 
     def free(self, name: SlotName) -> None:
-        """Take a slot back.
+        """Free a slot.
 
         Raises:
-            KeyError: the name is not that of an open slot (freed before, or of an older generation).
+            KeyError: no open slot has this name: it was freed, or is of an older generation.
         """
         slot = self._open.get(name.slot)
         if slot is None or slot.name != name:
@@ -67,23 +60,3 @@ class SlotAllocator:
         del self._open[name.slot]
         self._idle.append(name.slot)
         self._arenas[slot.region].free(slot.offset)
-
-    def validate(self) -> None:
-        """Check the invariants.
-
-        Raises:
-            AssertionError: slots overlap, leave their buffer, or a number is both open and idle.
-        """
-        if sorted([*self._open, *self._idle]) != list(range(len(self._generations))):
-            raise AssertionError(f"open {sorted(self._open)} and idle {sorted(self._idle)} numbers")
-        for region, arena in enumerate(self._arenas):
-            arena.validate()
-            end = 0
-            for slot in sorted(self._open.values(), key=lambda slot: slot.offset):
-                if slot.region != region:
-                    continue
-                if slot.offset < end:
-                    raise AssertionError(f"{slot} overlaps the one before it, which ends at {end}")
-                end = slot.offset + slot.num_bytes
-            if end > arena.num_bytes:
-                raise AssertionError(f"a slot ends at {end} of {arena.num_bytes}")
