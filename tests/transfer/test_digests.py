@@ -1,4 +1,4 @@
-"""What has landed is compared with what was sent before anybody sees it."""
+"""Received bytes are compared with the sent ones before they become visible."""
 
 import itertools
 
@@ -8,24 +8,25 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies
 
-from kvbelt.channels.memory import Fault, MemoryChannel, MemoryNetwork
 from kvbelt.paged_copy import TorchPagedCopy
-from kvbelt.transfer.checks import Checks, Verdict, cells_of
-from kvbelt.transfer.receiver_commands import Check
+from kvbelt.transfer.receive.checks import Checks, cells_of
+from kvbelt.transfer.receive.commands import Check
+from kvbelt.transfer.receive.slots import Slot
+from kvbelt.transfer.receive.states import Verified
 from kvbelt.transfer.shape import SlotShape
-from kvbelt.transfer.slots import Slot
 from kvbelt.wire import reservation as w
 from kvbelt.wire.digest import SAMPLE, Choice, joined, plus
 from kvbelt.wire.ids import EngineId, SlotName, TransferId
+from tests.channels.memory import Fault, MemoryChannel, MemoryNetwork
 from tests.transfer.belts import LAYOUT, Arrival, Side, begin, eventually, hand_over, patient
-from tests.transfer.test_tables import COMMIT, receiver_in
+from tests.transfer.sessions import COMMIT, receiver_in
 
 BLOCKS = 16
 
 
 @pytest.fixture(params=[64, 8], ids=["whole", "in parts"])
 def pair(request):
-    """Two sides that check as they are told; the second buffer is smaller than the prompt."""
+    """Two sides with this check. The second buffer is smaller than the prompt."""
     network = MemoryNetwork()
     made = []
 
@@ -44,7 +45,7 @@ def pair(request):
 
 
 def fate(p, d):
-    """Send a prompt, and what its reader and its writer hear."""
+    """Send a prompt. Returns the results of its reader and its sender."""
     arrival = Arrival()
     d.belt.receive(TransferId("a"), 20.0, arrival)
     sending, sent = begin(p, d.belt.receiver_address(), "a", BLOCKS * 16)
@@ -62,7 +63,7 @@ def fate(p, d):
 
 @pytest.mark.parametrize("verify", ["sample", "always"])
 def test_bytes_that_never_landed_are_no_answer(pair, verify):
-    """A channel that reports a write done which has not landed: the reader is told, and the failure is counted."""
+    """If a write is reported as done and has not landed, the reader loses its KV, and the failure is counted."""
     p, d, network = pair(verify)
     network.faults["d"] = Fault.DROP
     assert fate(p, d) == ("digest", "digest")
@@ -72,7 +73,7 @@ def test_bytes_that_never_landed_are_no_answer(pair, verify):
 
 
 def test_with_the_check_off_the_same_fault_is_not_noticed(pair):
-    """The mechanism taken out: so the tests above can fail."""
+    """So the test above can fail."""
     p, d, network = pair("off")
     network.faults["d"] = Fault.DROP
     assert fate(p, d) == (None, "done")
@@ -81,52 +82,49 @@ def test_with_the_check_off_the_same_fault_is_not_noticed(pair):
 
 @pytest.mark.parametrize("verify", ["off", "sample", "always"])
 def test_right_bytes_pass(pair, verify):
-    """Whatever is looked at."""
+    """This holds for every kind of check."""
     p, d, _ = pair(verify)
     assert fate(p, d) == (None, "done")
     assert torch.equal(p.pool[:, :BLOCKS], d.pool[:, :BLOCKS])
 
 
 class EndsBetweenLooks:
-    """A copier whose digests are not done at the first two questions, and done at the third."""
+    """A copier whose digests are done at the third question."""
 
     def __init__(self):
         self.asked = 0
 
     def digest_received(self, offset, cells, region=0):
-        """As ``PagedCopy``."""
         return self
 
     def done(self):
-        """As ``Digest``."""
         self.asked += 1
         return self.asked > 2
 
     def value(self):
-        """As ``Digest``."""
         return 7
 
 
-def test_a_check_that_ends_between_two_looks_is_told_once():
-    """A device computes beside us: no verdict may be lost, nor told twice."""
+def test_a_check_that_ends_between_two_looks_is_reported_once():
+    """A GPU computes the digest in parallel, so it may end at any time."""
     shape = SlotShape(LAYOUT, 4, 0, 4)
     slot = Slot(SlotName(EngineId("d"), 0, 1), 0, 0, shape.slot_bytes)
     checks = Checks(EndsBetweenLooks(), "always")
     assert checks.begin(Check(TransferId("a"), slot, shape, None, 7)) is None
     told = [verdict for _ in range(4) for verdict in checks.ended()]
-    assert told == [Verdict(TransferId("a"), None, right=True)]
+    assert told == [(TransferId("a"), Verified(None, right=True))]
     assert not checks.under_way
 
 
 def test_a_writer_hears_while_its_bytes_are_checked():
-    """However long that takes, it does not take us for dead."""
+    """The sender gets answers during a long check, so it does not lose the receiver."""
     verifying = receiver_in("verifying")
     (answer,) = verifying.handle(msgspec.structs.replace(COMMIT, digest=7), 5.0)
     assert isinstance(answer.message, w.Renewed)
 
 
 def staged(seed):
-    """A staging buffer of random bytes, and who looks at it."""
+    """A staging buffer of random bytes, and its copier."""
     memory = torch.zeros(64 * LAYOUT.block_bytes, dtype=torch.uint8)
     memory.random_(0, 256, generator=torch.Generator().manual_seed(seed))
     layers = [torch.zeros(4, LAYOUT.block_bytes, dtype=torch.uint8)]
@@ -134,7 +132,7 @@ def staged(seed):
 
 
 def digest_of(copy, transfer="a", verify="always", blocks=16):
-    """Of a slot that begins at the buffer's first byte."""
+    """The digest of a slot at the buffer's start."""
     shape = SlotShape(LAYOUT, blocks, 0, blocks)
     cells = cells_of(TransferId(transfer), shape, shape.part(0), verify)
     return copy.digest_received(0, cells).value()
@@ -143,7 +141,7 @@ def digest_of(copy, transfer="a", verify="always", blocks=16):
 @settings(deadline=None, max_examples=50)
 @given(at=strategies.integers(0, 64 * LAYOUT.block_bytes - 1), change=strategies.integers(1, 255))
 def test_a_single_wrong_byte_is_found(at, change):
-    """Wherever it is, whatever it has become."""
+    """Its place and its value do not matter."""
     memory, copy = staged(3)
     before = digest_of(copy)
     memory[at] = (int(memory[at]) + change) % 256
@@ -151,7 +149,7 @@ def test_a_single_wrong_byte_is_found(at, change):
 
 
 def test_blocks_in_each_others_places_are_found():
-    """A block is more than its bytes: it is also where it lies."""
+    """A digest also covers each block's place."""
     memory, copy = staged(4)
     before = digest_of(copy)
     blocks = memory.view(64, LAYOUT.block_bytes)
@@ -160,7 +158,7 @@ def test_blocks_in_each_others_places_are_found():
 
 
 def test_another_transfers_bytes_are_found():
-    """What lies there rightly for one transfer is wrong for every other."""
+    """Bytes that are right for one transfer are wrong for any other."""
     _, copy = staged(5)
     assert digest_of(copy, "a") != digest_of(copy, "b")
 
@@ -168,7 +166,7 @@ def test_another_transfers_bytes_are_found():
 @settings(deadline=None, max_examples=50)
 @given(cuts=strategies.lists(strategies.integers(1, 15), max_size=5, unique=True), verify=strategies.sampled_from(["sample", "always"]))  # fmt: skip # noqa: E501
 def test_the_pieces_of_a_prompt_add_up_to_the_whole(cuts, verify):
-    """However it was cut, and in whatever order its pieces were looked at."""
+    """Sizes and order of the pieces do not matter."""
     _, copy = staged(6)
     choice = Choice(TransferId("a"), 16, verify)
     edges = [0, *sorted(cuts), 16]
@@ -183,7 +181,7 @@ def test_the_pieces_of_a_prompt_add_up_to_the_whole(cuts, verify):
 
 
 def test_a_sample_is_about_one_in_64_and_differs_between_transfers():
-    """So that what one transfer misses the next one finds."""
+    """So another transfer finds what one transfer misses."""
     blocks = 100_000
     chosen = [Choice(TransferId(name), blocks, "sample").of_run(0, 0, blocks).rows for name in ("a", "b")]
     for rows in chosen:
@@ -192,7 +190,7 @@ def test_a_sample_is_about_one_in_64_and_differs_between_transfers():
 
 
 def test_blocks_of_odd_sizes_have_digests_too():
-    """The last word of a block may be filled up with zeros."""
+    """A block's last word may be padded with zeros."""
     memory = torch.arange(3 * 13, dtype=torch.uint8)
     copy = TorchPagedCopy([torch.zeros(4, 13, dtype=torch.uint8)], send_staging=memory, receive_staging=None)
     cells = Choice(TransferId("a"), 3, "always").of_run(0, 0, 3)

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings, strategies
 
 from kvbelt.transfer.arena import Arena
-from kvbelt.transfer.slots import SlotAllocator
+from kvbelt.transfer.receive.slots import SlotAllocator
 from kvbelt.wire.ids import EngineId, SlotName
+from tests.transfer.invariants import check_arena, check_slots
 
 SIZES = strategies.lists(strategies.tuples(strategies.booleans(), strategies.integers(1, 5 * 4096)), max_size=60)
 
@@ -13,7 +14,7 @@ SIZES = strategies.lists(strategies.tuples(strategies.booleans(), strategies.int
 @settings(deadline=None)
 @given(total=strategies.integers(1, 40 * 4096), steps=SIZES)
 def test_an_arena_tiles_its_buffer(total, steps):
-    """Whatever is taken and given back, pieces are disjoint, and all of it comes back in one piece."""
+    """Pieces are disjoint after any sequence, and at the end the buffer is one free piece."""
     arena = Arena(total)
     taken = []
     for take, size in steps:
@@ -26,17 +27,17 @@ def test_an_arena_tiles_its_buffer(total, steps):
         elif taken:
             offset, _ = taken.pop(size % len(taken))
             arena.free(offset)
-        arena.validate()
+        check_arena(arena)
     for offset, _ in taken:
         arena.free(offset)
-    arena.validate()
+    check_arena(arena)
     assert arena.allocate(total) == 0
 
 
 @settings(deadline=None)
 @given(steps=SIZES)
 def test_slot_names_are_never_used_twice(steps):
-    """A slot number comes again, a name does not."""
+    """A slot's number is used again, but with another generation."""
     slots = SlotAllocator(EngineId("d"), [16 * 4096, 4 * 4096])
     seen, taken = set(), []
     for take, size in steps:
@@ -48,11 +49,11 @@ def test_slot_names_are_never_used_twice(steps):
                 taken.append(slot)
         elif taken:
             slots.free(taken.pop(size % len(taken)).name)
-        slots.validate()
+        check_slots(slots)
 
 
 def test_an_older_generation_frees_nothing():
-    """Freeing by a name that is over is refused."""
+    """It is refused."""
     slots = SlotAllocator(EngineId("d"), [4096])
     first = slots.allocate(4096)
     slots.free(first.name)
@@ -60,11 +61,11 @@ def test_an_older_generation_frees_nothing():
     assert second.name == SlotName(EngineId("d"), 0, 2)
     with pytest.raises(KeyError):
         slots.free(first.name)
-    slots.validate()
+    check_slots(slots)
 
 
 def test_a_full_buffer_gives_nothing():
-    """None, not an exception: waiting helps."""
+    """The result is None and no exception, because waiting helps."""
     slots = SlotAllocator(EngineId("d"), [2 * 4096])
     assert slots.allocate(2 * 4096) is not None
     assert slots.allocate(1) is None
