@@ -1,16 +1,14 @@
 """The belt: what the rest of a worker calls. Every method may be called from any thread."""
 
-import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from kvbelt.errors import SettingsError
 from kvbelt.security.keys import speaks_for
 from kvbelt.security.loopback import require_keys_beyond_loopback
-from kvbelt.transfer.dispatch import Dispatch, Outgoing
+from kvbelt.transfer.calls import call_back
 from kvbelt.transfer.driver import Driver
-from kvbelt.transfer.handles import SendingHandle
-from kvbelt.transfer.peers import Peer
 from kvbelt.transfer.ports import (
     Channel,
     Lost,
@@ -19,20 +17,20 @@ from kvbelt.transfer.ports import (
     PrefixIndex,
     ReceivedKV,
     Region,
-    Sending,
     TransferOutcome,
 )
-from kvbelt.transfer.pump import Load
-from kvbelt.transfer.sender import SenderSession, SendPlan
+from kvbelt.transfer.send.driver import SenderDriver, refuse
+from kvbelt.transfer.send.handle import Sending
+from kvbelt.transfer.send.session import SenderSession, SendTimes
 from kvbelt.transfer.settings import BeltIdentity, BeltSettings
-from kvbelt.transfer.snapshot import BeltSnapshot
-from kvbelt.wire.about import Link
+from kvbelt.wire.about import LinkTotals
 from kvbelt.wire.block_hash import packed
-from kvbelt.wire.handoff import PrefillHandoff, ReceiverAddress
+from kvbelt.wire.handoff import DecodeOutcome, PrefillHandoff, ReceiverAddress
 from kvbelt.wire.ids import EngineId, TransferId
-from kvbelt.wire.probe import Probed
-
-log = logging.getLogger(__name__)
+from kvbelt.wire.load import BeltSnapshot
+from kvbelt.wire.notification import OutcomeReport, StepsReport
+from kvbelt.wire.probe import ProbeResult
+from kvbelt.wire.steps import StepsNow
 
 
 class Belt:
@@ -46,7 +44,7 @@ class Belt:
     Raises:
         SettingsError: settings contradict each other, or this process would listen beyond loopback without keys.
 
-    The memory of the receive region must outlive the process's last peer, or the process: a writer that was
+    The memory of the receive region must outlive the process's last peer, or the process: a sender that was
     stopped may write when it wakes up.
     """
 
@@ -93,67 +91,45 @@ class Belt:
         self._driver.start()
 
     def close(self) -> None:
-        """End every transfer, tell whoever can be told, free everything. Idempotent; about a second at most."""
+        """End every transfer, tell the peers, free everything. Idempotent; about a second at most."""
         self._driver.close()
 
     def receiver_address(self) -> ReceiverAddress | None:
         """What goes into a prefill request's ``kv_transfer_params``; None when this process receives nothing."""
-        reception = self._driver.reception
-        if reception is None:
+        receiver = self._driver.receiver
+        if receiver is None:
             return None
         return ReceiverAddress(
             engine_id=self.identity.engine_id,
             host=self._settings.advertised_host,
-            init_port=reception.init_port,
-            alloc_port=reception.alloc_port,
+            init_port=receiver.init_port,
+            alloc_port=receiver.alloc_port,
             public_key=self._settings.keys.own.public if self._settings.keys is not None else None,
         )
 
     def warm(self, address: ReceiverAddress, on_end: Callable[[PeerOutcome], None]) -> None:
-        """Connect to a receiver before the first transfer needs it; ``on_end`` comes exactly once.
+        """Connect to a receiver before the first transfer needs it; ``on_end`` is called exactly once.
 
         Within ``handshake_seconds``. May be repeated: a connected receiver counts as used, and stays connected.
         """
-
-        def end(outcome: PeerOutcome) -> None:
-            _call(on_end, outcome)
-
-        def refuse(reason: str, detail: str) -> None:
-            end(PeerOutcome(ok=False, reason=reason, detail=detail))
-
-        def begin() -> None:
-            dispatch = self._driver.dispatch
-            assert dispatch is not None
-            problem = dispatch.peers.distrust(address)
-            if problem is not None:
-                refuse(*problem)
-            else:
-                dispatch.warm(address, end)
-
         if not self._sends:
-            refuse("sends_nothing", "this process has no buffer to send from")
-        elif not self._driver.ask(begin):
-            refuse("closed", "the belt is closed")
+            detail = "this process has no buffer to send from"
+            call_back(on_end, PeerOutcome(ok=False, reason="sends_nothing", detail=detail))
+        elif not self._driver.ask(self._sender.warm, address, on_end):
+            call_back(on_end, PeerOutcome(ok=False, reason="closed", detail="the belt is closed"))
 
-    def probe(self, engine_id: EngineId, on_end: Callable[[Probed], None]) -> None:
-        """Measure the link to a receiver that is connected; ``on_end`` comes exactly once, within some seconds.
+    def probe(self, engine_id: EngineId, on_end: Callable[[ProbeResult], None]) -> None:
+        """Measure the link to a connected receiver; ``on_end`` is called exactly once, within some seconds.
 
-        It is not done while anything is being sent, and ends when something is to be.
+        It does not begin while anything is being sent, and ends when anything is to be.
         """
+        probes = self._driver.probes
+        if probes is None:
+            call_back(on_end, ProbeResult(reason="sends_nothing", detail="this process has no buffer to send from"))
+        elif not self._driver.ask(probes.begin, engine_id, on_end):
+            call_back(on_end, ProbeResult(reason="closed", detail="the belt is closed"))
 
-        def end(probed: Probed) -> None:
-            _call(on_end, probed)
-
-        def begin() -> None:
-            assert self._driver.dispatch is not None
-            self._driver.dispatch.probe(engine_id, end)
-
-        if not self._sends:
-            end(Probed(reason="sends_nothing", detail="this process has no buffer to send from"))
-        elif not self._driver.ask(begin):
-            end(Probed(reason="closed", detail="the belt is closed"))
-
-    def send(  # noqa: C901 -- the closures that cross to the belt's thread
+    def send(
         self,
         handoff: PrefillHandoff,
         num_tokens: int,
@@ -164,138 +140,98 @@ class Belt:
         """Begin to send the KV of a prompt of ``num_tokens`` tokens.
 
         ``prefix_hashes`` are those of its full blocks (wire/block_hash.py): what the receiver's engine holds of them
-        is not sent. A slot is asked for at once. ``on_blocks_free`` comes exactly once, when no block handed to
+        is not sent. A slot is asked for at once. ``on_blocks_free`` is called exactly once, when no block handed to
         ``blocks_written`` is read any more (also after a failure or a cancel); ``on_end`` exactly once.
         A transfer that cannot be done is an outcome; only a caller's mistake raises.
 
         Raises:
             ValueError: ``num_tokens`` is not positive, or this process has no buffer to send from.
         """
-        layout = self.identity.layout
         if num_tokens < 1:
             raise ValueError(f"a prompt of {num_tokens} tokens")
         if not self._sends:
             raise ValueError("this process has no buffer to send from")
-        num_blocks = layout.blocks(num_tokens)
-        now = self._driver.now()
-        plan = SendPlan(
-            transfer_id=handoff.transfer_id,
-            sender=self.identity.engine_id,
-            receiver=handoff.receiver.engine_id,
-            num_tokens=num_tokens,
-            num_blocks=num_blocks,
-            num_bytes=layout.slot_bytes(num_blocks),
-            deadline=now + handoff.deadline_seconds,
-            heartbeat_seconds=self._settings.heartbeat_seconds,
-            lease_seconds=self._settings.lease_seconds,
-            memory_seconds=self._settings.memory_seconds,
-            prefix=packed(prefix_hashes),
+        settings, now = self._settings, self._driver.clock()
+        transfer = SenderSession(
+            handoff.transfer_id,
+            self.identity.engine_id,
+            handoff.receiver.engine_id,
+            num_tokens,
+            self.identity.layout,
+            now + handoff.deadline_seconds,
+            SendTimes(settings.heartbeat_seconds, settings.lease_seconds, settings.memory_seconds),
+            now,
+            packed(prefix_hashes),
+            on_blocks_free,
+            on_end,
         )
-        transfer: list[Outgoing] = []  # filled by the first call; the calls after it find it
+        if not self._driver.ask(self._sender.begin, transfer, handoff.receiver):
+            refuse(transfer, "closed", "the belt is closed")
+        return Sending(transfer, self.identity.layout, settings.batch_bytes, self._driver.ask, self._sender)
 
-        def on_dispatch(do: Callable[[Dispatch, Outgoing], None]) -> None:
-            def call() -> None:
-                if transfer and self._driver.dispatch is not None:
-                    do(self._driver.dispatch, transfer[0])
-
-            self._driver.ask(call)
-
-        def computed() -> None:
-            at = self._driver.now()
-            on_dispatch(lambda dispatch, outgoing: dispatch.computed(outgoing, at))
-
-        handle = SendingHandle(
-            layout,
-            num_blocks,
-            self._settings.batch_bytes,
-            hand_over=lambda runs: on_dispatch(lambda dispatch, outgoing: dispatch.hand_over(outgoing, runs)),
-            computed=computed,
-            abandon=lambda reason: on_dispatch(lambda dispatch, outgoing: dispatch.abandon(outgoing, reason)),
-        )
-
-        def blocks_free() -> None:
-            _call(on_blocks_free)
-
-        def end(outcome: TransferOutcome) -> None:
-            _call(on_end, outcome)
-
-        def refuse(reason: str, detail: str) -> None:
-            handle.failed(reason)
-            blocks_free()
-            end(TransferOutcome(ok=False, reason=reason, detail=detail))
-
-        def outgoing(peer: Peer) -> Outgoing:
-            load = Load(plan.transfer_id, num_blocks * layout.num_layers)
-            return Outgoing(SenderSession(plan, now), load, peer, blocks_free, end, handle.failed)
-
-        def begin() -> None:
-            dispatch = self._driver.dispatch
-            assert dispatch is not None
-            problem = dispatch.peers.distrust(handoff.receiver)
-            if problem is not None:
-                refuse(*problem)
-            elif dispatch.knows(plan.transfer_id):
-                refuse("duplicate_transfer", f"transfer {plan.transfer_id} is already under way")
-            else:
-                transfer.append(dispatch.begin(handoff.receiver, outgoing))
-
-        if not self._driver.ask(begin):
-            refuse("closed", "the belt is closed")
-        return handle
+    @property
+    def _sender(self) -> SenderDriver:
+        sender = self._driver.sender
+        assert sender is not None  # the belt has a send region, and was started
+        return sender
 
     def receive(
         self,
         transfer_id: TransferId,
         deadline_seconds: float,
         on_arrival: Callable[[ReceivedKV | Lost], None],
-        on_look: Callable[[], None] | None = None,
+        on_checked: Callable[[], None] | None = None,
     ) -> Callable[[], None]:
-        """Wait for a transfer's KV. ``on_arrival`` comes exactly once, also after the returned cancel is called.
+        """Wait for a transfer's KV. ``on_arrival`` is called exactly once, also after the returned cancel is called.
 
-        ``on_look`` comes once the belt's thread has looked: what is there already has arrived by then.
+        ``on_checked`` is called once the belt's thread has checked: KV that is there already was delivered before.
 
-        A transfer nobody has spoken of is waited for up to ``lease_seconds``, then it is
-        ``Lost("unknown_transfer")``. Whoever gets a ``ReceivedKV`` must release it.
+        A transfer that no sender has spoken of is waited for up to ``lease_seconds``, then it is
+        ``Lost("unknown_transfer")``. A ``ReceivedKV`` must be released.
 
         Raises:
             ValueError: this process has no buffer to receive into.
         """
         if not self._receives:
             raise ValueError("this process has no buffer to receive into")
-        deadline = self._driver.now() + deadline_seconds
-
-        def arrived(arrival: ReceivedKV | Lost) -> None:
-            _call(on_arrival, arrival)
-
-        def claim() -> None:
-            assert self._driver.reception is not None
-            self._driver.reception.claim(transfer_id, deadline, arrived)
-            if on_look is not None:
-                _call(on_look)
-
-        def unclaim() -> None:
-            assert self._driver.reception is not None
-            self._driver.reception.unclaim(transfer_id, arrived)
-
-        def cancel() -> None:
-            self._driver.ask(unclaim)
-
-        if not self._driver.ask(claim):
+        deadline = self._driver.clock() + deadline_seconds
+        arrived = partial(call_back, on_arrival)
+        if not self._driver.ask(self._claim, transfer_id, deadline, arrived, on_checked):
             arrived(Lost("closed", "the belt is closed"))
-        return cancel
+        return partial(self._cancel_read, transfer_id, arrived)
+
+    def _claim(
+        self,
+        transfer_id: TransferId,
+        deadline: float,
+        arrived: Callable[[ReceivedKV | Lost], None],
+        on_checked: Callable[[], None] | None,
+    ) -> None:
+        assert self._driver.receiver is not None
+        self._driver.receiver.claim(transfer_id, deadline, arrived)
+        if on_checked is not None:
+            call_back(on_checked)
+
+    def _cancel_read(self, transfer_id: TransferId, arrived: Callable[[ReceivedKV | Lost], None]) -> None:
+        assert self._driver.receiver is not None
+        self._driver.ask(self._driver.receiver.cancel_read, transfer_id, arrived)
+
+    def tell(self, steps: StepsNow) -> None:
+        """Tell the proxy of the engine's steps, if there is one to tell. What was not heard yet is replaced."""
+        if self._settings.notification_endpoint is not None:
+            self._driver.ask(self._driver.tell, StepsReport(engine=self.identity.engine_id, steps=steps))
+
+    def tell_outcome(self, outcome: DecodeOutcome) -> None:
+        """Tell the proxy what became of a request's KV, if there is one to tell."""
+        if self._settings.notification_endpoint is not None:
+            report = OutcomeReport(engine=self.identity.engine_id, outcome=outcome)
+            self._driver.ask(self._driver.tell_outcome, report)
 
     def snapshot(self) -> BeltSnapshot:
         """Counters and gauges. Waits a turn of the belt; after ``close`` it is the last state."""
-        return self._driver.snapshot()
+        return self._driver.seen(self._driver.look)
 
-    def links(self) -> list[Link]:
+    def links(self) -> list[LinkTotals]:
         """How much has moved to each receiver, and in what time. Waits a turn of the belt."""
-        return self._driver.links()
-
-
-def _call(callback: Callable[..., None], *arguments: object) -> None:
-    """Call somebody else's code on the belt's thread: their mistake must not end everybody's transfers."""
-    try:
-        callback(*arguments)
-    except Exception:
-        log.exception("a callback of the belt has failed")
+        sender = self._driver.sender
+        return self._driver.seen(sender.links) if sender is not None else []
