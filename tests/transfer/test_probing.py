@@ -3,56 +3,57 @@
 import pytest
 import torch
 
-from kvbelt.channels.memory import Fault, MemoryChannel, MemoryNetwork
-from kvbelt.transfer import probing
-from kvbelt.transfer.dispatch import STEP_SECONDS
-from kvbelt.transfer.probing import LARGE_BYTES, LARGE_ROUNDS, SMALL_BYTES, SMALL_ROUNDS, Operation, Probing
+from kvbelt.transfer import link_probe as probing
+from kvbelt.transfer.link_probe import (
+    LARGE_BYTES,
+    LARGE_ROUNDS,
+    PROBE_SECONDS,
+    SMALL_BYTES,
+    SMALL_ROUNDS,
+    Operation,
+    Probing,
+)
+from kvbelt.transfer.send.driver import STEP_SECONDS
 from kvbelt.transfer.settings import BeltSettings
-from kvbelt.wire.ids import EngineId
-from tests.transfer.belts import LAYOUT, Side, Told, begin, eventually, hand_over
-from tests.transfer.test_warm import Warmed
+from kvbelt.wire.probe import ENOUGH_OPERATIONS
+from tests.channels.memory import Fault, MemoryChannel, MemoryNetwork
+from tests.transfer.belts import LAYOUT, Asked, Side, Warmed, begin, eventually, hand_over
 
 QUICK = BeltSettings(lease_seconds=0.4, heartbeat_seconds=0.05, handshake_seconds=0.6)
 
 
-class Asked(Told):
-    """One measurement of a belt's."""
-
-    def __init__(self, side, engine="d"):
-        super().__init__(lambda on_end: side.belt.probe(EngineId(engine), on_end))
-
-
 class Link:
-    """Time that passes as a link of so many bytes a second would have it."""
+    """A clock that advances as operations over a link of this rate would take. One of them may stall."""
 
-    def __init__(self, rate, latency=0.0):
+    def __init__(self, rate, latency=0.0, stalled=None):
         self.now = 0.0
-        self.rate, self.latency = rate, latency
+        self.rate, self.latency, self.stalled = rate, latency, stalled
         self.moved = []
 
     def __call__(self):
-        """Seconds."""
         return self.now
 
     def run(self, measuring, room=LARGE_BYTES):
-        """Do whatever is asked for."""
+        """Run a measurement to its end."""
         measuring.begin(room)
         while measuring.next is not None:
-            self.moved.append(measuring.next)
             measuring.posting()
+            if self.stalled == len(self.moved):
+                self.now += 0.5
+            self.moved.append(measuring.next)
             self.now += self.latency + measuring.next.num_bytes / self.rate
             measuring.ended()
 
 
 @pytest.fixture
 def network():
-    """Where the channels of a test meet."""
+    """The network on which the channels of a test meet."""
     return MemoryNetwork()
 
 
 @pytest.fixture
 def pair(network):
-    """A prefill and a decode worker that are connected."""
+    """A prefill and a decode worker, connected."""
     p, d = MemoryChannel("p", network), MemoryChannel("d", network)
     with Side("p", "prefill", p, settings=QUICK) as p, Side("d", "decode", d, settings=QUICK) as d:
         assert Warmed(p, d.belt.receiver_address()).answer().ok
@@ -70,7 +71,7 @@ def at_rest(p, d):
 
 
 def test_a_quick_link_is_measured_with_large_operations():
-    """Both ways; the figures are those of the link."""
+    """Both directions are measured, and the figures are those of the link."""
     link = Link(1e9, 10e-6)
     measuring = Probing(reads=True, clock=link)
     link.run(measuring)
@@ -82,17 +83,31 @@ def test_a_quick_link_is_measured_with_large_operations():
 
 
 def test_a_slow_link_carries_little():
-    """2 Mbit/s: what is seen of it is enough, and takes less than two seconds."""
+    """A link of 2 Mbit/s is measured with some hundred KB, well before the deadline."""
     link = Link(250e3)
     measuring = Probing(reads=True, clock=link)
     link.run(measuring)
     assert measuring.figures["write"].gb_per_second == pytest.approx(250e3 / 1e9)
-    assert measuring.num_bytes < 400e3
-    assert link.now < 2.0
+    assert measuring.num_bytes < 700e3
+    assert link.now < PROBE_SECONDS * 3 / 4
+
+
+def test_a_process_that_does_not_run_for_a_moment_makes_no_link_slow():
+    """A stall in any one operation leaves the figures of a fast link."""
+    undisturbed = Link(1e9)
+    undisturbed.run(Probing(reads=False, clock=undisturbed))
+    for stalled in range(len(undisturbed.moved)):
+        link = Link(1e9, stalled=stalled)
+        measuring = Probing(reads=False, clock=link)
+        link.run(measuring)
+        write = measuring.figures["write"]
+        assert write.gb_per_second == pytest.approx(1.0), stalled
+        assert write.small_seconds == pytest.approx(SMALL_BYTES / 1e9), stalled
+        assert write.operations >= ENOUGH_OPERATIONS, stalled
 
 
 def test_nothing_is_larger_than_the_room():
-    """Whatever that is."""
+    """No operation is larger than the granted slot."""
     link = Link(1e9)
     measuring = Probing(reads=True, clock=link)
     link.run(measuring, room=1000)
@@ -101,7 +116,7 @@ def test_nothing_is_larger_than_the_room():
 
 
 def test_a_channel_that_cannot_read_is_measured_one_way():
-    """The other way is None."""
+    """A channel without reads yields figures for writes only."""
     link = Link(1e9)
     measuring = Probing(reads=False, clock=link)
     link.run(measuring)
@@ -110,7 +125,7 @@ def test_a_channel_that_cannot_read_is_measured_one_way():
 
 
 def test_what_is_stopped_keeps_what_it_has():
-    """The direction that was complete; what is in flight counts no more."""
+    """A stopped measurement keeps its complete direction and ignores the operation in flight."""
     link = Link(1e9)
     measuring = Probing(reads=True, clock=link)
     measuring.begin(SMALL_BYTES)
@@ -130,7 +145,7 @@ def test_what_is_stopped_keeps_what_it_has():
 
 
 def test_a_link_is_measured_and_nothing_is_left_of_it(pair):
-    """Room is asked for, used and given up; both sides count it as what it is, and nobody is told of a failure."""
+    """A measurement reserves a slot, uses it and gives it up; both sides count it as ``probed``, not as a failure."""
     p, d = pair
     probed = Asked(p).answer()
     assert (probed.reason, probed.channel) == ("", "memory")
@@ -143,21 +158,21 @@ def test_a_link_is_measured_and_nothing_is_left_of_it(pair):
 
 
 def test_what_others_have_in_the_buffer_is_not_touched(pair):
-    """A committed slot that nobody has read yet: every byte of it is what was sent."""
+    """A committed slot keeps every byte while the link is measured."""
     p, d = pair
     p.fill(1)
     sending, sent = begin(p, d.belt.receiver_address(), "a", 100)
     hand_over(sending, LAYOUT, list(range(7)))
     assert sent.outcome().ok
     before = d.staging.clone()
-    (slot,) = [record.slot for record in d.belt._driver.reception.desk._live.values()]
+    (slot,) = [record.slot for record in d.belt._driver.receiver.incoming._live.values()]
     assert Asked(p).answer().reason == ""
     there = slice(slot.offset, slot.offset + LAYOUT.slot_bytes(7))
     assert torch.equal(d.staging[there], before[there])
 
 
-def test_who_sends_is_not_disturbed(pair):
-    """As long as a transfer is open nothing is measured."""
+def test_an_open_transfer_is_not_disturbed(pair):
+    """A measurement is refused while a transfer is open."""
     p, d = pair
     sending, sent = begin(p, d.belt.receiver_address(), "a", 100)
     assert Asked(p).answer().reason == "busy"
@@ -167,7 +182,7 @@ def test_who_sends_is_not_disturbed(pair):
 
 
 def test_a_transfer_ends_a_measurement(pair, network):
-    """At once, though its write is in flight; the transfer is done, and the slot is free once that write has ended."""
+    """A transfer ends a measurement at once, even with a write in flight, and is done itself."""
     p, d = pair
     network.faults["d"] = Fault.STALL
     asked = Asked(p)
@@ -182,7 +197,7 @@ def test_a_transfer_ends_a_measurement(pair, network):
 
 
 def test_a_full_buffer_is_not_waited_for(network):
-    """The place in the queue is given up: it is for prompts."""
+    """A measurement that would have to wait for a slot leaves the queue."""
     with (
         Side("p", "prefill", MemoryChannel("p", network), settings=QUICK) as p,
         Side("q", "prefill", MemoryChannel("q", network), settings=QUICK) as q,
@@ -197,15 +212,15 @@ def test_a_full_buffer_is_not_waited_for(network):
         assert sent.outcome().ok
 
 
-def test_only_who_is_connected_is_measured(network):
-    """Nobody can have a worker connect somewhere by asking."""
+def test_only_connected_receivers_are_measured(network):
+    """Asking for a measurement connects to no new receiver."""
     with Side("p", "prefill", MemoryChannel("p", network)) as p:
         assert Asked(p, "elsewhere").answer().reason == "not_connected"
         assert p.belt.snapshot().peers == 0
 
 
 def test_one_link_is_measured_at_a_time(pair, network):
-    """The second is refused, and the first goes on."""
+    """A second measurement is refused, and the first goes on."""
     p, _ = pair
     network.faults["d"] = Fault.STALL
     first = Asked(p)
@@ -215,8 +230,8 @@ def test_one_link_is_measured_at_a_time(pair, network):
 
 
 def test_a_link_that_carries_nothing_is_given_up(pair, network, monkeypatch):
-    """At the measurement's deadline, with what there is."""
-    monkeypatch.setattr("kvbelt.transfer.dispatch.PROBE_SECONDS", 0.3)
+    """A measurement that gets nowhere ends at its deadline."""
+    monkeypatch.setattr("kvbelt.transfer.link_probe.PROBE_SECONDS", 0.3)
     p, d = pair
     network.faults["d"] = Fault.STALL
     probed = Asked(p).answer()
@@ -226,7 +241,7 @@ def test_a_link_that_carries_nothing_is_given_up(pair, network, monkeypatch):
 
 
 def test_a_write_that_fails_loses_the_peer_as_a_transfers_does(pair, network):
-    """And is told."""
+    """A failed write of a measurement loses the peer, and the reason is reported."""
     p, d = pair
     network.faults["d"] = Fault.FAIL
     assert Asked(p).answer().reason == "write_failed"
@@ -234,14 +249,14 @@ def test_a_write_that_fails_loses_the_peer_as_a_transfers_does(pair, network):
     eventually(lambda: at_rest(p, d), "everything is given up")
 
 
-def test_who_only_receives_measures_nothing(pair):
-    """A decode worker that is asked."""
+def test_a_worker_that_only_receives_measures_nothing(pair):
+    """A worker that only receives refuses to measure."""
     _, d = pair
     assert Asked(d, "p").answer().reason == "sends_nothing"
 
 
 def test_closing_ends_a_measurement(network):
-    """It is told once, and so is whoever asks afterwards."""
+    """Closing ends a measurement once, and later requests are refused."""
     with Side("d", "decode", MemoryChannel("d", network), settings=QUICK) as d:
         p = Side("p", "prefill", MemoryChannel("p", network), settings=QUICK)
         assert Warmed(p, d.belt.receiver_address()).answer().ok
@@ -254,5 +269,5 @@ def test_closing_ends_a_measurement(network):
 
 
 def test_an_operation_is_no_longer_than_a_step():
-    """The belt's thread waits for one operation for no longer than it moves bytes."""
+    """The belt's thread waits for one operation no longer than a step of moving bytes takes."""
     assert probing.SPIN_SECONDS <= STEP_SECONDS
