@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from unittest import mock
 
 from kvbelt.transfer.machine import Machine
-from kvbelt.transfer.receiver_states import RECEIVER_TABLE
-from kvbelt.transfer.sender_states import SENDER_TABLE
+from kvbelt.transfer.receive.states import RECEIVER_TABLE
+from kvbelt.transfer.send.states import SENDER_TABLE
 from tests.transfer.simulation.walk import CALM, ROUGH, STORM, Walk, random_sizes
 
 #: Of one world, before it heals.
@@ -29,31 +29,32 @@ Arrow = tuple[str, str, str, str]  #: side, state, event, state
 
 
 def arrows() -> set[Arrow]:
-    """All that the tables know and that lead somewhere."""
+    """All arrows of the tables that lead to a state."""
     return {
         (side, state, event.__name__, after)
         for side, table in (("sender", SENDER_TABLE), ("receiver", RECEIVER_TABLE))
         for state, events in table.items()
-        for event, afters in events.items()
-        for after in afters
+        for event, cell in events.items()
+        for after in cell.to
         if after is not state
     }
 
 
 @contextmanager
 def counted() -> Iterator[Counter[Arrow]]:
-    """How often each arrow is taken."""
+    """The number of times that each arrow is taken."""
     taken: Counter[Arrow] = Counter()
-    move = Machine.move
+    handle = Machine.handle
 
-    def counting(self: Machine, event: object, state: str) -> None:
+    def counting(self: Machine, event: object, now: float) -> list[object]:
         before = self.state
-        move(self, event, state)
-        if before is not state:
-            side = "sender" if self._table is SENDER_TABLE else "receiver"
-            taken[side, before, type(event).__name__, state] += 1
+        commands = handle(self, event, now)
+        if before is not self.state:
+            side = "sender" if self.table is SENDER_TABLE else "receiver"
+            taken[side, before, type(event).__name__, self.state] += 1
+        return commands
 
-    with mock.patch.object(Machine, "move", counting):
+    with mock.patch.object(Machine, "handle", counting):
         yield taken
 
 

@@ -22,14 +22,14 @@ numbers = st.integers(0, 7)
 
 @pytest.fixture(autouse=True)
 def quiet():
-    """What drivers log of a storm is of no use."""
+    """Drops the log of thousands of provoked failures."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
 
 
 class Belts(RuleBasedStateMachine):
-    """Two prefill workers and a decode worker, or two; one rule an event."""
+    """Two prefill workers and one or two decode workers, with one rule for each event."""
 
     world: World | None = None
 
@@ -43,7 +43,7 @@ class Belts(RuleBasedStateMachine):
             piece=st.integers(1, 2),
             verify=st.sampled_from(["off", "sample", "always"]),
             asynchronous=st.booleans(),
-            one_machine=st.booleans(),
+            reachable=st.booleans(),
         ),
         num_decode=st.integers(1, 2),
     )
@@ -58,7 +58,7 @@ class Belts(RuleBasedStateMachine):
 
     @rule(number=numbers, to=numbers)
     def warm(self, number, to):
-        """A prefill worker connects."""
+        """Let a prefill worker connect."""
         self.world.warm(number, to)
 
     @rule(number=numbers, to=numbers)
@@ -73,7 +73,7 @@ class Belts(RuleBasedStateMachine):
 
     @rule(number=numbers)
     def forget_blocks(self, number):
-        """... or forgets to."""
+        """Let an engine leave out some blocks."""
         self.world.forget_blocks(number)
 
     @rule(number=numbers, seconds=st.sampled_from([1.0, 15.0]), again=st.booleans())
@@ -81,24 +81,24 @@ class Belts(RuleBasedStateMachine):
         """A decode worker's request asks for it."""
         self.world.claim(number, seconds, again=again)
 
-    @rule(number=numbers, which=st.sampled_from(["cancel", "unclaim", "let_go"]))
+    @rule(number=numbers, which=st.sampled_from(["cancel", "cancel_read", "let_go"]))
     def client_goes(self, number, which):
-        """Nobody wants it any more."""
+        """End a request that waits."""
         getattr(self.world, which)(number)
 
     @rule(number=numbers)
     def read(self, number):
-        """A reader takes something out."""
+        """Let a reader take a part."""
         self.world.read(number)
 
     @rule(number=numbers, how=st.sampled_from([Route.DELIVER, Route.DELIVER, Route.REPEAT, Route.LOSE]))
     def route(self, number, how):
-        """A packet arrives, arrives twice, or not."""
+        """Deliver a packet once, twice or never."""
         self.world.route(number, how)
 
     @rule(count=st.integers(1, 8))
     def well(self, count):
-        """For a moment nothing is lost, and nothing is late."""
+        """For some events nothing is lost or late."""
         for _ in range(count):
             self.world.write_blocks(0, 4)
             for _ in range(4):
@@ -109,7 +109,7 @@ class Belts(RuleBasedStateMachine):
 
     @rule(number=numbers, fate=st.sampled_from(list(Fate)), stuck=st.booleans())
     def land(self, number, fate, stuck):
-        """A write ends, one way or the other; those that lie about it need digests to be found."""
+        """End a write well or badly. A write lies only where digests can find it."""
         if fate in (Fate.DROP, Fate.TEAR) and self.world.sizes.verify != "always":
             fate = Fate.FAIL
         self.world.land(number, fate, stuck=stuck)
@@ -119,9 +119,14 @@ class Belts(RuleBasedStateMachine):
         """A copy ends."""
         self.world.finish_copy(number)
 
+    @rule(number=numbers, mend=st.booleans())
+    def cut(self, number, mend):
+        """Cut off a host, or reconnect it."""
+        self.world.cut(number, mend=mend)
+
     @rule(number=numbers, what=st.sampled_from(["stop", "wake", "wake", "kill"]))
     def process(self, number, what):
-        """SIGSTOP, SIGCONT, kill -9."""
+        """Stop, wake or kill a process."""
         self.world.process(number, what)
 
     @rule(seconds=st.sampled_from([0.01, 0.3, 1.0, 2.5, 20.0]))
@@ -130,7 +135,7 @@ class Belts(RuleBasedStateMachine):
         self.world.wait(seconds)
 
     def teardown(self):
-        """Everything comes to its end, and the next prompt gets there."""
+        """Let everything end, then send another prompt."""
         if self.world is not None:
             try:
                 self.world.heal()
@@ -146,7 +151,7 @@ TestBelts.settings = settings(
 
 
 def test_a_short_walk():
-    """Seeded, and so the same every time; a million events are walked with ``python -m tests.transfer.soak``."""
+    """The seed makes it the same every time; ``python -m tests.transfer.soak`` makes a million events."""
     happened, ended, taken, _ = soak(seed=20, events=20_000)
     assert happened.total() >= 20_000
     # It is a walk through what matters: prompts arrive, and most arrows of the tables are taken.

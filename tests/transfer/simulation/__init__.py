@@ -1,7 +1,7 @@
-"""A world in which the belt's real drivers live, and in which everything else is decided by a schedule.
+"""A world in which the belt's real drivers live, and a schedule decides everything else.
 
-Real are ``Dispatch``, ``Peers``, ``SenderSession`` and ``Pump`` of every prefill worker, ``Reception``, ``Desk`` and
-``Checks`` of every decode worker, and the codecs between. Made up are the network (``lines``), memory, copies and
-writes (``memory``), the processes' lives and clocks (``lives``), engines, readers and time (``world``). ``walk``
-chooses at random what happens next; ``invariants`` says what must hold after each event.
+Real are the drivers, sessions, write pipeline, slots, checks and codecs of every worker. Made up are the network and
+the kernels (``lines``), memory, copies and writes (``memory``), the processes and their clocks (``lives``), engines,
+consumers and time (``world``). ``walk`` chooses at random what happens next; ``invariants`` says what must hold after
+each event.
 """

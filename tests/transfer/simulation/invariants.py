@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from kvbelt.transfer.receiver_states import HOLDING, ReceiverState
-from kvbelt.transfer.reception import SUSPICION_SECONDS
-from kvbelt.transfer.sender_states import SenderState
+from kvbelt.transfer.receive.driver import SUSPICION_SECONDS
+from kvbelt.transfer.receive.states import HOLDING, ReceiverState
+from kvbelt.transfer.send.states import SenderState
 from kvbelt.wire.ids import EngineId, TransferId
+from tests.transfer.invariants import check_arena, check_incoming
 from tests.transfer.simulation.lives import LEASE, DecodeWorker, Life, PrefillWorker, Reader, Send
 from tests.transfer.simulation.memory import CELL, RECEIVE, Content
 
@@ -22,7 +23,7 @@ SOON = 0.01
 
 
 class Memo:
-    """What was seen before, as far as an invariant compares."""
+    """Earlier observations, as far as an invariant compares them."""
 
     def __init__(self) -> None:
         self.queues: dict[EngineId, list[TransferId]] = {}
@@ -31,20 +32,20 @@ class Memo:
         self.silent: dict[EngineId, dict[EngineId, float]] = {}
 
     def died(self, life: Life, others: Sequence[Life]) -> None:
-        """It says nothing any more, but what it has said may still be under way."""
+        """The sender says nothing more, but its messages may still be under way."""
         self.silent[life.engine_id] = {other.engine_id: other.now for other in others}
 
     def heard(self, life: Life, speaker: str) -> None:
-        """Something has arrived, of somebody who may be dead."""
+        """A message of a sender has arrived. The sender may be dead."""
         times = self.silent.get(EngineId(speaker))
         if times is not None:
             times[life.engine_id] = life.now
 
 
 def check(world: World) -> None:
-    """All of them."""
+    """Check all invariants."""
     for there in world.decode.values():
-        there.desk.validate()
+        check_incoming(there.incoming)
         _queue_is_fair(world.memo, there)
         if there.running:
             _the_dead_hold_nothing(world, there)
@@ -53,31 +54,34 @@ def check(world: World) -> None:
     for send in world.sends.values():
         _ends_once(world.memo, send)
     for reader in world.readers:
-        _is_told_once(world, reader)
+        _is_notified_once(world, reader)
     _writes_hit_their_own_slots(world)
 
 
 def _queue_is_fair(memo: Memo, there: DecodeWorker) -> None:
-    """Room is given in the order in which it was asked for; nobody else moves."""
-    before, now = memo.queues.get(there.engine_id, []), list(there.desk._queue)
-    still = [transfer for transfer in before if transfer in there.desk._queue]
+    """Slots are granted in the order of the queue, and no transfer changes its place."""
+    before, now = memo.queues.get(there.engine_id, []), list(there.incoming._queue)
+    still = [transfer for transfer in before if transfer in there.incoming._queue]
     assert now[: len(still)] == still, "the queue was reordered"
     for index, transfer in enumerate(before):
-        record = there.desk._live.get(transfer)
-        if transfer not in there.desk._queue and record is not None and record.state in HOLDING:
-            overtaken = [other for other in before[:index] if other in there.desk._queue]
+        record = there.incoming._live.get(transfer)
+        if transfer not in there.incoming._queue and record is not None and record.state in HOLDING:
+            overtaken = [other for other in before[:index] if other in there.incoming._queue]
             assert not overtaken, f"{transfer} has overtaken {overtaken}"
     memo.queues[there.engine_id] = now
 
 
 def _the_dead_hold_nothing(world: World, there: DecodeWorker) -> None:
-    """Who can be seen to be dead loses its place in the queue, or its slot, two leases after its last word at most.
+    """A dead sender loses its place in the queue, or its slot, two leases after its last word and last byte at most.
 
-    The first may pass in the queue, the second after a grant that nobody took.
+    The first may pass in the queue, the second after a grant that was not taken.
     """
-    if not world.sizes.one_machine:
+    if not world.sizes.reachable:
         return
-    for record in there.desk._live.values():
+    for sender, times in world.memo.silent.items():
+        if world.network.is_cut(sender) or world.ether.writes(sender, there.engine_id):
+            times[there.engine_id] = there.now
+    for record in there.incoming._live.values():
         if record.reservation is None or record.state not in (
             ReceiverState.QUEUED,
             ReceiverState.RESERVED,
@@ -93,20 +97,21 @@ def _the_dead_hold_nothing(world: World, there: DecodeWorker) -> None:
 
 def _staging_agrees(worker: PrefillWorker) -> None:
     """Pieces tile the staging, and exactly the pieces under way use it."""
-    pump = worker.pump
-    pump._staging.validate()
-    pieces = [(piece, load) for load in pump._loads.values() for piece in load.pieces]
-    assert pump.staging_bytes_used >= sum(piece.num_blocks for piece, _ in pieces) * CELL
+    pipeline = worker.pipeline
+    check_arena(pipeline._staging)
+    loads = [transfer.load for transfer in pipeline._transfers.values()]
+    pieces = [(piece, load) for load in loads for piece in load.pieces]
+    assert pipeline.staging_bytes_used >= sum(piece.num_blocks for piece, _ in pieces) * CELL
     held = Counter()
     for piece, load in pieces:
         held[load.target.agent] += piece.num_blocks * CELL
-    assert held == pump._held
+    assert held == pipeline._held
 
 
 def _ends_once(memo: Memo, send: Send) -> None:
-    """The owner is told once, the outcome is decided once, and nothing goes on after the deadline."""
+    """The owner is notified once, the outcome is decided once, and nothing goes on after the deadline."""
     assert send.outgoing is not None
-    session = send.outgoing.session
+    session = send.outgoing
     assert len(send.ends) <= 1
     assert send.frees <= 1
     over = session.ended or session.state in (SenderState.STOPPING, SenderState.LEAVING)
@@ -117,8 +122,8 @@ def _ends_once(memo: Memo, send: Send) -> None:
         assert send.worker.now <= send.deadline + SOON, f"after its deadline it is {session.state}; {session.story()}"
 
 
-def _is_told_once(world: World, reader: Reader) -> None:
-    """That it is there or that it is lost, by the deadline; what it holds is right."""
+def _is_notified_once(world: World, reader: Reader) -> None:
+    """A reader learns by its deadline, once, that KV has arrived or is lost. What it holds is right."""
     assert len(reader.arrivals) <= 1, reader
     late = reader.worker.running and reader.worker.now > reader.deadline + SOON
     if not reader.arrivals:
@@ -133,7 +138,7 @@ def _is_told_once(world: World, reader: Reader) -> None:
 
 
 def part_is_right(world: World, reader: Reader, number: int) -> None:
-    """What lies in the slot is what this transfer's own writer has gathered, and nobody writes into it."""
+    """A slot has the bytes that its transfer's own sender has gathered, and no writer writes into it."""
     assert reader.delivery is not None
     slot, shape = reader.delivery.slot, reader.delivery.shape
     part = shape.part(number)
@@ -152,13 +157,13 @@ def part_is_right(world: World, reader: Reader, number: int) -> None:
 
 
 def _writes_hit_their_own_slots(world: World) -> None:
-    """What may still be written belongs to the transfer whose write it is: nobody else has been given it."""
+    """Memory that a write may still reach belongs to the transfer of that write."""
     for there in world.decode.values():
         flying = [write for write in world.ether.flying if write.agent == there.engine_id and not write.reads]
         if not flying:
             continue
         owners: dict[int, TransferId] = {}
-        for transfer, record in there.desk._live.items():
+        for transfer, record in there.incoming._live.items():
             if record.slot is not None and record.state in (
                 ReceiverState.RESERVED,
                 ReceiverState.STREAMING,
@@ -181,7 +186,7 @@ def what_is_left(world: World, stay_stopped: Sequence[Life] = ()) -> dict[str, o
             continue
         records = {
             transfer: record.state
-            for transfer, record in there.desk._live.items()
+            for transfer, record in there.incoming._live.items()
             if not (
                 record.state is ReceiverState.QUARANTINED
                 and record.reservation is not None
@@ -192,12 +197,12 @@ def what_is_left(world: World, stay_stopped: Sequence[Life] = ()) -> dict[str, o
             left[there.engine_id] = records
     for worker in world.prefill.values():
         states = [
-            transfer.session.state
-            for transfer in worker.dispatch._open.values()
-            # Who says goodbye where somebody is stopped may go on with it.
-            if transfer.session.state is not SenderState.LEAVING or transfer.peer.address.host not in hosts
+            transfer.state
+            for transfer in worker.sender.transfers
+            # While a peer is stopped, end messages may be repeated.
+            if transfer.state is not SenderState.LEAVING or transfer.peer.address.host not in hosts
         ]
-        if worker not in stay_stopped and (states or worker.pump.staging_bytes_used):
+        if worker not in stay_stopped and (states or worker.pipeline.staging_bytes_used):
             left[worker.engine_id] = states
     sends = [
         send.transfer_id
@@ -219,11 +224,11 @@ def what_is_left(world: World, stay_stopped: Sequence[Life] = ()) -> dict[str, o
 
 
 def _may_stay(world: World, writer: EngineId, stopped: set[EngineId]) -> bool:
-    """A stopped writer may wake up, and of one on another machine nobody can see that it is dead."""
-    return writer in stopped or (not world.sizes.one_machine and writer in world.memo.silent)
+    """A stopped sender may wake up, and without its connection its death cannot be seen."""
+    return writer in stopped or (not world.sizes.reachable and writer in world.memo.silent)
 
 
 def nothing_is_left(world: World, stay_stopped: Sequence[Life] = ()) -> None:
-    """When the network was well for long enough."""
+    """Check that nothing is left after enough time with a healthy network."""
     left = what_is_left(world, stay_stopped)
     assert not left, left

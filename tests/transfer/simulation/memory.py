@@ -1,7 +1,7 @@
 """Memory whose cells know what lies in them, and copies and writes that end when the schedule says so.
 
-A cell is a block of one layer. What lies in it is ``(transfer, layer, block)`` of whoever wrote it, or something that
-nobody should ever read.
+A cell is a block of one layer. It holds the ``(transfer, layer, block)`` of its last writer, or a value that must
+never be read.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -70,7 +70,6 @@ class Write:
     error: str | None = None
 
     def done(self) -> bool:
-        """Whether it has ended."""
         if self.error is not None:
             raise ChannelError(self.error)
         return self.ended
@@ -83,12 +82,12 @@ class Write:
             self.end(Fate.FAIL)
 
     def cells(self) -> Iterator[int]:
-        """Where it writes, on the other side."""
+        """The cells that it writes on the other side."""
         for span in () if self.reads else self.spans:
             yield from range(span.remote, span.remote + span.cells)
 
     def end(self, fate: Fate) -> None:
-        """It is in flight no more."""
+        """End the write."""
         self.channel.ether.flying.remove(self)
         self.ended = True
         if fate is Fate.FAIL:
@@ -111,10 +110,14 @@ class Write:
 
 @dataclass(eq=False)
 class Ether:
-    """Whom channels reach, and what is in flight."""
+    """The channels by agent, and all writes in flight."""
 
     memories: dict[str, Memory] = field(default_factory=dict)  #: of every living agent
     flying: list[Write] = field(default_factory=list)
+
+    def writes(self, sender: str, receiver: str) -> list[Write]:
+        """The writes of one agent into another's memory that may still land."""
+        return [w for w in self.flying if w.channel.agent == sender and w.agent == receiver and not w.reads]
 
 
 class SimChannel:
@@ -132,7 +135,6 @@ class SimChannel:
         self._peers: set[str] = set()
 
     def add_peer(self, metadata: bytes) -> str:
-        """Learn a peer."""
         agent = metadata.decode()
         if agent not in self.ether.memories:
             raise ChannelError(f"there is no agent {agent}")
@@ -140,21 +142,20 @@ class SimChannel:
         return agent
 
     def connect(self, agent: str) -> None:
-        """Nothing to open."""
+        """Connections are always open here."""
 
     def remove_peer(self, agent: str) -> None:
-        """Forget a peer; what can be aborted is."""
+        """Forget a peer, and abort the writes that can be aborted."""
         self._peers.discard(agent)
         for write in [w for w in self.ether.flying if w.channel is self and w.agent == agent and not w.stuck]:
             write.end(Fate.FAIL)
 
     def write(self, agent: str, spans: Sequence[tuple[int, int, int]], device: str, peer_device: str) -> Write:
-        """Post one."""
         if agent not in self._peers or agent not in self.ether.memories:
             raise ChannelError(f"agent {agent} is not known")
         cells = [Span(local // CELL, remote // CELL, num_bytes // CELL) for local, remote, num_bytes in spans]
         measured = self.measures(spans[0][0])
-        if measured is not None:  # nobody has gathered anything
+        if measured is not None:  # nothing was gathered
             for cell in range(cells[0].cells):
                 self.memory[cells[0].local + cell] = Content(measured, -1, -1)
         write = Write(self, agent, self.memory[cells[0].local].transfer, cells, self.stick)
@@ -162,7 +163,7 @@ class SimChannel:
         return write
 
     def read(self, agent: str, spans: Sequence[tuple[int, int, int]], device: str, peer_device: str) -> Write:
-        """Post one, of a measurement."""
+        """Post a read of a measurement."""
         if agent not in self._peers or agent not in self.ether.memories:
             raise ChannelError(f"agent {agent} is not known")
         measured = self.measures(spans[0][0])
@@ -178,29 +179,26 @@ class SimChannel:
 
 @dataclass(eq=False)
 class Copy:
-    """``Fence`` and ``Digest``: what it does, it does when it ends."""
+    """``Fence`` and ``Digest``: a copy takes effect when it ends."""
 
     do: Any
     result: int = 0
     ended: bool = False
 
     def done(self) -> bool:
-        """Whether it has ended."""
         return self.ended
 
     def value(self) -> int:
-        """Of a digest."""
         assert self.ended
         return self.result
 
     def end(self) -> None:
-        """Now it is done."""
         self.ended = True
         self.result = self.do() or 0
 
 
 class SimCopy:
-    """``PagedCopy`` of one life of one process. Engine blocks are numbers; ``pool`` says what is in them."""
+    """``PagedCopy`` of one incarnation. Engine blocks are numbers, and ``pool`` has their contents."""
 
     def __init__(self, memory: Memory, asynchronous: bool) -> None:
         self.memory = memory
@@ -217,7 +215,7 @@ class SimCopy:
         return copy
 
     def gather(self, layer: int, block_ids: Sequence[int], offset: int, ready: Any) -> Copy:
-        """Into staging; what was there is torn until it is done."""
+        """Copy into staging, whose old contents are torn until the end."""
         first = (STAGING + offset) // CELL
         for index in range(len(block_ids)):
             self.memory[first + index] = Content(self.pool[layer, block_ids[index]].transfer, -1, -1)
@@ -229,15 +227,14 @@ class SimCopy:
         return self._begin(do)
 
     def scatter(self, block_ids: Sequence[int], offset: int, stride: int, region: int = 0) -> list[Copy]:
-        """Readers of this world look at the memory themselves."""
+        """Readers in this world look at the memory themselves."""
         raise NotImplementedError
 
     def digest_sent(self, offset: int, cells: Cells) -> Copy:
-        """Of staging."""
         return self._begin(lambda: self._digest((STAGING + offset) // CELL, cells))
 
     def digest_received(self, offset: int, cells: Cells, region: int = 0) -> Copy:
-        """Of a receive buffer."""
+        """The digest of a part of a receive buffer."""
         return self._begin(lambda: self._digest((RECEIVE[region] + offset) // CELL, cells))
 
     def _digest(self, first: int, cells: Cells) -> int:

@@ -9,7 +9,7 @@ from tests.transfer.simulation.world import Fate, Route, World
 
 @dataclass(frozen=True)
 class Weather:
-    """How hostile a world is: relative weights of what may happen."""
+    """The relative weights of events in a hostile world."""
 
     lose: float = 1.0
     repeat: float = 1.0
@@ -34,12 +34,12 @@ def random_sizes(rng: random.Random) -> Sizes:
         piece=rng.choice([1, 2]),
         verify=rng.choice(["off", "sample", "always"]),
         asynchronous=rng.random() < 0.5,
-        one_machine=rng.random() < 0.7,
+        reachable=rng.random() < 0.85,
     )
 
 
 class Walk:
-    """One world, and one source of chance."""
+    """One world and one source of random numbers."""
 
     def __init__(self, rng: random.Random, sizes: Sizes, weather: Weather, num_prefill: int, num_decode: int) -> None:
         self.rng = rng
@@ -61,10 +61,12 @@ class Walk:
             self.repeat: 2.0 * weather.repeat,
             self.stop_or_wake: 3.0 * weather.processes,
             self.kill: 0.5 * weather.processes,
+            self.cut: 0.3 * weather.processes,
+            self.mend: 1.0 * weather.processes,
             self.fault: (4.0 if sizes.verify == "always" else 1.0) * weather.faults,  # some are found by digests only
             self.incomplete: 0.2 * weather.faults,
             self.cancel: 1.0 * weather.clients,
-            self.unclaim: 1.0 * weather.clients,
+            self.cancel_read: 1.0 * weather.clients,
             self.let_go: 0.7 * weather.clients,
         }
         weights[self.flow] = 2.0
@@ -73,13 +75,13 @@ class Walk:
         self._max_sends = 12
 
     def go(self, events: int) -> None:
-        """So many, or a few more."""
+        """Make about this many events."""
         while self.world.events.total() < events:
             (event,) = self.rng.choices(self._events, self._weights)
             event()
 
     def flow(self) -> None:
-        """Nothing bad for a moment: so that a few events reach the states that matter."""
+        """For a few events nothing bad happens, so that a walk reaches the states that matter."""
         for _ in range(6):
             self.world.write_blocks(self._any(), 4)
             for _ in range(4):
@@ -90,7 +92,7 @@ class Walk:
                 self.read()
 
     def end(self) -> None:
-        """Everything comes to its end: with who is stopped left alone, and then for all."""
+        """Let everything end: first without the stopped workers, then with them."""
         stopped = [life for life in self.world.lives() if not life.running]
         if stopped and self.rng.random() < 0.5:
             self.world.heal(stopped)
@@ -101,81 +103,78 @@ class Walk:
         return self.rng.randrange(1 << 16)
 
     def send(self) -> None:
-        """A prompt."""
         if len(self.world.sends) < self._max_sends:
             reused = self.rng.choice([0, 0, 1, 2])
             seconds = self.rng.choice([0.6, 3.0, 15.0])
             self.world.send(self._any(), self._any(), self.rng.choice(self.blocks), seconds, reused)
 
     def warm(self) -> None:
-        """A connection."""
         self.world.warm(self._any(), self._any())
 
     def probe(self) -> None:
-        """A measurement."""
         self.world.probe(self._any(), self._any())
 
     def blocks_come(self) -> None:
-        """Computed."""
         self.world.write_blocks(self._any(), self.rng.randint(1, 4))
 
     def incomplete(self) -> None:
-        """Never computed."""
+        """A prompt that is never computed completely."""
         self.world.forget_blocks(self._any())
 
     def claim(self) -> None:
-        """A reader, and now and then a second one."""
+        """Let a reader claim a transfer, sometimes a second one."""
         self.world.claim(self._any(), self.rng.choice([0.5, 5.0, 15.0]), again=self.rng.random() < 0.1)
 
     def deliver(self) -> None:
-        """Mostly the oldest packet, sometimes any."""
+        """Deliver the oldest packet, sometimes any other."""
         self.world.route(0 if self.rng.random() < 0.8 else self._any(), Route.DELIVER)
 
     def lose(self) -> None:
-        """A packet."""
         self.world.route(self._any(), Route.LOSE)
 
     def repeat(self) -> None:
-        """A packet."""
         self.world.route(self._any(), Route.REPEAT)
 
     def land(self) -> None:
-        """A write."""
         self.world.land(self._any(), Fate.LAND, stuck=self.rng.random() < 0.05)
 
     def fault(self) -> None:
-        """A write that fails; one that lies about it only where digests are there to find it."""
+        """Fail a write. A write lies only where digests can find it."""
         lies = [Fate.DROP, Fate.TEAR] if self.world.sizes.verify == "always" else []
         self.world.land(self._any(), self.rng.choice([Fate.FAIL, *lies]))
 
     def copy(self) -> None:
-        """A copy."""
         self.world.finish_copy(self._any())
 
     def read(self) -> None:
-        """A part, or all."""
         self.world.read(self._any())
 
     def let_go(self) -> None:
-        """A reader."""
         self.world.let_go(self._any())
 
     def cancel(self) -> None:
-        """A request on a prefill worker."""
+        """Cancel a request on a prefill worker."""
         self.world.cancel(self._any())
 
-    def unclaim(self) -> None:
-        """A request on a decode worker."""
-        self.world.unclaim(self._any())
+    def cancel_read(self) -> None:
+        """Cancel a request on a decode worker."""
+        self.world.cancel_read(self._any())
 
     def stop_or_wake(self) -> None:
-        """More wake than stop."""
+        """Stop or wake a worker. More of them wake."""
         self.world.process(self._any(), self.rng.choice(["stop", "wake", "wake"]))
 
     def kill(self) -> None:
-        """One process."""
         self.world.process(self._any(), "kill")
 
+    def cut(self) -> None:
+        """Cut off a prefill worker's host."""
+        self.world.cut(self._any(), mend=False)
+
+    def mend(self) -> None:
+        """Reconnect a host, which may be connected."""
+        self.world.cut(self._any(), mend=True)
+
     def wait(self) -> None:
-        """A moment, mostly."""
+        """Let some time pass, mostly a moment."""
         self.world.wait(self.rng.choice([0.01, 0.05, 0.25, 0.25, 1.0, 2.5]))

@@ -1,7 +1,7 @@
 """Everything together, and what may happen: one method an event. Each ends with the invariants.
 
-An event names what it is about by a number (``pick``), so that whoever decides (``walk``, hypothesis) needs to know
-nothing of the world; what is not possible at the moment happens not at all.
+An event names what it is about by a number (``pick``), so that its chooser (``walk``, hypothesis) needs to know
+nothing of the world. An event that is not possible at the moment does nothing.
 """
 
 import itertools
@@ -11,9 +11,10 @@ from contextlib import ExitStack
 from enum import StrEnum
 from typing import Self, TypeVar
 
-from kvbelt.transfer.plan import Run
+from kvbelt.transfer.receive.states import PartTaken, Release
+from kvbelt.transfer.send.plan import Run
 from kvbelt.wire.ids import TransferId
-from kvbelt.wire.probe import Probed
+from kvbelt.wire.probe import ProbeResult
 from tests.transfer.simulation import invariants
 from tests.transfer.simulation.lines import Network, Packet
 from tests.transfer.simulation.lives import (
@@ -24,7 +25,6 @@ from tests.transfer.simulation.lives import (
     Reader,
     Send,
     Sizes,
-    deaths_are_seen,
     measurements_are_short,
 )
 from tests.transfer.simulation.memory import Content, Ether, Fate, Write
@@ -37,7 +37,7 @@ HEALING_ROUNDS = 200
 
 
 class Route(StrEnum):
-    """What the network does with a packet."""
+    """The network's treatment of a packet."""
 
     DELIVER = "deliver"
     REPEAT = "repeat"  # delivered now, and still under way
@@ -45,12 +45,12 @@ class Route(StrEnum):
 
 
 def pick(things: Sequence[ThingT], number: int) -> ThingT | None:
-    """One of them; None where there is none."""
+    """One of them; None if there is none."""
     return things[number % len(things)] if things else None
 
 
 class World:
-    """Some prefill workers, some decode workers, and what is between them."""
+    """Prefill workers, decode workers and the network between them."""
 
     def __init__(self, sizes: Sizes, num_prefill: int = 2, num_decode: int = 1) -> None:
         self.sizes = sizes
@@ -61,7 +61,6 @@ class World:
         self.names = itertools.count()
         self.prefill: dict[str, PrefillWorker] = {}
         self.decode: dict[str, DecodeWorker] = {}
-        self.dead: set[int] = set()  # process ids
         self.sends: dict[TransferId, Send] = {}  #: of workers that live, until they are over and checked
         self.readers: list[Reader] = []  #: of workers that live, until they have nothing in their hands
         self.claimed: set[TransferId] = set()
@@ -73,7 +72,6 @@ class World:
         self.ended: Counter[str] = Counter()  #: transfers, by how they ended on each side
         self.memo = invariants.Memo()
         self._patches = ExitStack()
-        self._patches.enter_context(deaths_are_seen(lambda process: process.pid in self.dead))
         self._patches.enter_context(measurements_are_short())
         for number in range(num_prefill):
             self._born_prefill(f"p{number}")
@@ -81,7 +79,7 @@ class World:
             self._born_decode(f"d{number}")
 
     def close(self) -> None:
-        """The process table is the kernel's again."""
+        """Restore the length of measurements."""
         self._patches.close()
 
     def __enter__(self) -> Self:
@@ -103,7 +101,7 @@ class World:
         worker.now = self.now
 
     def lives(self) -> list[Life]:
-        """All that live."""
+        """All living processes."""
         return [*self.prefill.values(), *self.decode.values()]
 
     def process(self, number: int, what: str) -> None:
@@ -119,9 +117,18 @@ class World:
             self._kill(life)
         self._happened(what)
 
+    def cut(self, number: int, *, mend: bool) -> None:
+        """The host of a prefill worker is cut off: nothing leaves it or reaches it, and no connection ends."""
+        name = pick(list(self.prefill), number)
+        assert name is not None
+        if mend:
+            self.network.cut.discard(name)
+        else:
+            self.network.cut.add(name)
+        self._happened("mend" if mend else "cut")
+
     def _kill(self, life: Life) -> None:
         life.die()
-        self.dead.add(life.process.pid)
         self.memo.died(life, self.lives())
         if isinstance(life, PrefillWorker):
             for send in life.sends.values():
@@ -152,31 +159,31 @@ class World:
         return [send for send in self.sends.values() if send.worker.running and not send.computed]
 
     def warm(self, number: int, to: int) -> None:
-        """A prefill worker connects ahead of the first prompt."""
+        """Let a prefill worker connect before its first prompt."""
         worker, there = pick(list(self.prefill.values()), number), pick(list(self.decode.values()), to)
         assert worker is not None
         assert there is not None
         if worker.running:
             asked, told = self.warmings, self.warmed
             asked.append(worker)
-            worker.dispatch.warm(there.address, lambda outcome: told.append(worker))
+            worker.sender.warm(there.address, lambda outcome: told.append(worker))
             worker.turn()
         self._happened("warm")
 
     def probe(self, number: int, to: int) -> None:
-        """A prefill worker measures its link to a decode worker."""
+        """Let a prefill worker measure its link to a decode worker."""
         worker, there = pick(list(self.prefill.values()), number), pick(list(self.decode.values()), to)
         assert worker is not None
         assert there is not None
         if worker.running:
             told = self.probed
 
-            def on_end(probed: Probed) -> None:
+            def on_end(probed: ProbeResult) -> None:
                 told.append(worker)
                 self.ended[f"probed: {probed.reason or 'measured'}"] += 1
 
             self.probing.append(worker)
-            worker.dispatch.probe(there.engine_id, on_end)
+            worker.probes.begin(there.engine_id, on_end)
             worker.turn()
         self._happened("probe")
 
@@ -195,17 +202,17 @@ class World:
         if count:
             ids = tuple(range(send.first_id + first, send.first_id + first + count))
             send.written[layer] += count
-            send.worker.dispatch.hand_over(send.outgoing, [Run(layer, first, ids)])
+            send.worker.pipeline.hand_over(send.outgoing, [Run(layer, first, ids)])
         if min(send.written) == send.num_blocks:
             send.computed = True
-            send.worker.dispatch.computed(send.outgoing, send.worker.now)
+            send.worker.pipeline.computed(send.outgoing, send.worker.now)
 
     def forget_blocks(self, number: int) -> None:
-        """An engine says that a prompt is complete, and it is not."""
+        """Let an engine report a prompt as complete although it is not."""
         send = pick(self._open_sends(), number)
         if send is not None:
             send.computed = True
-            send.worker.dispatch.computed(send.outgoing, send.worker.now)
+            send.worker.pipeline.computed(send.outgoing, send.worker.now)
             send.worker.turn()
         self._happened("incomplete")
 
@@ -214,36 +221,36 @@ class World:
         send = pick([send for send in self.sends.values() if send.worker.running], number)
         if send is not None:
             send.computed = True
-            send.worker.dispatch.abandon(send.outgoing, "aborted")
+            send.worker.sender.abort(send.outgoing, "aborted")
             send.worker.turn()
         self._happened("cancel")
 
     def claim(self, number: int, seconds: float, *, again: bool = False) -> None:
-        """A decode worker's request asks for a transfer, of which it may not have heard; ``again``: not the first."""
+        """A decode worker's request asks for a transfer, which may be unknown; ``again``: not the first request."""
         sends = list(self.sends.values())
         if not again:
             sends = [send for send in sends if send.transfer_id not in self.claimed]
         send = pick(sends, number)
         if send is not None and send.outgoing is not None:
-            engine = send.outgoing.session.plan.receiver
+            engine = send.outgoing.receiver
             there = next((worker for worker in self.decode.values() if worker.engine_id == engine), None)
             if there is not None and there.running:
                 self.claimed.add(send.transfer_id)
                 self.readers.append(there.claim(send.transfer_id, seconds))
         self._happened("claim")
 
-    def unclaim(self, number: int) -> None:
-        """A request that waits is over."""
+    def cancel_read(self, number: int) -> None:
+        """End a request that waits."""
         reader = pick([reader for reader in self.readers if reader.worker.running and not reader.arrivals], number)
         if reader is not None:
-            reader.worker.reception.unclaim(reader.transfer_id, reader)
-        self._happened("unclaim")
+            reader.worker.receiver.cancel_read(reader.transfer_id, reader)
+        self._happened("cancel_read")
 
     def _holding(self) -> list[Reader]:
         return [reader for reader in self.readers if reader.worker.running and reader.holds]
 
     def read(self, number: int) -> None:
-        """A reader takes out what is ready, and lets go when it has all."""
+        """Let a reader take what is ready, and release it when it has everything."""
         reader = pick(self._holding(), number)
         if reader is not None:
             self._read(reader)
@@ -251,18 +258,18 @@ class World:
 
     def _read(self, reader: Reader) -> None:
         assert reader.delivery is not None
-        reception, shape = reader.worker.reception, reader.delivery.shape
+        receiver, shape = reader.worker.receiver, reader.delivery.shape
         if reader.broken is None and reader.taken < reader.ready:
             invariants.part_is_right(self, reader, reader.taken)
             reader.taken += 1
             if shape.in_parts:
-                reception.part_taken(reader.transfer_id)
+                receiver.handle(reader.transfer_id, PartTaken())
         if reader.broken is not None or (reader.finished and reader.taken == shape.num_parts):
             self.ended["read" if reader.broken is None else "broken"] += 1
             self._let_go(reader)
 
     def let_go(self, number: int) -> None:
-        """A reader goes away in the middle."""
+        """Let a reader release its KV in the middle."""
         reader = pick(self._holding(), number)
         if reader is not None:
             self._let_go(reader)
@@ -270,7 +277,7 @@ class World:
 
     def _let_go(self, reader: Reader) -> None:
         reader.released = True
-        reader.worker.reception.release(reader.transfer_id)
+        reader.worker.receiver.handle(reader.transfer_id, Release())
 
     # The network and memory.
 
@@ -280,7 +287,8 @@ class World:
         if under_way:
             index = number % len(under_way)
             packet = under_way[index] if how is Route.REPEAT else under_way.pop(index)
-            if how is not Route.LOSE and self.network.deliver(packet):
+            lost = how is Route.LOSE or self.network.is_cut(packet.sender)
+            if not lost and self.network.deliver(packet):
                 self._hear(packet)
         self._happened(how)
 
@@ -294,8 +302,11 @@ class World:
                 return
 
     def land(self, number: int, fate: Fate, *, stuck: bool = False) -> None:
-        """A write in flight ends; those posted from now on can be aborted, or cannot. A stopped worker's lands, too."""
-        write = pick(self.ether.flying, number)
+        """A write in flight ends; those posted from now on can be aborted, or cannot.
+
+        A stopped worker's lands, too, and so does a dead one's: its kernel had taken it.
+        """
+        write = pick([write for write in self.ether.flying if not self.network.is_cut(write.channel.agent)], number)
         if write is not None:
             self._land(write, fate)
         for worker in self.prefill.values():
@@ -304,12 +315,12 @@ class World:
 
     def _land(self, write: Write, fate: Fate) -> None:
         write.end(fate)
-        worker = next(life for life in self.prefill.values() if life.channel is write.channel)
-        if worker.running:
+        worker = next((life for life in self.prefill.values() if life.channel is write.channel), None)
+        if worker is not None and worker.running:
             worker.turn()
 
     def finish_copy(self, number: int) -> None:
-        """A gather or a digest has ended."""
+        """End a gather or a digest."""
         copies = [(life, copy) for life in self.lives() if life.running for copy in life.copy.under_way]
         chosen = pick(copies, number)
         if chosen is not None:
@@ -324,7 +335,7 @@ class World:
     # Time.
 
     def wait(self, seconds: float) -> None:
-        """Time passes for whoever runs; nobody looks later than he wants to."""
+        """Let time pass for running processes, each up to its own next turn."""
         self._wait(seconds)
         self._happened("wait")
 
@@ -347,10 +358,10 @@ class World:
         self._forget()
 
     def _forget(self) -> None:
-        """What is over on its side, and was found right, is not looked at again."""
+        """Drop transfers that have ended and were found right."""
         for transfer_id, send in list(self.sends.items()):
-            if send.ends and send.frees and transfer_id not in send.worker.dispatch._open:
-                self.ended[f"sent: {send.outgoing.session.state}"] += 1
+            if send.ends and send.frees and transfer_id not in send.worker.sender.transfers:
+                self.ended[f"sent: {send.outgoing.state}"] += 1
                 del self.sends[transfer_id]
         for reader in list(self.readers):
             if reader.arrivals and not reader.holds:
@@ -361,7 +372,8 @@ class World:
     # The end.
 
     def heal(self, stay_stopped: Sequence[Life] = ()) -> None:
-        """The network is well, who is stopped wakes up (but for some), engines and readers do their work."""
+        """Repair the network, wake most stopped workers, and let engines and readers work."""
+        self.network.cut.clear()
         for life in self.lives():
             if life not in stay_stopped and not life.running:
                 life.running = True
@@ -408,13 +420,10 @@ class World:
         return not invariants.what_is_left(self, stay_stopped)
 
     def works(self) -> None:
-        """After the storm: a prompt from every prefill worker to every decode worker gets there."""
-        # A worker's next life frees what its last one held, once it has said hello.
-        pairs = list(itertools.product(range(len(self.prefill)), range(len(self.decode))))
-        for number, to in pairs:
-            self.warm(number, to)
-        self.heal()
-        for number, to in pairs:
+        """Send a prompt from every prefill worker to every decode worker."""
+        if not self.sizes.reachable and self.memo.silent:
+            return  # the slots of the dead are kept, and may be all there are
+        for number, to in itertools.product(range(len(self.prefill)), range(len(self.decode))):
             reason = self._one_prompt(number, to)
             if reason == "no_handshake":
                 # Who was stopped for so long that it was forgotten learns it from a refusal, and says hello again.
