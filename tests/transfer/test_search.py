@@ -11,7 +11,7 @@ from tests.transfer.search.runs import SHORT
 
 @pytest.mark.parametrize("name", SHORT)
 def test_every_state_is_sound_and_ends(name):
-    """All of them were visited."""
+    """The search is complete."""
     graph = SHORT[name]()
     assert graph.complete
     assert graph.num_states > 50

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 
 class Model(Protocol):
-    """One state of a model, and what may happen in it."""
+    """A state of a model, and the actions that are possible in it."""
 
     def actions(self) -> Iterable[tuple[Any, ...]]:
-        """Names and arguments of what may happen."""
+        """Names and arguments of the possible actions."""
 
     def do(self, action: tuple[Any, ...]) -> None:
         """Let it happen.
@@ -20,14 +20,14 @@ class Model(Protocol):
         """
 
     def copy(self) -> "Model":
-        """Another one in the same state."""
+        """Another model in the same state."""
 
     def key(self) -> Hashable:
         """Equal for equal states."""
 
 
 class Violation(AssertionError):  # noqa: N818 -- it is a finding
-    """A state that must not be, and the shortest way to it."""
+    """A state that breaks an invariant, and the shortest way to it."""
 
     def __init__(self, problem: BaseException, path: list[tuple[Any, ...]]) -> None:
         steps = "\n".join(f"  {number:2}. {' '.join(map(str, step))}" for number, step in enumerate(path, 1))
@@ -38,7 +38,7 @@ class Violation(AssertionError):  # noqa: N818 -- it is a finding
 
 @dataclass
 class Graph:
-    """What was found: states by number, 0 the first; edges where they were asked for."""
+    """The states that were found, by number; 0 is the first. Edges are kept if they were asked for."""
 
     num_states: int = 0
     num_steps: int = 0
@@ -56,7 +56,7 @@ class Graph:
         return steps[::-1]
 
     def dead_ends(self) -> list[int]:
-        """States from which no goal is reached, whatever happens."""
+        """States from which no goal can be reached."""
         alive = set(self.goals)
         look = deque(alive)
         while look:
@@ -97,7 +97,7 @@ def explore(
 
 
 class _Search:
-    """What is known so far."""
+    """The states that are known so far."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class _Search:
         self._classes: set[int] = set()
 
     def expand(self, number: int, model: Model) -> None:
-        """Do everything that may happen in a state."""
+        """Perform every action that is possible in a state."""
         for action in list(model.actions()):
             after = model.copy()
             self.graph.num_steps += 1
@@ -125,7 +125,7 @@ class _Search:
             self.visit(after, number, action)
 
     def visit(self, model: Model, parent: int, action: tuple[Any, ...]) -> None:
-        """A state was reached; it may be known."""
+        """Take up a state, which may be known already."""
         key = hash(model.key())
         number = self._numbers.get(key)
         if number is None:

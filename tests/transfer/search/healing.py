@@ -3,7 +3,7 @@
 from tests.transfer.search.protocol import Belts
 from tests.transfer.search.state import BEAT
 
-#: Beats in which everything must be over: the deadline, leases, farewells.
+#: Beats in which everything must be over: the deadline, leases, end messages.
 _ROUNDS = 400
 
 #: What a well world does by itself.
@@ -17,7 +17,7 @@ def heal(state: Belts) -> None:
         AssertionError: something is left over for ever.
     """
     world = state.copy()
-    world.to_desk.clear()
+    world.to_incoming.clear()
     world.to_sides.clear()
     for number, side in enumerate(world.sides):
         if side.life == "stopped":
@@ -29,15 +29,15 @@ def heal(state: Belts) -> None:
         world.now += BEAT
         world.tick()
     states = [side.session.state for side in world.sides if side.session is not None]
-    raise AssertionError(f"left over: {dict(world.desk.states())} and {states}")
+    raise AssertionError(f"left over: {dict(world.incoming.states())} and {states}")
 
 
 def _without_time(world: Belts) -> None:
-    """What can happen at once; each message arrives once."""
+    """Do all that needs no time. Each message arrives once."""
     while True:
-        for message in sorted(world.to_desk, key=repr):
-            world.to_desk.discard(message)
-            world.do(("desk hears", message))
+        for message in sorted(world.to_incoming, key=repr):
+            world.to_incoming.discard(message)
+            world.do(("incoming hears", message))
         for number, message in sorted(world.to_sides, key=repr):
             world.to_sides.discard((number, message))
             if world.sides[number].life == "running":
@@ -45,5 +45,5 @@ def _without_time(world: Belts) -> None:
         action = next((action for action in world.actions() if action[0] in _BY_ITSELF), None)
         if action is not None:
             world.do(action)
-        elif not world.to_desk and not world.to_sides:
+        elif not world.to_incoming and not world.to_sides:
             return

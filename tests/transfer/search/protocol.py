@@ -1,40 +1,41 @@
-"""Both session machines and the desk, and between them a network that forgets nothing.
+"""Both session machines and the incoming, and between them a network that forgets nothing.
 
 Whatever was said once may arrive at any time, any number of times, or never: so a state need not remember what was
 lost or delivered, and all loss, repetition, reordering and delay is in it, without a budget. Timers may go off
 whenever the table allows them to: all clocks are in it, the wrong ones too. What is bounded is how many transfers there
 are, their size, and how often a client changes its mind or a process is stopped or killed (once).
 
-The bytes of a slot are modelled as whoever wrote each block last.
+The bytes of a slot are modelled as the last writer of each block.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
-from kvbelt.transfer.receiver_commands import Answer, Break, Check, Deliver, Finish, Lose, PartReady
-from kvbelt.transfer.receiver_states import RECEIVER_TABLE, ReceiverState
-from kvbelt.transfer.sender import AbortWrites, BeginWriting, GoOn, Outcome, Say
-from kvbelt.transfer.sender_states import (
+from kvbelt.transfer.receive.commands import Answer, Break, Check, Deliver, Finish, Lose, PartReady
+from kvbelt.transfer.receive.states import RECEIVER_TABLE, CancelRead, PartTaken, ReceiverState, Release, Verified
+from kvbelt.transfer.send.session import AbortWrites, BeginWriting, ContinueWriting, Outcome, Send
+from kvbelt.transfer.send.states import (
     SENDER_TABLE,
-    Abandon,
+    Abort,
     BeatDue,
     PartWritten,
     PeerReady,
-    Quiet,
     SenderState,
     WriteFailed,
+    WritesDrained,
     Written,
 )
 from kvbelt.transfer.shape import PLACES, SlotShape
 from kvbelt.wire import reservation as wire
 from kvbelt.wire.ids import EngineId, TransferId
+from tests.transfer.invariants import check_incoming
 from tests.transfer.search.state import CELL, DEADLINE, LAYOUT, Bounds, Reader, Side, State, plain
 
 Action = tuple[Any, ...]
 
 
 class Belts(State):
-    """A state, and what may happen in it."""
+    """A state, and the actions that are possible in it."""
 
     def __init__(self, bounds: Bounds) -> None:
         super().__init__(bounds)
@@ -43,9 +44,8 @@ class Belts(State):
                 self.do(("claim", number))
 
     def actions(self) -> Iterable[Action]:
-        """What may happen."""
-        for message in self.to_desk:
-            yield "desk hears", message
+        for message in self.to_incoming:
+            yield "incoming hears", message
         for number, message in self.to_sides:
             if self.sides[number].life == "running":
                 yield "sender hears", number, message
@@ -99,7 +99,7 @@ class Belts(State):
         if not reader.asked:
             yield "claim", number
         elif bounds.cancels and not reader.gone and not reader.told:
-            yield "unclaim", number
+            yield "cancel_read", number
         if reader.delivery is not None and not reader.released:
             if reader.taken < reader.ready and not reader.broken:
                 yield "read", number
@@ -115,7 +115,7 @@ class Belts(State):
             return
         if record.ended:
             if bounds.forgets and not reader.forgotten and number not in {check[0] for check in self.checks}:
-                yield "desk forgets", number
+                yield "incoming forgets", number
             return
         for timer in bounds.timers:
             if timer in RECEIVER_TABLE[record.state]:
@@ -124,7 +124,7 @@ class Belts(State):
             yield "seen dead", number
 
     def _record(self, number: int):
-        return self.desk._find(TransferId(f"t{number}"))
+        return self.incoming._find(TransferId(f"t{number}"))
 
     @staticmethod
     def _number(transfer_id: TransferId) -> int:
@@ -133,10 +133,10 @@ class Belts(State):
     def do(self, action: Action) -> None:  # noqa: C901, PLR0912 -- one case an action
         """Let it happen, and check."""
         match action:
-            case "desk hears", message:
+            case "incoming hears", message:
                 if self.bounds.once:
-                    self.to_desk.discard(message)
-                self._on_desk(self._own("desk").hear(message, self.now))
+                    self.to_incoming.discard(message)
+                self._on_incoming(self._own("incoming").on_message(message, self.now))
             case "sender hears", number, message:
                 if self.bounds.once:
                     self.to_sides.discard((number, message))
@@ -157,7 +157,7 @@ class Belts(State):
                 self._report(number)
             case "abandon", number:
                 self._own("sides", number).abandoned = True
-                self._handle(number, Abandon("aborted"))
+                self._handle(number, Abort("aborted"))
                 self._report(number)
             case "sender's", number, timer:
                 self._handle(number, timer())
@@ -174,23 +174,23 @@ class Belts(State):
                 self._own("sides", number).session = None
             case "claim", number:
                 self._own("readers", number).asked = True
-                self._on_desk(self._own("desk").claim(TransferId(f"t{number}"), self.now + DEADLINE, self.now))
-            case "unclaim", number:
+                self._on_incoming(self._own("incoming").claim(TransferId(f"t{number}"), self.now + DEADLINE, self.now))
+            case "cancel_read", number:
                 self._own("readers", number).gone = True
-                self._on_desk(self._own("desk").unclaim(TransferId(f"t{number}"), self.now))
+                self._on_incoming(self._own("incoming").handle(TransferId(f"t{number}"), CancelRead(), self.now))
             case "read", number:
                 self._read(number)
             case "release" | "let go", number:
                 self._own("readers", number).released = True
-                self._on_desk(self._own("desk").release(TransferId(f"t{number}"), self.now))
-            case "desk forgets", number:
+                self._on_incoming(self._own("incoming").handle(TransferId(f"t{number}"), Release(), self.now))
+            case "incoming forgets", number:
                 self._own("readers", number).forgotten = True
-                del self._own("desk")._ended[TransferId(f"t{number}")]
+                del self._own("incoming")._ended[TransferId(f"t{number}")]
             case "receiver's", number, timer:
-                desk, record = self._own("desk"), self._record(number)
-                self._on_desk(desk._done(record, record.handle(timer(), self.now), self.now))
+                incoming, record = self._own("incoming"), self._record(number)
+                self._on_incoming(incoming._done(record, record.handle(timer(), self.now), self.now))
             case "seen dead", number:
-                self._on_desk(self._own("desk").writer_dead(EngineId(f"p{number}"), self.now))
+                self._on_incoming(self._own("incoming").sender_dead(EngineId(f"p{number}"), self.now))
             case "check", number, part:
                 self._check(number, part)
             case _:
@@ -199,11 +199,11 @@ class Belts(State):
 
     # The decode worker.
 
-    def _on_desk(self, commands: list[Any]) -> None:
+    def _on_incoming(self, commands: list[Any]) -> None:
         for command in commands:
             match command:
-                case Answer(writer=writer, message=message):
-                    self.to_sides.add((int(writer[1:]), plain(message)))
+                case Answer(sender=sender, message=message):
+                    self.to_sides.add((int(sender[1:]), plain(message)))
                 case Check(transfer_id=transfer_id, part=part):
                     self.checks.add((self._number(transfer_id), part))
                 case Deliver(transfer_id=transfer_id, shape=shape):
@@ -225,7 +225,7 @@ class Belts(State):
                     self._own("readers", self._number(transfer_id)).told += 1
         held = {
             record.slot.offset // CELL + block
-            for record in self.desk._live.values()
+            for record in self.incoming._live.values()
             if record.slot is not None
             for block in range(record.slot.num_bytes // CELL)
         }
@@ -238,7 +238,7 @@ class Belts(State):
         right = False
         if record is not None and record.slot is not None:
             right = self._wrong(number, record.slot.offset // CELL, record.shape, part or 0) is None
-        self._on_desk(self._own("desk").verified(TransferId(f"t{number}"), part, self.now, right=right))
+        self._on_incoming(self._own("incoming").handle(TransferId(f"t{number}"), Verified(part, right), self.now))
 
     def _wrong(self, number: int, base: int, shape: SlotShape, number_of_part: int) -> str | None:
         part = shape.part(number_of_part)
@@ -253,17 +253,17 @@ class Belts(State):
         assert reader.delivery is not None
         reader.taken += 1
         if reader.delivery.shape.in_parts:
-            self._on_desk(self._own("desk").part_taken(TransferId(f"t{number}"), self.now))
+            self._on_incoming(self._own("incoming").handle(TransferId(f"t{number}"), PartTaken(), self.now))
 
     # The prefill workers.
 
     def _hear(self, number: int, message: wire.FromReceiver) -> None:
         side = self.sides[number]
         if side.session is None:
-            # Rule 5 of wire/reservation.py, as Dispatch has it.
+            # Rule 5 of wire/reservation.py, as SenderDriver has it.
             if isinstance(message, wire.Granted | wire.Expired | wire.Cancel):
                 sender = EngineId(f"p{number}")
-                self.to_desk.add(wire.Cancelled(transfer_id=message.transfer_id, slot=message.slot, sender=sender))
+                self.to_incoming.add(wire.Cancelled(transfer_id=message.transfer_id, slot=message.slot, sender=sender))
             return
         self._handle(number, message)
         self._report(number)
@@ -276,12 +276,12 @@ class Belts(State):
 
     def _perform(self, number: int, side: Side, command: Any) -> None:
         match command:
-            case Say(message=message):
-                self.to_desk.add(plain(message))
+            case Send(message=message):
+                self.to_incoming.add(plain(message))
             case BeginWriting(granted):
                 side.shape = SlotShape(LAYOUT, self.bounds.blocks[number], granted.first_block, granted.part_blocks)
                 side.slot, side.base = granted.slot, granted.offset // CELL
-            case GoOn(taken):
+            case ContinueWriting(taken):
                 side.taken = max(side.taken, taken)
             case AbortWrites():
                 side.flying.clear()
@@ -310,13 +310,13 @@ class Belts(State):
         self._report(number)
 
     def _report(self, number: int) -> None:
-        """What a running driver sees of its writes, as Pump tells it."""
+        """Report writes as WritePipeline reports them to a running driver."""
         side = self.sides[number]
         session, shape = side.session, side.shape
         if side.life != "running" or session is None or shape is None:
             return
         if session.state is SenderState.STOPPING and not side.flying:
-            self._handle(number, Quiet())
+            self._handle(number, WritesDrained())
             return
         if session.state is not SenderState.WRITING:
             return
@@ -339,8 +339,7 @@ class Belts(State):
     # What must hold.
 
     def validate(self) -> None:
-        """The invariants."""
-        self.desk.validate()
+        check_incoming(self.incoming)
         for number, side in enumerate(self.sides):
             self._check_side(number, side)
         for number, reader in enumerate(self.readers):
@@ -358,7 +357,7 @@ class Belts(State):
                 assert not side.flying, f"t{number} is over on its side and still writes"
         if side.flying:
             record = self._record(number)
-            assert record is not None, f"t{number} writes, and the desk has forgotten it"
+            assert record is not None, f"t{number} writes, and the incoming has forgotten it"
             assert record.slot is not None, f"t{number} writes, and its slot was freed: {record.story()}"
             assert record.slot.name == side.slot, f"t{number} writes into {side.slot}, and has {record.slot.name}"
         if side.outcome is not None and side.outcome.state is SenderState.DONE:
@@ -386,7 +385,7 @@ class Belts(State):
     def all_over(self) -> bool:
         """Nothing is open on either side, and nothing is held."""
         return (
-            not self.desk._live
+            not self.incoming._live
             and not self.checks
             and all(side.session is None or side.session.ended for side in self.sides)
             and all(not side.flying for side in self.sides)
@@ -395,21 +394,21 @@ class Belts(State):
         )
 
     def all_delivered(self) -> bool:
-        """Every prompt was read, whole."""
+        """Whether every prompt was read whole."""
         return self.all_over() and all(reader.finished and reader.released for reader in self.readers)
 
     # Time, for who wants to know what a state ends in.
 
     def tick(self) -> None:
         """Everybody who runs looks at the clock."""
-        self._on_desk(self._own("desk").tick(self.now))
+        self._on_incoming(self._own("incoming").tick(self.now))
         for number in range(len(self.sides)):
             side = self._own("sides", number)
             if side.session is not None and side.life == "running":
                 for command in side.session.tick(self.now):
                     self._perform(number, side, command)
                 self._report(number)
-        for engine in sorted(self.desk.suspects()):
+        for engine in sorted(self.incoming.suspects()):
             if self.sides[int(engine[1:])].life == "dead":
-                self._on_desk(self._own("desk").writer_dead(engine, self.now))
+                self._on_incoming(self._own("incoming").sender_dead(engine, self.now))
         self.validate()

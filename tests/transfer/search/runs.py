@@ -37,7 +37,7 @@ def delivered(bounds: Bounds, max_states: int = 1_000_000) -> Graph:
 
 
 def staged(bounds: staging.Bounds, max_states: int = 1_000_000) -> Graph:
-    """Every state holds the invariants; and from each, whoever takes what he is sent can still get all of it.
+    """Every state holds the invariants; and from each, a receiver that takes its parts can still get all of them.
 
     Raises:
         Violation: it does not.

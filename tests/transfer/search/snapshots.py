@@ -1,6 +1,6 @@
 """Copies of whole models, and keys by which equal states are known: by looking at the objects, field by field.
 
-Nothing here knows what the objects are. A field that somebody adds to a session is copied and compared from then on;
+Nothing here knows what the objects are. A new field of a session is copied and compared from then on;
 what does not tell states apart is named in ``IGNORED``.
 """
 
@@ -16,7 +16,7 @@ import msgspec
 
 #: Fields that say how a state was reached, or follow from others.
 IGNORED = frozenset({
-    "name", "_story", "_table", "_detail", "detail", "_deadlines", "ended_total", "committed_bytes_total",
+    "name", "was", "_story", "_detail", "detail", "deadlines", "ended_total", "committed_bytes_total",
     "reused_bytes_total", "num_writes", "first_write", "last_landed",
 })  # fmt: skip
 
@@ -31,13 +31,13 @@ _PLAIN = frozenset({int, float, str, bytes, bool, type(None)})
 
 
 def _fields(kind: type) -> tuple[str, ...] | None:
-    """Of a class with slots; None: its objects have a dictionary."""
+    """The fields of a class with slots; None: its objects have a dictionary."""
     names = tuple(name for each in kind.__mro__ for name in getattr(each, "__slots__", ()) if name != "__weakref__")
     return names or None
 
 
 def _reduced(name: str, value: Any) -> Any:
-    """What of a field tells states apart: how it ended is behaviour, in which words is not."""
+    """The part of a field that tells states apart: the kind of an end, and not its words."""
     return "ended" if name == "reason" and value not in (None, "done") else value
 
 
@@ -64,7 +64,7 @@ class Snapshots:
     # Copies.
 
     def copy(self, thing: Any) -> Any:
-        """All of it, except what never changes."""
+        """Copy everything except what never changes."""
         return self._copy(thing, {})
 
     def _copy(self, thing: Any, memo: dict[int, Any]) -> Any:

@@ -1,19 +1,23 @@
 """The sending side's bytes: the real pump and its staging memory, over all orders in which anything may happen.
 
-Engines hand blocks over, slots are granted, copies and writes end, receivers take parts: each when it likes. Some
-peers take nothing at all. The question is whether those who do not can keep the others from their end.
+Engines hand blocks over, slots are granted, copies and writes end, receivers take parts, all in any order. Some peers
+take nothing at all. The question is whether these can keep the others from their end.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvbelt.transfer.plan import Run
 from kvbelt.transfer.ports import Region
-from kvbelt.transfer.pump import BlocksFree, Broken, Landed, Load, PartDone, Pump, Stopped, Target
+from kvbelt.transfer.send.load import Load, Target
+from kvbelt.transfer.send.pipeline import WritePipeline
+from kvbelt.transfer.send.plan import Run
+from kvbelt.transfer.send.session import SenderSession, SendTimes
+from kvbelt.transfer.send.states import BlocksFree, PartWritten, WriteFailed, WritesDrained, Written
 from kvbelt.transfer.shape import SlotShape
-from kvbelt.wire.ids import TransferId
+from kvbelt.wire.ids import EngineId, TransferId
 from kvbelt.wire.layout import KVLayout
+from tests.transfer.invariants import check_arena
 from tests.transfer.search.snapshots import Snapshots
 
 CELL = 4096
@@ -27,8 +31,6 @@ SNAPSHOTS = Snapshots()
 
 @dataclass(frozen=True)
 class Prompt:
-    """One transfer."""
-
     agent: str
     blocks: int
     part_blocks: int = 0  #: 0: in one piece
@@ -36,8 +38,6 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What is in a search."""
-
     prompts: tuple[Prompt, ...]
     staging: int  #: cells
     piece: int = 1  #: cells
@@ -49,25 +49,20 @@ class Bounds:
 
     @property
     def layout(self) -> KVLayout:
-        """Of every process."""
         return KVLayout(self.layers, 1, 1, 1, "x", "x", CELL)
 
 
 @dataclass(slots=True, eq=False)
 class Write:
-    """``WriteHandle``."""
-
     channel: "Channel"
     agent: str
     spans: tuple[tuple[int, int, int], ...]
     ended: bool = False
 
     def done(self) -> bool:
-        """Whether it has landed."""
         return self.ended
 
     def release(self) -> None:
-        """Abort it."""
         if self in self.channel.flying:
             self.channel.flying.remove(self)
         self.ended = True
@@ -84,13 +79,12 @@ class Channel:
         self.flying: list[Write] = []
 
     def write(self, agent: str, spans: Sequence[tuple[int, int, int]], device: str, peer_device: str) -> Write:
-        """Post one."""
         write = Write(self, agent, tuple(spans))
         self.flying.append(write)
         return write
 
     def land(self, write: Write) -> None:
-        """What lies in staging now is what arrives."""
+        """Copy what is in staging now to the receiver."""
         for local, remote, num_bytes in write.spans:
             for cell in range(num_bytes // CELL):
                 self.there[remote // CELL + cell] = self.staging.get(local // CELL + cell)
@@ -105,7 +99,6 @@ class Gather:
     ended: bool = False
 
     def done(self) -> bool:
-        """Whether it has ended."""
         return self.ended
 
 
@@ -118,7 +111,6 @@ class Copy:
         self.under_way: list[tuple[Gather, int, tuple[Any, ...]]] = []
 
     def gather(self, layer: int, block_ids: Sequence[Any], offset: int, ready: Any) -> Gather:
-        """Begin one."""
         gather = Gather()
         self.under_way.append((gather, offset // CELL, tuple((layer, block) for block in block_ids)))
         if not self.asynchronous:
@@ -126,7 +118,6 @@ class Copy:
         return gather
 
     def end(self, index: int) -> None:
-        """It is in place."""
         gather, first, blocks = self.under_way.pop(index)
         for number, block in enumerate(blocks):
             self.staging[first + number] = block
@@ -135,9 +126,9 @@ class Copy:
 
 @dataclass(slots=True)
 class Sending:
-    """One transfer, beside its load."""
+    """One transfer, and the observations of it."""
 
-    load: Load
+    transfer: SenderSession
     shape: SlotShape
     handed: int = 0  #: blocks of every layer
     parts_done: int = 0
@@ -145,10 +136,12 @@ class Sending:
     stopped: bool = False
     blocks_free: bool = False
 
+    @property
+    def load(self) -> Load:
+        return self.transfer.load
+
 
 class Staging:
-    """One state."""
-
     def __init__(self, bounds: Bounds) -> None:
         self.bounds = bounds
         self.staging: dict[int, Any] = {}
@@ -156,33 +149,31 @@ class Staging:
         self.channel = Channel(self.staging, self.there)
         self.copy_ = Copy(self.staging, bounds.asynchronous)
         region = Region(0, bounds.staging * CELL, "cpu")
-        self.pump = Pump(self.channel, self.copy_, region, bounds.layout, bounds.piece * CELL)
+        self.pipeline = WritePipeline(self.channel, self.copy_, region, bounds.layout, bounds.piece * CELL)
         self.sendings: list[Sending] = []
         for number, prompt in enumerate(bounds.prompts):
-            load = Load(TransferId(str(number)), prompt.blocks * bounds.layers)
+            names = TransferId(str(number)), EngineId("p"), EngineId(prompt.agent)
+            transfer = SenderSession(*names, prompt.blocks, bounds.layout, 15.0, SendTimes(0.25, 2.0), 0.0)
             shape = SlotShape(bounds.layout, prompt.blocks, 0, prompt.part_blocks or prompt.blocks)
-            self.sendings.append(Sending(load, shape))
-            self.pump.add(load)
-            while bounds.at_once and not load.computed:
+            self.sendings.append(Sending(transfer, shape))
+            self.pipeline.add(transfer)
+            while bounds.at_once and transfer.computed_at is None:
                 self._hand(number)
 
     # As a model.
 
     def copy(self) -> "Staging":
-        """Another one in the same state."""
         return SNAPSHOTS.copy(self)
 
     def key(self) -> Hashable:
-        """Equal for equal states."""
         return SNAPSHOTS.key(self)
 
     def actions(self) -> Iterable[Action]:
-        """What may happen."""
         for number, sending in enumerate(self.sendings):
             load, prompt = sending.load, self.bounds.prompts[number]
             if sending.stopped:
                 continue
-            if not load.computed:
+            if sending.transfer.computed_at is None:
                 yield "hand over", number
             if load.target is None:
                 yield "grant", number
@@ -203,12 +194,12 @@ class Staging:
                 self._hand(number)
             case "grant", number:
                 sending, prompt = self.sendings[number], self.bounds.prompts[number]
-                self.pump.begin(sending.load, Target(prompt.agent, "cpu", (number + 1) * SLOT, sending.shape))
+                self.pipeline.begin(sending.transfer, Target(prompt.agent, "cpu", (number + 1) * SLOT, sending.shape))
             case "taken", number:
                 self._take(number)
             case "stop", number:
                 self.sendings[number].stopped = True
-                self.pump.stop(self.sendings[number].load)
+                self.pipeline.stop(self.sendings[number].transfer)
             case "land", index:
                 self.channel.land(self.channel.flying[index])
             case "gathered", index:
@@ -219,40 +210,41 @@ class Staging:
         self._validate()
 
     def _hand(self, number: int) -> None:
-        """The next block, of every layer."""
+        """Hand over the next block of every layer."""
         sending = self.sendings[number]
         block = sending.handed
         for layer in range(self.bounds.layers):
-            self.pump.hand_over(sending.load, [Run(layer, block, ((number, block),))])
+            self.pipeline.hand_over(sending.transfer, [Run(layer, block, ((number, block),))])
         sending.handed += 1
         if sending.handed == sending.shape.num_blocks:
-            sending.load.computed = True
+            self.pipeline.computed(sending.transfer, 0.0)
 
     def _take(self, number: int) -> None:
         sending = self.sendings[number]
         self._compare(number, sending.load.taken)
-        self.pump.go_on(sending.load, sending.load.taken + 1)
+        self.pipeline.parts_taken(sending.transfer, sending.load.taken + 1)
 
     def _step(self) -> None:
         for _ in range(1000):
-            reports, more = self.pump.step(0.0)
-            for report in reports:
-                sending = self.sendings[int(report.transfer_id)]
+            reports, more = self.pipeline.step(0.0)
+            for transfer, report in reports:
+                number = int(transfer.transfer_id)
+                sending = self.sendings[number]
                 match report:
-                    case PartDone(part=part):
+                    case PartWritten(part=part):
                         sending.parts_done = max(sending.parts_done, part + 1)
-                    case Landed():
+                    case Written():
                         sending.done = True
                         if not sending.shape.in_parts:
-                            self._compare(int(report.transfer_id), 0)
+                            self._compare(number, 0)
                     case BlocksFree():
                         assert not sending.blocks_free
                         sending.blocks_free = True
-                    case Broken():
+                    case WriteFailed():
                         raise AssertionError(report)
-                    case Stopped():
+                    case WritesDrained():
                         assert sending.stopped
-                        assert not self._flies(int(report.transfer_id)), f"{report} while it writes"
+                        assert not self._flies(number), f"{report} of {number} while it writes"
             if not more:
                 return
         raise AssertionError("the pump does not come to rest")
@@ -272,13 +264,13 @@ class Staging:
                 assert found == (layer, (number, block)), f"{found} instead of block {block} of prompt {number}"
 
     def _validate(self) -> None:
-        self.pump._staging.validate()
+        check_arena(self.pipeline._staging)
         # What was dropped, or never landed, uses no staging.
-        used = sum(piece.num_blocks for load in self.pump._loads.values() for piece in load.pieces)
-        assert self.pump.staging_bytes_used == used * CELL
+        used = sum(piece.num_blocks for transfer in self.pipeline._transfers.values() for piece in transfer.load.pieces)
+        assert self.pipeline.staging_bytes_used == used * CELL
 
     def others_done(self) -> bool:
-        """Every prompt for somebody who takes it has arrived, or was stopped and holds nothing."""
+        """Every prompt for a receiver that takes it has arrived, or was stopped and holds nothing."""
         return all(
             sending.done or (sending.stopped and not sending.load.pieces)
             for sending, prompt in zip(self.sendings, self.bounds.prompts, strict=True)

@@ -7,13 +7,14 @@ from typing import Any, Self
 
 import msgspec
 
-from kvbelt.transfer import receiver_states, sender_states
-from kvbelt.transfer.desk import Desk, DeskTimes
-from kvbelt.transfer.receiver_commands import Deliver
-from kvbelt.transfer.receiver_states import RECEIVER_TABLE, LeaseLapsed, ReminderDue
-from kvbelt.transfer.receiver_states import DeadlinePassed as ReceiverDeadline
-from kvbelt.transfer.sender import Outcome, SenderSession, SendPlan
-from kvbelt.transfer.sender_states import (
+from kvbelt.transfer.receive import states as receiver_states
+from kvbelt.transfer.receive.commands import Deliver
+from kvbelt.transfer.receive.incoming import IncomingTransfers, ReceiveTimes
+from kvbelt.transfer.receive.states import RECEIVER_TABLE, LeaseLapsed, ReminderDue
+from kvbelt.transfer.receive.states import DeadlinePassed as ReceiverDeadline
+from kvbelt.transfer.send import states as sender_states
+from kvbelt.transfer.send.session import Outcome, SenderSession, SendTimes
+from kvbelt.transfer.send.states import (
     SENDER_TABLE,
     DeadlinePassed,
     PeerSilent,
@@ -23,9 +24,9 @@ from kvbelt.transfer.sender_states import (
 )
 from kvbelt.transfer.shape import SlotShape
 from kvbelt.wire import reservation as wire
-from kvbelt.wire.digest import Verify
 from kvbelt.wire.ids import EngineId, SlotName, TransferId
 from kvbelt.wire.layout import KVLayout
+from kvbelt.wire.reservation import Verify
 from tests.transfer.search.snapshots import Snapshots
 
 CELL = 4096
@@ -38,7 +39,7 @@ _WORDS = {"reason": "", "detail": "", "position": 0, "retry_after_seconds": 0.0}
 
 
 def plain(message: Any) -> Any:
-    """A message without words."""
+    """A message without its words."""
     words = {name: value for name, value in _WORDS.items() if name in message.__struct_fields__}
     return msgspec.structs.replace(message, **words) if words else message
 
@@ -58,8 +59,6 @@ SOME_TIMERS = (PeerSilent, StopOverdue, LeaseLapsed, ReminderDue)
 
 @dataclass(frozen=True)
 class Bounds:
-    """What is in a search."""
-
     blocks: tuple[int, ...] = (2,)  #: of each transfer's prompt; each block is one write
     buffer: int = 2  #: blocks
     verify: Verify = "off"
@@ -73,7 +72,7 @@ class Bounds:
     stops: bool = True  #: a worker may be stopped, and wake up
     kills: bool = True
     faults: bool = True  #: a write may fail, or land nothing where digests are there to find it
-    forgets: bool = True  #: a side forgets what is over, and hears of it again; the desk once
+    forgets: bool = True  #: a side forgets what is over, and hears of it again; the incoming once
     lands: bool = True  #: False: writes stay in flight until they are aborted
 
 
@@ -107,7 +106,7 @@ class Reader:
     """One transfer's reader on the decode worker."""
 
     asked: bool = False
-    forgotten: bool = False  #: the desk has forgotten the transfer once
+    forgotten: bool = False  #: the incoming has forgotten the transfer once
     gone: bool = False
     told: int = 0
     delivery: Deliver | None = None
@@ -128,41 +127,38 @@ class State:
         self.bounds = bounds
         self._owned: set[tuple[str, int]] = set()
         self._keys: dict[tuple[str, int], int] = {}
-        times = DeskTimes(LEASE, BEAT, claim_seconds=60.0, memory_seconds=60.0)
-        self.desk = Desk(D, LAYOUT, [bounds.buffer * CELL], times, bounds.verify)
+        times = ReceiveTimes(LEASE, BEAT, claim_seconds=60.0, memory_seconds=60.0)
+        self.incoming = IncomingTransfers(D, LAYOUT, [bounds.buffer * CELL], times, bounds.verify)
         self.memory: dict[int, tuple[int, int]] = {}  #: block of the buffer: (transfer, block of the prompt)
         self.checks: set[tuple[int, int | None]] = set()
-        self.to_desk: set[wire.FromSender] = set()
+        self.to_incoming: set[wire.FromSender] = set()
         self.to_sides: set[tuple[int, wire.FromReceiver]] = set()
-        self.sides = [Side(SenderSession(self._plan(number), 0.0)) for number in range(len(bounds.blocks))]
+        self.sides = [Side(self._session(number)) for number in range(len(bounds.blocks))]
         self.readers = [Reader() for _ in bounds.blocks]
         self.now = 0.0
 
     def _bounds_of(self, number: int) -> Bounds:
         return self.bounds if number < self.bounds.troubled else _without_trouble(self.bounds)
 
-    def _plan(self, number: int) -> SendPlan:
-        blocks = self.bounds.blocks[number]
-        return SendPlan(
+    def _session(self, number: int) -> SenderSession:
+        return SenderSession(
             TransferId(f"t{number}"),
             EngineId(f"p{number}"),
             D,
-            blocks,
-            blocks,
-            LAYOUT.slot_bytes(blocks),
+            self.bounds.blocks[number],
+            LAYOUT,
             DEADLINE,
-            BEAT,
-            LEASE,
+            SendTimes(BEAT, LEASE),
+            0.0,
         )
 
     # As a model.
 
     def copy(self) -> Self:
-        """Another one in the same state."""
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         new.memory, new.checks = self.memory.copy(), self.checks.copy()
-        new.to_desk, new.to_sides = self.to_desk.copy(), self.to_sides.copy()
+        new.to_incoming, new.to_sides = self.to_incoming.copy(), self.to_sides.copy()
         new.sides, new.readers = self.sides.copy(), self.readers.copy()
         new._owned, new._keys = set(), self._keys.copy()
         # Also of the state that is copied: nothing of it may change any more.
@@ -171,8 +167,8 @@ class State:
 
     def _own(self, kind: str, number: int = 0) -> Any:
         """A part of this state that is about to change."""
-        parts = self.__dict__ if kind == "desk" else getattr(self, kind)
-        where = kind if kind == "desk" else number
+        parts = self.__dict__ if kind == "incoming" else getattr(self, kind)
+        where = kind if kind == "incoming" else number
         if (kind, number) not in self._owned:
             self._owned.add((kind, number))
             parts[where] = SNAPSHOTS.copy(parts[where])
@@ -182,18 +178,17 @@ class State:
     def _key_of(self, kind: str, number: int = 0) -> int:
         known = self._keys.get((kind, number))
         if known is None:
-            part = self.desk if kind == "desk" else getattr(self, kind)[number]
+            part = self.incoming if kind == "incoming" else getattr(self, kind)[number]
             known = self._keys[kind, number] = hash(SNAPSHOTS.key(part))
         return known
 
     def key(self) -> Hashable:
-        """Equal for equal states."""
-        return (self.without_network(), frozenset(self.to_desk), frozenset(self.to_sides))
+        return (self.without_network(), frozenset(self.to_incoming), frozenset(self.to_sides))
 
     def without_network(self) -> Hashable:
         """Equal for states that differ in what was said only."""
         return (
-            self._key_of("desk"),
+            self._key_of("incoming"),
             *(self._key_of("sides", number) for number in range(len(self.sides))),
             *(self._key_of("readers", number) for number in range(len(self.readers))),
             frozenset(self.memory.items()),
