@@ -1,5 +1,6 @@
 """Belts over small pools, for tests: every byte of every block is known, so every byte can be compared."""
 
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,19 +28,19 @@ SECONDS = 60.0
 
 
 def patient(**changes) -> BeltSettings:
-    """Settings of a belt that loses nobody because the machine stood still for some seconds."""
+    """Settings of a belt that loses no peer while the machine stalls for some seconds."""
     given = {"lease_seconds": 20.0, "claim_seconds": 30.0, "handshake_seconds": 20.0}
     return BeltSettings(**(given | changes))
 
 
 def identity(engine: str, role: str, **changes) -> BeltIdentity:
-    """An identity that fits every other one made here, but for ``changes``."""
+    """An identity that fits all others made here, except for ``changes``."""
     given = {"engine_id": EngineId(engine), "model": "tiny", "fingerprint": "f1", "layout": LAYOUT}
     return BeltIdentity(role=role, **{**given, **changes})
 
 
 def eventually(condition: Callable[[], bool], what: str, seconds: float = SECONDS) -> None:
-    """Wait for something that must happen."""
+    """Wait for a condition that must become true."""
     give_up = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > give_up:
@@ -105,7 +106,7 @@ class Side:
 
 @dataclass
 class Sent:
-    """What became of one outgoing transfer."""
+    """The fate of an outgoing transfer."""
 
     ended: threading.Event = field(default_factory=threading.Event)
     blocks_free: threading.Event = field(default_factory=threading.Event)
@@ -123,7 +124,7 @@ class Sent:
         self.blocks_free.set()
 
     def freed(self) -> None:
-        """Wait until its blocks are."""
+        """Wait until the blocks are free."""
         assert self.blocks_free.wait(SECONDS), "its blocks are still being read"
 
     def outcome(self, seconds: float = SECONDS) -> TransferOutcome:
@@ -133,7 +134,7 @@ class Sent:
 
 
 class Told:
-    """What a belt has told a callback, which it is given by ``ask``."""
+    """The result that a belt passes to a callback, which ``ask`` gets."""
 
     def __init__(self, ask: Callable[[Callable[[Any], None]], object]) -> None:
         self._told = threading.Event()
@@ -152,7 +153,7 @@ class Told:
 
 @dataclass
 class Arrival:
-    """What became of one incoming transfer."""
+    """The fate of an incoming transfer."""
 
     happened: threading.Event = field(default_factory=threading.Event)
     arrivals: list[ReceivedKV | Lost] = field(default_factory=list)
@@ -188,7 +189,7 @@ def begin(  # noqa: PLR0917 -- as Belt.send
     deadline: float = 30.0,
     prefix_hashes: Sequence[bytes] = (),
 ):
-    """Begin to send; nothing is handed over yet."""
+    """Begin a transfer without any blocks."""
     sent = Sent()
     handoff = PrefillHandoff(TransferId(transfer), to, deadline)
     sending = sender.belt.send(handoff, num_tokens, sent.on_free, sent.on_end, prefix_hashes)
@@ -196,8 +197,48 @@ def begin(  # noqa: PLR0917 -- as Belt.send
 
 
 def hand_over(sending, layout: KVLayout, block_ids: list[int], chunk: int = 1000) -> None:
-    """Every block of every layer, layer after layer, chunk after chunk, as an engine does."""
+    """Hand over every block, layer after layer and chunk after chunk, as an engine does."""
     for first in range(0, len(block_ids), chunk):
         for layer in range(layout.num_layers):
             sending.blocks_written(layer, first, block_ids[first : first + chunk], None)
     sending.computed()
+
+
+class Warmed(Told):
+    """The result of connecting to a receiver."""
+
+    def __init__(self, side, address):
+        super().__init__(lambda on_end: side.belt.warm(address, on_end))
+
+
+class Asked(Told):
+    """The result of a measurement."""
+
+    def __init__(self, side, engine="d"):
+        super().__init__(lambda on_end: side.belt.probe(EngineId(engine), on_end))
+
+
+def some_blocks(count, seed):
+    """Block ids in no order."""
+    return random.Random(seed).sample(range(64), count)
+
+
+def transfer_once(p, d, name, num_tokens, *, seed=0, chunk=1000):
+    """Make one whole transfer and compare every byte."""
+    blocks = LAYOUT.blocks(num_tokens)
+    here, there = some_blocks(blocks, seed), some_blocks(blocks, seed + 1)
+    arrival = Arrival()
+    d.belt.receive(TransferId(name), 20.0, arrival)
+    sending, sent = begin(p, d.belt.receiver_address(), name, num_tokens)
+    hand_over(sending, LAYOUT, here, chunk)
+    outcome = sent.outcome()
+    assert outcome.ok, outcome
+    kv = arrival.kv()
+    assert kv.num_tokens == num_tokens
+    kv.scatter(there)
+    kv.release()
+    assert torch.equal(d.pool[:, there], p.pool[:, here])
+    sent.freed()
+    assert sent.frees == 1
+    assert sending.failure is None
+    return outcome

@@ -17,7 +17,7 @@ LOOK_MS = 5
 
 @dataclass(frozen=True)
 class Weather:
-    """What becomes of a frame, by chance."""
+    """The random fate of a frame."""
 
     lose: float = 0.0
     repeat: float = 0.0
@@ -39,7 +39,7 @@ class _Port:
 
 
 class Relay:
-    """Stands before a receiver: ``address`` is what senders are told."""
+    """Stands before a receiver. Senders get its ``address``."""
 
     def __init__(self, receiver: ReceiverAddress, seed: int) -> None:
         self.weather = WELL
@@ -57,7 +57,7 @@ class Relay:
         self._thread.start()
 
     def address(self, receiver: ReceiverAddress) -> ReceiverAddress:
-        """The receiver, as it is reached through here."""
+        """The receiver's address through this relay."""
         return msgspec.structs.replace(receiver, **self.ports)
 
     def _listen(self, port: int) -> _Port:
@@ -113,7 +113,7 @@ class Relay:
         try:
             to.send_multipart(frames, zmq.NOBLOCK)
         except zmq.ZMQError:
-            return  # nobody there: lost
+            return  # no listener: the frame is lost
 
     def __enter__(self) -> Self:
         """Nothing more."""

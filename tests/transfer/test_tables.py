@@ -1,74 +1,19 @@
-"""The transition tables: complete, closed, and the machines keep to them."""
+"""The transition tables are complete, and in every state every event keeps the rules of states.py."""
 
-import msgspec
+from collections import Counter
+from typing import get_args
+
 import pytest
 
-from kvbelt.transfer import receiver_states as r
-from kvbelt.transfer import sender_states as s
-from kvbelt.transfer.machine import IllegalTransitionError
-from kvbelt.transfer.receiver import ReceiverSession
-from kvbelt.transfer.sender import SenderSession, SendPlan
-from kvbelt.transfer.shape import SlotShape
-from kvbelt.transfer.slots import Slot
+from kvbelt.transfer.machine import IllegalTransitionError, Machine, go
+from kvbelt.transfer.receive import states as r
+from kvbelt.transfer.receive.commands import Answer
+from kvbelt.transfer.receive.session import ReceiverSession
+from kvbelt.transfer.send import states as s
+from kvbelt.transfer.send.session import Outcome, Send
 from kvbelt.wire import reservation as w
-from kvbelt.wire.ids import EngineId, SlotName, TransferId
-from kvbelt.wire.layout import KVLayout
+from tests.transfer.sessions import COMMIT, NAME, RESERVE, ROOM, SENDER_EVENTS, P, T, landed, receiver_in, sender_in
 
-T, P, D = TransferId("t"), EngineId("p"), EngineId("d")
-NAME = SlotName(D, 0, 1)
-SLOT = Slot(NAME, 0, 0, 64)
-LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=1, block_size=1, dtype="x", order="x", block_bytes=64)
-ROOM = r.Room(SLOT, SlotShape(LAYOUT, 1, 0, 1))
-
-RESERVE = w.Reserve(
-    transfer_id=T, sender=P, receiver=D, num_tokens=1, num_blocks=1, num_bytes=64, deadline_seconds=10.0
-)
-COMMIT = w.Commit(transfer_id=T, sender=P, slot=NAME, num_tokens=1, num_bytes=64)
-GRANTED = w.Granted(
-    transfer_id=T,
-    slot=NAME,
-    region=0,
-    offset=0,
-    num_bytes=64,
-    lease_seconds=2.0,
-    first_block=0,
-    part_blocks=1,
-    verify="off",
-)
-
-#: A prompt of two blocks that comes in two parts.
-TWO = w.Reserve(transfer_id=T, sender=P, receiver=D, num_tokens=2, num_blocks=2, num_bytes=128, deadline_seconds=10.0)
-ROOM_FOR_TWO = r.Room(Slot(NAME, 0, 0, 128), SlotShape(LAYOUT, 2, 0, 1))
-
-
-def landed(part: int) -> w.PartLanded:
-    """A part is there."""
-    return w.PartLanded(transfer_id=T, sender=P, slot=NAME, part=part, digest=7)
-
-
-SENDER_EVENTS = [
-    GRANTED,
-    w.Wait(transfer_id=T, retry_after_seconds=0.1, position=0),
-    w.Refused(transfer_id=T, reason="too_large", detail=""),
-    w.Renewed(transfer_id=T, slot=NAME),
-    w.PartsTaken(transfer_id=T, slot=NAME, parts=1),
-    w.Committed(transfer_id=T, slot=NAME),
-    w.Expired(transfer_id=T, slot=NAME, reason="lease"),
-    w.Cancel(transfer_id=T, slot=NAME, reason="reader_gone"),
-    w.Cancelled(transfer_id=T, slot=NAME),
-    s.PeerReady(),
-    s.PeerFailed("peer_lost", ""),
-    s.PartWritten(0, None),
-    s.Written(),
-    s.WriteFailed("write_failed", ""),
-    s.Quiet(),
-    s.Abandon("cancelled"),
-    s.BeatDue(),
-    s.PeerSilent(),
-    s.DeadlinePassed(),
-    s.StopOverdue(),
-    s.Unanswered(),
-]
 RECEIVER_EVENTS = [
     RESERVE,
     w.Heartbeat(transfer_id=T, sender=P, slot=NAME),
@@ -80,118 +25,144 @@ RECEIVER_EVENTS = [
     r.Verified(None, right=True),
     r.PartTaken(),
     r.Claim(10.0, 2.0),
-    r.Unclaim(),
+    r.CancelRead(),
     r.Release(),
-    r.WriterDead(),
+    r.SenderDead(),
     r.LeaseLapsed(),
     r.DeadlinePassed(),
     r.ReminderDue(),
 ]
 
-TO_SENDER_STATE = {
-    "handshaking": [],
-    "reserving": [s.PeerReady()],
-    "waiting": [s.PeerReady(), SENDER_EVENTS[1]],
-    "writing": [s.PeerReady(), GRANTED],
-    "committing": [s.PeerReady(), GRANTED, s.Written()],
-    "stopping": [s.PeerReady(), GRANTED, s.WriteFailed("write_failed", "")],
-    "done": [s.PeerReady(), GRANTED, s.Written(), w.Committed(transfer_id=T, slot=NAME)],
-    "failed": [s.PeerFailed("peer_unreachable", "")],
-    "leaving": [s.PeerReady(), s.Abandon("cancelled")],
-    "cancelled": [s.Abandon("cancelled")],
-    "expired": [s.PeerReady(), s.DeadlinePassed(), s.Unanswered()],
-}
-TO_RECEIVER_STATE = {
-    "expected": [r.Claim(10.0, 2.0)],
-    "queued": [RESERVE],
-    "reserved": [RESERVE, ROOM],
-    "streaming": [TWO, ROOM_FOR_TWO, r.Claim(10.0, 2.0)],
-    "taken": [TWO, ROOM_FOR_TWO, r.Claim(10.0, 2.0), landed(0), r.PartTaken(), landed(1), r.PartTaken()],
-    "verifying": [RESERVE, ROOM, msgspec.structs.replace(COMMIT, digest=7)],
-    "committed": [RESERVE, ROOM, COMMIT],
-    "claimed": [RESERVE, ROOM, r.Claim(10.0, 2.0), COMMIT],
-    "quarantined": [RESERVE, ROOM, r.LeaseLapsed()],
-    "released": [RESERVE, ROOM, r.Claim(10.0, 2.0), COMMIT, r.Release()],
-    "cancelled": [RESERVE, w.Cancel(transfer_id=T, sender=P, slot=None, reason="cancelled")],
-    "expired": [RESERVE, r.LeaseLapsed()],
-}
+
+def each(events, states):
+    """Yield every event in every state."""
+    return lambda test: pytest.mark.parametrize("event", events, ids=lambda event: type(event).__name__)(
+        pytest.mark.parametrize("state", list(states))(test)
+    )
 
 
-def sender_in(state: str) -> SenderSession:
-    """A sending session, brought to a state by events."""
-    session = SenderSession(SendPlan(T, P, D, 1, 1, 64, 10.0, 0.25, 2.0), 0.0)
-    for event in TO_SENDER_STATE[state]:
-        session.handle(event, 0.0)
-    assert session.state == state
-    return session
+def kinds(commands):
+    """The number of commands of each kind."""
+    return Counter(type(command).__name__ for command in commands)
 
 
-def receiver_in(state: str) -> ReceiverSession:
-    """A receiving session, brought to a state by events."""
-    session = ReceiverSession(T, 2.0, 10.0, "always" if state == "verifying" else "off")
-    for event in TO_RECEIVER_STATE[state]:
-        session.handle(event, 0.0)
-    assert session.state == state
-    return session
+def said(commands):
+    """The kinds of messages that are sent."""
+    return {type(command.message) for command in commands if isinstance(command, Send | Answer)}
 
 
-@pytest.mark.parametrize("event", SENDER_EVENTS, ids=lambda event: type(event).__name__)
-@pytest.mark.parametrize("state", list(s.SenderState))
-def test_every_sender_state_handles_or_refuses_every_event(state, event):
-    """An event leads where the table says, and one the table does not know raises with the story."""
+@each(SENDER_EVENTS, s.SenderState)
+def test_a_sender_keeps_its_rules_in_every_state(state, event):
+    """The outcome is decided once, the end message is true when it is sent, and writes stop at the end."""
     session = sender_in(state)
-    allowed = s.SENDER_TABLE[state].get(type(event))
-    if allowed is None:
+    if type(event) not in s.SENDER_TABLE[session.state]:
         with pytest.raises(IllegalTransitionError, match=f"in state {state}"):
             session.handle(event, 1.0)
         assert session.state == state
+        return
+    before = session.outcome
+    commands = session.handle(event, 1.0)
+    decided = [command for command in commands if isinstance(command, Outcome)]
+    over = session.ended or session.state in (s.SenderState.STOPPING, s.SenderState.LEAVING)
+    assert (session.outcome is not None) == over
+    assert decided == ([] if before is session.outcome else [session.outcome])
+    assert kinds(commands)["StopWriting"] == len(decided)
+    assert (kinds(commands)["BeginWriting"] == 1) == (session.slot is not None and state in ("reserving", "waiting"))
+    if session.state in (s.SenderState.WRITING, s.SenderState.STOPPING):
+        assert not said(commands) & {w.Commit, w.Cancel, w.Cancelled}, "a write may be in flight"
+    if session.ended:
+        assert session.state is session.outcome.state
+        assert session.due == float("inf")
+        assert said(commands) <= {w.Cancelled}
     else:
-        session.handle(event, 1.0)
-        assert session.state in allowed
+        session.tick(1.0)
+        assert 1.0 < session.due < float("inf")
 
 
-@pytest.mark.parametrize("event", RECEIVER_EVENTS, ids=lambda event: type(event).__name__)
-@pytest.mark.parametrize("state", list(r.ReceiverState))
-def test_every_receiver_state_handles_or_refuses_every_event(state, event):
-    """The same on the receiving side."""
+@each(RECEIVER_EVENTS, r.ReceiverState)
+def test_a_receiver_keeps_its_rules_in_every_state(state, event):
+    """A slot that may be written is kept, the reader is notified once, and the end is counted once."""
     session = receiver_in(state)
-    allowed = r.RECEIVER_TABLE[state].get(type(event))
-    if allowed is None:
+    if type(event) not in r.RECEIVER_TABLE[session.state]:
         with pytest.raises(IllegalTransitionError, match=f"in state {state}"):
             session.handle(event, 1.0)
         assert session.state == state
-    else:
-        session.handle(event, 1.0)
-        assert session.state in allowed
+        return
+    waited, reason, slot = session.has_consumer, session.reason, session.slot
+    commands = session.handle(event, 1.0)
+    counts = kinds(commands)
+    assert (session.slot is not None) == (session.state in r.HOLDING)
+    assert counts["FreeSlot"] == (slot is not None and session.slot is None)
+    if counts["FreeSlot"] and state in ("reserved", "streaming", "taken", "quarantined"):
+        assert isinstance(event, w.Commit | w.Cancel | w.Cancelled | r.SenderDead), "its sender may write"
+    waits = waited or (isinstance(event, r.Claim) and reason is None)
+    assert counts["Deliver"] + counts["Lose"] == (waits and not session.has_consumer) + (
+        isinstance(event, r.Claim) and reason is not None
+    )
+    assert counts["Ended"] == (reason is None and session.reason is not None)
+    assert reason in {None, session.reason}
+    assert counts["LeaveQueue"] == (state == "queued" and session.ended)
+    if w.Granted in said(commands):
+        assert session.state in ("reserved", "streaming")
+    if state in r.FINAL:
+        assert session.state == state
+        assert said(commands).isdisjoint({w.Granted, w.Renewed})
+
+
+def test_nothing_is_granted_or_counted_after_the_end():
+    """Every order of two events in a final state leaves it as it was."""
+    for state in r.FINAL:
+        for event in [event for event in RECEIVER_EVENTS if type(event) in r.RECEIVER_TABLE[state]]:
+            session = receiver_in(state)
+            session.handle(event, 1.0)
+            for other in [event for event in RECEIVER_EVENTS if type(event) in r.RECEIVER_TABLE[state]]:
+                commands = session.handle(other, 2.0)
+                assert session.state == state
+                assert set(kinds(commands)) <= {"Answer", "Lose"}
+
+
+def test_a_sender_ends_as_it_was_decided():
+    """Every cause of an end, in every state that it may come in, leads to the state that its outcome names."""
+    for state in s.SenderState:
+        for event in [event for event in SENDER_EVENTS if type(event) in s.SENDER_TABLE[state]]:
+            session = sender_in(state)
+            session.handle(event, 1.0)
+            outcome = session.outcome
+            if outcome is None:
+                continue
+            if session.state is s.SenderState.STOPPING:
+                session.handle(s.WritesDrained(), 1.0)
+            if session.state is s.SenderState.LEAVING:
+                session.handle(s.Unanswered(), 1.0)
+            assert (session.state, session.outcome) == (outcome.state, outcome)
 
 
 @pytest.mark.parametrize("table", [s.SENDER_TABLE, r.RECEIVER_TABLE])
 def test_tables_are_closed(table):
-    """Every state has a row, and every arrow ends in a state of the same table."""
+    """Every state has a row, every arrow ends in a state of the same table, and every state is reached."""
     states = set(type(next(iter(table))))
     assert set(table) == states
-    assert {end for row in table.values() for ends in row.values() for end in ends} <= states
+    reached = {end for state, row in table.items() for cell in row.values() for end in cell.to if end is not state}
+    assert states - reached == {next(iter(table))}
 
 
-def test_whatever_a_peer_says_is_defined_in_every_sender_state():
+def test_whatever_a_peer_says_is_defined_in_every_state():
     """No message of a peer can raise."""
     for row in s.SENDER_TABLE.values():
-        assert set(s.FROM_PEER) <= set(row)
-
-
-def test_whatever_a_writer_says_is_defined_in_every_receiver_state():
-    """No message of a writer can raise."""
+        assert set(get_args(w.FromReceiver)) <= set(row)
     for row in r.RECEIVER_TABLE.values():
-        assert {w.Reserve, w.Heartbeat, w.PartLanded, w.Commit, w.Cancel, w.Cancelled} <= set(row)
+        assert set(get_args(w.FromSender)) <= set(row)
 
 
-@pytest.mark.parametrize("state", sorted(s.FINAL))
-def test_final_sender_states_never_leave(state):
-    """What has ended stays ended."""
-    assert all(ends == {state} for ends in s.SENDER_TABLE[state].values())
+def test_a_table_that_names_no_method_is_refused():
+    """The error comes when the class is made."""
+    table = {s.SenderState.DONE: {s.Abort: go(s.SenderState.DONE, "no_such_action")}}
+    with pytest.raises(AttributeError, match="no_such_action"):
+        type("Broken", (Machine,), {"table": table, "final": s.FINAL})
 
 
-@pytest.mark.parametrize("state", sorted(r.FINAL))
-def test_final_receiver_states_never_leave(state):
-    """What has ended stays ended."""
-    assert all(ends == {state} for ends in r.RECEIVER_TABLE[state].values())
+def test_a_choice_outside_the_table_is_refused(monkeypatch):
+    """An action cannot lead to a state that the table does not have."""
+    monkeypatch.setattr(ReceiverSession, "whether_last", lambda self, event: r.ReceiverState.CLAIMED)
+    with pytest.raises(IllegalTransitionError, match="may not lead from streaming to claimed"):
+        receiver_in("streaming").handle(r.PartTaken(), 1.0)
