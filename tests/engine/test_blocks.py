@@ -1,4 +1,4 @@
-"""Blocks have users, none, one or several; neighbours are preferred; what was used least recently goes first."""
+"""Blocks have any number of users; neighbours are preferred; the least recently used block goes first."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def name(number: int) -> bytes:
 
 
 def published(allocator: BlockAllocator, count: int, start: int) -> list[int]:
-    """A table of so many published blocks, given back already."""
+    """A table of published blocks, already given back."""
     blocks = allocator.allocate(count)
     for i, block in enumerate(blocks):
         allocator.cache.publish(name(start + i), block)
@@ -52,7 +52,7 @@ def test_blocks_have_their_users_whatever_happens(data: st.DataObject) -> None:
 
 
 def test_growing_requests_keep_their_neighbours() -> None:
-    """Two requests that grow in turn each stay one run, because newcomers leave room."""
+    """Two requests that grow in turn each stay one run, because new requests leave room."""
     allocator = BlockAllocator(32)
     first = allocator.allocate(2, may_grow_to=8)
     second = allocator.allocate(2, may_grow_to=8)
@@ -64,7 +64,7 @@ def test_growing_requests_keep_their_neighbours() -> None:
 
 
 def test_growing_requests_keep_their_neighbours_in_a_full_cache() -> None:
-    """So they do where every block is cached, and nothing is evicted before it is needed."""
+    """They also do where every block is cached, and no block is evicted before it is needed."""
     allocator = BlockAllocator(32)
     published(allocator, 32, start=1)
     first = allocator.allocate(2, may_grow_to=8)
@@ -78,7 +78,7 @@ def test_growing_requests_keep_their_neighbours_in_a_full_cache() -> None:
 
 
 def test_claimed_blocks_are_given_away_in_need() -> None:
-    """A claim promises nothing: the last blocks go to whoever asks."""
+    """The last free blocks are given away although they are claimed."""
     allocator = BlockAllocator(8)
     allocator.allocate(1, may_grow_to=8)
     assert len(allocator.allocate(7)) == 7
@@ -98,7 +98,7 @@ def test_foreign_blocks_cannot_be_given_back() -> None:
 
 
 def test_free_blocks_are_taken_before_cached_ones() -> None:
-    """As long as there is memory that holds nothing, nothing is forgotten."""
+    """No cached block is evicted while an empty one is free."""
     allocator = BlockAllocator(12)
     published(allocator, 4, start=1)
     allocator.allocate(4)
@@ -117,7 +117,7 @@ def test_the_least_recently_used_goes_first() -> None:
 
 
 def test_the_tail_of_a_prefix_goes_before_its_head() -> None:
-    """What is left of a prefix can still be found."""
+    """The rest of a prefix can still be found."""
     allocator = BlockAllocator(6)
     published(allocator, 6, start=1)
     allocator.allocate(2)
@@ -125,7 +125,7 @@ def test_the_tail_of_a_prefix_goes_before_its_head() -> None:
 
 
 def test_blocks_in_use_are_not_evicted() -> None:
-    """Whoever found a block keeps it, whatever others need."""
+    """A found block stays with its user, however much memory is needed."""
     allocator = BlockAllocator(6)
     published(allocator, 3, start=1)
     found = allocator.cache.match([name(1), name(2), name(3)])
@@ -136,7 +136,7 @@ def test_blocks_in_use_are_not_evicted() -> None:
 
 
 def test_a_taken_block_has_lost_its_name() -> None:
-    """Memory that was given away is not found under what it held before, and can be published anew."""
+    """A block that was given away is not found under its old hash, and can be published again."""
     allocator = BlockAllocator(2)
     published(allocator, 2, start=1)
     blocks = allocator.allocate(2)
@@ -146,7 +146,7 @@ def test_a_taken_block_has_lost_its_name() -> None:
 
 
 def test_a_name_stays_with_its_first_block() -> None:
-    """Who computes what is published already keeps a twin that nobody finds."""
+    """A second block with the same contents stays unpublished."""
     allocator = BlockAllocator(4)
     first, twin = allocator.allocate(1), allocator.allocate(1)
     allocator.cache.publish(name(1), first[0])
@@ -159,7 +159,7 @@ def test_a_name_stays_with_its_first_block() -> None:
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(1, 12))
 def test_maxima_of_windows(values: list[int], width: int) -> None:
-    """Each place's maximum is that of its window; places whose window sticks out are ruled out."""
+    """Each place's maximum is that of its window; places with too short a window are excluded."""
     found = _maxima(np.array(values, dtype=np.int64), width)
     for at in range(len(values)):
         window = values[at : at + width]

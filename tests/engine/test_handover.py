@@ -1,76 +1,18 @@
-"""The two seams: KV carried from one engine to another, by hand."""
+"""KV carried by hand from one engine to another."""
 
 import threading
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from kvbelt.engine.api import BlockHold, FinishReason, IncomingKVLostError
-from kvbelt.engine.engine import Engine
-from tests.engine.support import GREEDY, Client, engine_of
-
-PROMPT = list(b"thirty-three tokens in the prompt")
-
-
-class Carrier:
-    """An OutgoingKV that copies each announced block at once, and writes down what it was told."""
-
-    def __init__(self, engine: Engine, *, fail_in_layer: int | None = None) -> None:
-        self.engine = engine
-        self.calls: list[tuple[int, int, tuple[int, ...]]] = []
-        self.copied: dict[tuple[int, int], torch.Tensor] = {}
-        self.hold: BlockHold | None = None
-        self.ends: list[bool] = []
-        self.fail_in_layer = fail_in_layer
-
-    def blocks_written(self, layer: int, first: int, block_ids: Sequence[int], ready: object) -> None:
-        """Copy, and note the call."""
-        if layer == self.fail_in_layer:
-            raise OSError("the belt is torn")
-        assert ready is None
-        self.calls.append((layer, first, tuple(block_ids)))
-        for i, block in enumerate(block_ids):
-            assert (layer, first + i) not in self.copied, "a block was announced twice"
-            self.copied[layer, first + i] = self.engine.pool.layers[layer][block].clone()
-
-    def finished(self, hold: BlockHold, *, complete: bool) -> None:
-        """Keep the hold."""
-        self.hold = hold
-        self.ends.append(complete)
-
-
-class Delivery:
-    """An IncomingKV of what a Carrier copied."""
-
-    def __init__(self, engine: Engine, carrier: Carrier, num_tokens: int, *, lost: bool = False) -> None:
-        self.engine = engine
-        self.carrier = carrier
-        self.num_tokens = num_tokens
-        self.first_block = 0
-        self.lost = lost
-        self.loads = 0
-        self.releases = 0
-
-    def load(self, block_ids: Sequence[int], first: int) -> None:
-        """Copy into the engine's blocks."""
-        self.loads += 1
-        if self.lost:
-            raise IncomingKVLostError("slot expired")
-        for layer in range(self.engine.layout.num_layers):
-            for i, block in enumerate(block_ids):
-                self.engine.pool.layers[layer][block].copy_(self.carrier.copied[layer, first + i])
-
-    def release(self) -> None:
-        """Count."""
-        self.releases += 1
+from kvbelt.engine.api import FinishReason
+from tests.engine.support import GREEDY, PROMPT, Carrier, Client, Delivery, engine_of
 
 
 @pytest.mark.parametrize("max_batch_tokens", [6, 512])
 def test_decode_goes_on_from_carried_kv(tiny_llama: Path, max_batch_tokens: int) -> None:
-    """An engine that is handed a prompt's KV gives the tokens that the first one would have given."""
+    """An engine that is given a prompt's KV produces the tokens of the first engine."""
     with (
         engine_of(tiny_llama, max_batch_tokens=max_batch_tokens, max_running=4) as prefill,
         engine_of(tiny_llama) as decode,
@@ -113,7 +55,7 @@ def test_each_block_of_each_layer_is_announced_once_in_order(tiny_llama: Path) -
 
 
 def test_held_blocks_stay_until_released(tiny_llama: Path) -> None:
-    """A newcomer that needs held blocks waits for the release, and is woken by it."""
+    """A new request that needs held blocks waits for their release, and then runs."""
     with engine_of(tiny_llama, num_blocks=12) as engine:
         carrier = Carrier(engine)
         Client(engine, PROMPT, replace(GREEDY, max_tokens=1), outgoing=carrier).wait()
@@ -128,7 +70,7 @@ def test_held_blocks_stay_until_released(tiny_llama: Path) -> None:
 
 
 def test_lost_kv_is_computed(tiny_llama: Path) -> None:
-    """KV that is gone when it is wanted costs time, not the answer."""
+    """Lost KV costs time, but changes no token."""
     with engine_of(tiny_llama) as engine:
         expected = Client(engine, PROMPT).token_ids
         delivery = Delivery(engine, Carrier(engine), len(PROMPT), lost=True)
@@ -150,7 +92,7 @@ def test_partial_kv_is_completed(tiny_llama: Path) -> None:
 
 
 def test_received_kv_can_be_handed_on(tiny_llama: Path) -> None:
-    """A request with both seams announces the blocks that it was given as well as those it computes."""
+    """A request with incoming and outgoing KV announces loaded blocks as well as computed ones."""
     with engine_of(tiny_llama) as engine:
         first, second = Carrier(engine), Carrier(engine)
         expected = Client(engine, PROMPT, outgoing=first).token_ids
@@ -177,21 +119,23 @@ def test_preempted_after_loading_is_computed(tiny_llama: Path) -> None:
 
 
 def test_a_request_with_outgoing_is_never_preempted(tiny_llama: Path) -> None:
-    """Under pressure the others give way."""
+    """When memory is short, only requests without a carrier are preempted."""
     with engine_of(tiny_llama, num_blocks=24) as engine:
         carriers = [Carrier(engine), None, Carrier(engine), None]
         clients = [Client(engine, PROMPT[:20], outgoing=carrier) for carrier in carriers]
+        preemptions = [client.last.timing.preemptions for client in clients]
+        assert preemptions[::2] == [0, 0]
+        assert sum(preemptions) == engine.load().preemptions_total > 0
         for client, carrier in zip(clients, carriers, strict=True):
             assert client.finish is FinishReason.LENGTH
             if carrier is not None:
-                assert client.last.timing.preemptions == 0
                 assert carrier.ends == [True]
                 carrier.hold.release()
 
 
 @pytest.mark.parametrize("phase", ["waiting", "prefill", "decoding"])
 def test_abort_tells_outgoing_once(tiny_llama: Path, phase: str) -> None:
-    """However far it got, an aborted request's carrier hears of the end once, and its hold gives the blocks back."""
+    """The carrier's ``finished`` is called once, and its hold gives the blocks back."""
     with engine_of(tiny_llama, num_blocks=40, max_batch_tokens=4, max_running=1) as engine:
         carrier = Carrier(engine)
         delivery = Delivery(engine, carrier, 0)
@@ -213,7 +157,7 @@ def test_abort_tells_outgoing_once(tiny_llama: Path, phase: str) -> None:
 
 
 def test_a_torn_belt_does_not_stop_the_request(tiny_llama: Path) -> None:
-    """A carrier that raises is told that the hand-over is incomplete; the client gets its tokens."""
+    """A carrier that raises gets ``finished`` with an incomplete prompt, and the client gets its tokens."""
     with engine_of(tiny_llama) as engine:
         expected = Client(engine, PROMPT).token_ids
         carrier = Carrier(engine, fail_in_layer=1)

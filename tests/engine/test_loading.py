@@ -1,4 +1,4 @@
-"""KV from elsewhere is loaded beside the running batch, and however a load ends, nobody is harmed."""
+"""Incoming KV is loaded beside the running batch, and no end of a load disturbs another request."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -10,14 +10,13 @@ import pytest
 from kvbelt.engine import loading
 from kvbelt.engine.api import FinishReason, IncomingKVLostError
 from kvbelt.engine.engine import Engine
-from tests.engine.support import DEADLINE, GREEDY, Client, engine_of, prefix_of
-from tests.engine.test_handover import PROMPT, Carrier, Delivery
+from tests.engine.support import DEADLINE, GREEDY, PROMPT, Carrier, Client, Delivery, engine_of, prefix_of
 
 OTHER = list(b"somebody else's prompt")
 
 
 class Gate(Delivery):
-    """A delivery that takes as long as the test wants."""
+    """A delivery that waits for the test."""
 
     def __init__(self, engine: Engine, carrier: Carrier, *, lost: bool = False) -> None:
         super().__init__(engine, carrier, len(PROMPT), lost=lost)
@@ -27,7 +26,7 @@ class Gate(Delivery):
         self.waits = True
 
     def load(self, block_ids: Sequence[int], first: int) -> None:
-        """Wait, then copy; a released one is lost."""
+        """Wait, then copy; after a release the KV is lost."""
         self.threads.append(threading.current_thread().name)
         self.begun.set()
         if self.waits:
@@ -37,7 +36,7 @@ class Gate(Delivery):
         super().load(block_ids, first)
 
     def release(self) -> None:
-        """Whoever waits, need not."""
+        """Count, and open the gate."""
         super().release()
         self.go_on.set()
 
@@ -53,7 +52,7 @@ def carrier(tiny_llama: Path) -> Carrier:
 
 
 def eventually(condition: Callable[[], bool]) -> None:
-    """Wait for something that nobody tells."""
+    """Poll until the condition is true."""
     waited = threading.Event()
     for _ in range(int(DEADLINE / 0.005)):
         if condition():
@@ -63,7 +62,7 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 
 def test_others_go_on_while_one_loads(tiny_llama: Path, carrier: Carrier) -> None:
-    """A load that takes its time holds up nobody: others are admitted and answered beside it."""
+    """Other requests are admitted and answered beside a long load."""
     with engine_of(tiny_llama) as engine:
         expected = Client(engine, OTHER).token_ids
         gate = Gate(engine, carrier)
@@ -79,7 +78,7 @@ def test_others_go_on_while_one_loads(tiny_llama: Path, carrier: Carrier) -> Non
 
 
 def test_lost_while_loading_is_computed(tiny_llama: Path, carrier: Carrier) -> None:
-    """A load that fails is said in the timing, and the answer is the same."""
+    """The timing has the reason of a failed load, and the answer is the same."""
     with engine_of(tiny_llama) as engine:
         gate = Gate(engine, carrier, lost=True)
         client = Client(engine, PROMPT, incoming=gate)
@@ -101,7 +100,7 @@ def test_a_broken_load_is_computed(tiny_llama: Path, carrier: Carrier, monkeypat
 
 
 def test_an_aborted_load_gives_its_blocks_back_at_its_end(tiny_llama: Path, carrier: Carrier) -> None:
-    """The client is told at once; what is still being written belongs to the load, and nobody else gets it."""
+    """The client's request ends at once. The blocks stay with the load until it ends."""
     with engine_of(tiny_llama, num_blocks=20) as engine:
         gate = Gate(engine, carrier)
         stays = threading.Event()
@@ -121,7 +120,7 @@ def test_an_aborted_load_gives_its_blocks_back_at_its_end(tiny_llama: Path, carr
 
 
 def test_close_ends_loads(tiny_llama: Path, carrier: Carrier) -> None:
-    """Closing releases what is being loaded, which ends the load, and waits for that; no thread is left."""
+    """Closing releases all incoming KV, waits for the ends of the loads, and leaves no thread."""
     with engine_of(tiny_llama) as engine:
         gates = [Gate(engine, carrier) for _ in range(loading.LOADERS + 2)]
         clients = [Client(engine, PROMPT, incoming=gate, name=str(i)) for i, gate in enumerate(gates)]
@@ -136,7 +135,7 @@ def test_close_ends_loads(tiny_llama: Path, carrier: Carrier) -> None:
 
 
 def test_more_loads_than_loaders_take_turns(tiny_llama: Path, carrier: Carrier) -> None:
-    """So many at a time; every one gets its turn."""
+    """Loads beyond the number of loaders wait, and all of them end."""
     with engine_of(tiny_llama, num_blocks=200, max_running=16) as engine:
         gates = [Gate(engine, carrier) for _ in range(loading.LOADERS * 2)]
         clients = [Client(engine, PROMPT, incoming=gate, name=str(i)) for i, gate in enumerate(gates)]
@@ -169,7 +168,7 @@ def test_choices_load_once_and_share(tiny_llama: Path, carrier: Carrier) -> None
 
 
 def test_what_is_loaded_is_found_by_others(tiny_llama: Path, carrier: Carrier) -> None:
-    """Loaded blocks are as good as computed ones, once they are loaded."""
+    """Loaded blocks are shared like computed ones, once they are loaded."""
     with engine_of(tiny_llama) as engine:
         gate = Gate(engine, carrier)
         loading_client = Client(engine, PROMPT, incoming=gate, prefix=prefix_of(PROMPT, 4))
@@ -186,7 +185,7 @@ def test_what_is_loaded_is_found_by_others(tiny_llama: Path, carrier: Carrier) -
 
 
 def test_only_the_tail_is_loaded_behind_a_cached_prefix(tiny_llama: Path, carrier: Carrier) -> None:
-    """KV of the blocks that are here already need not be there; when they are evicted, it is lost, and that is said."""
+    """Cached blocks need not be sent; if they are evicted, the KV is lost and the reason reported."""
     with engine_of(tiny_llama, num_blocks=24) as engine:
         names = prefix_of(PROMPT, 4)
         Client(engine, PROMPT[:17], replace(GREEDY, max_tokens=1), prefix=prefix_of(PROMPT[:17], 4)).wait()
@@ -198,7 +197,7 @@ def test_only_the_tail_is_loaded_behind_a_cached_prefix(tiny_llama: Path, carrie
         timing = client.last.timing
         assert (timing.cached_tokens, timing.loaded_tokens, timing.computed_tokens) == (16, 16, 1)
 
-        # Somebody needs all the memory between the promise and the request.
+        # Another request needs all the memory before the blocks are used.
         assert engine.held(names.hashes) == 8
         Client(engine, [7] * 90, replace(GREEDY, max_tokens=6)).wait()
         late = Delivery(engine, carrier, len(PROMPT))

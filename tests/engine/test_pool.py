@@ -1,15 +1,15 @@
-"""A block is a run of bytes, and both ways of reading see the same."""
+"""A block is a run of bytes, and both ways of reading give the same result."""
 
 import pytest
 import torch
 
 from kvbelt.engine.attention import Segment, Step
-from kvbelt.engine.pool import KVPool, make_layout
+from kvbelt.engine.pool import KVPool, PoolLayout
 
 
 def test_a_block_is_contiguous_bytes() -> None:
-    """The layout tells a block's size, and a block is one run of bytes."""
-    layout = make_layout(num_layers=2, num_kv_heads=3, head_dim=8, block_size=4, dtype=torch.bfloat16)
+    """The layout has a block's size, and a block is one run of bytes."""
+    layout = PoolLayout(num_layers=2, num_kv_heads=3, head_dim=8, block_size=4, dtype="bfloat16")
     assert layout.block_bytes == 4 * 2 * 3 * 8 * 2
     assert layout.dtype == "bfloat16"
     pool = KVPool(layout, 5, torch.device("cpu"))
@@ -23,7 +23,7 @@ def test_a_block_is_contiguous_bytes() -> None:
 @pytest.mark.parametrize(("start", "length"), [(0, 9), (6, 5), (10, 1)])
 def test_neighbours_and_scattered_blocks_attend_alike(start: int, length: int, window: int | None) -> None:
     """The view path and the gather path give the same numbers, and those of plain attention."""
-    layout = make_layout(num_layers=1, num_kv_heads=2, head_dim=8, block_size=4, dtype=torch.float32)
+    layout = PoolLayout(num_layers=1, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32")
     generator = torch.Generator().manual_seed(0)
     total = start + length
     keys = torch.randn(total, 2, 8, generator=generator)

@@ -1,4 +1,4 @@
-"""Blocks of equal prefixes are shared, and no answer changes by it."""
+"""Blocks of equal prefixes are shared, and no answer changes."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,8 +10,7 @@ from kvbelt.engine.api import FinishReason, PrefixHashes, SamplingParams
 from kvbelt.engine.engine import Engine
 from kvbelt.engine.scheduler import Scheduler
 from kvbelt.wire.block_hash import chained, root
-from tests.engine.support import GREEDY, Client, engine_of, prefix_of
-from tests.engine.test_handover import Carrier
+from tests.engine.support import GREEDY, Carrier, Client, engine_of, prefix_of
 
 HEAD = list(b"what everybody's prompt begins with: ")
 TAILS = [list(b"and one"), list(b"another, and a longer one"), list(b"a third"), list(b"and one")]
@@ -25,13 +24,13 @@ def asked(engine: Engine, prompt: Sequence[int], params: SamplingParams = GREEDY
 
 
 def answers_without(folder: Path, prompts: Sequence[Sequence[int]], params: SamplingParams = GREEDY) -> list[list[int]]:
-    """What the model says where nothing is shared."""
+    """The answers without sharing."""
     with engine_of(folder, num_blocks=200) as engine:
         return [Client(engine, prompt, params).token_ids for prompt in prompts]
 
 
 def test_a_prefix_is_computed_once(tiny_llama: Path) -> None:
-    """The second request computes what is behind the common blocks, and answers as it would have."""
+    """The second request computes only what follows the common blocks, and its answer is the same."""
     with engine_of(tiny_llama) as engine:
         clients = [asked(engine, prompt).wait() for prompt in PROMPTS]
         load = engine.load()
@@ -52,7 +51,7 @@ def test_a_prefix_is_computed_once(tiny_llama: Path) -> None:
 
 
 def test_an_answer_is_part_of_the_next_prompt(tiny_llama: Path) -> None:
-    """A conversation goes on from the blocks of its answer, too."""
+    """A conversation also reuses its answer's blocks."""
     with engine_of(tiny_llama) as engine:
         first = asked(engine, PROMPTS[0]).token_ids
         turn = PROMPTS[0] + first + list(b" go on")
@@ -65,7 +64,7 @@ def test_an_answer_is_part_of_the_next_prompt(tiny_llama: Path) -> None:
 @pytest.mark.parametrize("num_blocks", [200, 24])
 @pytest.mark.parametrize("seed", [None, 7])
 def test_many_at_once_answer_the_same(tiny_llama: Path, num_blocks: int, seed: int | None) -> None:
-    """Side by side, in small chunks, preempted or not, greedy or seeded: what is shared changes no token."""
+    """Sharing changes no token: side by side, in small chunks, preempted or not, greedy or seeded."""
     params = GREEDY if seed is None else replace(GREEDY, temperature=1.0, seed=seed)
     expected = answers_without(tiny_llama, PROMPTS, params)
     with engine_of(tiny_llama, num_blocks=num_blocks, max_batch_tokens=7, max_running=6) as engine:
@@ -94,14 +93,14 @@ def test_it_can_be_switched_off(tiny_llama: Path) -> None:
 
 
 def test_hashes_of_other_blocks_are_refused(tiny_llama: Path) -> None:
-    """Hashes that were made for another block size would name the wrong blocks."""
+    """Hashes for another block size are refused."""
     with engine_of(tiny_llama) as engine, pytest.raises(ValueError, match="block hashes"):
         Client(engine, PROMPTS[0], prefix=prefix_of(PROMPTS[0], 2 * BLOCK))
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decoding"])
 def test_an_aborted_request_leaves_what_it_computed(tiny_llama: Path, phase: str) -> None:
-    """Blocks that were complete are found afterwards, and hold what they should."""
+    """Its complete blocks are found afterwards, with the right contents."""
     prompt = HEAD * 3
     with engine_of(tiny_llama, max_batch_tokens=4, max_running=2) as engine:
         victim = asked(engine, prompt, replace(GREEDY, max_tokens=100), name="victim")
@@ -113,7 +112,7 @@ def test_an_aborted_request_leaves_what_it_computed(tiny_llama: Path, phase: str
 
 
 def test_cached_blocks_are_announced_with_the_first_chunk(tiny_llama: Path) -> None:
-    """Whoever carries a prompt away is given every block of every layer once, whether it was computed or found."""
+    """A carrier gets every block of every layer once, whether it was computed or cached."""
     prompt = PROMPTS[1]
     with engine_of(tiny_llama, max_batch_tokens=8, max_running=4) as engine:
         plain, sharing = Carrier(engine), Carrier(engine)
@@ -135,13 +134,13 @@ def test_cached_blocks_are_announced_with_the_first_chunk(tiny_llama: Path) -> N
 
 
 def unchained(tokens: Sequence[int]) -> PrefixHashes:
-    """A mutant: a block's name tells nothing of what is before it."""
+    """A mutant: a block's hash does not depend on the blocks before it."""
     hashes = [chained(root(), tokens[at : at + BLOCK]) for at in range(0, len(tokens) - BLOCK + 1, BLOCK)]
     return PrefixHashes(root(), tuple(hashes), lambda _parent, ids: chained(root(), ids))
 
 
 def test_names_without_a_chain_would_be_seen(tiny_llama: Path) -> None:
-    """Two prompts with one block in common, behind different ones: only a chain of names tells them apart."""
+    """Hashes that do not depend on earlier blocks give wrong answers."""
     prompts = [list(b"aaaa") + HEAD, list(b"bbbb") + HEAD]
     expected = answers_without(tiny_llama, prompts)
     with engine_of(tiny_llama) as engine:

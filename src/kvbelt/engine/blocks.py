@@ -1,15 +1,15 @@
-"""Who uses which blocks of the pool. Knows nothing of what is in them.
+"""Allocates the pool's blocks. Knows nothing about their contents.
 
 Rules:
 
-1. A block has as many *users* as there are tables, holds and loads that name it. It is written by one of them at
-   most, and only while it is not published (``PrefixCache``).
-2. A block without users is free, and if it is published, it is cached too: it can be found and used again, until
-   somebody else needs its memory. What was used least recently is given away first.
+1. A block has as many *users* as there are tables, holds and loads that name it. At most one of them writes it, and
+   only while it is not published (``PrefixCache``).
+2. A block without users is free. If it is published, it is also cached: it can be found and used again until its memory
+   is needed. The least recently used block is given away first.
 
-Neighbouring blocks are worth having: attention reads a run of them where it lies. So a newcomer *claims* the run that
-it may grow into. A claim promises nothing: when nothing else is free, claimed blocks are given away, and a request that
-wanted them goes on in scattered blocks, which attention gathers by copying.
+Attention reads a run of neighbouring blocks in place. So a new request *claims* the run that it may grow into. A claim
+promises nothing: when no other block is free, claimed blocks are given away, and the request that claimed them goes on
+in scattered blocks, which attention gathers by copying.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from kvbelt.engine.prefix_cache import PrefixCache
 
 _NO_CLAIM = 0
-#: Later than every tick: a block that cannot be taken.
+#: Later than every tick: the block cannot be taken.
 _NEVER = np.iinfo(np.int64).max
 
 Mask = npt.NDArray[np.bool_]
@@ -28,35 +28,25 @@ Ints = npt.NDArray[np.int64]
 
 
 class OutOfBlocksError(Exception):
-    """More blocks were asked for than are free. Callers check ``num_free`` first, so this is a bug."""
+    """More blocks were requested than are free. Callers check ``num_free`` first, so this is a bug."""
 
 
 class BlockAllocator:
-    """Not thread-safe: the engine's thread owns it. Its ``cache`` may be asked from elsewhere."""
+    """Belongs to the engine's thread; its ``cache`` may be asked from any thread."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.cache = PrefixCache(num_blocks)
         self._users = np.zeros(num_blocks, dtype=np.int32)
-        self._num_free = num_blocks  # count of zeros in _users
+        self.num_free = num_blocks  #: blocks without users, cached or not
         self._claim = np.zeros(num_blocks, dtype=np.int64)
         self._last_claim = _NO_CLAIM
 
-    @property
-    def num_free(self) -> int:
-        """Blocks without users, cached ones among them."""
-        return self._num_free
-
     def num_used(self, block_ids: Sequence[int]) -> int:
-        """How many of them have users."""
         return int(np.count_nonzero(self._users[_array(block_ids)]))
 
     def allocate(self, count: int, may_grow_to: int = 0) -> list[int]:
-        """Blocks for a newcomer: neighbours where possible, with room to grow to ``may_grow_to``.
-
-        Raises:
-            OutOfBlocksError: fewer are free.
-        """
+        """Blocks for a new request: neighbours where possible, with room to grow to ``may_grow_to`` blocks."""
         self._require(count)
         if count == 0:
             return []
@@ -73,11 +63,7 @@ class BlockAllocator:
         return self._take(np.arange(start, start + count))
 
     def grow(self, block_ids: list[int], count: int) -> None:
-        """Append ``count`` blocks to a table; to a run the next neighbour, where nobody uses it.
-
-        Raises:
-            OutOfBlocksError: fewer are free.
-        """
+        """Append ``count`` blocks to a table; a run gets its next neighbour, if that is free."""
         self._require(count)
         for _ in range(count):
             following = block_ids[-1] + 1 if block_ids else self.num_blocks
@@ -88,45 +74,40 @@ class BlockAllocator:
                 block_ids.extend(self.allocate(1))
 
     def share(self, block_ids: Sequence[int]) -> None:
-        """One more user of each."""
-        self._num_free -= len(block_ids) - self.num_used(block_ids)
+        self.num_free -= len(block_ids) - self.num_used(block_ids)
         self._users[_array(block_ids)] += 1
 
     def release(self, block_ids: Sequence[int]) -> None:
-        """One user less of each, in the order of the user's table."""
+        """Remove a user from each block, in the order of the user's table."""
         ids = _array(block_ids)
-        assert (self._users[ids] > 0).all(), "blocks given back by somebody who does not have them"
+        assert (self._users[ids] > 0).all(), "blocks were given back that were not in use"
         self._users[ids] -= 1
         freed = ids[self._users[ids] == 0]
-        self._num_free += len(freed)
+        self.num_free += len(freed)
         self.cache.touch(block_ids)
-        # A claim goes with its owner, the part that was never used included.
+        # A claim ends with its owner, including the part that was never used.
         claims = np.unique(self._claim[freed])
         self._claim[np.isin(self._claim, claims[claims != _NO_CLAIM])] = _NO_CLAIM
 
     def validate(self, users: Iterable[Sequence[int]]) -> None:
-        """Check rule 1 against everybody who has blocks.
-
-        Raises:
-            AssertionError: somebody's blocks are not theirs, or a block has leaked.
-        """
+        """Assert rule 1 against all tables, holds and loads."""
         expected = np.zeros(self.num_blocks, dtype=np.int32)
         for blocks in users:
             assert len(set(blocks)) == len(blocks), "a block twice in one table"
             expected[list(blocks)] += 1
         assert (expected == self._users).all(), f"blocks leaked: {np.flatnonzero(expected != self._users)}"
-        assert self._num_free == int((self._users == 0).sum()), "free count is wrong"
+        assert self.num_free == int((self._users == 0).sum()), "free count is wrong"
         self.cache.validate()
 
     def _require(self, count: int) -> None:
-        if count > self._num_free:
-            raise OutOfBlocksError(f"{count} blocks wanted, {self._num_free} free of {self.num_blocks}")
+        if count > self.num_free:
+            raise OutOfBlocksError(f"{count} blocks wanted, {self.num_free} free of {self.num_blocks}")
 
     def _best_start(self, usable: Mask, count: int, want: int) -> int | None:
-        """Where ``count`` neighbours are best taken from; None if there are no such.
+        """The best place for ``count`` neighbours; None if there is none.
 
-        Of all places with enough room to grow, the one whose blocks were used least recently, if at all; among
-        equals the smallest run of at least ``want``, else the longest.
+        Of all places with enough room to grow, the one whose blocks were used least recently; among equals the smallest
+        run of at least ``want`` blocks, else the longest.
         """
         edges = np.flatnonzero(np.diff(np.concatenate(([False], usable, [False])).astype(np.int8)))
         starts, lengths = edges[::2], edges[1::2] - edges[::2]
@@ -135,10 +116,10 @@ class BlockAllocator:
         longest = int(lengths.max())
         used_at = np.where(usable, self.cache.used_at, _NEVER)
         if not used_at[usable].any():
-            # Nothing is cached there: the first places of runs are as good as any.
+            # Nothing is cached there, so the first place of a run is as good as any.
             roomy = np.flatnonzero(lengths >= min(want, longest))
             return int(starts[roomy[lengths[roomy].argmin()]])
-        # Where there is no room for all of it, half of what there is must do: else the one place with the most room
+        # If no run has room for all of it, half of the longest must do. Otherwise the one place with the most room
         # would be taken again and again, however recently it was used.
         enough = want if longest >= want else max(count, longest // 2)
         room_used_at = _maxima(used_at, enough)
@@ -160,7 +141,7 @@ class BlockAllocator:
         if self.cache.used_at[ids].any():
             self.cache.evict(blocks)
         self._users[ids] = 1
-        self._num_free -= len(blocks)
+        self.num_free -= len(blocks)
         return blocks
 
 
@@ -169,17 +150,17 @@ def _array(block_ids: Sequence[int]) -> Ints:
 
 
 def _least(places: Ints, cost: Ints) -> Ints:
-    """Those of the places that cost least."""
+    """The places with the lowest cost."""
     costs = cost[places]
     cheapest: Ints = places[costs == costs.min()]
     return cheapest
 
 
 def _maxima(values: Ints, width: int) -> Ints:
-    """For each place the largest of ``width`` values from it on; ``_NEVER`` where there are fewer.
+    """For each place the largest of the ``width`` values from it on; ``_NEVER`` where there are fewer.
 
-    In steps that do not depend on the width (van Herk, 1992): maxima from the left and from the right within stretches
-    of that width; every window is the end of one stretch and the beginning of the next.
+    The work does not depend on the width (van Herk, 1992): maxima are taken from the left and from the right within
+    stretches of that width; every window is the end of one stretch and the beginning of the next.
     """
     padded = np.full(-(-len(values) // width) * width + width, _NEVER)
     padded[: len(values)] = values

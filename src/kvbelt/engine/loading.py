@@ -1,10 +1,10 @@
-"""Loads of incoming KV, on threads of their own beside the engine's.
+"""Loads incoming KV on threads beside the engine's.
 
 Rules:
 
-1. A load uses the blocks that it fills: whoever they were for may end before it does, and they are not given away.
-2. ``incoming.release`` is called once: when the load has ended, or before that because nobody wants it any more.
-3. The engine is told of every end, on its own thread. Nobody polls; without loads the threads sleep.
+1. A load is a user of the blocks that it fills. If its request ends first, the blocks are not given away.
+2. ``incoming.release`` is called once: when the load has ended, or earlier if the request has ended.
+3. Every end is posted to the engine's thread. There is no polling; without loads the threads sleep.
 """
 
 import logging
@@ -21,13 +21,13 @@ from kvbelt.engine.scheduler import Load
 
 _log = logging.getLogger("kvbelt.engine")
 
-#: Loads at a time; the others wait for their turn. One that comes in parts may take seconds, so there are some.
+#: Loads at a time; the others queue. KV that comes in parts may take seconds, so one is not enough.
 LOADERS = 4
 
 
 @dataclass(slots=True, eq=False)
 class LoadUnderWay:
-    """One load, from the plan that orders it to the engine's hearing of its end."""
+    """One load, from the plan that starts it until the engine's thread has processed its end."""
 
     load: Load
     began: float
@@ -35,12 +35,11 @@ class LoadUnderWay:
     _released: bool = False
 
     @property
-    def name(self) -> str:
-        """The request's."""
+    def request_id(self) -> str:
         return self.load.sequence.request.request_id
 
     def run(self, ready: Any) -> str | None:
-        """Load after ``ready``, then release. Returns why it is lost. Loader's thread."""
+        """Loader's thread: load after ``ready``, then release. Returns why the KV is lost; None: it is not."""
         if self._released:
             return "aborted"
         try:
@@ -48,36 +47,31 @@ class LoadUnderWay:
                 ready.synchronize()
             self.load.incoming.load(self.load.block_ids, self.load.first)
         except IncomingKVLostError as error:
-            _log.warning("request %s: incoming KV is lost (%s); computing it", self.name, error)
+            _log.warning("request %s: incoming KV is lost (%s); computing it", self.request_id, error)
             return error.reason
-        except Exception:  # noqa: BLE001 - somebody else's code
-            _log.exception("request %s: incoming KV could not be loaded; computing it", self.name)
+        except Exception:  # noqa: BLE001 - incoming KV is not the engine's code
+            _log.exception("request %s: incoming KV could not be loaded; computing it", self.request_id)
             return "copy_failed"
         finally:
             self.release()
         return None
 
     def release(self) -> None:
-        """Rule 2. Any thread."""
+        """Any thread: rule 2."""
         with self._lock:
             if self._released:
                 return
             self._released = True
         try:
             self.load.incoming.release()
-        except Exception:  # noqa: BLE001 - somebody else's code
-            _log.exception("request %s: incoming KV could not be released", self.name)
+        except Exception:  # noqa: BLE001 - incoming KV is not the engine's code
+            _log.exception("request %s: incoming KV could not be released", self.request_id)
 
 
 class Loaders:
-    """The loads under way. Methods are the engine's thread's.
+    """The loads under way. Belongs to the engine's thread, on which ``post`` runs a command, soon.
 
-    Args:
-        allocator: whose blocks are filled.
-        clock: seconds.
-        post: runs something on the engine's thread, soon.
-        on_end: told on the engine's thread of each load that has ended, how long it took in seconds, and why it is
-            lost (None: it is not).
+    ``on_end`` is called on it with a load that has ended, its seconds, and why its KV is lost (None: it is not).
     """
 
     def __init__(
@@ -93,32 +87,27 @@ class Loaders:
         self._on_end = on_end
         self._under_way: dict[int, LoadUnderWay] = {}  # by arrival of the request
         self._threads = ThreadPoolExecutor(LOADERS, thread_name_prefix="kvbelt-load")
-        # Releasing may wait for a copy under way, and must not wait for somebody else's load.
+        # Releasing may wait for a copy under way, but must not wait in the queue of loads.
         self._releaser = ThreadPoolExecutor(1, thread_name_prefix="kvbelt-release")
 
-    def __len__(self) -> int:
-        """Loads that have not ended."""
-        return len(self._under_way)
-
     def start(self, load: Load, ready: Any) -> None:
-        """Begin, after ``ready`` (None, or a CUDA event after which nobody writes these blocks)."""
+        """Load after ``ready`` (None, or a CUDA event after which no step writes these blocks)."""
         under_way = LoadUnderWay(load, self._clock())
         self._allocator.share(load.block_ids)
         self._under_way[load.sequence.arrival] = under_way
         self._threads.submit(self._run, under_way, ready)
 
     def cancel(self, arrival: int) -> None:
-        """Nobody wants it any more, if it is under way at all: it may end early."""
+        """The request has ended, so its load, if there is one, may end early."""
         under_way = self._under_way.get(arrival)
         if under_way is not None:
             self._releaser.submit(under_way.release)
 
     def block_ids(self) -> list[tuple[int, ...]]:
-        """What the loads under way use."""
         return [under_way.load.block_ids for under_way in self._under_way.values()]
 
     def close(self) -> None:
-        """Cancel all and wait for their ends. What they post is still to be run."""
+        """Cancel all loads and wait for their ends. Their posts are still to be run."""
         for arrival in self._under_way:
             self.cancel(arrival)
         self._releaser.shutdown()

@@ -1,16 +1,16 @@
-"""Which blocks hold which prefixes, so that nobody computes, or sends, what is here already.
+"""Which blocks hold which prefixes, so that no KV is computed or sent twice.
 
 Rules:
 
 1. A *full* block is published under a hash of its tokens and of all tokens before it, once its keys and values are
-   final in every layer. From then on nobody writes into it.
-2. A hash names one block at most. Who computes a prefix that somebody else has published meanwhile keeps a twin
-   that is not published.
-3. A published block that nobody uses any more stays until its memory is wanted (``BlockAllocator``). A table's first
-   blocks count as used later than its last ones, for without them the last ones are not found.
+   final in every layer. After that it is not written.
+2. A hash names one block at most. A request that computes a prefix which another one has published meanwhile keeps its
+   own block unpublished.
+3. A published block without users stays until its memory is needed (``BlockAllocator``). A table's first blocks count
+   as used later than its last ones, because the last ones cannot be found without them.
 
-The engine's thread publishes and evicts. ``held`` may be called from any thread: it promises nothing, for what is
-here now may be gone when somebody comes for it.
+The engine's thread publishes and evicts. ``held`` may be called from any thread and promises nothing: a block that is
+here now may be evicted before it is used.
 """
 
 import threading
@@ -24,12 +24,12 @@ class PrefixCache:
     """The index of one pool.
 
     Attributes:
-        used_at: for each block when it was last used, in ticks of a counter; 0 if it is not published. While a
-            block is in use, its tick is an old one.
+        used_at: for each block the tick of its last use; 0 if it is not published. The tick of a block in use is an
+            old one.
     """
 
     def __init__(self, num_blocks: int) -> None:
-        # Guards everything below; held for as long as it takes to look up a prompt.
+        # Guards everything below; held no longer than a prompt's look-up takes.
         self._lock = threading.Lock()
         # One is the inverse of the other.
         self._block_of: dict[bytes, int] = {}
@@ -38,7 +38,6 @@ class PrefixCache:
         self._tick = 0
 
     def __len__(self) -> int:
-        """Published blocks, used or not."""
         return len(self._block_of)
 
     def match(self, hashes: Iterable[bytes]) -> list[int]:
@@ -47,14 +46,14 @@ class PrefixCache:
             return self._match(hashes)
 
     def held(self, hashes: Sequence[bytes]) -> int:
-        """How many blocks ``match`` would find; they count as used now. Any thread."""
+        """Any thread: how many blocks ``match`` would find; they count as used now."""
         with self._lock:
             blocks = self._match(hashes)
             self._touch(blocks)
         return len(blocks)
 
     def publish(self, block_hash: bytes, block: int) -> None:
-        """Rule 1 holds for ``block`` from now on. Does nothing where the hash is taken."""
+        """Publish a block that will not be written again. Nothing happens if the hash names another block."""
         with self._lock:
             if block_hash not in self._block_of:
                 assert block not in self._hash_of, f"block {block} is published under another hash"
@@ -63,12 +62,12 @@ class PrefixCache:
                 self._touch((block,))
 
     def touch(self, blocks: Sequence[int]) -> None:
-        """A table's blocks, in its order, were used until now."""
+        """These blocks, in the order of their table, were used until now."""
         with self._lock:
             self._touch([block for block in blocks if block in self._hash_of])
 
     def evict(self, blocks: Iterable[int]) -> None:
-        """Their memory is somebody else's now. Those that are not published do not matter."""
+        """Forget the blocks, published or not, because their memory is given away."""
         with self._lock:
             for block in blocks:
                 block_hash = self._hash_of.pop(block, None)
@@ -77,13 +76,9 @@ class PrefixCache:
                     self.used_at[block] = 0
 
     def validate(self) -> None:
-        """Check rule 2.
-
-        Raises:
-            AssertionError: it does not hold.
-        """
+        """Assert rule 2."""
         assert {block: key for key, block in self._block_of.items()} == self._hash_of, "the index contradicts itself"
-        assert set(np.flatnonzero(self.used_at)) == set(self._hash_of), "ticks of blocks that are not published"
+        assert set(np.flatnonzero(self.used_at)) == set(self._hash_of), "unpublished blocks have ticks"
 
     def _match(self, hashes: Iterable[bytes]) -> list[int]:
         found: list[int] = []
