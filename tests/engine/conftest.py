@@ -1,4 +1,4 @@
-"""Models of the engine's tests. Random weights, made once a session."""
+"""Random models for the engine's tests, created once a session."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -61,7 +61,7 @@ def test_blocks_are_final_after_their_event(engine: Engine) -> None:
             self.hold: BlockHold | None = None
 
         def blocks_written(self, layer: int, first: int, block_ids: Sequence[int], ready: torch.cuda.Event) -> None:
-            """Copy on a stream of one's own, after the event."""
+            """Wait for the event, then copy on a stream of its own."""
             with torch.cuda.stream(self.stream):
                 self.stream.wait_event(ready)
                 self.copies.extend((layer, block, engine.pool.layers[layer][block].clone()) for block in block_ids)

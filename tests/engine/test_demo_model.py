@@ -68,7 +68,7 @@ def expected(demo_model: Path, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def test_alone(engine: Engine, prompts: list[list[int]], expected: list[list[int]]) -> None:
-    """One at a time."""
+    """Each prompt is answered by itself."""
     assert [Client(engine, prompt, SHORT).token_ids for prompt in prompts] == expected
 
 

@@ -22,9 +22,9 @@ from transformers import (
 
 from kvbelt.engine.api import ModelError
 from kvbelt.engine.engine import Engine
-from kvbelt.engine.fingerprint import fingerprint
 from kvbelt.engine.model import PagedModel
 from kvbelt.engine.settings import EngineSettings
+from kvbelt.fingerprint import fingerprint
 from tests.engine.support import Client, engine_of, reference_greedy, save_model, small
 
 SERVED = {
@@ -39,7 +39,7 @@ SERVED = {
 
 @pytest.mark.parametrize("name", SERVED)
 def test_architectures_answer_as_transformers_does(tmp_path: Path, name: str) -> None:
-    """Models of other makes, in chunks and with company, give transformers' own tokens."""
+    """Models of other architectures, in chunks and in a batch, produce transformers' own tokens."""
     folder = save_model(tmp_path / name, SERVED[name])
     prompts = [list(b"several makes of models"), list(b"one"), list(b"more than one window of tokens")]
     with engine_of(folder, num_blocks=400, max_batch_tokens=8, max_running=4) as engine:
@@ -59,7 +59,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_kinds_of_attention_are_refused(tmp_path: Path, name: str) -> None:
-    """A model that would compute something else than it should is refused at start, with the reason."""
+    """A model that would compute wrong tokens is refused at start, with the reason."""
     config, reason = REFUSED[name]
     if name in {"deepseek", "t5"}:  # refused by their configuration alone
         config.save_pretrained(tmp_path)
@@ -112,7 +112,7 @@ def test_bfloat16_runs(tiny_llama: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_model_len": 4096}, "made for 512"),
+        ({"max_model_len": 4096}, "at most 512"),
         ({"max_model_len": 300, "num_blocks": 10}, "holds 40 tokens"),
         ({"num_blocks": 1}, "at least"),
     ],
@@ -154,7 +154,7 @@ def test_fingerprints(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 def test_the_pool_is_the_layout(tiny_llama: Path) -> None:
-    """Engine, layout and pool tell the same story."""
+    """Engine, layout and pool agree."""
     with engine_of(tiny_llama) as engine:
         assert engine.pool.storage.shape == (3, 64, 4, 2, 2, 8)
         assert engine.layout.block_bytes * 3 * 64 == engine.pool.storage.nbytes

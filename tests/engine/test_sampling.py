@@ -15,12 +15,12 @@ VOCAB = 24
 
 
 def row(params: SamplingParams, *, prompt=(), output=(), ends=(), seed: int = 1) -> SampleInput:
-    """What belongs to one row."""
+    """The parameters of one row."""
     return SampleInput(params, seed, prompt, output, ends)
 
 
 def reference_logits(logits: list[float], given_row: SampleInput) -> list[float]:
-    """Bias, barred ends and penalties, token by token."""
+    """Bias, excluded end tokens and penalties, token by token."""
     p = given_row.params
     adjusted = []
     for token, value in enumerate(logits):
@@ -95,7 +95,7 @@ tokens = st.lists(st.integers(0, VOCAB - 1), max_size=6)
     logit_seed=st.integers(0, 10**6),
 )
 def test_every_option_together_is_the_references(params, prompt, output, seed, logit_seed) -> None:
-    """Whatever options meet, the token drawn is the one that the definitions give."""
+    """With any options, the drawn token is the reference's."""
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(logit_seed)) * 3
     given_row = row(params, prompt=prompt, output=output, ends=(3, 5), seed=seed)
     expected = reference_probabilities(logits[0].tolist(), given_row)
@@ -106,7 +106,7 @@ def test_every_option_together_is_the_references(params, prompt, output, seed, l
 
 
 def test_greedy_takes_the_best_after_penalties() -> None:
-    """Penalties count for greedy choice too, prompt and answer as vLLM counts them."""
+    """Penalties count for the greedy choice too, over prompt and answer as in vLLM."""
     logits = torch.tensor([[3.0, 2.9, 2.8, 0.0]])
     greedy = SamplingParams(temperature=0.0)
     cases = [
@@ -161,7 +161,7 @@ def test_the_distribution_is_the_models() -> None:
 
 
 def test_uniform_numbers_are_fixed() -> None:
-    """The draw of a seed and an index is part of the protocol between workers: it must never change."""
+    """The number of a seed and an index is part of the protocol between workers, and must never change."""
     assert [uniform(42, 0), uniform(42, 1), uniform(-1, 0)] == pytest.approx(UNIFORMS, abs=1e-15)
 
 
@@ -169,7 +169,7 @@ UNIFORMS = [0.9700529070409016, 0.4987051849732881, 0.781237709053009]
 
 
 def test_top_p_beyond_the_first_look() -> None:
-    """A flat distribution, whose nucleus is thousands of tokens, is cut where it should be."""
+    """A flat distribution, whose nucleus has thousands of tokens, is cut at the right place."""
     logits = torch.linspace(0, 0.001, 3000).unsqueeze(0)
     tokens_seen = {
         sample(logits.clone(), [row(SamplingParams(top_p=0.5), seed=seed)])[0].token_id for seed in range(200)
@@ -179,7 +179,7 @@ def test_top_p_beyond_the_first_look() -> None:
 
 
 def test_logprobs() -> None:
-    """Raw log softmax, best first; none asked, none given; zero alternatives still reports the token."""
+    """Raw log softmax, best first; zero alternatives still report the token."""
     logits = torch.tensor([[1.0, 3.0, 2.0]])
     expected = torch.log_softmax(logits[0], 0).tolist()
     base = SamplingParams(temperature=0.0, logit_bias={0: 50.0})
@@ -193,7 +193,7 @@ def test_logprobs() -> None:
 
 @pytest.mark.parametrize("wild", [{"repetition_penalty": 1e-40}, {"temperature": 1e39, "min_tokens": 1}])
 def test_parameters_that_overflow_end_their_own_row_only(wild: dict[str, float]) -> None:
-    """No token id outside the vocabulary is ever drawn; the neighbour is served."""
+    """No token id outside the vocabulary is drawn, and other rows are served."""
     logits = torch.linspace(0.5, 3.0, VOCAB).repeat(2, 1)
     rows = [row(SamplingParams(**wild), prompt=(3,), ends=(0,)), row(SamplingParams(temperature=0.7))]
     broken, fine = sample(logits, rows)
@@ -202,7 +202,7 @@ def test_parameters_that_overflow_end_their_own_row_only(wild: dict[str, float])
 
 
 def test_logits_that_are_not_numbers() -> None:
-    """A broken row has no token; its neighbours do."""
+    """A row of NaN has no token; other rows do."""
     logits = torch.tensor([[1.0, float("nan")], [0.0, 1.0]])
     results = sample(logits, [row(SamplingParams()), row(SamplingParams(temperature=0.0))])
     assert [result.token_id for result in results] == [None, 1]

@@ -1,4 +1,4 @@
-"""Text comes in pieces that, joined, are the whole, and never has to be taken back."""
+"""Text comes in pieces that, joined, are the whole text; no piece changes later."""
 
 import itertools
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_characters_of_many_tokens_come_whole(prompt: str, answer: str) -> None:
 
 @given(prompt=texts, ids=st.lists(st.integers(0, 255), max_size=24))
 def test_any_bytes_decode_as_a_whole_would(prompt: str, ids: list[int]) -> None:
-    """Even of invalid UTF-8 the pieces are what decoding all at once gives."""
+    """The pieces of invalid UTF-8 are the same as decoding all at once."""
     assert "".join(detokenize(BYTES, list(prompt.encode()), ids)) == bytes(ids).decode(errors="replace")
 
 
@@ -50,7 +50,7 @@ def test_a_prompt_that_ends_inside_a_character_is_continued(text: str, cut: int)
 
 
 def test_special_tokens_are_skipped_or_shown() -> None:
-    """skip_special_tokens decides, and what follows them is not disturbed."""
+    """skip_special_tokens decides, and the text after them is unchanged."""
     ids = [97, EOS, 98]
     assert "".join(detokenize(BYTES, [120], ids)) == "ab"
     assert "".join(detokenize(BYTES, [120], ids, skip=False)) == "a<eos>b"
@@ -73,7 +73,7 @@ def test_words_of_a_sentencepiece_tokenizer_keep_their_spaces() -> None:
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_the_demo_models_tokenizer(demo_model: Path, data: st.DataObject) -> None:
-    """Any tokens of the real tokenizer: pieces joined are the text after the prompt's."""
+    """For any tokens of a real tokenizer, the joined pieces are the text after the prompt's."""
     decoder = demo_decoder(demo_model)
     token = st.integers(0, 49151)
     prompt = data.draw(st.lists(token, min_size=1, max_size=8))
@@ -89,14 +89,14 @@ _decoders: dict[Path, Decoder] = {}
 
 
 def demo_decoder(folder: Path) -> Decoder:
-    """Loaded once."""
+    """The decoder, loaded once."""
     if folder not in _decoders:
         _decoders[folder] = Decoder(AutoTokenizer.from_pretrained(folder))
     return _decoders[folder]
 
 
 def whole_stop(text: str, stops: list[str], *, include: bool) -> tuple[str, str | None]:
-    """The straightforward definition: character by character, the first stop string to be complete ends the text."""
+    """The plain definition: character by character, the first complete stop string ends the text."""
     for end in range(1, len(text) + 1):
         found = [stop for stop in stops if text[:end].endswith(stop)]
         if found:
@@ -111,7 +111,7 @@ stops = st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3)
 
 @given(text=ab, stops=stops, include=st.booleans(), cuts=st.lists(st.integers(0, 14), max_size=6))
 def test_stop_strings_however_the_text_comes(text: str, stops: list[str], include: bool, cuts: list[int]) -> None:
-    """The result is the definition's, and does not depend on the pieces."""
+    """The result is the definition's, whatever the pieces."""
     checker = StopChecker(stops, include=include)
     bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     given_out = "".join(checker.push(text[a:b]) for a, b in itertools.pairwise(bounds))
@@ -124,16 +124,17 @@ def test_stop_strings_however_the_text_comes(text: str, stops: list[str], includ
 
 @given(text=ab, stops=stops)
 def test_only_what_may_become_a_stop_string_is_held_back(text: str, stops: list[str]) -> None:
-    """What is held back begins a stop string; everything else is out."""
+    """Held text begins a stop string, and all other text is given out."""
     checker = StopChecker(stops, include=False)
     given_out = "".join(checker.push(character) for character in text)
     if checker.found is None:
+        assert text.startswith(given_out)
         held = text[len(given_out) :]
         assert not held or any(stop.startswith(held) for stop in stops)
 
 
 def test_a_stop_string_before_min_tokens_does_not_count() -> None:
-    """Only a match that ends in text that is being checked stops."""
+    """Only a match that ends in checked text counts."""
     checker = StopChecker(["ab"], include=False)
     assert checker.push("ab", checking=False) + checker.push("xa", checking=False) == "abx"
     assert checker.push("b") == ""
@@ -142,5 +143,5 @@ def test_a_stop_string_before_min_tokens_does_not_count() -> None:
 
 @pytest.mark.parametrize("skip", [True, False])
 def test_nothing_but_special_tokens(skip: bool) -> None:
-    """An answer of special tokens alone is empty or their names."""
+    """An answer of special tokens alone is empty, or their names."""
     assert "".join(detokenize(BYTES, [EOS], [EOS, EOS], skip=skip)) == ("" if skip else "<eos><eos>")

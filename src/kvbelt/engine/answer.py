@@ -1,42 +1,23 @@
 """One request's answer: its text, and the decision that it is over.
 
-Order in which an answer ends, when one token would end it in several ways: an end token, a stop string, the length.
-Until ``min_tokens`` none but the length counts. The text of an end token is not given out, unless the client asked
-for stop strings to be included; what was held back (an incomplete character, half a stop string) comes with the end.
+If one token ends an answer in several ways, the first of these counts: an end token, a stop string, the length. Before
+``min_tokens`` only the length counts. The text of an end token is left out, unless the client asked for stop strings to
+be included. Text that was held back (an incomplete character, half a stop string) comes with the end.
 """
 
-from dataclasses import dataclass
-
-from kvbelt.engine.api import FinishReason, GenerationRequest, TokenLogprob
+from kvbelt.engine.api import FinishReason, GenerationRequest, Output, TokenLogprob
 from kvbelt.engine.sampling import Sampled
 from kvbelt.engine.text import Decoder, Detokenizer, StopChecker
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What one token added."""
-
-    token_id: int
-    text: str
-    logprobs: tuple[TokenLogprob, ...]
-    finish_reason: FinishReason | None
-    stop_reason: int | str | None
-
-
 class Answer:
-    """Grows by one token at a time.
-
-    Args:
-        request: what was asked.
-        decoder: the model's tokenizer.
-        eos_token_ids: the model's end tokens.
-        max_tokens: bound of the answer, the model's context included.
-    """
+    """Grows by one token at a time, up to ``max_tokens``, which take the model's context into account."""
 
     def __init__(
         self, request: GenerationRequest, decoder: Decoder, eos_token_ids: tuple[int, ...], max_tokens: int
     ) -> None:
         params = request.sampling
+        self._request_id = request.request_id
         self._params = params
         self._decoder = decoder
         self._eos = frozenset(() if params.ignore_eos else eos_token_ids)
@@ -45,13 +26,13 @@ class Answer:
         self._count = 0
         self._text = Detokenizer(decoder, request.prompt_token_ids, skip_special_tokens=params.skip_special_tokens)
         self._stops = StopChecker(params.stop, include=params.include_stop_str_in_output)
-        #: Tokens that would end it; barred by the sampler until min_tokens.
+        #: Tokens that end it; the sampler excludes them until min_tokens.
         self.end_token_ids = tuple(self._eos | self._stop_ids)
 
-    def push(self, sampled: Sampled) -> Piece:
-        """Add the token that was drawn."""
+    def push(self, sampled: Sampled) -> Output:
+        """Add a sampled token. Returns what it adds to the answer."""
         token = sampled.token_id
-        assert token is not None, "a row that is not numbers has no token"
+        assert token is not None, "a row of NaN has no token"
         self._count += 1
         reason: FinishReason | None = None
         stop_reason: int | str | None = None
@@ -70,7 +51,8 @@ class Answer:
                 reason, stop_reason = FinishReason.STOP, self._stops.found
         elif reason is not None:
             text += self._stops.flush()
-        return Piece(token, text, self._logprobs(sampled, token), reason, stop_reason)
+        logprobs = self._logprobs(sampled, token)
+        return Output(self._request_id, (token,), text, logprobs, reason, stop_reason)
 
     def _logprobs(self, sampled: Sampled, token: int) -> tuple[TokenLogprob, ...]:
         if sampled.logprob is None:

@@ -1,18 +1,18 @@
 """Attention over the paged pool, as transformers calls it.
 
-transformers lets one register an attention function by name; every layer of a model then calls it with this step's
-queries, keys and values. Ours takes a *packed* step, ``[1, heads, rows, head_dim]``: the rows of many requests side by
-side, single decode tokens first, then prefill chunks. In each layer it
+transformers can register an attention function by name; every layer of a model then calls it with this step's queries,
+keys and values. Ours takes a *packed* step, ``[1, heads, rows, head_dim]``: the rows of many requests side by side,
+single decode tokens first, then prefill chunks. In each layer it
 
 1. writes the step's keys and values into the pool,
-2. tells the step's listener, so that somebody may carry finished blocks away while the next layer computes,
-3. attends request by request, so that nobody ever sees another's tokens, and the result does not depend on the company.
+2. tells the step's listener, so that a consumer may read finished blocks while the next layer computes,
+3. attends request by request, so that no request sees another's tokens, and no result depends on the batch.
 
 Grouped queries: the query heads that share a KV head are treated as rows (decode) or as a batch (prefill), so keys and
-values are never repeated in memory. A request whose blocks are neighbours is read where it lies.
+values are never repeated in memory. Neighbouring blocks of a request are read in place.
 
-The step in progress is a thread's own (``threading.local``), because transformers offers no argument that every model
-passes through; engines on different threads do not see each other.
+The step in progress is a ``threading.local``, because transformers offers no argument that every model passes through.
+So engines on different threads do not see each other.
 """
 
 import threading
@@ -30,25 +30,25 @@ from kvbelt.engine.pool import KVPool, is_run
 
 NAME = "kvbelt_paged"
 
-#: What some models add to attention and we do not compute. Not None in a call: the model is refused.
+#: Arguments of attention that we do not compute. A model that passes one of them is refused.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "alibi", "relative_position_bias")
 
-#: Told after each layer's keys and values were written: (layer, event or None on CPU).
+#: Called after each layer's keys and values were written, with (layer, event, or None on CPU).
 LayerListener = Callable[[int, Any], None]
 
 
 @dataclass(slots=True, eq=False)
 class Segment:
-    """One request's rows in a step: its tokens ``start .. start+length``; those before are in the pool already."""
+    """One request's rows in a step: its tokens ``start .. start+length``. Earlier tokens are in the pool."""
 
     block_ids: list[int]
     start: int
     length: int
     #: First slot of its blocks if they are neighbours, else None.
     run: int | None = None
-    #: The block ids on the device, for gathering; made when first needed.
+    #: The block ids on the device, for gathering; created when first needed.
     ids: torch.Tensor | None = None
-    #: Additive causal masks by sliding window; made when first needed.
+    #: Additive causal masks by sliding window; created when first needed.
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -58,7 +58,7 @@ class Segment:
 
 
 class Step:
-    """One packed forward pass. ``segments`` in the order of their rows, those of length 1 first."""
+    """One packed forward pass. ``segments`` are in the order of their rows, those of length 1 first."""
 
     def __init__(self, pool: KVPool, segments: list[Segment], listener: LayerListener | None) -> None:
         self.pool = pool
@@ -101,7 +101,7 @@ class Step:
         group = heads // kv_heads
         parts: list[torch.Tensor] = []
         if self.num_decodes:
-            # One token each: the heads of a group become the rows of one query.
+            # Each has one token: the heads of a group become the rows of one query.
             grouped = query[0].transpose(0, 1).reshape(rows, kv_heads, group, head_dim)
             for row, segment in enumerate(self.segments[: self.num_decodes]):
                 keys, values = self._read(layer, segment, window)
@@ -127,7 +127,7 @@ class Step:
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0)
 
     def _read(self, layer: int, segment: Segment, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values ``[kv_heads, tokens, head_dim]`` that a segment's last row may see."""
+        """The keys and values ``[kv_heads, tokens, head_dim]`` that a segment's last row may see."""
         end = segment.end
         first = 0 if window is None else max(0, end - window)
         if segment.run is not None:
@@ -142,7 +142,7 @@ class Step:
 
 
 def _mask(segment: Segment, window: int | None, query: torch.Tensor) -> torch.Tensor:
-    """0 where a row may look, minus infinity elsewhere: ``[rows, tokens]``."""
+    """``[rows, tokens]``: 0 where a row sees a token, minus infinity elsewhere."""
     mask = segment.masks.get(window)
     if mask is None:
         rows = torch.arange(segment.start, segment.end, device=query.device).unsqueeze(1)
@@ -164,7 +164,7 @@ _current = _Current()
 
 @contextmanager
 def running(step: Step) -> Iterator[None]:
-    """Make ``step`` the one that this thread's attention calls belong to."""
+    """This thread's attention calls belong to ``step``."""
     _current.step = step
     try:
         yield

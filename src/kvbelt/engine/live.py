@@ -1,5 +1,3 @@
-"""A request under way."""
-
 from dataclasses import dataclass
 
 from kvbelt.engine.answer import Answer
@@ -9,8 +7,6 @@ from kvbelt.engine.sequence import Sequence
 
 @dataclass(slots=True, eq=False)
 class Live:
-    """One request under way."""
-
     sequence: Sequence
     answer: Answer
     seed: int
@@ -18,17 +14,15 @@ class Live:
     started: float | None = None  #: when its first step was planned
     first_token: float | None = None
     load_seconds: float = 0.0
-    incoming_released: bool = False  #: or about to be, by its load
-    announced: int = 0  #: blocks of the prompt that ``outgoing`` was told of, in every layer
+    incoming_released: bool = False  #: or its load will do it
+    announced: int = 0  #: prompt blocks that ``outgoing`` has been given, in every layer
     outgoing_broken: bool = False
 
     @property
     def request(self) -> GenerationRequest:
-        """What was asked."""
         return self.sequence.request
 
     def timing(self) -> Timing:
-        """What is known by now."""
         started = self.submitted if self.started is None else self.started
         prefill = 0.0 if self.first_token is None else self.first_token - started - self.load_seconds
         return Timing(

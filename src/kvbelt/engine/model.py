@@ -1,10 +1,10 @@
 """A causal language model from a local Hugging Face folder, running on our paged attention.
 
-Any architecture will do whose attention goes through transformers' ``AttentionInterface`` and keeps ordinary keys and
-values. What does something else in its attention (soft caps, sinks, latent or linear attention, ALiBi) would compute
-wrong tokens without any error, so the model has to prove itself at start: a few tokens go through it twice, once
-with transformers' own attention and once through a small pool of ours, whole and in two chunks, and the logits
-must agree. A model that cannot be read or does not agree is refused with a ModelError.
+A model can be served if its attention goes through transformers' ``AttentionInterface`` and keeps ordinary keys and
+values. A model with another attention (soft caps, sinks, latent or linear attention, ALiBi) would compute wrong tokens
+without any error. So every model is tested at start: a few tokens go through it once with transformers' own attention,
+and in two chunks through a small pool of ours, and the logits must agree. Otherwise the model is refused with a
+ModelError.
 """
 
 import json
@@ -19,13 +19,13 @@ from transformers.utils import logging as transformers_logging
 from kvbelt.engine import attention
 from kvbelt.engine.api import ModelError
 from kvbelt.engine.attention import LayerListener, Segment, Step
-from kvbelt.engine.pool import KVPool, PoolLayout, make_layout
+from kvbelt.engine.pool import KVPool, PoolLayout
 
-#: Length of the start-up proof; enough for two chunks in more than one block.
+#: Tokens of the test at start: two chunks, in more than one block.
 _PROOF_TOKENS = 12
 _PROOF_BLOCK = 4
-#: Largest difference of the proof's logits, relative to their spread. fp32 sums in another order differ by 1e-5,
-#: bf16 by 1e-2; a soft cap or a wrong mask by far more.
+#: Largest difference of the test's logits, relative to their spread. Another order of summation makes a difference of
+#: 1e-5 in fp32 and 1e-2 in bf16; a soft cap or a wrong mask makes a far larger one.
 _PROOF_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 
 
@@ -35,15 +35,15 @@ class PagedModel:
     Attributes:
         config: the text model's transformers configuration.
         tokenizer: the folder's tokenizer.
-        eos_token_ids: tokens that end an answer, the tokenizer's own first.
-        context: tokens that the model was made for.
+        eos_token_ids: tokens that end an answer, the tokenizer's first.
+        context: most tokens that the model was trained for.
     """
 
     def __init__(self, model_dir: Path, device: torch.device, dtype: torch.dtype | None) -> None:
-        """Load, put on the device, and prove.
+        """Load the model, move it to the device, and test it.
 
         Raises:
-            ModelError: the folder is not there, not readable, or holds a model that this engine cannot serve.
+            ModelError: the folder is missing or unreadable, or holds a model that this engine cannot serve.
         """
         _check_folder(model_dir)
         try:
@@ -55,7 +55,7 @@ class PagedModel:
                 model_dir,
                 local_files_only=True,
                 dtype="auto" if dtype is None else dtype,
-                attn_implementation="eager",  # every model has it; it is only the proof's yardstick
+                attn_implementation="eager",  # every model has it, and only the test uses it
             )
         except ModelError:
             raise
@@ -82,12 +82,12 @@ class PagedModel:
         """The pool that this model needs."""
         heads: int = self.config.num_attention_heads
         head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
-        return make_layout(
+        return PoolLayout(
             num_layers=self.config.num_hidden_layers,
             num_kv_heads=getattr(self.config, "num_key_value_heads", None) or heads,
             head_dim=head_dim,
             block_size=block_size,
-            dtype=self.dtype,
+            dtype=str(self.dtype).removeprefix("torch."),
         )
 
     def forward(
@@ -98,17 +98,10 @@ class PagedModel:
         logits_rows: Sequence[int],
         listener: LayerListener | None = None,
     ) -> torch.Tensor:
-        """One packed pass. Writes the pool.
+        """One packed pass, which writes keys and values into ``pool``.
 
-        Args:
-            pool: where keys and values are.
-            segments: the requests' parts, those of one token first.
-            token_ids: their tokens, side by side.
-            logits_rows: the rows whose logits are wanted.
-            listener: told after each layer's keys and values were written.
-
-        Returns:
-            ``[len(logits_rows), vocab_size]`` logits in fp32.
+        ``segments`` are the rows of each request, those of one token first, and ``token_ids`` the tokens of all rows.
+        Returns ``[len(logits_rows), vocab_size]`` logits in fp32, of these rows.
         """
         step = Step(pool, segments, listener)
         with attention.running(step):
@@ -133,30 +126,21 @@ class PagedModel:
         try:
             expected = self._model(torch.tensor([tokens], device=self.device), use_cache=False).logits[0].float()
             self._model.set_attn_implementation(attention.NAME)
-            # Blocks out of order, so that the gathering path is proven too.
+            # Once with blocks out of order, which tests gathering as well.
             pool = KVPool(layout, 8, self.device)
             half = _PROOF_TOKENS // 2
-            actual = torch.cat(
-                [
-                    self.forward(pool, [Segment(blocks, 0, half)], tokens[:half], range(half))
-                    if start == 0
-                    else self.forward(
-                        pool,
-                        [Segment(blocks, half, _PROOF_TOKENS - half)],
-                        tokens[half:],
-                        range(_PROOF_TOKENS - half),
-                    )
-                    for blocks in ([5, 2, 4], [0, 1, 2])
-                    for start in (0, half)
-                ]
-            )
+            parts = [
+                self.forward(pool, [Segment(blocks, start, half)], tokens[start : start + half], range(half))
+                for blocks in ([5, 2, 4], [0, 1, 2])
+                for start in (0, half)
+            ]
         except ModelError:
             raise
-        except Exception as error:  # whatever a model of unknown make raises
+        except Exception as error:  # whatever an unknown model raises
             raise ModelError(
                 f"{type(self._model).__name__} does not run on the embedded engine's attention: {error}"
             ) from error
-        expected = torch.cat([expected, expected])
+        expected, actual = torch.cat([expected, expected]), torch.cat(parts)
         spread = (expected.max() - expected.min()).item()
         difference = (expected - actual).abs().max().item()
         if not difference <= _PROOF_TOLERANCE[self.dtype] * max(spread, 1e-6):
@@ -168,10 +152,10 @@ class PagedModel:
 
 
 def _store_inputs_first(model: torch.nn.Module) -> None:
-    """Lay the matrices of linear layers out with the input dimension first; their shape stays.
+    """Store the matrices of linear layers with the input dimension first; their shape stays.
 
-    MKL multiplies a few fp32 rows (a decode batch of 8, a chunk of 64) 15 to 25 % faster so, one row and 512 as
-    fast as before. An output matrix that is the embedding too keeps its rows together for the look-ups.
+    MKL then multiplies a few fp32 rows (a decode batch of 8, a chunk of 64) 15 to 25 % faster, and one row or 512 as
+    fast as before. An output matrix that is also the embedding keeps its rows contiguous for the look-ups.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     for module in model.modules():
@@ -194,7 +178,7 @@ def _check_folder(model_dir: Path) -> None:
 
 
 def _check_config(config: Any) -> None:
-    """Refuse before loading gigabytes what can be told from the configuration."""
+    """Refuse, before loading gigabytes, a model whose configuration shows that it cannot be served."""
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model type {kind!r} is an encoder-decoder; only causal language models can be served")

@@ -1,11 +1,12 @@
 """From logits to tokens.
 
-Order of the steps, which is vLLM's: log probabilities for the report are taken from the raw logits; then bias,
-minimum length (end tokens barred), penalties; then greedy choice, or temperature, min-p, top-k, top-p and a draw.
+The order of the steps is vLLM's. The reported log probabilities are taken from the raw logits. Then come bias, minimum
+length (end tokens are excluded) and penalties. Then the best token is taken, or temperature, min-p, top-k and top-p are
+applied and a token is drawn.
 
-The draw is stateless. Output token *i* of a request with seed *s* uses one uniform number made by hashing (s, i), and
-inverts the distribution's cumulative sum in the order of token ids. No generator is carried along, no device or batch
-enters, so preempting a request or continuing it on another worker draws the same tokens.
+The draw is stateless. Output token *i* of a request with seed *s* uses one uniform number, a hash of (s, i), and
+inverts the distribution's cumulative sum in the order of token ids. It depends on no generator, device or batch, so a
+request that is preempted, or continued on another worker, draws the same tokens.
 """
 
 import hashlib
@@ -18,68 +19,56 @@ from kvbelt.engine.api import SamplingParams
 
 #: Below this a temperature means greedy, as in vLLM: dividing by less overflows.
 GREEDY_TEMPERATURE = 1e-5
-#: top-p looks at this many best tokens before it sorts the whole vocabulary.
+#: top-p tries this many best tokens before it sorts the whole vocabulary.
 _TOP_P_FIRST_LOOK = 512
 _NEVER = float("-inf")
 
 
 @dataclass(frozen=True, slots=True)
 class SampleInput:
-    """One row of a batch to sample."""
-
     params: SamplingParams
     seed: int
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]  #: so far
-    end_token_ids: Sequence[int]  #: barred until min_tokens is reached
+    end_token_ids: Sequence[int]  #: excluded until min_tokens is reached
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One row's result. ``token_id`` is None if the logits were not numbers."""
+    """One row's result. ``token_id`` is None if the logits were NaN."""
 
     token_id: int | None
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()  #: alternatives, best first
 
 
-def is_greedy(params: SamplingParams) -> bool:
-    """Whether the most probable token is always taken."""
-    return params.temperature < GREEDY_TEMPERATURE
-
-
 def uniform(seed: int, index: int) -> float:
-    """The number in [0, 1) that decides output token ``index``. 53 bits of BLAKE2b over both."""
+    """The number in [0, 1) that decides output token ``index``: 53 bits of a BLAKE2b hash of both arguments."""
     data = seed.to_bytes(9, "little", signed=True) + index.to_bytes(8, "little")
     return (int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 11) * 2.0**-53
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SampleInput]) -> list[Sampled]:
-    """Choose one token a row.
-
-    Args:
-        logits: ``[len(rows), vocab_size]`` in fp32; may be overwritten.
-        rows: what belongs to each row.
-    """
+    """Choose one token a row. ``logits``, ``[len(rows), vocab_size]`` in fp32, may be overwritten."""
     reports = _Reports(logits, rows)
     for i, row in enumerate(rows):
         _adjust(logits[i], row)
     best, choice = logits.max(dim=-1)
     chosen = choice.tolist()
-    # Not a number anywhere in a row makes its maximum not a number.
+    # A NaN anywhere in a row makes its maximum NaN.
     broken = best.isnan().tolist()
-    drawing = [i for i, row in enumerate(rows) if not broken[i] and not is_greedy(row.params)]
+    drawing = [i for i, row in enumerate(rows) if not broken[i] and row.params.temperature >= GREEDY_TEMPERATURE]
     if drawing:
         drawn = _draw(logits if len(drawing) == len(rows) else logits[drawing], [rows[i] for i in drawing])
         for i, token in zip(drawing, drawn, strict=True):
-            # Parameters at the edge of what a float holds can turn a row's weights into no numbers at all.
+            # Parameters at the limits of a float can turn all of a row's weights into NaN.
             broken[i] = not token < logits.shape[-1]
             chosen[i] = token
     return [Sampled(None) if broken[i] else reports.of(i, chosen[i]) for i in range(len(rows))]
 
 
 class _Reports:
-    """Raw log probabilities of the rows that asked for them."""
+    """Raw log probabilities of the rows whose requests ask for them."""
 
     def __init__(self, logits: torch.Tensor, rows: Sequence[SampleInput]) -> None:
         asking = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
@@ -135,7 +124,7 @@ def _draw(logits: torch.Tensor, rows: Sequence[SampleInput]) -> list[int]:
     for i, p in enumerate(params):
         _keep_top(logits[i], p)
     cumulative = logits.softmax(dim=-1).double().cumsum(dim=-1)
-    # The draw is compared on the CPU's number, the same on every device.
+    # The uniform number is computed on the CPU, so it is the same on every device.
     total = cumulative[:, -1:]
     target = total * torch.tensor(
         [[uniform(row.seed, len(row.output_token_ids))] for row in rows], dtype=torch.float64, device=device
@@ -146,15 +135,15 @@ def _draw(logits: torch.Tensor, rows: Sequence[SampleInput]) -> list[int]:
 
 
 def _keep_top(logits: torch.Tensor, params: SamplingParams) -> None:
-    """top-k, then top-p of what is left, in place on one row."""
+    """top-k, then top-p of the rest, in place on one row."""
     vocab = logits.shape[0]
     if 0 < params.top_k < vocab:
-        # Ties with the k-th are kept, as in vLLM.
+        # Tokens that tie with the k-th are kept, as in vLLM.
         threshold = logits.topk(params.top_k).values[-1]
         logits.masked_fill_(logits < threshold, _NEVER)
     if params.top_p >= 1.0:
         return
-    # A token stays if the more probable ones before it do not reach top_p. Usually few do, so look at few first.
+    # A token is kept if the more probable ones before it do not reach top_p. Usually few are, so few are tried first.
     log_total = logits.logsumexp(0)
     for look in (_TOP_P_FIRST_LOOK, vocab):
         if look < vocab:

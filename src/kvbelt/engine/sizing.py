@@ -1,4 +1,7 @@
-"""Where an engine runs and how much it holds: settings and machine put together."""
+"""The device and the sizes of an engine, from its settings and the machine.
+
+A device that PyTorch does not find, and sizes that do not fit, raise a ModelError.
+"""
 
 import torch
 
@@ -7,11 +10,6 @@ from kvbelt.engine.settings import DEFAULT_CPU_KV_BYTES, DEFAULT_CUDA_KV_SHARE, 
 
 
 def choose_device(settings: EngineSettings) -> torch.device:
-    """The device asked for.
-
-    Raises:
-        ModelError: it is not there.
-    """
     if settings.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if settings.device == "cuda" and not torch.cuda.is_available():
@@ -19,18 +17,19 @@ def choose_device(settings: EngineSettings) -> torch.device:
     return torch.device(settings.device)
 
 
-def count_blocks(settings: EngineSettings, bytes_per_block: int, device: torch.device) -> int:
-    """Blocks that the KV memory holds; ``bytes_per_block`` counts all layers.
+def choose_dtype(settings: EngineSettings, device: torch.device) -> torch.dtype | None:
+    """The data type of the weights; None: as they are stored."""
+    if settings.dtype != "auto":
+        return torch.float32 if settings.dtype == "float32" else torch.bfloat16
+    return torch.float32 if device.type == "cpu" else None
 
-    Raises:
-        ModelError: fewer than two.
-    """
+
+def count_blocks(settings: EngineSettings, bytes_per_block: int, device: torch.device) -> int:
+    """Blocks that the KV memory holds, at least two; ``bytes_per_block`` counts all layers."""
     kv_bytes = settings.kv_bytes
     if kv_bytes is None:
-        if device.type == "cuda":
-            kv_bytes = int(torch.cuda.mem_get_info(device)[0] * DEFAULT_CUDA_KV_SHARE)
-        else:
-            kv_bytes = DEFAULT_CPU_KV_BYTES
+        on_gpu = device.type == "cuda"
+        kv_bytes = int(torch.cuda.mem_get_info(device)[0] * DEFAULT_CUDA_KV_SHARE) if on_gpu else DEFAULT_CPU_KV_BYTES
     num_blocks = kv_bytes // bytes_per_block
     if num_blocks < 2:
         raise ModelError(
@@ -41,16 +40,12 @@ def count_blocks(settings: EngineSettings, bytes_per_block: int, device: torch.d
 
 
 def bound_length(settings: EngineSettings, context: int, pool_tokens: int) -> int:
-    """Most tokens of a request: what was asked for, else what model and pool allow.
-
-    Raises:
-        ModelError: more was asked for than they allow.
-    """
+    """Most tokens of a request: as set, or else as the model and the pool allow."""
     asked = settings.max_model_len
     if asked is None:
         return min(context, pool_tokens)
     if asked > context:
-        raise ModelError(f"max_model_len is {asked}; the model was made for {context} tokens at most")
+        raise ModelError(f"max_model_len is {asked}; the model supports at most {context} tokens")
     if asked > pool_tokens:
         raise ModelError(
             f"max_model_len is {asked}, but the KV memory holds {pool_tokens} tokens; "

@@ -1,43 +1,43 @@
-"""From token ids to text, a piece at a time.
+"""From token ids to text, one piece at a time.
 
-Tokens are not characters: a character may take several tokens, and some tokenizers spell a token differently at the
-start of a text. So the text of new tokens is the *difference* of two decodings that share their beginning::
+A character may take several tokens, and some tokenizers spell a token differently at the start of a text. So the text
+of new tokens is the *difference* of two decodings that share their beginning::
 
     start ........ read ........ end
     |-- context ---|-- pending --|      new text = decode(start..end) - decode(start..read)
 
 Rules:
 
-1. Text is given out once and never taken back. What could still change is held back: an incomplete character (it
-   decodes to U+FFFD at the end), and a text that may be growing into a stop string.
-2. The pieces do not depend on how many come at a time; joined, they are the whole text.
-3. The prompt's last tokens are the first context, so that a prompt of token ids is continued exactly. A character
-   that the prompt leaves incomplete belongs to the token that completes it.
+1. Text that was given out never changes. Text that can still change is held back: an incomplete character (it decodes
+   to U+FFFD at the end), and text that may become a stop string.
+2. The pieces do not depend on how many tokens come at a time; joined, they are the whole text.
+3. The prompt's last tokens are the first context, so that a prompt of token ids is continued exactly. A character that
+   the prompt leaves incomplete belongs to the token that completes it.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-#: A replacement character that the model meant, as tokenizers spell its three bytes EF BF BD.
-_MEANT = ("\u00ef\u00bf\u00bd", "<0xEF><0xBF><0xBD>", _REPLACEMENT)
-#: Prompt tokens that the first decoding starts with. Enough for a tokenizer's treatment of a text's start to be past.
+#: A replacement character that is the model's own text, as tokenizers spell its three bytes EF BF BD.
+_LITERAL = ("\u00ef\u00bf\u00bd", "<0xEF><0xBF><0xBD>", _REPLACEMENT)
+#: Prompt tokens that the first decoding starts with: enough to be past a tokenizer's treatment of the text's start.
 _CONTEXT_TOKENS = 6
 #: A character has at most four bytes, so at most three tokens of the prompt can be the start of one.
 _MAX_INCOMPLETE_TOKENS = 3
 
 
 class Decoder:
-    """Decodes token ids of one tokenizer. Shared by all requests; holds no state of theirs."""
+    """Decodes the token ids of one tokenizer. Shared by all requests, without state of any."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        # The Rust tokenizer behind it, where there is one: an order of magnitude less overhead a call.
+        # The Rust tokenizer behind it, if there is one, has a tenth of the overhead of a call.
         self._fast: Any = getattr(tokenizer, "backend_tokenizer", None)
         self._token_text: dict[int, str] = {}
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Text of these tokens, with no clean-up of spaces."""
+        """The text of these tokens, without any clean-up of spaces."""
         if self._fast is not None:
             text: str = self._fast.decode(token_ids, skip_special_tokens=skip_special_tokens)
         else:
@@ -51,12 +51,12 @@ class Decoder:
         if not text.endswith(_REPLACEMENT):
             return False
         tokens = self._tokenizer.convert_ids_to_tokens(list(token_ids[-len(_REPLACEMENT.encode()) :]))
-        # Models are often padded to more ids than the tokenizer knows; those have no token.
+        # Models are often padded to more ids than the tokenizer has; those have no token.
         raw = "".join(token or "" for token in tokens)
-        return not raw.endswith(_MEANT)
+        return not raw.endswith(_LITERAL)
 
     def token(self, token_id: int) -> str:
-        """One token by itself, special or not, as logprobs show it."""
+        """The text of one token alone, special or not, for logprobs."""
         text = self._token_text.get(token_id)
         if text is None:
             text = self._token_text[token_id] = self.decode([token_id], skip_special_tokens=False)
@@ -64,8 +64,6 @@ class Decoder:
 
 
 class Detokenizer:
-    """The text of one growing request."""
-
     def __init__(self, decoder: Decoder, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool) -> None:
         self._decoder = decoder
         self._skip = skip_special_tokens
@@ -77,12 +75,12 @@ class Detokenizer:
                 self._read = end
                 break
         else:
-            # No clean cut: rather a stray character twice than text that can still change under what is compared.
+            # There is no clean cut. A stray character given out twice is better than text that changes afterwards.
             self._read = max(0, len(self._ids) - _MAX_INCOMPLETE_TOKENS)
         self._read_text = self._decode(self._read)
 
     def push(self, token_id: int) -> str:
-        """Add a token; returns the text that became certain."""
+        """Add a token. Returns the text that cannot change any more."""
         self._ids.append(token_id)
         text = self._decode(len(self._ids))
         if not text.startswith(self._read_text) or self._decoder.incomplete(text, self._ids):
@@ -90,22 +88,20 @@ class Detokenizer:
         return self._advance(text)
 
     def flush(self) -> str:
-        """No more tokens come: what is pending, complete or not."""
+        """The pending text, complete or not, after the last token."""
         if self._read == len(self._ids):
             return ""
         text = self._decode(len(self._ids))
-        if text.startswith(self._read_text):
-            return self._advance(text)
         self._read_text = text[: len(self._read_text)]
         return self._advance(text)
 
     def _advance(self, text: str) -> str:
         new = text[len(self._read_text) :]
         if not new:
-            # Nothing to see (a special token that is skipped): keep the context as it is.
+            # No text (a special token that is skipped): keep the context.
             self._read = len(self._ids)
             return ""
-        # The pending tokens become the context; what was context before is not needed any more.
+        # The pending tokens become the context, and the old context is not needed any more.
         del self._ids[: self._read]
         self._read = len(self._ids)
         self._read_text = self._decode(self._read)
@@ -116,23 +112,21 @@ class Detokenizer:
 
 
 class StopChecker:
-    """Finds the first stop string in a growing text and holds back what may become one."""
+    """Finds the first stop string in a growing text, and holds back text that may become one."""
 
     def __init__(self, stop: Sequence[str], *, include: bool) -> None:
         self._stop = tuple(stop)
         self._include = include
         self._held = ""
-        #: Characters at the start of ``_held`` that may not be the end of a match (they came before min_tokens).
+        #: Characters at the start of ``_held`` that cannot end a match, because they came before min_tokens.
         self._exempt = 0
         #: The string that was found.
         self.found: str | None = None
 
     def push(self, text: str, *, checking: bool = True) -> str:
-        """Add text; returns what can be given out. After ``found`` is set nothing more comes.
+        """Add text. Returns the text that can be given out; nothing once ``found`` is set.
 
-        Args:
-            text: the new text.
-            checking: False while ``min_tokens`` is not reached: a stop string that ends in this text does not count.
+        Not ``checking`` (before ``min_tokens``): a stop string that ends in this text does not count.
         """
         if not self._stop:
             return text
@@ -152,12 +146,12 @@ class StopChecker:
         return given
 
     def flush(self) -> str:
-        """The text ends here: what was held back."""
+        """The text that was held back, after the last token."""
         given, self._held = self._held, ""
         return given
 
     def _first_match(self) -> tuple[int, int, str] | None:
-        """The match that ends first, as if characters came one by one; the longest of those that end together."""
+        """The match that ends first, as if characters came one by one; the longest, if several end together."""
         best: tuple[int, int, str] | None = None
         for stop in self._stop:
             start = self._held.find(stop, max(0, self._exempt - len(stop) + 1))
@@ -169,7 +163,7 @@ class StopChecker:
         return best
 
     def _possible_start(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
+        """Length of the longest suffix of the held text that begins a stop string."""
         longest = min(len(self._held), max(map(len, self._stop)) - 1)
         for length in range(longest, 0, -1):
             end = self._held[-length:]

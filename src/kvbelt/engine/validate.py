@@ -1,43 +1,30 @@
-"""What a request must be before the engine takes it. Each refusal names the field, its value, and the bound."""
+"""Checks a request before the engine takes it. Each refusal names the field, its value, and the bound."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from kvbelt.engine.api import GenerationRequest, InvalidRequestError, SamplingParams
 
-#: Most alternatives a token; vLLM's default bound.
+#: Most alternatives to a token; vLLM's default.
 MAX_LOGPROBS = 20
-#: Beyond it every token is as good as any other; far beyond it floats overflow.
+#: At higher temperatures all tokens are equally probable, and far higher ones overflow.
 MAX_TEMPERATURE = 100.0
 _SEED_BITS = 63
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What an engine can serve."""
-
-    vocab_size: int
-    max_model_len: int
-
-
-def check_request(request: GenerationRequest, limits: Limits) -> None:
-    """Refuse what can never be served.
-
-    Raises:
-        InvalidRequestError: with the field at fault.
-    """
+def check_request(request: GenerationRequest, vocab_size: int, max_model_len: int) -> None:
+    """Raise an InvalidRequestError, which names the field at fault, if the request can never be served."""
     prompt = request.prompt_token_ids
     if not prompt:
         raise InvalidRequestError("the prompt is empty; it needs at least one token", param="prompt")
-    _check_ids("prompt", prompt, limits.vocab_size)
-    if len(prompt) + 1 > limits.max_model_len:
+    _check_ids("prompt", prompt, vocab_size)
+    if len(prompt) + 1 > max_model_len:
         raise InvalidRequestError(
             f"the prompt has {len(prompt)} tokens; prompt and answer together must not exceed "
-            f"{limits.max_model_len}, so shorten the prompt to {limits.max_model_len - 1} or less",
+            f"{max_model_len}, so shorten the prompt to {max_model_len - 1} or less",
             param="prompt",
         )
-    _check_sampling(request.sampling, limits.vocab_size)
+    _check_sampling(request.sampling, vocab_size)
 
 
 def _check_sampling(p: SamplingParams, vocab_size: int) -> None:
