@@ -11,6 +11,7 @@ from kvbelt.engine.api import GenerationRequest, SamplingParams
 from kvbelt.engine.blocks import BlockAllocator
 from kvbelt.engine.scheduler import Load, Scheduler, StepPlan
 from kvbelt.engine.sequence import Sequence, SequenceState
+from kvbelt.pacing.costs import DEFAULT_COSTS, StepCosts
 from tests.engine.support import prefix_of
 
 BLOCK = 4
@@ -20,7 +21,7 @@ ANYONE = object()
 
 @dataclass(eq=False)
 class Arrived:
-    """KV that came from elsewhere."""
+    """KV from another process."""
 
     num_tokens: int
     first_block: int = 0
@@ -38,6 +39,7 @@ class Simulation:
         block: int = BLOCK,
         scheduler: type[Scheduler] = Scheduler,
         naming=prefix_of,
+        costs: StepCosts = DEFAULT_COSTS,
     ) -> None:
         self.allocator = BlockAllocator(num_blocks)
         self.scheduler = scheduler(
@@ -48,9 +50,10 @@ class Simulation:
         self.max_running = max_running
         self.block = block
         self.naming = naming
+        self.costs = costs
         self.arrivals = 0
         self.finished: list[Sequence] = []
-        self.first_steps: list[int] = []
+        self.first_steps: list[int] = []  # of requests without incoming KV
         self.loads: list[Load] = []
         self.holds: list[list[int]] = []
         #: By block and place in it: the tokens that this token's keys and values were computed from.
@@ -64,6 +67,7 @@ class Simulation:
         outgoing: bool = False,
         incoming: Arrived | None = None,
         caches: bool = False,
+        itl_seconds: float | None = None,
     ) -> Sequence:
         """A request of so many tokens in and out."""
         self.arrivals += 1
@@ -76,6 +80,7 @@ class Simulation:
             incoming=incoming,
             outgoing=ANYONE if outgoing else None,
             prefix=self.naming(tokens, self.block) if caches else None,
+            itl_seconds=itl_seconds,
         )
         sequence = Sequence(request, self.arrivals, answer)
         self.scheduler.add(sequence)
@@ -87,15 +92,15 @@ class Simulation:
         return self.scheduler.running + self.scheduler.loading + self.scheduler.waiting
 
     def step(self) -> StepPlan:
-        """Plan, check the plan, and do it."""
-        plan = self.scheduler.schedule()
+        """Plan, check the plan, and perform it."""
+        plan = self.scheduler.schedule(self.costs)
         assert sum(chunk.length for chunk in plan.chunks) <= self.max_batch_tokens
         assert len({id(chunk.sequence) for chunk in plan.chunks}) == len(plan.chunks)
         assert len(self.scheduler.running) + len(self.scheduler.loading) <= self.max_running
         assert all(sequence.preemptible for sequence in plan.preempted)
         lengths = [chunk.length == 1 for chunk in plan.chunks]
         assert lengths == sorted(lengths, reverse=True), "single tokens come first"
-        self.first_steps.extend(s.arrival for s in plan.admitted if not s.preemptions)
+        self.first_steps.extend(s.arrival for s in plan.admitted if not s.preemptions and s.request.incoming is None)
         for load in plan.loads:
             self.allocator.share(load.block_ids)
             self.loads.append(load)
@@ -112,13 +117,13 @@ class Simulation:
             self.scheduler.computed(chunk)
             if samples:
                 sequence.token_ids.append(sum(sequence.token_ids) % 3)
-                if sequence.output_len == sequence.max_tokens:
+                if len(sequence.token_ids) - sequence.prompt_len == sequence.max_tokens:
                     self.end(sequence)
         self.validate()
         return plan
 
     def end(self, sequence: Sequence) -> None:
-        """It is over."""
+        """End a request."""
         outgoing = sequence.request.outgoing is not None
         self.scheduler.remove(sequence)
         prompt_blocks = -(-sequence.prompt_len // self.block) if outgoing else 0
@@ -130,7 +135,7 @@ class Simulation:
         self.finished.append(sequence)
 
     def end_load(self, load: Load, *, lost: bool = False) -> None:
-        """A load ends; what it fills is written at its very end."""
+        """End a load, which writes its blocks at its very end."""
         self.loads.remove(load)
         if not lost:
             tokens = load.sequence.request.prompt_token_ids
@@ -143,7 +148,7 @@ class Simulation:
         self.validate()
 
     def release(self, hold: list[int]) -> None:
-        """A reader has read."""
+        """A carrier has read the blocks."""
         self.holds.remove(hold)
         self.allocator.release(hold)
         self.validate()
@@ -168,5 +173,5 @@ class Simulation:
 
 
 def states(simulation: Simulation) -> list[SequenceState]:
-    """Of everybody alive, by arrival."""
+    """The states of all requests that have not ended, by arrival."""
     return [sequence.state for sequence in sorted(simulation.alive, key=lambda s: s.arrival)]

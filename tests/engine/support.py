@@ -1,7 +1,8 @@
 """Small models made on the fly, and a client that collects what an engine says."""
 
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 from kvbelt.engine.api import (
+    BlockHold,
     FinishReason,
     GenerationRequest,
     IncomingKV,
+    IncomingKVLostError,
     OutgoingKV,
     Output,
     PrefixHashes,
@@ -73,11 +76,19 @@ def small(**more: object) -> dict[str, object]:
 
 
 @contextmanager
-def engine_of(folder: Path, *, num_blocks: int = 64, block_size: int = 4, **more: object) -> Iterator[Engine]:
-    """A started engine with this many blocks; afterwards everything it lent must be back."""
+def engine_of(
+    folder: Path,
+    *,
+    num_blocks: int = 64,
+    block_size: int = 4,
+    clock: Callable[[], float] = time.monotonic,
+    **more: object,
+) -> Iterator[Engine]:
+    """A started engine with this many blocks; afterwards all blocks must be free."""
     # 3 layers x 2 (K, V) x 2 heads x 8 elements x 4 bytes
     kv_bytes = num_blocks * block_size * 384
-    engine = Engine(EngineSettings(folder, device="cpu", kv_bytes=kv_bytes, block_size=block_size, threads=1, **more))
+    settings = EngineSettings(folder, device="cpu", kv_bytes=kv_bytes, block_size=block_size, threads=1, **more)
+    engine = Engine(settings, clock=clock)
     engine.start()
     try:
         yield engine
@@ -87,12 +98,12 @@ def engine_of(folder: Path, *, num_blocks: int = 64, block_size: int = 4, **more
 
 
 def prefix_of(tokens: Sequence[int], block_size: int, salt: str = "") -> PrefixHashes:
-    """How a worker names a prompt's blocks."""
+    """A worker's hashes of a prompt's blocks."""
     return PrefixHashes(root(salt), block_hashes(tokens, block_size, salt), chained)
 
 
 class Client:
-    """One request and everything that was said to it."""
+    """One request and its outputs."""
 
     def __init__(
         self,
@@ -121,12 +132,12 @@ class Client:
             self.changed.notify_all()
 
     def wait_tokens(self, count: int) -> None:
-        """Until so many tokens, or the end, have come."""
+        """Wait for so many tokens, or for the end."""
         with self.changed:
             assert self.changed.wait_for(lambda: self._ended() or len(self._ids()) >= count, DEADLINE)
 
     def wait(self) -> "Client":
-        """Until the end has come."""
+        """Wait for the end."""
         with self.changed:
             assert self.changed.wait_for(self._ended, DEADLINE), "the request did not end"
         return self
@@ -157,12 +168,12 @@ class Client:
 
     @property
     def finish(self) -> FinishReason | None:
-        """Why it ended."""
+        """The reason why it ended."""
         return self.last.finish_reason
 
 
 def reference_greedy(folder: Path, prompt: Sequence[int], count: int) -> list[int]:
-    """What transformers' own attention answers."""
+    """The answer of transformers' own attention."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.tensor([list(prompt)])
     out = model.generate(
@@ -174,3 +185,59 @@ def reference_greedy(folder: Path, prompt: Sequence[int], count: int) -> list[in
         pad_token_id=0,
     )
     return out[0, len(prompt) :].tolist()
+
+
+PROMPT = list(b"thirty-three tokens in the prompt")
+
+
+class Carrier:
+    """An OutgoingKV that copies each announced block at once, and records its calls."""
+
+    def __init__(self, engine: Engine, *, fail_in_layer: int | None = None) -> None:
+        self.engine = engine
+        self.calls: list[tuple[int, int, tuple[int, ...]]] = []
+        self.copied: dict[tuple[int, int], torch.Tensor] = {}
+        self.hold: BlockHold | None = None
+        self.ends: list[bool] = []
+        self.fail_in_layer = fail_in_layer
+
+    def blocks_written(self, layer: int, first: int, block_ids: Sequence[int], ready: object) -> None:
+        """Copy, and note the call."""
+        if layer == self.fail_in_layer:
+            raise OSError("the belt is torn")
+        assert ready is None
+        self.calls.append((layer, first, tuple(block_ids)))
+        for i, block in enumerate(block_ids):
+            assert (layer, first + i) not in self.copied, "a block was announced twice"
+            self.copied[layer, first + i] = self.engine.pool.layers[layer][block].clone()
+
+    def finished(self, hold: BlockHold, *, complete: bool) -> None:
+        """Keep the hold."""
+        self.hold = hold
+        self.ends.append(complete)
+
+
+class Delivery:
+    """An IncomingKV of what a Carrier copied."""
+
+    def __init__(self, engine: Engine, carrier: Carrier, num_tokens: int, *, lost: bool = False) -> None:
+        self.engine = engine
+        self.carrier = carrier
+        self.num_tokens = num_tokens
+        self.first_block = 0
+        self.lost = lost
+        self.loads = 0
+        self.releases = 0
+
+    def load(self, block_ids: Sequence[int], first: int) -> None:
+        """Copy into the engine's blocks."""
+        self.loads += 1
+        if self.lost:
+            raise IncomingKVLostError("slot expired")
+        for layer in range(self.engine.layout.num_layers):
+            for i, block in enumerate(block_ids):
+                self.engine.pool.layers[layer][block].copy_(self.carrier.copied[layer, first + i])
+
+    def release(self) -> None:
+        """Count."""
+        self.releases += 1

@@ -1,4 +1,4 @@
-"""Nobody waits in a circle: every state that small pools can come to is visited.
+"""Requests never wait in a circle: every state that small pools can reach is visited.
 
 Requests come at any moment, share prefixes, load KV, carry KV away, are preempted, one of them is aborted; the rest of
 the world ends loads (well or not) and releases holds in any order, or takes its time. Every way from every state must
@@ -13,6 +13,7 @@ import pytest
 
 from kvbelt.engine.scheduler import Load, Scheduler, StepPlan
 from kvbelt.engine.sequence import Sequence
+from kvbelt.pacing.costs import DEFAULT_COSTS, StepCosts
 from tests.engine.simulation import Arrived, Simulation
 
 #: More than any of these scenarios has; a mutant's may be endless.
@@ -39,7 +40,7 @@ class World(Simulation):
         self.shared = Arrived(len(PROMPT))
 
     def arrive(self) -> None:
-        """The next request."""
+        """The next request comes."""
         letter = self.to_come.pop(0)
         kind = letter.lower()
         incoming = self.shared if kind == "c" else Arrived(len(PROMPT)) if kind in "ib" else None
@@ -47,7 +48,7 @@ class World(Simulation):
         self.add(PROMPT if kind == letter else OTHER, 3, outgoing=kind in "ob", incoming=incoming, caches=True)
 
     def abort(self, number: int) -> None:
-        """One of those alive ends."""
+        """One request ends."""
         self.aborts -= 1
         self.end(self.alive[number])
 
@@ -68,7 +69,7 @@ def key(simulation: World) -> tuple[object, ...]:
 
 
 def ways_on(simulation: World) -> Iterator[Callable[[World], object]]:
-    """What may happen next."""
+    """The events that may come next."""
     yield lambda s: s.step()
     if simulation.to_come:
         yield lambda s: s.arrive()
@@ -82,8 +83,8 @@ def ways_on(simulation: World) -> Iterator[Callable[[World], object]]:
 
 
 def after(world: World, go: Callable[[World], object]) -> World:
-    """The world after one more event; the one before stays."""
-    lock = world.allocator.cache._lock  # nobody else is here: it need not be copied
+    """The world after one more event; the world before is unchanged."""
+    lock = world.allocator.cache._lock  # there is one thread, so it need not be copied
     copied = copy.deepcopy(world, {id(lock): lock})
     go(copied)
     return copied
@@ -93,7 +94,7 @@ def explore(start: World) -> int:
     """Visit every state that can be reached; returns how many there are.
 
     Raises:
-        AssertionError: a state from which nothing leads on though somebody is not served, or a circle.
+        AssertionError: a state without a way on in which a request is not served, or a circle.
     """
     seen: dict[tuple[object, ...], bool] = {}  # False: on the way that is being followed
     #: States from the start to where we are, each with its successors that were not visited yet.
@@ -104,9 +105,9 @@ def explore(start: World) -> int:
         seen[name] = False
         successors = [(successor, key(successor)) for successor in (after(world, go) for go in ways_on(world))]
         successors = [(successor, its_name) for successor, its_name in successors if its_name != name]
-        # An idle step is no way on, and an abort is nobody's duty.
+        # An idle step is no progress, and an abort must not be necessary.
         onward = [successor for successor, _ in successors if successor.aborts == world.aborts]
-        assert onward or not world.alive, "nobody gets on, and nobody else can help"
+        assert onward or not world.alive, "no request makes progress, and no other event helps"
         way.append((name, successors))
 
     enter(start, key(start))
@@ -127,13 +128,13 @@ def explore(start: World) -> int:
     ("num_blocks", "requests"),
     [(6, "oipi"), (6, "bipo"), (6, "icIp"), (6, "PpIi"), (8, "iipp"), (8, "ccic"), (8, "iiii"), (9, "PpIi")],
 )
-def test_from_every_state_everybody_is_served(num_blocks: int, requests: str) -> None:
-    """Whatever loads and holds do, as long as each of them ends some time, every way ends with nobody left."""
+def test_from_every_state_all_requests_are_served(num_blocks: int, requests: str) -> None:
+    """If every load and hold ends at some time, every path ends with all requests served."""
     assert explore(World(num_blocks, requests)) > 300
 
 
 class AsksForMore(Scheduler):
-    """A mutant: who has KV to load is admitted without its last block, and waits for it once it has loaded."""
+    """A mutant: a request with KV to load is admitted without its last block, and waits for it after the load."""
 
     def __init__(self, *args, **more) -> None:
         super().__init__(*args, **more)
@@ -153,16 +154,16 @@ class AsksForMore(Scheduler):
         """Not yet."""
         self.short.append((load, lost))
 
-    def schedule(self) -> StepPlan:
-        """First those who are short of a block."""
+    def schedule(self, costs: StepCosts = DEFAULT_COSTS) -> StepPlan:
+        """Admit requests that lack a block first."""
         while self.short and self._allocator.num_free > 0:
             load, lost = self.short.pop(0)
             self._allocator.grow(load.sequence.block_ids, 1)
             super().loaded(load, lost)
-        return super().schedule()
+        return super().schedule(costs)
 
 
 def test_a_circle_would_be_found() -> None:
-    """Requests that have blocks and wait for more block each other, and the search says so."""
-    with pytest.raises(AssertionError, match="nobody gets on"):
+    """The search finds requests that have blocks and wait for more."""
+    with pytest.raises(AssertionError, match="no request makes progress"):
         explore(World(4, "ii", aborts=0, scheduler=AsksForMore))

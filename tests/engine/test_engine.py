@@ -1,4 +1,4 @@
-"""The engine as its callers see it: tokens, ends, refusals, and that it survives."""
+"""The engine as its callers see it: tokens, ends, refusals, failures."""
 
 import threading
 from dataclasses import replace
@@ -52,8 +52,8 @@ def test_seeded_preempted_requests_answer_the_same(tiny_llama: Path) -> None:
         assert engine.load().preemptions_total > 0
 
 
-def test_seed_decides_whatever_the_company(tiny_llama: Path) -> None:
-    """A seeded request draws the same tokens alone and among others; another seed draws others."""
+def test_the_seed_decides_in_any_batch(tiny_llama: Path) -> None:
+    """A seeded request draws the same tokens alone and among others, and another seed draws others."""
     params = SamplingParams(temperature=0.9, top_p=0.95, top_k=50, seed=5, max_tokens=24, ignore_eos=True)
     with engine_of(tiny_llama, num_blocks=200) as engine:
         alone = Client(engine, PROMPTS[0], params).token_ids
@@ -144,7 +144,9 @@ def test_logprobs_are_of_the_raw_distribution(tiny_llama: Path) -> None:
         biased = Client(engine, PROMPTS[0], replace(params, max_tokens=1, logit_bias={65: 1000.0})).wait()
         assert biased.token_ids == [65]
         assert [t[0] for t in biased.outputs[0].logprobs[0].top] == [t[0] for t in plain.outputs[0].logprobs[0].top]
-        for output in Client(engine, PROMPTS[0], params).wait().outputs:
+        outputs = Client(engine, PROMPTS[0], params).wait().outputs
+        assert len(outputs) == 5
+        for output in outputs:
             (report,) = output.logprobs
             assert report.token_id == output.token_ids[0]
             values = [value for _, _, value in report.top]
@@ -311,7 +313,7 @@ def test_a_prompt_that_just_fits_is_served(shared_engine: Engine) -> None:
 
 
 def test_request_ids_are_unique(tiny_llama: Path) -> None:
-    """A second request of the same name is refused while the first is under way."""
+    """A second request with an id in use is refused."""
     with engine_of(tiny_llama) as engine:
         first = Client(engine, PROMPTS[0], replace(GREEDY, max_tokens=100), name="twin")
         with pytest.raises(InvalidRequestError, match="twin"):

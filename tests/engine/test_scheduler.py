@@ -17,11 +17,11 @@ request = st.tuples(prompts, st.integers(1, 16), kinds, st.integers(0, 2), st.bo
 
 
 def run_at_random(simulation: Simulation, requests, data: st.DataObject) -> None:
-    """Requests come, are aborted, load and are held in any order, until all are over."""
+    """Requests come, are aborted, load and are held in any order, until all have ended."""
     to_come = list(requests)
 
     def let_go() -> bool:
-        """Somebody else does something for which the engine may have waited."""
+        """Something ends for which the engine may have waited."""
         ends = [lambda load=load: simulation.end_load(load, lost=data.draw(st.booleans())) for load in simulation.loads]
         ends += [lambda hold=hold: simulation.release(hold) for hold in simulation.holds]
         if ends:
@@ -45,7 +45,7 @@ def run_at_random(simulation: Simulation, requests, data: st.DataObject) -> None
             let_go()
         plan = simulation.step()
         if not (plan.chunks or plan.preempted or plan.admitted) and simulation.alive:
-            assert let_go(), "nobody gets on, and nothing could change that"
+            assert let_go(), "no request makes progress, and nothing can change that"
     assert len(simulation.finished) == len(requests)
     assert simulation.allocator.num_free == simulation.num_blocks
 
@@ -57,8 +57,8 @@ def run_at_random(simulation: Simulation, requests, data: st.DataObject) -> None
     budget=st.integers(4, 30),
     data=st.data(),
 )
-def test_everybody_gets_served(requests, num_blocks, budget, data) -> None:
-    """Whatever is shared, loads, is lost or aborted: every request ends, in order, and reads nothing but its own."""
+def test_every_request_is_served(requests, num_blocks, budget, data) -> None:
+    """Whatever is shared, loaded, lost or aborted, every request ends, in order, and reads only its own tokens."""
     simulation = Simulation(num_blocks, budget)
     run_at_random(simulation, requests, data)
     assert simulation.first_steps == sorted(simulation.first_steps)
@@ -77,7 +77,7 @@ def test_decodes_do_not_wait_for_a_long_prompt() -> None:
 
 
 def test_the_youngest_is_preempted_and_comes_back_first() -> None:
-    """Out of blocks, the oldest goes on; the preempted one is ahead of those who never ran."""
+    """Without free blocks the oldest goes on; the preempted one is ahead of those that never ran."""
     simulation = Simulation(6, max_batch_tokens=16)
     old, young = simulation.add(7, 12), simulation.add(7, 12)
     while not young.preemptions:
@@ -91,7 +91,7 @@ def test_the_youngest_is_preempted_and_comes_back_first() -> None:
 
 
 def test_shared_blocks_are_counted_once() -> None:
-    """Requests that could not run side by side with blocks of their own do with shared ones."""
+    """Requests fit side by side with shared blocks that would not fit with their own."""
     simulation = Simulation(12, max_batch_tokens=40)
     prompt = [1] * 6 * BLOCK
     simulation.add(prompt, 1, caches=True)
@@ -103,7 +103,7 @@ def test_shared_blocks_are_counted_once() -> None:
 
 
 def test_kv_from_elsewhere_is_loaded_before_a_request_runs() -> None:
-    """While it loads it has its blocks and is not scheduled; others go on, and it follows when it is told."""
+    """While it loads, a request has its blocks and is not scheduled; others run."""
     simulation = Simulation(20, max_batch_tokens=16)
     other = simulation.add(4, 20)
     loading = simulation.add(10, 3, incoming=Arrived(10))
@@ -117,7 +117,7 @@ def test_kv_from_elsewhere_is_loaded_before_a_request_runs() -> None:
 
 
 def test_lost_kv_is_computed() -> None:
-    """A load that fails leaves the request where any newcomer begins."""
+    """After a failed load the request starts like a new one."""
     simulation = Simulation(20, max_batch_tokens=16)
     loading = simulation.add(10, 3, incoming=Arrived(10))
     simulation.step()
@@ -128,7 +128,7 @@ def test_lost_kv_is_computed() -> None:
 
 
 def test_only_what_is_not_cached_is_loaded() -> None:
-    """The table begins with cached blocks; the load fills those behind them, and not the last token's own block."""
+    """The load fills the blocks behind the cached ones, except the last token's own block."""
     simulation = Simulation(20, max_batch_tokens=40)
     head = [1] * 3 * BLOCK
     simulation.add(head, 1, caches=True)
@@ -142,7 +142,7 @@ def test_only_what_is_not_cached_is_loaded() -> None:
 
 
 def test_nothing_is_loaded_that_is_cached() -> None:
-    """Where the cache has the whole prompt, the request runs at once."""
+    """If the cache has the whole prompt, the request runs at once."""
     simulation = Simulation(20, max_batch_tokens=40)
     prompt = [1] * 3 * BLOCK
     simulation.add([*prompt, 2], 1, caches=True)
@@ -154,7 +154,7 @@ def test_nothing_is_loaded_that_is_cached() -> None:
 
 
 def test_kv_behind_evicted_blocks_is_lost() -> None:
-    """Blocks that were not sent because they were here, and are not any more, take the rest of the KV with them."""
+    """If blocks that were not sent are evicted, the rest of the KV is lost."""
     simulation = Simulation(20, max_batch_tokens=40)
     late = simulation.add(5 * BLOCK, 3, incoming=Arrived(5 * BLOCK, first_block=2), caches=True)
     plan = simulation.step()
@@ -170,7 +170,7 @@ def test_choices_of_one_request_load_once() -> None:
     other = simulation.add(3, 3)
     simulation.step()
     assert states(simulation) == [SequenceState.LOADING, SequenceState.WAITING, SequenceState.RUNNING]
-    assert other.output_len == 1
+    assert len(other.token_ids) - other.prompt_len == 1
     simulation.end_load(simulation.loads[0])
     (load,) = simulation.step().loads
     assert (load.sequence, load.first, len(load.block_ids)) == (second, 3, 1)
@@ -179,7 +179,7 @@ def test_choices_of_one_request_load_once() -> None:
 
 
 def test_a_load_begins_beside_a_full_step() -> None:
-    """A request that needs no tokens of the step is admitted though a long prompt takes them all."""
+    """A request that needs no tokens of the step is admitted although a long prompt takes them all."""
     simulation = Simulation(30, max_batch_tokens=8)
     simulation.add(40, 1)
     simulation.step()
@@ -187,8 +187,28 @@ def test_a_load_begins_beside_a_full_step() -> None:
     assert len(simulation.step().loads) == 1
 
 
+def test_kv_from_elsewhere_does_not_wait_for_prompts() -> None:
+    """A prompt that finds no tokens left in the step waits, and lets a request pass that needs none."""
+    simulation = Simulation(40, max_batch_tokens=8)
+    simulation.add(40, 1)
+    simulation.step()
+    prompt, loading = simulation.add(10, 1), simulation.add(10, 1, incoming=Arrived(10))
+    simulation.step()
+    assert (prompt.state, loading.state) == (SequenceState.WAITING, SequenceState.LOADING)
+
+
+def test_a_prompt_that_waits_for_memory_is_not_passed() -> None:
+    """Nor by a request that needs no tokens: it could take the memory again and again."""
+    simulation = Simulation(16, max_batch_tokens=8)
+    simulation.add(40, 1)
+    simulation.step()
+    prompt, loading = simulation.add(40, 1), simulation.add(5, 1, incoming=Arrived(5))
+    simulation.step()
+    assert (prompt.state, loading.state) == (SequenceState.WAITING, SequenceState.WAITING)
+
+
 class PublishedAtAdmission(Scheduler):
-    """A mutant: blocks can be found as soon as they have an owner."""
+    """A mutant: blocks can be found as soon as they are allocated."""
 
     def _admit(self, sequence: Sequence) -> Load | None:
         load = super()._admit(sequence)
@@ -200,7 +220,7 @@ class PublishedAtAdmission(Scheduler):
 
 
 def named_by_content_alone(tokens, block: int) -> PrefixHashes:
-    """A mutant: a block's name does not depend on what is before it."""
+    """A mutant: a block's hash does not depend on the blocks before it."""
     hashes = tuple(chained(root(), tokens[at : at + block]) for at in range(0, len(tokens) - block + 1, block))
     return PrefixHashes(root(), hashes, lambda _parent, ids: chained(root(), ids))
 
@@ -209,7 +229,7 @@ def named_by_content_alone(tokens, block: int) -> PrefixHashes:
     "mutant", [{"scheduler": PublishedAtAdmission}, {"naming": named_by_content_alone}], ids=["early", "unchained"]
 )
 def test_a_broken_cache_would_be_seen(mutant) -> None:
-    """Blocks that are published too early, or under the wrong name, are read by somebody, and the simulation tells."""
+    """The simulation notices blocks that are published too early, or under the wrong hash."""
 
     def serve(**how) -> None:
         simulation = Simulation(40, max_batch_tokens=6, **how)
@@ -225,15 +245,15 @@ def test_a_broken_cache_would_be_seen(mutant) -> None:
 
 
 def test_outgoing_gets_all_its_blocks_at_once() -> None:
-    """A request that is never preempted never has to ask for more."""
+    """A request that is never preempted never needs another block."""
     simulation = Simulation(10)
     sequence = simulation.add(5, 16, outgoing=True)
     simulation.step()
     assert len(sequence.block_ids) == 6
 
 
-def test_nobody_overtakes_the_head_of_the_queue() -> None:
-    """A small request does not slip past a large one that waits for memory."""
+def test_no_request_overtakes_the_head_of_the_queue() -> None:
+    """A small request does not overtake a large one that waits for memory."""
     simulation = Simulation(8, max_batch_tokens=32)
     simulation.add(16, 8)
     simulation.step()

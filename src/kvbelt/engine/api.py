@@ -1,7 +1,7 @@
-"""The engine's face: what goes in, what comes out, and the two seams for KV that crosses processes.
+"""The engine's interface: requests, outputs, and two Protocols for KV that crosses processes.
 
-Threads: everything here may be called from any thread. Callbacks (``on_output`` and the two seams) run
-on the engine's thread and must return quickly, except ``IncomingKV``'s, which run on a loader's.
+Threads: everything here may be called from any thread. Callbacks run on the engine's thread and must return quickly;
+those of ``IncomingKV`` run on a loader's thread.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
+from kvbelt.pacing.costs import StepCosts
+
 
 class InvalidRequestError(ValueError):
-    """A request that this engine can never serve. ``param`` names the field at fault."""
+    """This engine can never serve the request. ``param`` names the field at fault."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -23,7 +25,7 @@ class ModelError(Exception):
 
 
 class IncomingKVLostError(Exception):
-    """KV that was to be loaded is gone; the engine computes it itself. ``reason``: low cardinality."""
+    """KV that was to be loaded is gone, so the engine computes it. ``reason`` has low cardinality."""
 
     def __init__(self, message: str, *, reason: str = "expired_before_load") -> None:
         super().__init__(message)
@@ -34,8 +36,8 @@ class IncomingKVLostError(Exception):
 class SamplingParams:
     """How tokens are chosen. Names, defaults and meaning are vLLM's.
 
-    Sampling is stateless: the random draw of output token *i* depends on ``seed`` and *i* alone, never on
-    the batch or on earlier draws. Preempting, resuming or moving a request between workers changes nothing.
+    Sampling is stateless: the draw of output token *i* depends on ``seed`` and *i* alone, never on the batch or on
+    earlier draws. Preempting or resuming a request, or moving it to another worker, changes no token.
     """
 
     temperature: float = 1.0
@@ -58,8 +60,6 @@ class SamplingParams:
 
 
 class FinishReason(StrEnum):
-    """Why a request ended."""
-
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
@@ -68,108 +68,103 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One generated token's log probability and the alternatives to it, best first."""
-
     token_id: int
     token: str
     logprob: float
-    top: tuple[tuple[int, str, float], ...]  #: (token id, text, logprob)
+    top: tuple[tuple[int, str, float], ...]  #: alternatives, best first: (token id, text, logprob)
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds that a request spent, as measured inside the engine."""
+    """Where a request spent its time, in seconds, and where its KV came from."""
 
     queue: float  #: from submit to its first scheduled step
-    load: float  #: from its admission until its incoming KV was in its blocks, or lost
+    load: float  #: from its admission until its incoming KV was loaded or lost
     prefill: float  #: from its first step to the first token
     computed_tokens: int  #: prompt tokens computed here
-    loaded_tokens: int  #: prompt tokens whose KV came from elsewhere
-    cached_tokens: int = 0  #: prompt tokens whose KV was here already
-    lost: str | None = None  #: why KV that came from elsewhere was not used
+    loaded_tokens: int  #: prompt tokens whose KV was loaded from another process
+    cached_tokens: int = 0  #: prompt tokens found in the prefix cache
+    lost: str | None = None  #: why incoming KV was not used
     preemptions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What one step added to one request."""
+    """What one step adds to one request."""
 
     request_id: str
     token_ids: tuple[int, ...]
-    #: Text that became certain: held back while a character is incomplete or a stop string may be under way.
+    #: Text that cannot change any more. An incomplete character, or half a stop string, is held back.
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None  #: the stop token id or string that ended it; None for EOS
+    stop_reason: int | str | None = None  #: the stop token id or stop string; None for EOS
     error: str | None = None
     timing: Timing | None = None  #: on the first output and on the last
 
 
 class BlockHold(Protocol):
-    """Blocks of a finished request that are still being read. ``release`` may come from any thread, once."""
+    """Blocks of a finished request that are still being read."""
 
     block_ids: tuple[int, ...]
 
     def release(self) -> None:
-        """Give the blocks back to the pool."""
+        """Give the blocks back to the pool. Any thread, once."""
 
 
 class IncomingKV(Protocol):
-    """KV of the first ``num_tokens`` prompt tokens, computed elsewhere; of its blocks from ``first_block`` on.
+    """KV of the first ``num_tokens`` prompt tokens, computed in another process; blocks from ``first_block`` on.
 
-    The engine calls ``load`` once it has blocks for the request, at most once (after a preemption it computes), and
-    ``release`` exactly once, whatever happens. If it does not have the blocks before ``first_block`` by then, it
-    computes the prompt. Requests with one prompt may share one; their loads do not overlap.
+    The engine calls ``load`` when it has blocks for the request, and at most once: after a preemption it computes.
+    It calls ``release`` exactly once, whatever happens. If its prefix cache lacks the blocks before ``first_block`` by
+    then, it computes the prompt. Requests with the same prompt may share one; their loads do not overlap.
     """
 
     num_tokens: int
     first_block: int
 
     def load(self, block_ids: Sequence[int], first: int) -> None:
-        """Put the KV of the prompt's blocks ``first ..`` into these, in order. May take seconds.
-
-        On a thread of its own, beside the engine's.
+        """Put the KV of the prompt's blocks, from ``first`` on, into these. On a loader's thread; may take seconds.
 
         Raises:
-            IncomingKVLostError: it is no longer there.
+            IncomingKVLostError: the KV is gone.
         """
 
     def release(self) -> None:
-        """The engine needs it no more. A load under way ends soon, in whatever way; this may wait for it."""
+        """The engine needs the KV no more. A load under way ends soon, well or not; this may wait for it."""
 
 
 class OutgoingKV(Protocol):
-    """Somebody who carries a prompt's KV away while it is computed.
+    """A consumer, which reads a prompt's KV while it is computed.
 
-    A request with one holds its blocks until the hold handed to ``finished`` is released, and is never preempted.
+    A request with a consumer is never preempted, and holds its blocks until the hold given to ``finished`` is released.
     """
 
     def blocks_written(self, layer: int, first: int, block_ids: Sequence[int], ready: Any) -> None:
         """Blocks ``first .. first+len(block_ids)`` of the request are final in ``layer``.
 
-        Called inside the forward pass, layer after layer, chunk after chunk, each block of each layer once,
-        in ascending order; the prompt's last, partly filled block comes with the last chunk. What was in the prefix
-        cache comes with the first.
-        ``ready`` is None on CPU; on CUDA an event after which the bytes are there.
+        Called inside the forward pass, once for each block of each layer, in ascending order. Blocks from the prefix
+        cache come with the first chunk; the prompt's last, partly filled block comes with the last chunk. ``ready`` is
+        None on CPU; on CUDA it is an event after which the bytes are there.
         """
 
     def finished(self, hold: BlockHold, *, complete: bool) -> None:
-        """The request has ended; ``complete``: every block of every layer was handed over. Called exactly once."""
+        """The request has ended. ``complete``: every block of every layer was announced. Called exactly once."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrefixHashes:
-    """Names of a prompt's full blocks, under which they are shared: where they are equal, so are the prefixes."""
+    """Hashes of a prompt's full blocks. Two blocks with one hash have the same tokens, and the same tokens before."""
 
-    root: bytes  #: what the first block's hash is chained to
+    root: bytes  #: the first block's hash is chained to it
     hashes: tuple[bytes, ...]  #: of each full block
-    #: Hash of the block after one: (that one's hash, the block's token ids). For blocks of the answer.
+    #: (hash of a block, token ids of the next block) to the next block's hash; for blocks of the answer.
     extend: Callable[[bytes, Sequence[int]], bytes]
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One sequence to generate: a client's request with ``n`` choices becomes ``n`` of these."""
+    """One sequence to generate. A client's request with ``n`` choices becomes ``n`` of these."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -177,7 +172,8 @@ class GenerationRequest:
     on_output: Callable[[Output], None]
     incoming: IncomingKV | None = None
     outgoing: OutgoingKV | None = None
-    prefix: PrefixHashes | None = None  #: None: its blocks are shared with nobody
+    prefix: PrefixHashes | None = None  #: None: its blocks are not shared
+    itl_seconds: float | None = None  #: that its tokens should not be apart by more; None: the engine's setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,15 +181,28 @@ class EngineLoad:
     """A snapshot, cheap enough for every health check."""
 
     running: int
-    waiting: int  #: those that load included
+    waiting: int  #: includes ``loading``
     loading: int
     blocks_total: int
-    blocks_free: int  #: cached ones included
+    blocks_free: int  #: includes cached blocks that are not in use
     blocks_cached: int  #: in the prefix cache, in use or not
     preemptions_total: int
     prompt_tokens_total: int  #: computed here
     generated_tokens_total: int
-    cache_query_tokens_total: int  #: prompt tokens looked for in the prefix cache
-    cache_hit_tokens_total: int  #: found there
+    cache_query_tokens_total: int  #: prompt tokens looked up in the prefix cache
+    cache_hit_tokens_total: int  #: prompt tokens found there
     busy_seconds_total: float  #: in steps
     steps_total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSteps:
+    """What the engine's steps cost, and what they have to do now."""
+
+    costs: StepCosts
+    prompt_tokens: int  #: of accepted prompts, not computed yet, neither cached nor loaded from elsewhere
+    decodes: int  #: running requests that generate
+    kv_tokens: int  #: tokens of KV that those read in a step
+    most_prompt_tokens: int  #: in one step, when no decode is running
+    most_requests: int  #: that run at once
+    most_kv_tokens: int  #: that fit the KV memory

@@ -1,16 +1,16 @@
 """The engine: one thread that turns requests into tokens.
 
-Theory of operation. Everything that changes state happens on the engine's thread. Other threads only *post*: a
-request, an abort, a hold's release, a load's end. The thread takes what was posted, plans a step (scheduler), has KV
-from elsewhere loaded beside it (loading), runs the step (model), draws tokens (sampling), and tells the clients
-(answer). With nothing to compute it sleeps on a condition until something is posted.
+Only the engine's thread changes state. Other threads *post* commands: a request, an abort, the end of a hold or of a
+load. The thread runs the posted commands, plans a step (scheduler), starts loads of incoming KV beside it (loading),
+runs the step (model), draws tokens (sampling), and calls the clients (answer). With nothing to compute, it sleeps until
+the next post.
 
 Invariants, checked by ``validate`` in tests:
 
 1. A request is in ``_live`` from its submission to its last output, and gets exactly one output with a finish reason.
-2. Its ``incoming`` is released exactly once, its ``outgoing`` is told ``finished`` exactly once, however it ends.
+2. Its ``incoming`` is released exactly once, and its ``outgoing`` gets ``finished`` exactly once, however it ends.
 3. Every block has as many users as there are tables, unreleased holds and loads under way that name it.
-4. An exception inside a step ends the requests of that step with ERROR, and nobody else's.
+4. An exception inside a step ends the requests of that step with ERROR, and no others.
 """
 
 import contextlib
@@ -25,30 +25,31 @@ from functools import partial
 
 import torch
 
-from kvbelt.engine.announce import announcements, tell
 from kvbelt.engine.answer import Answer
 from kvbelt.engine.api import (
     EngineLoad,
+    EngineSteps,
     FinishReason,
     GenerationRequest,
     InvalidRequestError,
     ModelError,
     Output,
 )
-from kvbelt.engine.attention import LayerListener, Segment
-from kvbelt.engine.fingerprint import fingerprint
-from kvbelt.engine.holds import Holds
+from kvbelt.engine.attention import Segment
 from kvbelt.engine.live import Live
 from kvbelt.engine.loading import Loaders
 from kvbelt.engine.model import PagedModel
+from kvbelt.engine.outgoing import Announcement, Holds, announcements
+from kvbelt.engine.pace import Pace
 from kvbelt.engine.pool import KVPool
 from kvbelt.engine.sampling import Sampled, SampleInput, sample
-from kvbelt.engine.scheduler import Load, Scheduler, StepPlan
+from kvbelt.engine.scheduler import Chunk, Load, Scheduler, StepPlan
 from kvbelt.engine.sequence import Sequence
 from kvbelt.engine.settings import EngineSettings
-from kvbelt.engine.sizing import bound_length, choose_device, count_blocks
+from kvbelt.engine.sizing import bound_length, choose_device, choose_dtype, count_blocks
 from kvbelt.engine.text import Decoder
-from kvbelt.engine.validate import Limits, check_request
+from kvbelt.engine.validate import check_request
+from kvbelt.fingerprint import fingerprint
 
 _log = logging.getLogger("kvbelt.engine")
 
@@ -56,16 +57,7 @@ _log = logging.getLogger("kvbelt.engine")
 class Engine:
     """Continuous batching over one model. All methods may be called from any thread.
 
-    The constructor loads the model and allocates the KV memory; ``start`` begins to serve.
-
-    Attributes:
-        tokenizer: the folder's transformers tokenizer.
-        layout: shape of the KV pool.
-        pool: the KV memory (``pool.storage``, ``pool.layers``).
-        model_name: the folder's name.
-        fingerprint: names the folder's contents.
-        max_model_len: most tokens of a prompt and its answer.
-        vocab_size: token ids are below it.
+    The constructor loads the model and allocates the KV memory.
 
     Raises:
         ModelError: the folder cannot be served, or the KV memory cannot hold what was asked for.
@@ -75,12 +67,7 @@ class Engine:
         self.settings = settings
         self._clock = clock
         device = choose_device(settings)
-        dtype: torch.dtype | None = None
-        if settings.dtype != "auto":
-            dtype = getattr(torch, settings.dtype)
-        elif device.type == "cpu":
-            dtype = torch.float32
-        self._model = PagedModel(settings.model_dir, device, dtype)
+        self._model = PagedModel(settings.model_dir, device, choose_dtype(settings, device))
         self.tokenizer = self._model.tokenizer
         self.layout = self._model.layout(settings.block_size)
         self.pool = KVPool(
@@ -88,13 +75,12 @@ class Engine:
         )
         self.model_name = settings.model_dir.resolve().name
         try:
-            self.fingerprint = fingerprint(settings.model_dir)
+            self.fingerprint = fingerprint(settings.model_dir)  #: of the folder's contents
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"the model in {settings.model_dir} cannot be fingerprinted: {error}") from error
-        self.max_model_len = bound_length(settings, self._model.context, self.pool.num_tokens)
+        self.max_model_len = bound_length(settings, self._model.context, self.pool.num_blocks * settings.block_size)
         self.vocab_size = self._model.vocab_size
         self.eos_token_ids = self._model.eos_token_ids
-        self._limits = Limits(self.vocab_size, self.max_model_len)
         self._decoder = Decoder(self.tokenizer)
         self._scheduler = Scheduler(
             self.pool.allocator,
@@ -102,6 +88,7 @@ class Engine:
             max_batch_tokens=settings.max_batch_tokens,
             max_running=settings.max_running,
         )
+        self._pace = Pace(settings, self.pool.allocator)
         self._loaders = Loaders(self.pool.allocator, clock, self._post, self._on_loaded)
         self._live: dict[str, Live] = {}
         self._holds = Holds(self.pool.allocator, self._post)
@@ -115,29 +102,28 @@ class Engine:
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="kvbelt-engine", daemon=True)
 
-    # What other threads call.
-
     def start(self) -> None:
-        """Begin to serve."""
         self._thread.start()
 
     def submit(self, request: GenerationRequest) -> None:
         """Queue a request. Its outputs come through ``request.on_output`` on the engine's thread.
 
         Raises:
-            InvalidRequestError: it can never be served. None of its callbacks is called then.
-            ValueError: its block hashes are not of this engine's blocks.
+            InvalidRequestError: it can never be served. None of its callbacks is called.
+            ValueError: its block hashes do not match this engine's block size.
             RuntimeError: the engine is closed.
         """
-        check_request(request, self._limits)
+        check_request(request, self.vocab_size, self.max_model_len)
         full_blocks = len(request.prompt_token_ids) // self.layout.block_size
         if request.prefix is not None and len(request.prefix.hashes) != full_blocks:
             raise ValueError(f"{len(request.prefix.hashes)} block hashes of a prompt with {full_blocks} full blocks")
-        if not self.settings.prefix_caching:
-            request = replace(request, prefix=None)
+        request = replace(
+            request,
+            prefix=request.prefix if self.settings.prefix_caching else None,
+            itl_seconds=request.itl_seconds or self.settings.itl_seconds,
+        )
         room = self.max_model_len - len(request.prompt_token_ids)
-        wanted = request.sampling.max_tokens
-        max_tokens = room if wanted is None else min(wanted, room)
+        max_tokens = min(request.sampling.max_tokens or room, room)  # it is at least 1
         answer = Answer(request, self._decoder, self.eos_token_ids, max_tokens)
         seed = request.sampling.seed
         with self._wake:
@@ -159,18 +145,14 @@ class Engine:
             self._wake.notify()
 
     def abort(self, request_id: str) -> None:
-        """End a request; its last output says ABORT. Unknown and finished ones are ignored."""
+        """End a request with ABORT. Unknown and finished requests are ignored."""
         self._post(partial(self._abort, request_id))
 
     def held(self, hashes: SequenceOf[bytes]) -> int:
-        """How many blocks, from the first on, with these hashes are here; they count as used now.
-
-        Nothing pins them: they may be gone when somebody comes for them.
-        """
+        """How many of these blocks, from the first on, are cached. They count as used now, but are not pinned."""
         return self.pool.allocator.cache.held(hashes)
 
     def load(self) -> EngineLoad:
-        """How busy it is."""
         running = len(self._scheduler.running)
         return EngineLoad(
             running=running,
@@ -188,22 +170,24 @@ class Engine:
             steps_total=self._steps_total,
         )
 
+    def steps(self) -> EngineSteps:
+        """What its steps cost, and what they have to do now."""
+        with self._wake:
+            sequences = [live.sequence for live in self._live.values()]
+        return self._pace.now(sequences)
+
     def close(self) -> None:
         """End every request with ABORT and stop the thread. Idempotent."""
         with self._wake:
             self._closing = True
             self._wake.notify()
         if self._thread.ident is None:
-            self._run()  # never started: only what was queued has to end
+            self._run()  # it never started, so only queued requests have to end
         elif self._thread is not threading.current_thread():
             self._thread.join()
 
     def validate(self) -> None:
-        """Check the invariants. Only while nothing runs.
-
-        Raises:
-            AssertionError: one of them does not hold.
-        """
+        """Assert the invariants. Only while no step runs."""
         self._scheduler.validate()
         self.pool.allocator.validate(
             [
@@ -222,12 +206,12 @@ class Engine:
 
     def _run(self) -> None:
         if self.settings.threads is not None:
-            torch.set_num_threads(self.settings.threads)  # OpenMP's count is a thread's own
+            torch.set_num_threads(self.settings.threads)  # OpenMP keeps the number for each thread
         idle = True
         with torch.inference_mode():
             while True:
                 with self._wake:
-                    # Idle means that no step is possible until something is posted.
+                    # Idle means that no step is possible before the next post.
                     while idle and not self._posted and not self._closing:
                         self._wake.wait()
                     posted, self._posted = self._posted, []
@@ -237,48 +221,53 @@ class Engine:
                 if closing:
                     break
                 began = self._clock()
-                idle = not self._step()
-                if not idle:
-                    self._busy_seconds_total += self._clock() - began
+                computed = self._step()
+                idle = computed is None
+                if computed is not None:
+                    ended = self._clock()
+                    self._busy_seconds_total += ended - began
                     self._steps_total += 1
+                    self._pace.observe(computed, ended - began, ended)
             for live in list(self._live.values()):
                 self._end(live, FinishReason.ABORT)
             self._loaders.close()
             with self._wake:
                 posted, self._posted = self._posted, []
-            for command in posted:  # the loads' ends, and what came too late to matter
+            for command in posted:  # the ends of loads, and posts that came too late to matter
                 command()
 
-    def _step(self) -> bool:
-        """Plan and run one step; False if there was nothing to do."""
+    def _step(self) -> SequenceOf[Chunk] | None:
+        """Plan and run one step. Returns what it computed; None: there was nothing to do."""
         try:
-            plan = self._scheduler.schedule()
+            plan = self._scheduler.schedule(self._pace.costs)
             self._admit(plan)
-        except Exception as error:  # noqa: BLE001 - a bug of ours; better every request failed than every one hanging
+        except Exception as error:  # noqa: BLE001 - a bug here must not leave every request hanging
             _log.exception("planning a step failed")
-            for live in list(self._live.values()):
-                self._end(live, FinishReason.ERROR, error=f"the engine failed: {error}")
-            return True
+            self._fail(list(self._live.values()), error)
+            return ()
         if not plan.chunks:
-            return bool(plan.preempted)
+            return () if plan.preempted else None
         lives = [self._live[chunk.sequence.request.request_id] for chunk in plan.chunks]
         try:
             sampled = self._compute(plan, lives)
         except Exception as error:  # noqa: BLE001 - rule 4
             _log.exception("a step of %d requests failed", len(lives))
-            for live in lives:
-                self._end(live, FinishReason.ERROR, error=f"the engine failed: {error}")
-            return True
+            self._fail(lives, error)
+            return ()
         for live, result in sampled:
             try:
                 self._deliver(live, result)
-            except Exception as error:  # noqa: BLE001 - as above
+            except Exception as error:  # noqa: BLE001 - rule 4
                 _log.exception("request %s: its token could not be delivered", live.request.request_id)
-                self._end(live, FinishReason.ERROR, error=f"the engine failed: {error}")
-        return True
+                self._fail([live], error)
+        return plan.chunks
+
+    def _fail(self, lives: list[Live], error: Exception) -> None:
+        for live in lives:
+            self._end(live, FinishReason.ERROR, error=f"the engine failed: {error}")
 
     def _admit(self, plan: StepPlan) -> None:
-        """Newcomers have blocks: have loaded what was computed elsewhere."""
+        """New requests have their blocks: start the loads of incoming KV."""
         for sequence in plan.admitted:
             live = self._live[sequence.request.request_id]
             if live.started is None:
@@ -290,10 +279,10 @@ class Engine:
             if sequence.incoming is None:
                 self._release_incoming(live)
         for load in plan.loads:
-            self._live[load.sequence.request.request_id].incoming_released = True  # by its load
+            self._live[load.sequence.request.request_id].incoming_released = True  # the load does it
             ready = None
             if self._model.device.type == "cuda":
-                # An earlier step may still be writing into blocks that were given back since.
+                # An earlier step may still be writing blocks that have been given back since.
                 ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 ready.record()
             self._loaders.start(load, ready)
@@ -316,15 +305,15 @@ class Engine:
             if chunk.samples:
                 rows.append(len(token_ids) - 1)
                 sampling.append(live)
-        news = announcements(zip(plan.chunks, lives, strict=True), self.layout)
-        listener: LayerListener | None = partial(tell, news) if news else None
+        announced = announcements(zip(plan.chunks, lives, strict=True), self.layout)
+        listener = partial(_notify, announced) if announced else None
         logits = self._model.forward(self.pool, segments, token_ids, rows, listener)
         for chunk in plan.chunks:
             end = chunk.start + chunk.length
             self._prompt_tokens_total += max(0, min(end, chunk.sequence.prompt_len) - chunk.start)
             self._scheduler.computed(chunk)
-        for piece in news:
-            piece.live.announced = piece.first + len(piece.block_ids)
+        for one in announced:
+            one.live.announced = one.first + len(one.block_ids)
         inputs = [
             SampleInput(
                 live.request.sampling,
@@ -338,29 +327,21 @@ class Engine:
         return list(zip(sampling, sample(logits, inputs), strict=True)) if inputs else []
 
     def _deliver(self, live: Live, sampled: Sampled) -> None:
-        """One token more."""
         if sampled.token_id is None:
-            self._end(live, FinishReason.ERROR, error="the model's logits are not numbers (NaN)")
+            self._end(live, FinishReason.ERROR, error="the model's logits are NaN")
             return
         first = live.first_token is None
         if first:
             live.first_token = self._clock()
         live.sequence.token_ids.append(sampled.token_id)
         self._generated_tokens_total += 1
-        piece = live.answer.push(sampled)
-        output = Output(
-            request_id=live.request.request_id,
-            token_ids=(piece.token_id,),
-            text=piece.text,
-            logprobs=piece.logprobs,
-            finish_reason=piece.finish_reason,
-            stop_reason=piece.stop_reason,
-            timing=live.timing() if first or piece.finish_reason is not None else None,
-        )
-        if piece.finish_reason is not None:
+        output = live.answer.push(sampled)
+        if first or output.finish_reason is not None:
+            output = replace(output, timing=live.timing())
+        if output.finish_reason is not None:
             self._retire(live)
-            self._tell_client(live, output)
-        elif not self._tell_client(live, output):
+            self._output(live, output)
+        elif not self._output(live, output):
             self._retire(live)
 
     def _abort(self, request_id: str) -> None:
@@ -369,15 +350,13 @@ class Engine:
             self._end(live, FinishReason.ABORT)
 
     def _end(self, live: Live, reason: FinishReason, error: str | None = None) -> None:
-        """End it without a token."""
+        """End a request without another token."""
         self._retire(live)
-        self._tell_client(
-            live,
-            Output(live.request.request_id, (), "", finish_reason=reason, error=error, timing=live.timing()),
-        )
+        output = Output(live.request.request_id, (), "", finish_reason=reason, error=error, timing=live.timing())
+        self._output(live, output)
 
     def _retire(self, live: Live) -> None:
-        """Take a request out: its place, its blocks, its two seams."""
+        """Free everything that the request has: its place, its blocks, its incoming and outgoing KV."""
         sequence = live.sequence
         self._scheduler.remove(sequence)
         with self._wake:
@@ -395,7 +374,7 @@ class Engine:
         complete = live.announced == prompt_blocks and not live.outgoing_broken
         try:
             outgoing.finished(hold, complete=complete)
-        except Exception:  # noqa: BLE001 - somebody else's code
+        except Exception:  # noqa: BLE001 - the consumer is not the engine's code
             _log.exception("request %s: outgoing KV failed at the end", sequence.request.request_id)
             hold.release()
 
@@ -407,10 +386,15 @@ class Engine:
         with contextlib.suppress(Exception):
             incoming.release()
 
-    def _tell_client(self, live: Live, output: Output) -> bool:
+    def _output(self, live: Live, output: Output) -> bool:
         try:
             live.request.on_output(output)
-        except Exception:  # noqa: BLE001 - somebody else's code
-            _log.exception("request %s: its client's callback failed; the request is dropped", output.request_id)
+        except Exception:  # noqa: BLE001 - the callback is not the engine's code
+            _log.exception("request %s: the client's callback failed; the request is dropped", output.request_id)
             return False
         return True
+
+
+def _notify(announced: list[Announcement], layer: int, ready: object) -> None:
+    for one in announced:
+        one.notify(layer, ready)

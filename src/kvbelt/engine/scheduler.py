@@ -1,28 +1,30 @@
-"""Who computes what in the next step. Pure: no tensors, no clock, no threads.
+"""What the next step computes. Pure: no tensors, no clock, no threads.
 
 Rules:
 
-1. Running requests first: those that decode (one token each), then prompts under way, oldest first; then newcomers
-   in the order of their arrival, as long as tokens, places and blocks last. Nobody overtakes the head of the queue.
-2. A newcomer gets all blocks of its prompt at once, so a prompt under way never waits for memory. Those of its first
-   blocks that the prefix cache has it shares; its last token is always computed, for its logits are wanted.
-3. A request that carries its KV away (``outgoing``) gets the blocks of its longest possible answer at once too: it is
-   never preempted, so it must never need what only preemption could give.
+1. Running requests come first: those that decode (one token each), then prompts under way, oldest first. New requests
+   follow in the order of their arrival, as long as tokens, places and blocks last. None overtakes the queue's head,
+   but for requests with ``incoming`` KV, where only tokens are missing: they need none, and their answers have begun.
+2. A new request gets all blocks of its prompt at once, so a prompt under way never waits for memory. It shares those of
+   its first blocks that the prefix cache has. Its last token is always computed, because its logits are needed.
+3. A request whose KV leaves (``outgoing``) also gets the blocks of its longest possible answer at once: it is never
+   preempted, so it must never need a block that only a preemption could free.
 4. When a decoding request needs a block and none is free, the youngest request without ``outgoing`` is preempted: its
-   blocks are given back and it queues again by its arrival, to be computed anew, but for what the prefix cache still
-   has of it. The oldest therefore always gets on.
-5. A request whose longest form does not fit into the whole pool is not accepted (the engine's ``max_model_len``),
-   so the oldest, alone, always fits.
-6. A newcomer whose KV comes from elsewhere (``incoming``) loads it before it runs. It has all its blocks by then and
-   asks for nothing more; it is neither scheduled nor preempted until it is told that the load has ended, well or not.
-   One load an ``incoming`` at a time: the other choices of a request stand aside, let others pass, and find in the
-   cache what the first has loaded.
-7. A block is published for others once everything in it is computed or loaded, and not before.
+   blocks are given back, it queues again by its arrival, and it is computed anew, except for what the prefix cache
+   still has of it. So the oldest request always makes progress.
+5. A request whose longest form does not fit into the whole pool is not accepted (the engine's ``max_model_len``), so
+   the oldest request always fits alone.
+6. A new request with ``incoming`` KV loads it before it runs. It has all its blocks by then. It is neither scheduled
+   nor preempted until the load has ended, well or not. Each ``incoming`` has one load at a time: the other choices of a
+   request stand aside, let other requests pass, and find in the cache what the first has loaded.
+7. A block is published once everything in it is computed or loaded, and not before.
+8. Beside decodes, the prompts of a step are cut so that it ends within the decodes' tightest level between tokens, as
+   far as its costs are known; but not below ``LEAST_PROMPT_TOKENS``, so that prompts always advance.
 
-So nobody waits in a circle. Who has blocks, and does not run, loads; a load ends by itself, within its transfer's
-deadline, because whoever sends waits for no block of this pool (transfer/). Who runs gets on by rules 2 to 5, whether
-others load or not. Who waits has no blocks, and waits for those that do. (``tests/engine/test_deadlock.py`` visits
-every state of small pools.)
+So there is no circle of waiting. A request that has blocks and does not run is loading; a load ends by itself within
+its transfer's deadline, because the sender waits for no block of this pool (transfer/). A running request gets on by
+rules 2 to 5, whether others load or not. A waiting request has no blocks, and waits for requests that have some.
+(``tests/engine/test_deadlock.py`` visits every state of small pools.)
 """
 
 import bisect
@@ -31,16 +33,17 @@ from dataclasses import dataclass
 from kvbelt.engine.api import IncomingKV
 from kvbelt.engine.blocks import BlockAllocator
 from kvbelt.engine.sequence import Sequence, SequenceState
+from kvbelt.pacing.costs import DEFAULT_COSTS, StepCosts
 
 S = SequenceState
 
-#: Why KV that was promised is not used: the blocks before it, which were not sent, are not here any more.
+#: The reason why incoming KV is not used: the blocks before it were not sent, and have been evicted here.
 PREFIX_EVICTED = "prefix_evicted"
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens ``start .. start+length`` of a sequence, to be computed in this step."""
+    """Tokens ``start .. start+length`` of a sequence, which this step computes."""
 
     sequence: Sequence
     start: int
@@ -48,34 +51,70 @@ class Chunk:
 
     @property
     def samples(self) -> bool:
-        """Whether it reaches the sequence's last token, after which the next one is drawn."""
+        """Whether it has the sequence's last token, after which the next one is drawn."""
         return self.start + self.length == len(self.sequence.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """KV of a newcomer that is to be put into its blocks."""
+    """The KV of a new request that is to be put into its blocks."""
 
     sequence: Sequence
     incoming: IncomingKV
     first: int  #: block of the prompt that goes into the first of ``block_ids``
     block_ids: tuple[int, ...]
-    num_tokens: int  #: whose KV is in the sequence's blocks afterwards
+    num_tokens: int  #: with KV in the sequence's blocks afterwards
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What the next step does."""
-
     chunks: tuple[Chunk, ...]  #: those of one token first
     admitted: tuple[Sequence, ...]
-    loads: tuple[Load, ...]  #: of some of the admitted; to be ended with ``Scheduler.loaded``
+    loads: tuple[Load, ...]  #: of some admitted requests; ``Scheduler.loaded`` ends them
     preempted: tuple[Sequence, ...]
 
 
-class Scheduler:
-    """The queue, those that load, and the running set."""
+@dataclass(slots=True)
+class _Budget:
+    """The tokens that a step may still take."""
 
+    left: int
+    costs: StepCosts
+    level: float | None = None  #: seconds between tokens, the tightest of the step's decodes; None: any
+    decodes: int = 0
+    kv_tokens: int = 0  #: that they read
+    prompt_tokens: int = 0  #: taken
+    context: int = 0  #: the longest before a prompt's tokens
+
+    def for_prompt(self, context: int) -> int:
+        """Rule 8: tokens that a prompt may take after ``context`` ones."""
+        if self.level is None:
+            return self.left
+        # Tokens taken before count as if they had the longest context, too.
+        self.context = max(self.context, context)
+        most = self.prompt_tokens + self.left
+        within = self.costs.prompt_tokens_within(self.level, self.context, self.decodes, self.kv_tokens, most)
+        return max(0, within - self.prompt_tokens)
+
+    def take(self, sequence: Sequence, *, decoding: bool = False) -> list[Chunk]:
+        """The next tokens of a request, as many as there is room for."""
+        missing = len(sequence.token_ids) - sequence.computed
+        length = min(missing, self.left if decoding else self.for_prompt(sequence.computed))
+        if length == 0:
+            return []
+        self.left -= length
+        if decoding:
+            self.decodes += 1
+            self.kv_tokens += len(sequence.token_ids)
+            level = sequence.request.itl_seconds
+            if level is not None:
+                self.level = level if self.level is None else min(self.level, level)
+        else:
+            self.prompt_tokens += length
+        return [Chunk(sequence, sequence.computed, length)]
+
+
+class Scheduler:
     def __init__(self, allocator: BlockAllocator, *, block_size: int, max_batch_tokens: int, max_running: int) -> None:
         self._allocator = allocator
         self._block_size = block_size
@@ -85,55 +124,53 @@ class Scheduler:
         self.loading: list[Sequence] = []
         self.running: list[Sequence] = []  #: by arrival
         self.preemptions_total = 0
-        self.cache_queries_total = 0  #: tokens looked for in the prefix cache
+        self.cache_queries_total = 0  #: tokens looked up in the prefix cache
         self.cache_hits_total = 0  #: tokens found there
 
     def add(self, sequence: Sequence) -> None:
-        """A newcomer, or one that was preempted, queues by its arrival."""
+        """Queue a new or preempted request by its arrival."""
         bisect.insort(self.waiting, sequence, key=_arrival)
 
     def remove(self, sequence: Sequence) -> None:
-        """It ends, at whatever point. Its blocks stay with the caller."""
+        """The request ends, in any state. Its blocks stay with the caller."""
         {S.WAITING: self.waiting, S.LOADING: self.loading, S.RUNNING: self.running}[sequence.state].remove(sequence)
         sequence.enter(S.FINISHED)
 
-    def schedule(self) -> StepPlan:
-        """Plan the next step and allocate its blocks."""
+    def schedule(self, costs: StepCosts = DEFAULT_COSTS) -> StepPlan:
         preempted = self._make_room_for_decodes()
-        budget = self._max_batch_tokens
+        budget = _Budget(self._max_batch_tokens, costs)
         chunks: list[Chunk] = []
-        # Decodes first: a long prompt must not make them wait.
+        # Decodes first, so that a long prompt does not delay them.
         for decoding in (True, False):
             for sequence in self.running:
-                missing = len(sequence.token_ids) - sequence.computed
-                if (missing == 1) is decoding and budget > 0:
-                    chunks.append(Chunk(sequence, sequence.computed, min(missing, budget)))
-                    budget -= chunks[-1].length
+                if (len(sequence.token_ids) - sequence.computed == 1) is decoding:
+                    chunks += budget.take(sequence, decoding=decoding)
         admitted: list[Sequence] = []
         loads: list[Load] = []
         next_up = 0
-        # Who was just preempted would only be preempted again.
+        # A request that was just preempted would only be preempted again.
         while not preempted and next_up < len(self.waiting):
             sequence = self.waiting[next_up]
             if self._stands_aside(sequence):
                 next_up += 1
                 continue
-            if (budget == 0 and sequence.incoming is None) or not self._can_admit(sequence):
+            if not self._can_admit(sequence):
                 break
+            if sequence.incoming is None and budget.for_prompt(0) == 0:
+                next_up += 1
+                continue
             self.waiting.pop(next_up)
             load = self._admit(sequence)
             admitted.append(sequence)
             if load is not None:
                 loads.append(load)
-            elif budget > 0:
-                missing = len(sequence.token_ids) - sequence.computed
-                chunks.append(Chunk(sequence, sequence.computed, min(missing, budget)))
-                budget -= chunks[-1].length
+            else:
+                chunks += budget.take(sequence)
         chunks.sort(key=lambda chunk: chunk.length != 1)
         return StepPlan(tuple(chunks), tuple(admitted), tuple(loads), tuple(preempted))
 
     def computed(self, chunk: Chunk) -> None:
-        """Its keys and values are in the blocks, in every layer."""
+        """The chunk's keys and values are in the blocks, in every layer."""
         chunk.sequence.computed = chunk.start + chunk.length
         self._publish(chunk.sequence)
 
@@ -141,7 +178,7 @@ class Scheduler:
         """A load has ended: the KV is in the blocks, or it is ``lost`` and will be computed."""
         sequence = load.sequence
         if sequence.state is not S.LOADING:
-            return  # it was aborted meanwhile
+            return  # it was aborted
         sequence.incoming = None
         sequence.lost = lost
         if lost is None:
@@ -153,14 +190,10 @@ class Scheduler:
         bisect.insort(self.running, sequence, key=_arrival)
 
     def validate(self) -> None:
-        """Check what the comments above promise.
-
-        Raises:
-            AssertionError: one of them does not hold.
-        """
+        """Assert that states, queues and blocks agree."""
         for queue, state in ((self.waiting, S.WAITING), (self.running, S.RUNNING), (self.loading, S.LOADING)):
             arrivals = [sequence.arrival for sequence in queue]
-            assert len(set(arrivals)) == len(arrivals), "somebody queues twice"
+            assert len(set(arrivals)) == len(arrivals), "a request queues twice"
             assert queue is self.loading or arrivals == sorted(arrivals), "a queue is out of order"
             for sequence in queue:
                 assert sequence.state is state
@@ -172,14 +205,14 @@ class Scheduler:
                     assert sequence.computed < len(sequence.token_ids)
                     assert len(sequence.block_ids) * self._block_size >= sequence.computed
         loading = [sequence.incoming for sequence in self.loading]
-        assert None not in loading, "it has nothing to load"
-        assert len(set(map(id, loading))) == len(loading), "KV is loaded twice at a time"
+        assert None not in loading, "a request loads nothing"
+        assert len(set(map(id, loading))) == len(loading), "one KV is loaded twice at a time"
 
     def _make_room_for_decodes(self) -> list[Sequence]:
         preempted: list[Sequence] = []
         for sequence in list(self.running):
             if sequence.state is not S.RUNNING:
-                continue  # preempted by an older one, just now
+                continue  # an older request has just preempted it
             short = self._blocks(len(sequence.token_ids)) - len(sequence.block_ids)
             while short > self._allocator.num_free:
                 victim = next(s for s in reversed(self.running) if s.preemptible)
@@ -211,16 +244,16 @@ class Scheduler:
         others = len(self.running) + len(self.loading)
         if others >= self._max_running:
             return False
-        # One block to spare for each of them: admitting somebody only to preempt him at once is wasted work.
+        # One block to spare for each of them: a request that is admitted must not be preempted at once.
         short = self._needs(sequence) + others - self._allocator.num_free
-        # What somebody else uses anyway need not be free.
+        # A cached block that is in use need not be free.
         return short <= 0 or short <= self._allocator.num_used(self._cached(sequence))
 
     def _admit(self, sequence: Sequence) -> Load | None:
-        """Give it its blocks. Returns what is to be loaded before it can run."""
+        """Give the request its blocks. Returns the load that must end before it runs."""
         cached = self._cached(sequence)
         self._allocator.share(cached)
-        # A table with cached blocks is no run of neighbours, so room to grow would be wasted on it.
+        # A table with cached blocks is no run of neighbours, so it needs no room to grow.
         longest = 0 if cached else self._blocks(sequence.prompt_len + sequence.max_tokens)
         sequence.block_ids = cached + self._allocator.allocate(self._needs(sequence) - len(cached), longest)
         sequence.published = len(cached)
@@ -249,7 +282,7 @@ class Scheduler:
         return None
 
     def _cached(self, sequence: Sequence) -> list[int]:
-        """Blocks that it need not compute. Never the last token's."""
+        """Cached blocks of the request, never the last token's."""
         known = (len(sequence.token_ids) - 1) // self._block_size
         return self._allocator.cache.match(sequence.block_hashes[:known])
 
@@ -267,9 +300,8 @@ class Scheduler:
             sequence.published = i + 1
 
     def _needs(self, sequence: Sequence) -> int:
-        if not sequence.preemptible:
-            return self._blocks(sequence.prompt_len + sequence.max_tokens)
-        return self._blocks(len(sequence.token_ids))
+        longest = len(sequence.token_ids) if sequence.preemptible else sequence.prompt_len + sequence.max_tokens
+        return self._blocks(longest)
 
     def _blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
