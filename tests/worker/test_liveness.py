@@ -5,6 +5,7 @@ import asyncio
 import httpx
 import pytest
 
+from kvbelt.wire.health import Role
 from kvbelt.wire.ids import EngineId
 from kvbelt.worker.app import make_app
 from kvbelt.worker.service import Service, State
@@ -24,13 +25,11 @@ def asked(service, *paths):
 @pytest.mark.parametrize("state", [State.LOADING, State.DRAINING])
 def test_a_worker_that_loads_or_drains_is_alive_but_not_ready(state):
     """Liveness asks for /v1/models, readiness for /health."""
-    service = Service(role="decode", engine_id=EngineId("e"), model_name="m")
+    service = Service(role=Role.DECODE, engine_id=EngineId("e"), model_name="m")
     service.state = state
     assert asked(service, "/v1/models", "/metrics", "/health") == [200, 200, 503]
 
 
-def test_a_ready_worker_is_both():
-    """From then on requests are taken."""
-    service = Service(role="decode", engine_id=EngineId("e"), model_name="m")
-    service.state = State.READY
-    assert asked(service, "/v1/models", "/health") == [200, 200]
+def test_a_ready_worker_is_both(ready):
+    """A ready worker takes requests."""
+    assert asked(ready, "/v1/models", "/health") == [200, 200]
