@@ -1,4 +1,4 @@
-"""The seam between engine and belt: who is told what, and when blocks and slots are given back."""
+"""The adapters between engine and belt: their calls, and when blocks and slots are released."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -7,12 +7,12 @@ import pytest
 
 from kvbelt.engine.api import IncomingKVLostError
 from kvbelt.transfer.ports import SlotGoneError
-from kvbelt.worker.kv_seam import IncomingTransfer, OutgoingTransfer
+from kvbelt.worker.engine_adapter import IncomingTransfer, OutgoingTransfer
 
 
 @dataclass
 class Sent:
-    """A ``Sending`` that writes down what it is told."""
+    """A ``Sending`` that records its calls."""
 
     told: list[object] = field(default_factory=list)
     failure: str | None = None
@@ -65,7 +65,7 @@ class Received:
 
 
 class Begun:
-    """Begins ``sent``, and keeps what tells that the blocks are free."""
+    """Begins ``sent``, and keeps the callback for free blocks."""
 
     def __init__(self, sent: Sent) -> None:
         self.sent = sent
@@ -78,7 +78,7 @@ class Begun:
 
 
 def test_a_transfer_begins_with_its_first_block() -> None:
-    """Nobody is asked for room before the prompt has memory of its own; then once."""
+    """A slot is reserved once, after the prompt has its own memory."""
     begin = Begun(Sent())
     outgoing = OutgoingTransfer(begin)
     assert (begin.blocks_free, outgoing.failure) == ([], None)
@@ -98,7 +98,7 @@ def test_what_never_began_gives_its_blocks_back() -> None:
 
 
 def test_a_transfer_that_cannot_begin_is_refused() -> None:
-    """The caller's mistake is told to whoever asks for the transfer's state."""
+    """The caller's mistake appears as the transfer's failure."""
 
     def begin(_: Callable[[], None]) -> Sent:
         raise ValueError("this process has no buffer to send from")
@@ -113,8 +113,8 @@ def test_a_transfer_that_cannot_begin_is_refused() -> None:
 
 @pytest.mark.parametrize("free_first", [True, False])
 @pytest.mark.parametrize("complete", [True, False])
-def test_blocks_are_given_back_when_nobody_reads_them(free_first: bool, complete: bool) -> None:
-    """After the request's end and the belt's last look, whichever comes last; once."""
+def test_blocks_are_released_when_they_are_not_read_any_more(free_first: bool, complete: bool) -> None:
+    """They are released once, after both the request's end and the belt's last read."""
     begin, hold = Begun(Sent()), Held()
     outgoing = OutgoingTransfer(begin)
     outgoing.blocks_written(0, 0, [1], None)

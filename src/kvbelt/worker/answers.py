@@ -5,7 +5,7 @@ An answer's choices are numbered prompt by prompt: choice ``c`` of prompt ``p`` 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -17,14 +17,11 @@ DONE = b"data: [DONE]\n\n"
 
 
 def event(body: dict[str, Any]) -> bytes:
-    """One server-sent event."""
     return b"data: " + _encode(body) + b"\n\n"
 
 
 @dataclass(slots=True)
-class Choice:
-    """What one choice has produced so far."""
-
+class AnswerChoice:
     index: int
     prompt_token_ids: tuple[int, ...]
     text: str = ""
@@ -33,23 +30,30 @@ class Choice:
     last: Output | None = None
 
     def add(self, output: Output) -> None:
-        """Take in one step's output."""
         self.text += output.text
         self.token_ids.extend(output.token_ids)
         self.logprobs.extend(output.logprobs)
         self.last = output
 
 
-def usage_of(choices: Sequence[Choice], n: int) -> dict[str, int]:
-    """Token counts; a prompt with ``n`` choices is counted once."""
+def usage_of(choices: Sequence[AnswerChoice], n: int) -> dict[str, Any]:
+    """Token counts; a prompt with ``n`` choices is counted once, cached tokens as its first choice found them."""
     prompt = sum(len(choice.prompt_token_ids) for choice in choices[::n])
     completion = sum(len(choice.token_ids) for choice in choices)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    cached = sum(one.last.timing.cached_tokens for one in choices[::n] if one.last is not None and one.last.timing)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerShape:
-    """What every part of one answer has in common."""
+    """The common part of an answer's pieces. ``CHUNK`` is the ``object`` of a stream's events."""
+
+    CHUNK: ClassVar[str]
 
     answer_id: str
     created: int
@@ -61,8 +65,12 @@ class AnswerShape:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.answer_id, "object": kind, "created": self.created, "model": self.model}
 
-    def _chunk(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        chunk = {**self._head(kind), "choices": choices}
+    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
+        """The last event before ``[DONE]`` with ``include_usage``."""
+        return {**self._head(self.CHUNK), "choices": [], "usage": usage}
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        chunk = {**self._head(self.CHUNK), "choices": choices}
         if self.include_usage:
             chunk["usage"] = None
         return chunk
@@ -70,10 +78,10 @@ class AnswerShape:
 
 @dataclass(frozen=True, slots=True)
 class CompletionShape(AnswerShape):
-    """``text_completion``."""
+    CHUNK = "text_completion"
 
-    def whole(self, choices: Sequence[Choice], echoes: Sequence[str], usage: dict[str, int]) -> dict[str, Any]:
-        """The non-streaming answer; ``echoes`` has one text a choice."""
+    def whole(self, choices: Sequence[AnswerChoice], echoes: Sequence[str], usage: dict[str, Any]) -> dict[str, Any]:
+        """The answer in one piece; ``echoes`` has one text a choice."""
         bodies = []
         for choice, echo in zip(choices, echoes, strict=True):
             assert choice.last is not None
@@ -89,20 +97,15 @@ class CompletionShape(AnswerShape):
         if not echo:
             return []
         choice = {"index": index, "text": echo, "logprobs": None, "finish_reason": None}
-        return [self._chunk("text_completion", [choice])]
+        return [self._chunk([choice])]
 
-    def chunk(self, choice: Choice, output: Output) -> dict[str, Any]:
-        """One step's event; ``choice`` has taken the output in already."""
+    def chunk(self, choice: AnswerChoice, output: Output) -> dict[str, Any]:
         offset = len(choice.text) - len(output.text)
         body = self._choice(choice.index, output.text, output, output.logprobs, offset=offset)
         if self.wants_token_ids:
             body["prompt_token_ids"] = None
             body["token_ids"] = output.token_ids
-        return self._chunk("text_completion", [body])
-
-    def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
-        """The last event before ``[DONE]`` with ``include_usage``."""
-        return {**self._head("text_completion"), "choices": [], "usage": usage}
+        return self._chunk([body])
 
     def _choice(
         self, index: int, text: str, last: Output, logprobs: Sequence[TokenLogprob], *, offset: int
@@ -118,10 +121,9 @@ class CompletionShape(AnswerShape):
 
 @dataclass(frozen=True, slots=True)
 class ChatShape(AnswerShape):
-    """``chat.completion``."""
+    CHUNK = "chat.completion.chunk"
 
-    def whole(self, choices: Sequence[Choice], echoes: Sequence[str], usage: dict[str, int]) -> dict[str, Any]:
-        """The non-streaming answer (chat has no echo)."""
+    def whole(self, choices: Sequence[AnswerChoice], echoes: Sequence[str], usage: dict[str, Any]) -> dict[str, Any]:
         del echoes
         bodies: list[dict[str, Any]] = []
         for choice in choices:
@@ -142,14 +144,12 @@ class ChatShape(AnswerShape):
         return answer
 
     def opening(self, index: int, echo: str) -> list[dict[str, Any]]:
-        """The event that names the role."""
         del echo
         delta = {"role": "assistant", "content": ""}
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-        return [self._chunk("chat.completion.chunk", [choice])]
+        return [self._chunk([choice])]
 
-    def chunk(self, choice: Choice, output: Output) -> dict[str, Any]:
-        """One step's event; ``choice`` has taken the output in already."""
+    def chunk(self, choice: AnswerChoice, output: Output) -> dict[str, Any]:
         body: dict[str, Any] = {
             "index": choice.index,
             "delta": {"content": output.text} if output.text else {},
@@ -160,11 +160,7 @@ class ChatShape(AnswerShape):
             body["stop_reason"] = output.stop_reason
         if self.wants_token_ids:
             body["token_ids"] = output.token_ids
-        return self._chunk("chat.completion.chunk", [body])
-
-    def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
-        """The last event before ``[DONE]`` with ``include_usage``."""
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage}
+        return self._chunk([body])
 
 
 def _completion_logprobs(logprobs: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:

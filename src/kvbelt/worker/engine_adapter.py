@@ -1,7 +1,6 @@
-"""Where the engine's two KV seams meet the belt's two ends.
+"""Adapters between the engine and the belt: the engine has blocks and holds, the belt has sendings and received slots.
 
-The engine speaks of blocks and holds, the belt of sendings and received slots; each adapter here is the
-one record of one prompt's KV on its way, and knows who must be told when.
+Each adapter is the record of one prompt's KV on its way.
 """
 
 import threading
@@ -9,20 +8,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvbelt.engine.api import BlockHold, IncomingKVLostError
-from kvbelt.transfer.ports import ReceivedKV, Sending, SlotGoneError
+from kvbelt.transfer.ports import ReceivedKV, SlotGoneError
+from kvbelt.transfer.send.handle import Sending
 
 
 class OutgoingTransfer:
-    """A prompt's KV leaving: the engine's ``OutgoingKV``, over a ``Sending``.
+    """The KV of a prompt that is sent: the engine's ``OutgoingKV``, over a ``Sending``.
 
-    The transfer begins with the prompt's computation, not before: whoever asks a decode worker for room has its own
-    blocks already. So nobody has room there while it waits for blocks that wait for room.
+    The transfer begins with the prompt's computation, not before, so that a request which asks a decode worker for room
+    has its own blocks already. Otherwise two could wait for each other: one for blocks, the other for room.
 
-    Invariant: the hold is released exactly once, when the request has finished *and* the belt reads its
-    blocks no more, whichever comes last. The two come from different threads.
-
-    Args:
-        begin: begins the transfer; its argument is to be called once the belt reads the blocks no more.
+    Invariant: the hold is released exactly once, when the request has finished *and* the belt does not read its blocks
+    any more. The two events come from different threads, in any order. The belt calls ``begin``'s argument for its own.
     """
 
     def __init__(self, begin: Callable[[Callable[[], None]], Sending]) -> None:
@@ -35,17 +32,13 @@ class OutgoingTransfer:
 
     @property
     def failure(self) -> str | None:
-        """The reason, if the transfer has already failed."""
+        """Why the transfer has failed already, if it has."""
         if self._sending is None:
             return "refused" if self._refused else None
         return self._sending.failure
 
     def blocks_written(self, layer: int, first: int, block_ids: Sequence[int], ready: Any) -> None:
-        """Engine's thread: these blocks are final.
-
-        Raises:
-            ValueError: the transfer cannot begin, for this process does not send.
-        """
+        """Engine's thread: these blocks are final. Raises ValueError: this process does not send."""
         if self._sending is None:
             try:
                 self._sending = self._begin(self._on_blocks_free)
@@ -55,8 +48,8 @@ class OutgoingTransfer:
         self._sending.blocks_written(layer, first, block_ids, ready)
 
     def finished(self, hold: BlockHold, *, complete: bool) -> None:
-        """Engine's thread: the request has ended, its blocks are ours until the belt has read them."""
-        if self._sending is None:  # it never ran: nobody has heard of it, and nobody reads anything
+        """Engine's thread: the request has ended, and its blocks are held until the belt has read them."""
+        if self._sending is None:  # it never ran, so the belt reads nothing
             hold.release()
             return
         with self._lock:
@@ -70,7 +63,7 @@ class OutgoingTransfer:
             hold.release()
 
     def _on_blocks_free(self) -> None:
-        """Belt's thread: it reads the blocks no more."""
+        """Belt's thread: it does not read the blocks any more."""
         with self._lock:
             self._blocks_free = True
             hold = self._hold
@@ -79,7 +72,7 @@ class OutgoingTransfer:
 
 
 class IncomingTransfer:
-    """A prompt's KV arrived: the engine's ``IncomingKV``, over a ``ReceivedKV`` that ``users`` sequences share."""
+    """The KV of a prompt that has come: the engine's ``IncomingKV``, over a ``ReceivedKV`` of ``users`` sequences."""
 
     def __init__(self, received: ReceivedKV, users: int) -> None:
         self.num_tokens = received.num_tokens
@@ -89,18 +82,14 @@ class IncomingTransfer:
         self._lock = threading.Lock()
 
     def load(self, block_ids: Sequence[int], first: int) -> None:
-        """A loader's thread: copy the prompt's blocks from ``first`` on into these.
-
-        Raises:
-            IncomingKVLostError: the slot has expired meanwhile.
-        """
+        """Loader's thread: copy the blocks from ``first`` on. Raises IncomingKVLostError: the slot has expired."""
         try:
             self._received.scatter(block_ids, first)
         except SlotGoneError as error:
             raise IncomingKVLostError(str(error)) from error
 
     def release(self) -> None:
-        """One of the sequences needs it no more; the last one frees the slot. May wait for a load under way."""
+        """A sequence does not need it any more; the last one frees the slot. May wait for a load under way."""
         with self._lock:
             self._users -= 1
             last = self._users == 0

@@ -1,44 +1,36 @@
-"""One client request inside a worker: from token ids to the outputs of all its choices.
+"""One client request in a worker: from token ids to the outputs of all its choices.
 
-A request with P prompts and ``n`` choices is P·n sequences in the engine. On a prefill worker each prompt
-is one outgoing transfer; on a decode worker each prompt waits for one incoming transfer first, and computes
-the prompt itself if that does not come: the answer is the same, only its way differs.
+A request with P prompts and ``n`` choices is P·n sequences in the engine. On a prefill worker each prompt is one
+outgoing transfer. On a decode worker each prompt first waits for one incoming transfer; if that does not come, the
+worker computes the prompt itself, and the answer is the same.
 """
 
 import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
 from kvbelt.engine.api import FinishReason, GenerationRequest, InvalidRequestError, Output, SamplingParams
+from kvbelt.engine.engine import Engine
 from kvbelt.errors import RequestError
 from kvbelt.telemetry import get_logger
 from kvbelt.transfer.belt import Belt
-from kvbelt.transfer.ports import Lost, ReceivedKV, Sending, TransferOutcome
-from kvbelt.wire.handoff import DecodeHandoff, HandoffState, PrefillHandoff, prompt_transfer_id
-from kvbelt.wire.ids import TransferId
-from kvbelt.worker.kv_seam import IncomingTransfer, OutgoingTransfer
+from kvbelt.transfer.ports import Lost, ReceivedKV, TransferOutcome
+from kvbelt.transfer.send.handle import Sending
+from kvbelt.wire.handoff import DecodeHandoff, Handoff, HandoffState, PrefillHandoff, prompt_transfer_id
+from kvbelt.worker.callbacks import answer_of
+from kvbelt.worker.engine_adapter import IncomingTransfer, OutgoingTransfer
 from kvbelt.worker.prompts import Prompt
-from kvbelt.worker.requests import Handoff
 
 log = get_logger(__name__)
 
 
-class SubmitsSequences(Protocol):
-    """What a generation needs of an engine."""
-
-    def submit(self, request: GenerationRequest) -> None:
-        """Take a sequence. Raises InvalidRequestError."""
-
-    def abort(self, request_id: str) -> None:
-        """End a sequence now; unknown ids are ignored."""
-
-
 @dataclass(frozen=True, slots=True)
-class KVFate:
-    """What became of the KV that a decode request was promised."""
+class KVOutcome:
+    """What became of the KV that a decode request waited for."""
 
     received: bool
     reason: str  #: why not, low cardinality; ``""`` if received
@@ -46,17 +38,18 @@ class KVFate:
 
 
 class Generation:
-    """Runs the sequences of one request. Make it, ``start`` it, read ``outputs``, and ``cancel`` it in any case."""
+    """Runs the sequences of one request. ``start`` it, read ``outputs``, and call ``cancel`` in any case."""
 
     def __init__(
         self,
-        engine: SubmitsSequences,
+        engine: Engine,
         belt: Belt | None,
         *,
         request_id: str,
         prompts: Sequence[Prompt],
         samplings: Sequence[SamplingParams],
         handoff: Handoff | None,
+        itl_seconds: float | None,
     ) -> None:
         """``samplings`` has one entry a choice; prompts and choices multiply."""
         self._engine = engine
@@ -67,24 +60,21 @@ class Generation:
         self._prompts = prompts
         self._samplings = samplings
         self._handoff = handoff
+        self._itl_seconds = itl_seconds
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
         self._open: set[int] = set()  #: choices submitted and not finished
         self._outgoing: list[OutgoingTransfer] = []
         self._refused: str | None = None
-        self.kv_fate: KVFate | None = None
+        self.kv_outcome: KVOutcome | None = None
 
     async def start(self) -> None:
-        """Wait for promised KV, then submit every sequence.
-
-        Raises:
-            RequestError: 400, the engine can never serve it.
-        """
+        """Wait for promised KV, then submit every sequence. Raises RequestError 400: the engine can never serve it."""
         incoming: list[ReceivedKV | Lost | None] = [None] * len(self._prompts)
         if isinstance(self._handoff, DecodeHandoff):
             incoming = list(await self._receive(self._handoff))
         n = len(self._samplings)
-        seams = [IncomingTransfer(kv, n) if kv is not None and not isinstance(kv, Lost) else None for kv in incoming]
+        loads = [IncomingTransfer(kv, n) if kv is not None and not isinstance(kv, Lost) else None for kv in incoming]
         submitted = 0
         try:
             for number, prompt in enumerate(self._prompts):
@@ -97,10 +87,11 @@ class Generation:
                                 request_id=f"{self._name}/{index}",
                                 prompt_token_ids=prompt.token_ids,
                                 sampling=sampling,
-                                on_output=self._receiver_of(index),
-                                incoming=seams[number],
+                                on_output=partial(_deliver, self._loop, self._queue, index),
+                                incoming=loads[number],
                                 outgoing=outgoing,
                                 prefix=prompt.prefix,
+                                itl_seconds=self._itl_seconds,
                             )
                         )
                     except InvalidRequestError as error:
@@ -109,15 +100,11 @@ class Generation:
                     self._open.add(index)
         finally:
             for index in range(submitted, len(self._prompts) * n):
-                if (seam := seams[index // n]) is not None:
-                    seam.release()
+                if (load := loads[index // n]) is not None:
+                    load.release()
 
     async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
-        """Every output of every choice, as they come, each with its choice's index.
-
-        Raises:
-            RequestError: 500, the engine failed; 503, the worker is stopping.
-        """
+        """Outputs as they arrive, with their choice's index. Raises RequestError: 500, engine failed; 503, stopping."""
         while self._open:
             index, output = await self._queue.get()
             if output.finish_reason is not None:
@@ -129,22 +116,19 @@ class Generation:
             yield index, output
 
     def cancel(self) -> None:
-        """End what is still running. Harmless after the end."""
+        """End what still runs. Idempotent."""
         for index in self._open:
             self._engine.abort(f"{self._name}/{index}")
         self._open.clear()
 
     def handoff_state(self) -> HandoffState | None:
-        """For a prefill worker's answer: what became of the transfer so far."""
+        """The transfer so far, for a prefill worker's answer."""
         if not isinstance(self._handoff, PrefillHandoff):
             return None
         reason = self._refused or next((o.failure for o in self._outgoing if o.failure), None)
         if reason is not None:
             return HandoffState(transfer_id=self._handoff.transfer_id, state="failed", reason=reason)
         return HandoffState(transfer_id=self._handoff.transfer_id, state="open")
-
-    def _receiver_of(self, index: int) -> "_OutputSink":
-        return _OutputSink(self._loop, self._queue, index)
 
     def _send(self, number: int, prompt: Prompt) -> OutgoingTransfer | None:
         if not isinstance(self._handoff, PrefillHandoff):
@@ -155,7 +139,7 @@ class Generation:
         belt, given = self._belt, self._handoff
         transfer_id = prompt_transfer_id(given.transfer_id, number)
         deadline = time.monotonic() + given.deadline_seconds
-        # The block of the last token is not worth asking for: whoever decodes computes that token again.
+        # The block of the last token need not be asked for: the decode worker computes that token again.
         shareable = (len(prompt.token_ids) - 1) // belt.identity.layout.block_size
 
         def ended(outcome: TransferOutcome) -> None:
@@ -183,20 +167,17 @@ class Generation:
     async def _receive(self, handoff: DecodeHandoff) -> Sequence[ReceivedKV | Lost]:
         started = time.monotonic()
         if self._belt is None:
-            self.kv_fate = KVFate(False, "no_belt", 0.0)
+            self.kv_outcome = KVOutcome(False, "no_belt", 0.0)
             return [Lost("no_belt", "this worker has no belt")] * len(self._prompts)
-        waits = [
-            asyncio.ensure_future(
-                receive_one(self._belt, prompt_transfer_id(handoff.transfer_id, number), handoff.deadline_seconds)
-            )
-            for number in range(len(self._prompts))
-        ]
+        ids = [prompt_transfer_id(handoff.transfer_id, number) for number in range(len(self._prompts))]
+        asks = [partial(self._belt.receive, name, handoff.deadline_seconds) for name in ids]
+        waits = [asyncio.ensure_future(answer_of(ask, _release)) for ask in asks]
         try:
             arrived = await asyncio.gather(*waits)
         except asyncio.CancelledError:
             for wait in waits:
-                if wait.done() and not wait.cancelled() and not isinstance(kv := wait.result(), Lost):
-                    kv.release()
+                if wait.done() and not wait.cancelled():
+                    _release(wait.result())
             raise
         lost = [kv for kv in arrived if isinstance(kv, Lost)]
         for kv in lost:
@@ -207,44 +188,18 @@ class Generation:
                 reason=kv.reason,
                 detail=kv.detail,
             )
-        self.kv_fate = KVFate(not lost, lost[0].reason if lost else "", time.monotonic() - started)
+        self.kv_outcome = KVOutcome(not lost, lost[0].reason if lost else "", time.monotonic() - started)
         return arrived
 
 
-class _OutputSink:
-    """Takes one choice's outputs from the engine's thread to the request's queue on the event loop."""
-
-    __slots__ = ("_index", "_loop", "_queue")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, queue: "asyncio.Queue[tuple[int, Output]]", index: int) -> None:
-        self._loop, self._queue, self._index = loop, queue, index
-
-    def __call__(self, output: Output) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, (self._index, output))
-        except RuntimeError:  # the loop has closed: the process is ending and nobody waits for this
-            return
+def _release(kv: ReceivedKV | Lost) -> None:
+    if not isinstance(kv, Lost):
+        kv.release()
 
 
-async def receive_one(belt: Belt, transfer_id: TransferId, deadline_seconds: float) -> ReceivedKV | Lost:
-    """Wait for one transfer. Cancelling the wait gives the slot back."""
-    loop = asyncio.get_running_loop()
-    arrival: asyncio.Future[ReceivedKV | Lost] = loop.create_future()
-
-    def deliver(kv: ReceivedKV | Lost) -> None:
-        if not arrival.done():
-            arrival.set_result(kv)
-        elif not isinstance(kv, Lost):
-            kv.release()
-
-    def on_arrival(kv: ReceivedKV | Lost) -> None:
-        loop.call_soon_threadsafe(deliver, kv)
-
-    cancel = belt.receive(transfer_id, deadline_seconds, on_arrival)
-    try:
-        return await arrival
-    except asyncio.CancelledError:
-        cancel()
-        if arrival.done() and not arrival.cancelled() and not isinstance(kv := arrival.result(), Lost):
-            kv.release()
-        raise
+def _deliver(
+    loop: asyncio.AbstractEventLoop, queue: "asyncio.Queue[tuple[int, Output]]", index: int, output: Output
+) -> None:
+    """Engine's thread: hand an output of one choice to the request's queue on the event loop."""
+    with suppress(RuntimeError):  # the loop has closed: the process is ending
+        loop.call_soon_threadsafe(queue.put_nowait, (index, output))

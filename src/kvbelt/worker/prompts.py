@@ -1,7 +1,7 @@
-"""From texts and messages to token ids, and the names of their blocks. Runs off the event loop, on its own thread.
+"""Texts and messages as token ids, and the hashes of their blocks. Works on a separate thread.
 
-One thread, because a tokenizer is not promised to be safe on several, and because a long prompt
-must not hold up streaming, health or metrics.
+It is one thread, because a tokenizer may not be safe on several, and a long prompt must not delay streaming, health or
+metrics.
 """
 
 import asyncio
@@ -23,19 +23,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt."""
-
     token_ids: tuple[int, ...]
     prefix: PrefixHashes
 
 
 class Prompts:
-    """Turns requests into prompts.
-
-    Args:
-        tokenizer: the model's, with its chat template.
-        block_size: tokens of a block, which has a hash.
-    """
+    """Turns requests into prompts of blocks of ``block_size`` tokens. The tokenizer has the chat template."""
 
     def __init__(self, tokenizer: Any, block_size: int) -> None:
         self._tokenizer = tokenizer
@@ -43,28 +36,18 @@ class Prompts:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
     def close(self) -> None:
-        """End the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def of_completion(self, request: CompletionRequest) -> list[Prompt]:
-        """Each prompt, in order.
-
-        Raises:
-            RequestError: 400, the prompt is empty, of mixed kinds, or holds what is no token id.
-        """
+        """Each prompt, in order. Raises RequestError 400: one is empty, of mixed kinds, or has an invalid token id."""
         prompts, salt = split_prompts(request.prompt), request.cache_salt
         return await self._off_loop(lambda: [self._named(self._ids(prompt), salt) for prompt in prompts])
 
     async def of_chat(self, request: ChatRequest) -> Prompt:
-        """The rendered conversation.
-
-        Raises:
-            RequestError: 400, the model has no chat template, or the template refuses the messages.
-        """
+        """The rendered conversation. Raises RequestError 400: there is no chat template, or it refuses the messages."""
         return await self._off_loop(lambda: self._named(self._rendered(request), request.cache_salt))
 
     async def texts_of(self, prompts: Sequence[tuple[int, ...]]) -> list[str]:
-        """The prompts' texts, for ``echo``."""
         return await self._off_loop(
             lambda: [self._tokenizer.decode(list(ids), skip_special_tokens=True) for ids in prompts]
         )
@@ -76,7 +59,7 @@ class Prompts:
         try:
             hashes = block_hashes(token_ids, self._block_size, salt or "")
         except ValueError as error:
-            raise RequestError(f"the prompt holds what is no token id: {error}", param="prompt") from None
+            raise RequestError(f"the prompt holds an invalid token id: {error}", param="prompt") from None
         return Prompt(token_ids, PrefixHashes(root(salt or ""), hashes, chained))
 
     def _ids(self, prompt: str | list[int]) -> tuple[int, ...]:

@@ -1,44 +1,39 @@
-"""Client requests, parsed once at the wall.
+"""Client requests, parsed once.
 
-Field names, defaults and meaning are OpenAI's, and vLLM's where OpenAI has none. A field of the wrong type
-is an error that names it; a field nobody knows is ignored, as OpenAI's servers and clients expect; a known
-field that this engine cannot honour is refused rather than ignored.
+Field names, defaults and meaning are OpenAI's, and vLLM's where OpenAI has none. A field of the wrong type is an error
+that names it. An unknown field is ignored, as OpenAI's servers and clients expect. A known field that this engine
+cannot honour is refused.
 """
 
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from math import inf
+from typing import Annotated, Any, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from kvbelt.errors import RequestError
-from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff
+from kvbelt.wire.handoff import Handoff, handoff_of
 from kvbelt.wire.json_body import JsonDecoder
 
-#: What msgspec says of the place of an error: ``$.stop[...]`` → ``stop``.
+#: The place of an error in msgspec's text: ``$.stop[...]`` → ``stop``.
 _PLACE = re.compile(r" - at `\$\.?([^`\[.]*)[^`]*`$")
 
-#: Larger bodies are refused; a 1 M token prompt as ids has about 8 MB.
-MAX_BODY_BYTES = 32 * 1024 * 1024
+ITL_HEADER = "x-kvbelt-itl-ms"  #: the level between tokens that the proxy wants for a request
 
-#: OpenAI's limits.
-MAX_LOGPROBS = 20
-MAX_CHOICES = 128
-
-Handoff = PrefillHandoff | DecodeHandoff
+MAX_BODY_BYTES = 32 * 1024 * 1024  #: larger bodies are refused; a 1 M token prompt as ids has about 8 MB
+MAX_LOGPROBS = 20  #: OpenAI's limit
+MAX_CHOICES = 128  #: likewise
 
 T = TypeVar("T")
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
-    """``stream_options``."""
-
     include_usage: bool | None = False
 
 
 class _Common(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields that completions and chat share."""
-
     model: str | None = None
     max_tokens: int | None = None
     temperature: float | None = None
@@ -60,9 +55,9 @@ class _Common(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: dict[str, float] | None = None
     skip_special_tokens: bool = True
     return_token_ids: bool | None = False
-    cache_salt: str | None = None  #: blocks are shared between requests with the same one only
+    cache_salt: Annotated[str, Meta(min_length=1)] | None = None  #: only requests with the same one share blocks
     kv_transfer_params: dict[str, Any] | None = None
-    # Known, and refused unless they ask for nothing.
+    # Refused unless empty.
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: Any = None
@@ -73,8 +68,6 @@ class _Common(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CompletionRequest(_Common, frozen=True, kw_only=True):
-    """``POST /v1/completions``."""
-
     prompt: str | list[str | int | list[int]]
     echo: bool | None = False
     logprobs: int | None = None
@@ -93,9 +86,7 @@ class ChatMessage(msgspec.Struct, frozen=True):
 
 
 class ChatRequest(_Common, frozen=True, kw_only=True):
-    """``POST /v1/chat/completions``."""
-
-    messages: list[ChatMessage]
+    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = None
@@ -125,11 +116,7 @@ def _decode(decoder: JsonDecoder[T], body: bytes) -> T:
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
-    """Parse and check what does not need the model.
-
-    Raises:
-        RequestError: 400, with the field at fault.
-    """
+    """Check all that does not need the model. Raises RequestError 400, with the field at fault."""
     request = _decode(_completion, body)
     _check_common(request)
     if request.best_of not in (None, request.n or 1):
@@ -138,33 +125,18 @@ def parse_completion(body: bytes) -> CompletionRequest:
         )
     if request.suffix:
         raise RequestError("suffix is not supported; leave it out", param="suffix")
-    if request.logprobs is not None and not 0 <= request.logprobs <= MAX_LOGPROBS:
-        raise RequestError(
-            f"logprobs is {request.logprobs}; it must lie between 0 and {MAX_LOGPROBS}", param="logprobs"
-        )
+    _require_range("logprobs", request.logprobs, 0, MAX_LOGPROBS)
     if request.echo and request.logprobs is not None:
         raise RequestError("echo together with logprobs is not supported; leave one of them out", param="echo")
     return request
 
 
 def parse_chat(body: bytes) -> ChatRequest:
-    """Parse and check what does not need the model.
-
-    Raises:
-        RequestError: 400, with the field at fault.
-    """
     request = _decode(_chat, body)
     _check_common(request)
-    if not request.messages:
-        raise RequestError("messages is empty; send at least one message", param="messages")
-    if request.top_logprobs is not None:
-        if not 0 <= request.top_logprobs <= MAX_LOGPROBS:
-            raise RequestError(
-                f"top_logprobs is {request.top_logprobs}; it must lie between 0 and {MAX_LOGPROBS}",
-                param="top_logprobs",
-            )
-        if request.top_logprobs and not request.logprobs:
-            raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
+    _require_range("top_logprobs", request.top_logprobs, 0, MAX_LOGPROBS)
+    if request.top_logprobs and not request.logprobs:
+        raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
     if request.tools and request.tool_choice != "none":
         raise RequestError(
             "tools are not supported by the embedded engine; leave them out or send tool_choice 'none'", param="tools"
@@ -178,13 +150,15 @@ def parse_chat(body: bytes) -> ChatRequest:
     return request
 
 
+def _require_range(name: str, value: int | None, least: int, most: int) -> None:
+    if value is not None and not least <= value <= most:
+        raise RequestError(f"{name} is {value}; it must lie between {least} and {most}", param=name)
+
+
 def _check_common(request: _Common) -> None:
-    if request.n is not None and not 1 <= request.n <= MAX_CHOICES:
-        raise RequestError(f"n is {request.n}; it must lie between 1 and {MAX_CHOICES}", param="n")
+    _require_range("n", request.n, 1, MAX_CHOICES)
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options is only allowed with stream: true", param="stream_options")
-    if request.cache_salt == "":
-        raise RequestError("cache_salt is empty; give a text or leave it out", param="cache_salt")
     if request.response_format is not None and request.response_format.get("type") != "text":
         raise RequestError(
             f"response_format {request.response_format.get('type')!r} is not supported by the embedded engine; "
@@ -199,26 +173,30 @@ def _check_common(request: _Common) -> None:
 
 
 def parse_handoff(params: Mapping[str, Any] | None) -> Handoff | None:
-    """``kv_transfer_params`` of a request, as the proxy wrote it.
-
-    Raises:
-        RequestError: 400, it is neither a prefill nor a decode handoff.
-    """
+    """The proxy's ``kv_transfer_params``. Raises RequestError 400: they are no handoff."""
     if params is None:
         return None
-    shape: type[PrefillHandoff | DecodeHandoff] = PrefillHandoff if "receiver" in params else DecodeHandoff
     try:
-        return msgspec.convert(dict(params), shape)
+        return handoff_of(params)
     except msgspec.ValidationError as error:
         raise RequestError(f"kv_transfer_params is wrong: {error}", param="kv_transfer_params") from None
 
 
-def split_prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
-    """A request's prompts, each a text or a list of token ids.
+def parse_level(header: str | None) -> float | None:
+    """The header in seconds. Raises RequestError 400: it is no positive number."""
+    if header is None:
+        return None
+    try:
+        seconds = float(header) / 1e3
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < inf:
+        raise RequestError(f"{ITL_HEADER} is {header[:64]!r}; send milliseconds, more than 0", param=ITL_HEADER)
+    return seconds
 
-    Raises:
-        RequestError: 400, it is empty or mixes kinds.
-    """
+
+def split_prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
+    """The prompts, each a text or a list of token ids. Raises RequestError 400: empty, or of mixed kinds."""
     if isinstance(prompt, str):
         prompts: list[str | list[int]] = [prompt]
     elif not prompt:

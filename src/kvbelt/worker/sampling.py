@@ -1,24 +1,20 @@
-"""From a request's fields to the engine's sampling parameters. Ranges are the engine's to check, in one place."""
+"""A request's fields as the engine's sampling parameters. The engine checks their ranges."""
 
 from kvbelt.engine.api import SamplingParams
 from kvbelt.errors import RequestError
 from kvbelt.worker.requests import ChatRequest, CompletionRequest
 
-#: OpenAI's default for completions. Chat has none: it runs to the end of the context.
-DEFAULT_COMPLETION_TOKENS = 16
+DEFAULT_COMPLETION_TOKENS = 16  #: OpenAI's default; chat has none, and runs to the end of the context
+_MAX_ID_DIGITS = 20  #: more than any token id has; Python refuses to read thousands of digits
 
-#: A token id has fewer digits. Python refuses to read a number of thousands of them.
-_MAX_ID_DIGITS = 20
+_PASSED_ON = (
+    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "min_tokens",
+)  # fmt: skip
 
 
 def sampling_of(request: CompletionRequest | ChatRequest, choice: int) -> SamplingParams:
-    """The sampling parameters of choice number ``choice``.
-
-    Choice *i* of a seeded request is seeded with ``seed + i``, as in vLLM.
-
-    Raises:
-        RequestError: 400, ``logit_bias`` does not map token ids.
-    """
+    """Choice *i* of a seeded request has seed ``seed + i``, as in vLLM. Raises RequestError 400: bad ``logit_bias``."""
     chat = isinstance(request, ChatRequest)
     limit = request.max_tokens
     if isinstance(request, ChatRequest):
@@ -26,20 +22,7 @@ def sampling_of(request: CompletionRequest | ChatRequest, choice: int) -> Sampli
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
     else:
         logprobs = request.logprobs
-    given = {
-        name: value
-        for name in (
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "presence_penalty",
-            "frequency_penalty",
-            "repetition_penalty",
-            "min_tokens",
-        )
-        if (value := getattr(request, name)) is not None
-    }
+    given = {name: value for name in _PASSED_ON if (value := getattr(request, name)) is not None}
     return SamplingParams(
         **given,
         seed=None if request.seed is None else request.seed + choice,
