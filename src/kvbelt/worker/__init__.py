@@ -1,1 +1,1 @@
-"""One embedded worker process: the OpenAI API, the engine and the belt. The only room where they meet."""
+"""One embedded worker process: the OpenAI API, the engine and the belt. Only this package joins them."""

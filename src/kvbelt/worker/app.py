@@ -1,8 +1,8 @@
-"""The worker's HTTP face: OpenAI's endpoints, health and metrics, on Starlette.
+"""The worker's HTTP API on Starlette: OpenAI's endpoints, health and metrics.
 
-An answer's headers leave with the first output (or the error that came instead of it), so that an engine's
-refusal is an HTTP status and the headers can say what became of the request's KV. A client that goes away
-ends its generation at once, whether it was streaming, waiting or still being read.
+An answer's headers leave with the first output, or with the error that came instead of it. So an engine's refusal is an
+HTTP status, and the headers can say what became of the request's KV. A client that closes its connection ends its
+generation at once.
 """
 
 import asyncio
@@ -21,25 +21,26 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from kvbelt.engine.api import Output, SamplingParams
+from kvbelt.engine.api import Output
 from kvbelt.errors import RequestError
 from kvbelt.telemetry import get_logger
-from kvbelt.worker.answers import DONE, ChatShape, Choice, CompletionShape, event, usage_of
+from kvbelt.wire.api_error import error_body
+from kvbelt.wire.json_body import MessageError
+from kvbelt.wire.peers import PEERS_REQUEST
+from kvbelt.wire.probe import PROBE_REQUEST
+from kvbelt.worker.answers import DONE, AnswerChoice, ChatShape, CompletionShape, event, usage_of
 from kvbelt.worker.generation import Generation
+from kvbelt.worker.links import MAX_PEERS_BYTES, MAX_PROBE_BYTES, connect_peers, probe_link
 from kvbelt.worker.metrics import Gaps
-from kvbelt.worker.peers import MAX_BODY_BYTES as MAX_PEERS_BYTES
-from kvbelt.worker.peers import connect_peers, parse_peers
-from kvbelt.worker.probe import MAX_BODY_BYTES as MAX_PROBE_BYTES
-from kvbelt.worker.probe import parse_probe, probe_link
-from kvbelt.worker.prompts import Prompt
 from kvbelt.worker.requests import (
+    ITL_HEADER,
     MAX_BODY_BYTES,
     ChatRequest,
     CompletionRequest,
-    Handoff,
     parse_chat,
     parse_completion,
     parse_handoff,
+    parse_level,
 )
 from kvbelt.worker.sampling import sampling_of
 from kvbelt.worker.service import Service
@@ -50,15 +51,12 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
 
 
 def error_response(error: RequestError) -> Response:
-    """OpenAI's error shape."""
     headers = {"retry-after": "1"} if error.status == 503 else None
-    return Response(error_body(error), status_code=error.status, media_type="application/json", headers=headers)
+    return Response(_error_body(error), status_code=error.status, media_type="application/json", headers=headers)
 
 
-def error_body(error: RequestError) -> bytes:
-    """OpenAI's error object, as JSON."""
-    body = {"message": error.message, "type": error.kind, "param": error.param, "code": error.status}
-    return msgspec.json.encode({"error": body})
+def _error_body(error: RequestError) -> bytes:
+    return error_body(error.message, kind=error.kind, param=error.param, code=error.status)
 
 
 class _ClientGoneError(Exception):
@@ -93,7 +91,6 @@ class GenerateEndpoint:
         self._chat = chat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
         request_id = Request(scope).headers.get("x-request-id", "")
         if not _REQUEST_ID.match(request_id):
             request_id = uuid.uuid4().hex
@@ -128,6 +125,7 @@ class GenerateEndpoint:
         request = parse_chat(body) if self._chat else parse_completion(body)
         service.require_model(request.model)
         handoff = parse_handoff(request.kv_transfer_params)
+        itl_seconds = parse_level(Request(scope).headers.get(ITL_HEADER))
         samplings = [sampling_of(request, choice) for choice in range(request.n or 1)]
         if isinstance(request, ChatRequest):
             prompts = [await service.prompts.of_chat(request)]
@@ -136,9 +134,17 @@ class GenerateEndpoint:
         ids = [prompt.token_ids for prompt in prompts]
         service.require_room(max(map(len, ids)), samplings[0].max_tokens)
         shape = self._shape(request, request_id)
-        generation = self._generation(request_id, prompts, samplings, handoff)
+        generation = Generation(
+            service.engine,
+            service.belt,
+            request_id=request_id,
+            prompts=prompts,
+            samplings=samplings,
+            handoff=handoff,
+            itl_seconds=itl_seconds,
+        )
         try:
-            await generation.start()  # refuses ids that are none, which a tokenizer could not decode
+            await generation.start()  # refuses invalid token ids, which the tokenizer could not decode
             echoes = [""] * len(ids)
             if isinstance(request, CompletionRequest) and request.echo:
                 echoes = await service.prompts.texts_of(ids)
@@ -149,22 +155,6 @@ class GenerateEndpoint:
                 await (await run.whole())(scope, receive, send)
         finally:
             generation.cancel()
-
-    def _generation(
-        self,
-        request_id: str,
-        prompts: Sequence[Prompt],
-        samplings: Sequence[SamplingParams],
-        handoff: Handoff | None,
-    ) -> Generation:
-        return Generation(
-            self._service.engine,
-            self._service.belt,
-            request_id=request_id,
-            prompts=prompts,
-            samplings=samplings,
-            handoff=handoff,
-        )
 
     def _shape(self, request: CompletionRequest | ChatRequest, request_id: str) -> CompletionShape | ChatShape:
         make = ChatShape if isinstance(request, ChatRequest) else CompletionShape
@@ -181,8 +171,6 @@ class GenerateEndpoint:
 
 
 class _Run:
-    """Turns one generation's outputs into one answer."""
-
     def __init__(
         self,
         service: Service,
@@ -198,11 +186,10 @@ class _Run:
         self._shape = shape
         self._n = n
         self._echoes = [echo for echo in echoes for _ in range(n)]
-        self._choices = [Choice(i * n + c, prompt) for i, prompt in enumerate(prompts) for c in range(n)]
+        self._choices = [AnswerChoice(i * n + c, prompt) for i, prompt in enumerate(prompts) for c in range(n)]
         self._first: Output | None = None
 
     async def whole(self) -> Response:
-        """The non-streaming answer."""
         async for _ in self._outputs():
             pass
         usage = usage_of(self._choices, self._n)
@@ -228,7 +215,7 @@ class _Run:
                 tail = event(self._shape.usage_chunk(usage_of(self._choices, self._n)))
         except RequestError as error:
             log.error("stream failed", answer_id=self._shape.answer_id, reason=error.message)
-            tail = b"data: " + error_body(error) + b"\n\n"
+            tail = b"data: " + _error_body(error) + b"\n\n"
         await send({"type": "http.response.body", "body": tail + DONE})
 
     async def _outputs(self) -> AsyncIterator[tuple[int, Output]]:
@@ -236,8 +223,8 @@ class _Run:
         async for index, output in self._generation.outputs():
             if self._first is None:
                 self._first = output
-                fate = self._generation.kv_fate
-                times.first_output(output.timing, None if fate is None else fate.waited_seconds)
+                outcome = self._generation.kv_outcome
+                times.first_output(output.timing, None if outcome is None else outcome.waited_seconds)
             gaps.output(index)
             self._choices[index].add(output)
             yield index, output
@@ -258,9 +245,9 @@ class _Run:
         headers: dict[str, str] = {}
         if timing is not None:
             spans = {"queue": timing.queue, "load": timing.load, "prefill": timing.prefill}
-        if (fate := self._generation.kv_fate) is not None:
-            spans["kv"] = fate.waited_seconds
-            reason = fate.reason or (timing.lost if timing is not None else "aborted")
+        if (outcome := self._generation.kv_outcome) is not None:
+            spans["kv"] = outcome.waited_seconds
+            reason = outcome.reason or (timing.lost if timing is not None else "aborted")
             headers["x-kvbelt-kv"] = "received" if reason is None else f"recomputed; reason={reason}"
         headers["server-timing"] = ", ".join(f"{name};dur={seconds * 1e3:.3f}" for name, seconds in spans.items())
         return headers
@@ -271,60 +258,50 @@ async def _write(send: Send, body: bytes) -> None:
         await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
-async def _request_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestError)
-    return error_response(error)
+_ERRORS: tuple[Any, ...] = (RequestError, MessageError, HTTPException, _ClientGoneError, Exception)
 
 
-async def _client_gone(_: Request, __: Exception) -> Response:
-    return Response(status_code=400)  # nobody reads it
-
-
-async def _http_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return error_response(RequestError(str(error.detail), status=error.status_code))
-
-
-async def _internal_error(request: Request, error: Exception) -> Response:
+async def _on_error(request: Request, error: Exception) -> Response:
+    match error:
+        case RequestError():
+            return error_response(error)
+        case MessageError():
+            return error_response(RequestError(str(error)))
+        case HTTPException():
+            return error_response(RequestError(str(error.detail), status=error.status_code))
+        case _ClientGoneError():
+            return Response(status_code=400)  # no client reads it
     log.error("internal error", path=request.url.path, exc_info=error)
     return error_response(RequestError("internal error; see the worker's log", status=500, kind="internal_error"))
 
 
-_HANDLERS: dict[Any, Any] = {
-    RequestError: _request_error,
-    _ClientGoneError: _client_gone,
-    HTTPException: _http_error,
-    Exception: _internal_error,
-}
+def _json(body: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(body), status_code=status, media_type="application/json")
 
 
 def make_app(service: Service) -> Starlette:
-    """The ASGI application over one worker's parts."""
-
     async def health(_: Request) -> Response:
-        status, body = service.health()
-        return Response(msgspec.json.encode(body), status_code=status, media_type="application/json")
+        said = service.health()
+        return _json(said, 200 if said.status == "ok" else 503)
 
     async def models(_: Request) -> Response:
-        return Response(msgspec.json.encode(service.models()), media_type="application/json")
+        return _json(service.models())
 
     async def metrics(_: Request) -> Response:
         return Response(service.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def about(_: Request) -> Response:
-        return Response(msgspec.json.encode(service.about()), media_type="application/json")
+        return _json(service.about())
 
     async def peers(request: Request) -> Response:
         service.require_ready()
-        addresses = parse_peers(await _body_of(request.receive, MAX_PEERS_BYTES))
-        answer = await connect_peers(service.belt, addresses)
-        return Response(msgspec.json.encode(answer), media_type="application/json")
+        body = await _body_of(request.receive, MAX_PEERS_BYTES)
+        return _json(await connect_peers(service.belt, PEERS_REQUEST.parse(body, "the proxy")))
 
     async def probe(request: Request) -> Response:
         service.require_ready()
-        engine_id = parse_probe(await _body_of(request.receive, MAX_PROBE_BYTES))
-        answer = await probe_link(service.belt, engine_id, busy=service.busy())
-        return Response(msgspec.json.encode(answer), media_type="application/json")
+        asked = PROBE_REQUEST.parse(await _body_of(request.receive, MAX_PROBE_BYTES), "the caller")
+        return _json(await probe_link(service.belt, asked.engine_id, busy=service.busy()))
 
     return Starlette(
         routes=[
@@ -337,5 +314,5 @@ def make_app(service: Service) -> Starlette:
             Route("/kvbelt/probe", probe, methods=["POST"]),
             Route("/metrics", metrics, methods=["GET"]),
         ],
-        exception_handlers=_HANDLERS,
+        exception_handlers=dict.fromkeys(_ERRORS, _on_error),
     )

@@ -1,7 +1,7 @@
-"""The life of one worker process: listen, load, serve, drain, end.
+"""One worker process: listen, load, serve, drain, end.
 
-The HTTP port is taken first, so that a busy port is an error within a moment and not after the model has loaded,
-and so that ``/health`` can say ``loading``. The model loads off the event loop.
+The HTTP port is taken first, so that a busy port is an error at once and not after the model has loaded, and so that
+``/health`` can say ``loading``. The model loads off the event loop.
 """
 
 import asyncio
@@ -9,12 +9,15 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
 
 import uvicorn
 import uvloop
 
+from kvbelt.belt_setup import channel_for, make_belt, options_of
 from kvbelt.engine.api import ModelError
 from kvbelt.engine.engine import Engine
 from kvbelt.engine.settings import EngineSettings
@@ -23,16 +26,19 @@ from kvbelt.security.keys import new_engine_id
 from kvbelt.settings import WorkerSettings, keys_of
 from kvbelt.telemetry import configure_logging, get_logger
 from kvbelt.transfer.belt import Belt
-from kvbelt.worker.about import WorkerFacts
+from kvbelt.transfer.settings import BeltIdentity
+from kvbelt.wire.about import About
+from kvbelt.worker.about import about_worker, wire_layout
 from kvbelt.worker.app import make_app
-from kvbelt.worker.belt_setup import channel_for, make_belt
 from kvbelt.worker.prompts import Prompts
 from kvbelt.worker.service import Service, State
+from kvbelt.worker.steps import steps_of, tell_changes
 
 log = get_logger(__name__)
 
-#: Requests under way get this long to end when the process is told to stop.
-DRAIN_SECONDS = 2
+T = TypeVar("T")
+
+DRAIN_SECONDS = 2  #: for requests under way when the process is told to stop
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -48,55 +54,33 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _engine_settings(settings: WorkerSettings) -> EngineSettings:
-    """What the engine is built with.
-
-    Raises:
-        SettingsError: a value is out of range, or two of them do not fit together.
-    """
-    given: dict[str, Any] = {
-        "kv_bytes": None if settings.kv_gb is None else int(settings.kv_gb * 1e9),
-        "max_batch_tokens": settings.max_batch_tokens,
-        "max_running": settings.max_running,
-    }
+    names = (
+        "model_dir", "device", "dtype", "block_size", "max_model_len", "threads", "prefix_caching", "max_batch_tokens",
+        "max_running",
+    )  # fmt: skip
+    given: dict[str, Any] = {name: value for name in names if (value := getattr(settings, name)) is not None}
+    if settings.kv_gb is not None:
+        given["kv_bytes"] = int(settings.kv_gb * 1e9)
+    if settings.slo_itl_ms is not None:
+        given["itl_seconds"] = settings.slo_itl_ms / 1e3
     try:
-        return EngineSettings(
-            model_dir=settings.model_dir,
-            device=settings.device,
-            dtype=settings.dtype,
-            block_size=settings.block_size,
-            max_model_len=settings.max_model_len,
-            threads=settings.threads,
-            prefix_caching=settings.prefix_caching,
-            **{name: value for name, value in given.items() if value is not None},
-        )
+        return EngineSettings(**given)
     except ValueError as error:
         raise SettingsError(str(error)) from None
 
 
-def _on_daemon_thread(work: Callable[[], None]) -> "asyncio.Future[None]":
-    """Run on a thread that ends with the process: loading a model cannot be interrupted, and must not be waited for."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[None] = loop.create_future()
-
-    def finish(error: BaseException | None) -> None:
-        if done.cancelled():
-            return
-        if error is None:
-            done.set_result(None)
-        else:
-            done.set_exception(error)
+def _on_daemon_thread(work: Callable[[], T]) -> "asyncio.Future[T]":
+    """Run on a thread that ends with the process, because loading a model cannot be interrupted."""
+    done: Future[T] = Future()
 
     def run() -> None:
-        error: BaseException | None = None
         try:
-            work()
-        except BaseException as raised:  # noqa: BLE001 -- raised again where it is awaited
-            error = raised
-        with suppress(RuntimeError):  # the loop has closed: the process is ending
-            loop.call_soon_threadsafe(finish, error)
+            done.set_result(work())
+        except BaseException as error:  # noqa: BLE001 -- raised again where it is awaited
+            done.set_exception(error)
 
     threading.Thread(target=run, name="load", daemon=True).start()
-    return done
+    return asyncio.wrap_future(done)
 
 
 class _Server(uvicorn.Server):
@@ -104,20 +88,14 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave the signals alone."""
         yield
 
 
 class Worker:
-    """One worker process, from its settings."""
-
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
         self._engine_settings = _engine_settings(settings)
-        self._engine: Engine | None = None
-        self._belt: Belt | None = None
-        self._facts: WorkerFacts | None = None
-        self._prompts: Prompts | None = None
+        self._loaded: list[Engine | Belt | Prompts] = []  # in the order in which they are closed
         self._keys = keys_of(settings.belt, "the belt's settings") if settings.belt is not None else None
         self._service = Service(
             role=settings.role,
@@ -127,11 +105,7 @@ class Worker:
         )
 
     async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT.
-
-        Raises:
-            StartError: a port is taken or the model cannot be served.
-        """
+        """Serve until SIGTERM or SIGINT."""
         settings = self._settings
         listener = _listen(settings.host, settings.port)
         server = _Server(
@@ -153,66 +127,66 @@ class Worker:
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         loading = _on_daemon_thread(self._load)
         stopping = asyncio.create_task(stop.wait())
+        telling: asyncio.Task[None] | None = None
         try:
             first: set[asyncio.Future[Any]] = {loading, stopping, serving}
             await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
-                await loading
-                self._become_ready()
+                engine, belt, about = await loading
+                self._become_ready(engine, belt, about)
+                if belt is not None:
+                    telling = asyncio.create_task(tell_changes(partial(steps_of, engine), belt.tell))
                 await asyncio.wait(first - {loading}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._service.state = State.DRAINING
             stopping.cancel()
+            if telling is not None:
+                telling.cancel()
             server.should_exit = True
             await serving
             listener.close()
-            self._close()
+            for part in self._loaded:
+                part.close()
 
-    def _load(self) -> None:
+    def _load(self) -> tuple[Engine, Belt | None, Callable[[str], About]]:
         settings = self._settings
         log.info("loading", model=str(settings.model_dir), role=settings.role)
         try:
             engine = Engine(self._engine_settings)
         except ModelError as error:
             raise StartError(str(error)) from error
-        self._engine = engine
-        channel = None
+        # The engine is closed first: its thread may be in a forward pass that hands blocks to the belt.
+        self._loaded.append(engine)
+        channel, belt = None, None
         if settings.belt is not None:
             engine_id = self._service.engine_id
-            channel = channel_for(settings, settings.belt, engine_id)
-            self._belt = make_belt(
-                settings, settings.belt, self._keys, engine, channel, engine_id, self._service.model_name
+            options = options_of(settings.belt, settings.role, settings.host, self._keys)
+            channel = channel_for(options, engine_id, engine.pool.storage.device)
+            identity = BeltIdentity(
+                engine_id, options.role, self._service.model_name, engine.fingerprint, wire_layout(engine)
             )
-            self._belt.start()
-        self._facts = WorkerFacts(engine, self._belt, channel, settings.belt)
+            prefix = engine if settings.prefix_caching and options.receives else None
+            belt = make_belt(options, identity, channel, engine.pool.layers, prefix)
+            self._loaded.append(belt)
+            belt.start()
         engine.start()
+        return engine, belt, partial(about_worker, engine, belt, channel, settings.belt)
 
-    def _become_ready(self) -> None:
-        assert self._engine is not None
-        assert self._facts is not None
-        self._prompts = Prompts(self._engine.tokenizer, self._engine.layout.block_size)
-        self._service.become_ready(self._engine, self._prompts, self._belt, self._facts.about)
+    def _become_ready(self, engine: Engine, belt: Belt | None, about: Callable[[str], About]) -> None:
+        prompts = Prompts(engine.tokenizer, engine.layout.block_size)
+        self._loaded.append(prompts)
+        self._service.become_ready(engine, prompts, belt, about)
         log.info(
             "ready",
             role=self._settings.role,
             port=self._settings.port,
             engine_id=self._service.engine_id,
-            max_model_len=self._engine.max_model_len,
-            blocks=self._engine.load().blocks_total,
+            max_model_len=engine.max_model_len,
+            blocks=engine.load().blocks_total,
         )
-
-    def _close(self) -> None:
-        # The engine first: its thread may be inside a forward pass that hands blocks to the belt.
-        for part in (self._prompts, self._engine, self._belt):
-            if part is not None:
-                part.close()
 
 
 def run_worker(settings: WorkerSettings) -> None:
-    """Run one worker until it is told to stop. Its process may not end well by itself: see ``cli.py``.
-
-    Raises:
-        StartError: a port is taken or the model cannot be served.
-    """
+    """Run one worker until it is told to stop. Raises StartError: a port is taken or the model cannot be served."""
     configure_logging(json=settings.log_json)
     uvloop.run(Worker(settings).run())

@@ -1,0 +1,24 @@
+"""A worker's service over a real engine and a real belt."""
+
+import pytest
+from transformers import LlamaConfig
+
+from kvbelt.wire.health import Role
+from kvbelt.worker.prompts import Prompts
+from kvbelt.worker.service import Service
+from tests.channels.memory import MemoryChannel, MemoryNetwork
+from tests.engine.support import engine_of, save_model, small
+from tests.transfer.belts import Side
+
+
+@pytest.fixture
+def ready(tmp_path):
+    """A decode worker that takes requests."""
+    folder = save_model(tmp_path / "tiny", LlamaConfig(**small()))
+    channel = MemoryChannel("d", MemoryNetwork())
+    with engine_of(folder, max_model_len=32) as engine, Side("d", "decode", channel) as side:
+        service = Service(role=Role.DECODE, engine_id=side.belt.identity.engine_id, model_name="tiny")
+        prompts = Prompts(engine.tokenizer, engine.layout.block_size)
+        service.become_ready(engine, prompts, side.belt)
+        yield service
+        prompts.close()
