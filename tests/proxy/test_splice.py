@@ -1,4 +1,4 @@
-"""Bodies taken apart and put together are what a JSON parser would make of them."""
+"""Bodies that are taken apart and put together equal what a JSON parser gives."""
 
 import json
 
@@ -7,9 +7,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvbelt.errors import RequestError
-from kvbelt.proxy import splice
-from kvbelt.proxy.client_body import ClientBody
-from kvbelt.proxy.prefill_answer import PrefillAnswer
+from kvbelt.proxy.request import splice
+from kvbelt.proxy.request.body import ClientBody
+from kvbelt.proxy.request.prefill_answer import PrefillAnswer
 from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff, ReceiverAddress
 
 PREFILL = PrefillHandoff("t1", ReceiverAddress("e", "h", 1, 2), 5.0)
@@ -35,7 +35,7 @@ spacings = st.sampled_from([None, (",", ":"), (" , ", " : "), (",\n", ":\t")])
 
 
 def written(body, separators):
-    """As some client writes it."""
+    """A body as a client might write it."""
     return json.dumps(body, separators=separators, ensure_ascii=len(str(body)) % 2 == 0).encode()
 
 
@@ -45,7 +45,7 @@ def written(body, separators):
 @example(prompt="a", extra={"x": {"prompt": [1]}}, separators=None, limit=5)
 @example(prompt=[7], extra={"x": {"prompt": [1]}}, separators=(",", ":"), limit=5)
 def test_the_legs_bodies_are_the_clients_with_the_overrides(prompt, extra, separators, limit):
-    """Parsed, each leg's body equals the dictionary one would build by hand."""
+    """Each call's body equals the dictionary that one would build by hand."""
     request = {
         **extra, "prompt": prompt, "max_tokens": limit, "stream": True, "n": None, "min_tokens": 3, "temperature": 0,
         "stream_options": {"include_usage": True}, "logprobs": None, "kv_transfer_params": {"transfer_id": "stolen"},
@@ -66,7 +66,7 @@ def test_the_legs_bodies_are_the_clients_with_the_overrides(prompt, extra, separ
 
 
 def test_a_chat_leg_limits_tokens_by_both_names():
-    """max_completion_tokens counts where both are sent."""
+    """max_completion_tokens counts if both are sent."""
     body = {"messages": [{"role": "user", "content": "x"}], "max_completion_tokens": 9, "max_tokens": 5}
     client = ClientBody(json.dumps(body).encode(), chat=True)
     assert client.limit == 9
@@ -76,7 +76,7 @@ def test_a_chat_leg_limits_tokens_by_both_names():
 
 
 def test_a_name_sent_twice_counts_the_last_time():
-    """In every leg, as in the worker's parser."""
+    """The last value counts in every call, as in the worker's parser."""
     client = ClientBody(b'{"prompt":[1],"prompt":"b","max_tokens":3,"max_tokens":4}', chat=False)
     assert client.limit == 4
     assert json.loads(client.for_decode(DECODE))["prompt"] == "b"
@@ -95,7 +95,7 @@ def test_an_escaped_name_is_the_same_name():
     [("x", 1), ([1, 2], 1), (["a"], 1), (["a", "b"], 2), ([[1], [2]], 2), ([[1]], 1), ([], 1), ("", 1), (5, 1)],
 )
 def test_prompts_are_counted(prompt, count):
-    """One text or list of ids is one prompt; nonsense is left for the worker to refuse."""
+    """One text or list of ids is one prompt; the worker refuses anything else."""
     assert ClientBody(json.dumps({"prompt": prompt}).encode(), chat=False).num_prompts == count
 
 
@@ -110,7 +110,6 @@ def test_prompts_are_counted(prompt, count):
         (b'{"prompt": "x"} trailing', None),
         (b"{}", "prompt"),
         (b'{"prompt": "x", "max_tokens": "many"}', "max_tokens"),
-        (b'{"prompt": "x", "max_tokens": 0}', "max_tokens"),
         (b'{"prompt": "x", "max_tokens": -3}', "max_tokens"),
         (b'{"prompt": "x", "stream": "yes"}', "stream"),
         (b'{"prompt": "x", "stop": [5]}', "stop"),
@@ -119,7 +118,7 @@ def test_prompts_are_counted(prompt, count):
     ],
 )
 def test_a_wrong_body_is_refused_with_the_field_at_fault(body, param):
-    """400, naming the field where there is one."""
+    """The answer is 400 and names the field."""
     with pytest.raises(RequestError) as caught:
         ClientBody(body, chat=False)
     assert caught.value.status == 400
@@ -149,7 +148,7 @@ def test_cutting_a_list_and_putting_it_back_changes_nothing(ids, separators):
 
 @pytest.mark.parametrize("value", ['"a]b"', '["a]", 1]', "[[1]]", "[{}]", "null", "[1", '{"ids": [1]}'])
 def test_only_flat_lists_without_text_are_cut(value):
-    """Anything that could hide a bracket is left to the parser."""
+    """A value that could hide a bracket is left to the parser."""
     assert splice.cut_numbers(b'{"ids": ' + value.encode() + b"}", b"ids") is None
 
 
@@ -194,7 +193,7 @@ def test_a_first_token_that_cannot_be_shown_is_a_reason(choice, reason):
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b'{"id":1}', json.dumps(prefill_body() | {"choices": []}).encode()])
-def test_what_is_no_prefill_answer_is_an_error(body):
-    """A ValueError, for which the decode worker steps in."""
+def test_a_malformed_prefill_answer_is_an_error(body):
+    """A malformed answer raises ValueError."""
     with pytest.raises(ValueError):
         PrefillAnswer(body)

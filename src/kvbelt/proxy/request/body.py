@@ -1,7 +1,7 @@
-"""A client's request: parsed once, as far as a choice needs; and the bodies of the legs made from it.
+"""A client's request, parsed once as far as routing needs, and the bodies of the calls made from it.
 
-What a prompt or a message says is never decoded here. ``kv_transfer_params`` are the proxy's to write: a
-client's own are dropped, or it could name another request's KV.
+Prompts and messages are never decoded here. A client's own ``kv_transfer_params`` are dropped: it could name another
+request's KV.
 """
 
 from collections.abc import Mapping
@@ -9,14 +9,13 @@ from collections.abc import Mapping
 import msgspec
 
 from kvbelt.errors import RequestError
-from kvbelt.proxy import splice
-from kvbelt.routing.decider import BYTES_PER_TOKEN
-from kvbelt.routing.exactness import CARRIED
+from kvbelt.proxy.request import splice
+from kvbelt.routing.exactness import CARRIED, token_limit
 from kvbelt.routing.view import VIEWED, RequestView
 from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff
 from kvbelt.wire.json_body import JsonDecoder
 
-#: What the API promises where a completions client says nothing.
+#: The API's default for completions.
 COMPLETIONS_MAX_TOKENS = 16
 
 _NULL = b"null"
@@ -24,28 +23,28 @@ _HANDOFF = "kv_transfer_params"
 _view: JsonDecoder[RequestView] = JsonDecoder(RequestView)
 _encode = msgspec.json.Encoder().encode
 
-#: Left out of a prefill leg: replaced below, or about tokens that it does not make.
+#: Left out of a prefill call: replaced below, or about tokens that it does not generate.
 _NOT_FOR_PREFILL = frozenset(
     {
         "stream", "stream_options", "n", "best_of", "echo", "max_tokens", "max_completion_tokens", "min_tokens",
         "return_token_ids", "logprobs", "top_logprobs", "prompt_logprobs", _HANDOFF,
     }
 )  # fmt: skip
+#: The model, the salt, and what a chat template writes before the messages.
+_BESIDE_PROMPT = (
+    "model", "cache_salt", "tools", "functions", "documents", "chat_template", "chat_template_kwargs",
+    "add_special_tokens",
+)  # fmt: skip
+
 _ONE_TOKEN = b'"max_tokens":1,"n":1,"stream":false,"return_token_ids":true,"kv_transfer_params":'
 _ONE_CHAT_TOKEN = b'"max_completion_tokens":1,' + _ONE_TOKEN
 
 
 class ClientBody:
-    """One request's body."""
-
     __slots__ = ("_body", "_members", "_numbers", "chat", "names", "num_prompts", "view")
 
     def __init__(self, body: bytes, *, chat: bool) -> None:
-        """Parse.
-
-        Raises:
-            RequestError: 400; not UTF-8, not a JSON object, or a field of the wrong type.
-        """
+        """Parse. Raises RequestError: 400; not UTF-8, not a JSON object, or a field of the wrong type."""
         self.chat = chat
         self._body = body
         self._numbers: bytes | None = None
@@ -84,53 +83,63 @@ class ClientBody:
 
     def _check(self) -> None:
         needed = "messages" if self.chat else "prompt"
-        if needed not in self._members:
+        if needed not in self._members and "prompt_embeds" not in self.names:
             raise RequestError(f"{needed} is missing; send it", param=needed)
         for name in ("max_tokens", "max_completion_tokens"):
             limit = getattr(self.view, name)
-            if limit is not None and limit < 1:
-                raise RequestError(f"{name} is {limit}; it must be at least 1", param=name)
+            if limit is not None and limit < 0:
+                raise RequestError(f"{name} is {limit}; it must be at least 0", param=name)
         if self.view.stream_options is not None and not self.view.stream:
             raise RequestError("stream_options is only allowed with stream: true", param="stream_options")
 
     def _count_prompts(self) -> int:
         if self._numbers is not None:
             return 1
-        prompt = bytes(self._members["prompt"])
-        if not prompt.startswith(b"["):
+        prompt = self.prompt
+        if bytes(prompt[:1]) != b"[":
             return 1
-        # Texts, lists of ids, or something that a worker will refuse.
+        # Texts, lists of ids, or values that a worker refuses.
         items = msgspec.json.decode(prompt, type=list[msgspec.Raw])
         return len(items) if items and bytes(items[0])[:1] in (b'"', b"[") else 1
 
     @property
+    def why_whole(self) -> str | None:
+        """Why a worker is to answer all of it, of ``wire/reasons.py``; None: it may be split."""
+        view = self.view
+        if self.limit == 0:
+            return "no_tokens"
+        if view.prompt_logprobs is not None or (view.echo and view.logprobs is not None):
+            return "prompt_logprobs"  # a worker that is sent the prompt's KV does not compute them
+        return "no_prompt" if len(self.prompt) == len(_NULL) and bytes(self.prompt) == _NULL else None
+
+    @property
     def limit(self) -> int | None:
         """Tokens to generate; None: up to the model's context (chat only)."""
-        if not self.chat:
-            limit = self.view.max_tokens
-            return COMPLETIONS_MAX_TOKENS if limit is None else limit
-        view = self.view
-        return view.max_tokens if view.max_completion_tokens is None else view.max_completion_tokens
+        if self.chat:
+            return token_limit(self.view)
+        return COMPLETIONS_MAX_TOKENS if self.view.max_tokens is None else self.view.max_tokens
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with a usage event."""
         options = self.view.stream_options
         return bool(options and options.include_usage)
 
-    def estimated_prompt_tokens(self) -> int:
-        """For a threshold: exact for token ids, a rule of thumb for text."""
-        if self._numbers is not None:
-            return self._numbers.count(b",") + 1
-        return len(memoryview(self._members["messages" if self.chat else "prompt"])) // BYTES_PER_TOKEN
+    @property
+    def prompt(self) -> memoryview:
+        """The prompt or the messages, as JSON."""
+        return memoryview(self._members.get("messages" if self.chat else "prompt", _NULL))
+
+    @property
+    def beside_prompt(self) -> bytes:
+        """What must be equal, too, before a worker shares KV between two prompts."""
+        return b"\n".join(self._members[name] for name in _BESIDE_PROMPT if name in self.names)
 
     def excerpt(self, characters: int) -> str:
-        """The beginning of the prompt or the messages, as JSON."""
-        said = memoryview(self._members["messages" if self.chat else "prompt"])
+        """The beginning of the prompt."""
         # A character is at most four bytes; the cut may go through one.
-        return bytes(said[: 4 * characters]).decode("utf-8", "ignore")[:characters]
+        return bytes(self.prompt[: 4 * characters]).decode("utf-8", "ignore")[:characters]
 
-    # The legs' bodies
+    # The bodies of the calls
 
     def plain(self) -> bytes:
         """The client's own body."""
@@ -139,7 +148,7 @@ class ClientBody:
         return splice.object_of({name: value for name, value in self._members.items() if name != _HANDOFF})
 
     def for_prefill(self, handoff: PrefillHandoff) -> bytes:
-        """One token, with its ids, and the KV to the receiver."""
+        """A prefill call: one token with its ids, and the KV to the receiver."""
         kept = {name: value for name, value in self._members.items() if name not in _NOT_FOR_PREFILL}
         if self.view.min_tokens:
             kept["min_tokens"] = b"1"
@@ -160,8 +169,8 @@ class ClientBody:
         Args:
             prompt_token_ids: the prompt's ids as a JSON list.
             first_token_id: the id that the client already has.
-            max_tokens: how many more.
-            handoff: the KV's name; None if it is lost and the worker is to compute it.
+            max_tokens: the tokens that may follow.
+            handoff: the KV's name; None if it is lost, so that the worker computes it.
         """
         kept = {name: value for name, value in self._members.items() if name in CARRIED}
         kept["max_tokens"] = b"%d" % max_tokens

@@ -1,7 +1,6 @@
-"""OpenAI's answer shapes, for what the proxy says itself: first events, re-wrapped events, merged answers, errors.
+"""OpenAI's answer shapes for what the proxy writes itself: first events, re-wrapped events, merged answers, errors.
 
-Shapes are the workers' own (as one server would have sent them). Text stays raw JSON wherever it only passes
-through.
+Shapes are those of one server's answer. Text that is only passed on stays raw JSON.
 """
 
 import re
@@ -9,11 +8,12 @@ from typing import Any
 
 import msgspec
 
-from kvbelt.proxy.prefill_answer import PrefillAnswer, count_of
+from kvbelt.proxy.request import splice
+from kvbelt.proxy.request.prefill_answer import Members, PrefillAnswer
+from kvbelt.proxy.request.usage import DETAILS, count_of
 from kvbelt.wire.json_body import JsonDecoder
 
 DONE = b"data: [DONE]\n\n"
-JSON = (b"content-type", b"application/json")
 EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")
 
 _encode = msgspec.json.Encoder().encode
@@ -22,22 +22,17 @@ _CREATED = re.compile(rb'"created"\s*:\s*(\d+)')
 _NULL = msgspec.Raw(b"null")
 
 
-def error_body(
-    message: str,
-    *,
-    kind: str = "invalid_request_error",
-    param: str | None = None,
-    code: int | str | None = None,
-    reason: str | None = None,
-) -> bytes:
-    """OpenAI's error object. ``reason``, of ``wire/reasons.py``, is ours, and there only where it says something."""
-    error = {"message": message, "type": kind, "param": param, "code": code}
-    return _encode({"error": error if reason is None else error | {"reason": reason}})
-
-
 def error_event(body: bytes) -> bytes:
     """An error inside a stream, and the end of the stream. ``body`` is an error object."""
     return b"data: " + body.replace(b"\n", b" ") + b"\n\n" + DONE
+
+
+def _fingerprint(value: bytes) -> bytes:
+    return b"" if value == b"null" else b',"system_fingerprint":%b' % value
+
+
+def excerpt(body: bytes) -> str:
+    return body[:200].decode("utf-8", "replace")
 
 
 class _Choice(msgspec.Struct, frozen=True):
@@ -51,6 +46,7 @@ class _Event(msgspec.Struct, frozen=True):
     choices: list[_Choice] = []
     usage: dict[str, Any] | None = None
     error: msgspec.Raw = _NULL
+    system_fingerprint: msgspec.Raw = _NULL
 
 
 class _Continuation(msgspec.Struct, frozen=True):
@@ -69,11 +65,11 @@ _event: JsonDecoder[_Event] = JsonDecoder(_Event)
 _continuation: JsonDecoder[_Continuation] = JsonDecoder(_Continuation)
 
 
-class Seam:
-    """Joins a prefill worker's first token and a decode worker's continuation into one answer.
+class FirstTokenMerger:
+    """Merges a prefill worker's first token and a decode worker's continuation into one answer.
 
     Args:
-        first: the prefill leg's answer.
+        first: the prefill worker's answer.
         chat: whether the client asked for a chat completion.
         include_usage: whether its stream ends with a usage event.
         token_ids: whether it asked for token ids.
@@ -86,7 +82,7 @@ class Seam:
         self._chat = chat
         self._include_usage = include_usage
         self._token_ids = token_ids
-        self._created: bytes | None = None  # the decode worker's, once seen, if it is another
+        self._created: bytes | None = None  # the decode worker's creation time, if it differs; b"": it does not
         kind = b"chat.completion.chunk" if chat else b"text_completion"
         self._fields = b'{"id":%b,"object":"%b","created":%d,"model":%b,"choices":[' % (
             _encode(first.id), kind, first.created, _encode(first.model),
@@ -95,30 +91,35 @@ class Seam:
     # Streaming
 
     def opening(self, finish_reason: str | None) -> bytes:
-        """The first token's events; ``finish_reason`` if it is also the last."""
-        first = self._first
-        events = b""
+        """The first token's events, with the ``finish_reason`` if it is also the last token."""
+        first, events = self._first, b""
+        prompt_ids = (self._token_ids and first.prompt_token_ids) or b"null"
         if self._chat:
             role = b'{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
-            events = self._chunk(role)
-        return events + self._chunk(
-            self._choice(
-                _encode(first.text),
-                _encode(finish_reason),
-                first.stop_reason if finish_reason == "stop" else b"null",
-                b"[%d]" % (first.token_id or 0),
-            )
+            events = self._chunk(role, b',"prompt_token_ids":%b' % prompt_ids if first.writes_nulls else b"")
+            if first.has_prompt_text:
+                events = events[:-3] + b',"prompt_text":null}\n\n'
+        choice = self._choice(
+            _encode(first.text),
+            _encode(finish_reason),
+            first.stop_reason if finish_reason == "stop" else b"null",
+            b"[%d]" % (first.token_id or 0),
+            prompt_ids if first.writes_nulls else b"null",
         )
+        last = finish_reason is not None and not self._include_usage
+        return events + self._chunk(choice, _fingerprint(first.fingerprint) if last else b"")
 
-    def ending(self, completion_tokens: int = 1) -> bytes:
-        """Usage if it was asked for, and the end: for a stream that no decode worker continues."""
-        return (self._usage_chunk({"completion_tokens": completion_tokens}) if self._include_usage else b"") + DONE
+    def ending(self) -> bytes:
+        """The usage, if it was asked for, and the end of a stream that no decode worker continues."""
+        if not self._include_usage:
+            return DONE
+        return self._usage_chunk({"completion_tokens": 1}, fingerprint=self._first.fingerprint) + DONE
 
     def relayed(self, events: bytes) -> bytes:
-        """Whole events of the decode worker, as the client is to see them.
+        """Whole events of the decode worker, in the client's shape.
 
         Raises:
-            ValueError: one of them is not a completion's.
+            ValueError: an event is not a completion's.
         """
         if self._chat or self._token_ids:
             return b"".join(map(self._rewrapped, events.split(b"\n\n")[:-1]))
@@ -142,29 +143,37 @@ class Seam:
         if bytes(parsed.error) != b"null":
             return event + b"\n\n"
         if parsed.usage is not None and not parsed.choices:
-            return self._usage_chunk(parsed.usage, extra=1)
+            return self._usage_chunk(parsed.usage, extra=1, fingerprint=bytes(parsed.system_fingerprint))
+        more = _fingerprint(bytes(parsed.system_fingerprint))
         return b"".join(
-            self._chunk(self._choice(*(bytes(raw) for raw in (c.text, c.finish_reason, c.stop_reason, c.token_ids))))
+            self._chunk(
+                self._choice(*(bytes(raw) for raw in (c.text, c.finish_reason, c.stop_reason, c.token_ids))), more
+            )
             for c in parsed.choices
         )
 
-    def _choice(self, text: bytes, finish_reason: bytes, stop_reason: bytes, token_ids: bytes) -> bytes:
+    def _choice(
+        self, text: bytes, finish_reason: bytes, stop_reason: bytes, token_ids: bytes, prompt_ids: bytes = b"null"
+    ) -> bytes:
+        nulls = self._first.writes_nulls
+        shown = token_ids if self._token_ids else b"null" if nulls else None
         if self._chat:
-            delta = b'{"content":%b}' % text if text != b'""' else b"{}"
+            delta = b'{"content":%b}' % text if nulls or text != b'""' else b"{}"
             stop = b"" if finish_reason == b"null" else b',"stop_reason":%b' % stop_reason
-            ids = b',"token_ids":%b' % token_ids if self._token_ids else b""
+            ids = b"" if shown is None else b',"token_ids":%b' % shown
             return b'{"index":0,"delta":%b,"logprobs":null,"finish_reason":%b%b%b}' % (delta, finish_reason, stop, ids)
-        ids = b',"prompt_token_ids":null,"token_ids":%b' % token_ids if self._token_ids else b""
+        ids = b"" if shown is None else b',"prompt_token_ids":%b,"token_ids":%b' % (prompt_ids, shown)
         return b'{"index":0,"text":%b,"logprobs":null,"finish_reason":%b,"stop_reason":%b%b}' % (
             text, finish_reason, stop_reason, ids,
         )  # fmt: skip
 
-    def _chunk(self, choice: bytes) -> bytes:
-        usage = b',"usage":null' if self._include_usage else b""
-        return b"data: " + self._fields + choice + b"]" + usage + b"}\n\n"
+    def _chunk(self, choice: bytes, more: bytes = b"") -> bytes:
+        usage = b',"usage":null' if self._include_usage and not self._first.writes_nulls else b""
+        return b"data: " + self._fields + choice + b"]" + usage + more + b"}\n\n"
 
-    def _usage_chunk(self, usage: dict[str, Any], *, extra: int = 0) -> bytes:
-        return b"data: " + self._fields + b'],"usage":' + _encode(self._usage(usage, extra)) + b"}\n\n"
+    def _usage_chunk(self, usage: dict[str, Any], *, extra: int = 0, fingerprint: bytes = b"null") -> bytes:
+        counts = {name: value for name, value in self._usage(usage, extra).items() if value is not None}
+        return b"".join((b"data: ", self._fields, b'],"usage":', _encode(counts), _fingerprint(fingerprint), b"}\n\n"))
 
     # Whole answers
 
@@ -175,6 +184,8 @@ class Seam:
             ValueError: the continuation is not a completion (msgspec's errors are ValueErrors).
         """
         first = self._first
+        # What the two do not tell together is the prefill worker's: it answered the client's own request.
+        answer, choice, message = first.members()
         text, ids = first.text, [first.token_id]
         stop_reason = first.stop_reason if finish_reason == "stop" else b"null"
         usage = self._usage({"completion_tokens": 1}, 0)
@@ -182,27 +193,33 @@ class Seam:
             parsed = _continuation.decode(continuation)
             if not parsed.choices:
                 raise ValueError("an answer without a choice")
-            choice = parsed.choices[0]
-            text += choice.text
-            ids += choice.token_ids or []
-            finish_reason, stop_reason = choice.finish_reason, bytes(choice.stop_reason)
+            more = parsed.choices[0]
+            text += more.text
+            ids += more.token_ids or []
+            finish_reason, stop_reason = more.finish_reason, bytes(more.stop_reason)
             usage = self._usage(parsed.usage, 1)
-        body: dict[str, Any] = {"index": 0}
         if self._chat:
-            body["message"] = {"role": "assistant", "content": text}
+            message["content"] = _encode(text)
+            choice["message"] = splice.object_of(message)
         else:
-            body["text"] = text
-        body |= {"logprobs": None, "finish_reason": finish_reason, "stop_reason": msgspec.Raw(stop_reason)}
-        prompt_ids = {"prompt_token_ids": msgspec.Raw(first.prompt_token_ids or b"null")} if self._token_ids else {}
-        if self._token_ids:
-            body["token_ids"] = ids
-        kind = "chat.completion" if self._chat else "text_completion"
-        answer: dict[str, Any] = {"id": first.id, "object": kind, "created": first.created, "model": first.model}
-        if self._chat:
-            answer |= {"choices": [body], "usage": usage} | prompt_ids
+            choice["text"] = _encode(text)
+        choice |= {"finish_reason": _encode(finish_reason), "stop_reason": stop_reason}
+        asked = self._token_ids
+        self._set(choice, "token_ids", _encode(ids) if asked else None)
+        prompt_ids = first.prompt_token_ids or b"null"
+        self._set(answer if self._chat else choice, "prompt_token_ids", prompt_ids if asked else None)
+        self._set(answer, "kv_transfer_params", None)
+        answer |= {"choices": b"[" + splice.object_of(choice) + b"]", "usage": _encode(usage)}
+        return splice.object_of(answer)
+
+    def _set(self, members: Members, name: str, value: bytes | None) -> None:
+        """Set a member, or what such a worker writes of it without a value."""
+        if value is not None:
+            members[name] = value
+        elif self._first.writes_nulls and name in members:
+            members[name] = b"null"
         else:
-            answer |= {"choices": [body | prompt_ids], "usage": usage}
-        return _encode(answer)
+            members.pop(name, None)
 
     def _usage(self, usage: dict[str, Any], extra: int) -> dict[str, Any]:
         # The prompt's counts, its cached tokens included, are the prefill worker's; the rest is the decode worker's.
@@ -211,6 +228,6 @@ class Seam:
         counts["prompt_tokens"] = self._first.prompt_tokens
         counts["completion_tokens"] = completion
         counts["total_tokens"] = self._first.prompt_tokens + completion
-        if "prompt_tokens_details" in self._first.usage:
-            counts["prompt_tokens_details"] = self._first.usage["prompt_tokens_details"]
+        if DETAILS in counts:
+            counts[DETAILS] = self._first.usage.get(DETAILS)
         return counts
