@@ -1,0 +1,1 @@
+"""The workers this proxy knows: health, warm-up, discovery."""
