@@ -5,8 +5,10 @@ import pytest
 from kvbelt.http import Pool
 from kvbelt.proxy import Address, Proxy, ProxySettings
 from kvbelt.proxy.context import Context
-from kvbelt.proxy.discovery import Discovery, resolve
-from kvbelt.routing.endpoint import Role, Standing
+from kvbelt.proxy.workers.discovery import Discovery, resolve
+from kvbelt.routing.endpoint import Standing
+from kvbelt.routing.placement import Mode
+from kvbelt.wire.health import Role
 from tests.http.support import async_test, eventually
 from tests.proxy.standin import Standin
 
@@ -51,13 +53,13 @@ class Looking:
         await self.fleet.close()
 
     def hosts(self, role):
-        """Who is there."""
+        """The hosts of the workers of one role."""
         return {worker.address.host for worker in self.fleet.of(role)}
 
 
 @async_test
 async def test_each_address_of_a_name_is_a_worker():
-    """And those that come later join."""
+    """Addresses that DNS adds later join."""
     names = Names(prefill=["127.0.0.1"], decode=["127.0.0.1", "127.0.0.2"])
     async with Looking(names, 7) as looking:
         assert looking.hosts(Role.PREFILL) == {"127.0.0.1"}
@@ -68,8 +70,8 @@ async def test_each_address_of_a_name_is_a_worker():
 
 
 @async_test
-async def test_whoever_is_not_named_any_more_leaves_when_nobody_needs_it():
-    """As an operator's removal does."""
+async def test_a_worker_without_an_address_leaves_when_no_request_needs_it():
+    """It leaves like a worker that an operator removes."""
     names = Names(prefill=[], decode=["127.0.0.1", "127.0.0.2"])
     async with Looking(names, 7) as looking:
         (needed,) = (worker for worker in looking.fleet if worker.address.host == "127.0.0.2")
@@ -77,13 +79,13 @@ async def test_whoever_is_not_named_any_more_leaves_when_nobody_needs_it():
         names.addresses["decode"] = ["127.0.0.1"]
         await looking.discovery.refresh()
         assert needed.endpoint.standing is Standing.LEAVING
-        needed.let_go()
+        needed.release()
         assert looking.hosts(Role.DECODE) == {"127.0.0.1"}
 
 
 @async_test
-async def test_whoever_was_gone_for_a_moment_stays():
-    """If it is named again before it has left."""
+async def test_a_worker_whose_address_was_missing_for_a_moment_stays():
+    """A leaving worker is active again if DNS names it before it has left."""
     names = Names(prefill=[], decode=["127.0.0.1"])
     async with Looking(names, 7) as looking:
         (worker,) = looking.fleet
@@ -96,8 +98,8 @@ async def test_whoever_was_gone_for_a_moment_stays():
 
 
 @async_test
-async def test_no_answer_sends_no_healthy_worker_away():
-    """Only those that do not serve, for nobody knows whether they come back."""
+async def test_without_an_answer_no_healthy_worker_leaves():
+    """If DNS fails, only lost workers leave."""
     standin = Standin("decode", engine_id="d0")
     await standin.start()
     names = Names(prefill=[], decode=["127.0.0.1", "127.0.0.9"])
@@ -115,20 +117,19 @@ async def test_no_answer_sends_no_healthy_worker_away():
 
 @async_test
 async def test_an_operators_workers_are_left_alone():
-    """No name need lead to them; nor is a drained one used again."""
+    """A worker that DNS does not name stays if an operator added it. A drained worker stays drained."""
     names = Names(prefill=[], decode=["127.0.0.1"])
     async with Looking(names, 7) as looking:
         added = looking.fleet.add(Role.DECODE, Address("127.0.0.8", 7))
         (named,) = (worker for worker in looking.fleet if worker is not added)
-        named.stand(Standing.DRAINING)
+        named.set_standing(Standing.DRAINING)
         await looking.discovery.refresh()
         assert looking.hosts(Role.DECODE) == {"127.0.0.1", "127.0.0.8"}
         assert named.endpoint.standing is Standing.DRAINING
 
 
 @async_test
-async def test_a_name_without_an_address_is_said_once(caplog):
-    """Not at each look."""
+async def test_a_name_without_an_address_is_logged_once(caplog):
     names = Names(prefill=OSError("no such name"), decode=["127.0.0.1"])
     async with Looking(names, 7) as looking:
         await looking.discovery.refresh()
@@ -138,20 +139,21 @@ async def test_a_name_without_an_address_is_said_once(caplog):
 
 @async_test
 async def test_real_names_are_looked_up():
-    """By the system's resolver."""
+    """The system's resolver finds a name or raises OSError."""
     assert set(await resolve("localhost", 80)) & {"127.0.0.1", "::1"}
     with pytest.raises(OSError, match=r"no-such-host|not known|resolution"):
         await resolve("no-such-host.invalid", 80)
 
 
 @async_test
-async def test_a_proxy_serves_with_workers_that_it_was_told_only_the_names_of():
-    """Found, connected, and asked like any others."""
+async def test_a_proxy_serves_with_workers_that_it_has_only_names_of():
+    """It finds and connects them, and sends them requests."""
     standins = [Standin("prefill", engine_id="p0"), Standin("decode", engine_id="d0")]
     for standin in standins:
         await standin.start()
     prefill, decode = ((Address("localhost", standin.port),) for standin in standins)
-    proxy = Proxy(ProxySettings(prefill=prefill, decode=decode, port=0, discover=True, drain_seconds=0.05, **SETTINGS))
+    more = {"discover": True, "drain_seconds": 0.05, "placement": Mode.SPLIT} | SETTINGS
+    proxy = Proxy(ProxySettings(prefill=prefill, decode=decode, port=0, **more))
     await proxy.start()
     pool = Pool("127.0.0.1", proxy.port)
     try:

@@ -1,8 +1,8 @@
-"""Prefill workers are told of decode workers before the first request; nobody waits for it for long."""
+"""Pairs are connected before the first request, and no worker waits long for its connections."""
 
 import asyncio
 
-from kvbelt.proxy import warming
+from kvbelt.proxy.workers import warm_up as warming
 from tests.proxy.support import Deployment, async_test, eventually, generated
 
 BODY = {"prompt": "hello", "max_tokens": 6, "temperature": 0}
@@ -11,7 +11,7 @@ REFUSAL = {"state": "failed", "reason": "refused_dtype", "detail": "dtype is flo
 
 
 async def pairs(deployment):
-    """What the proxy says of its pairs: (prefill, decode) ports to (state, reason, detail)."""
+    """The proxy's pairs: (prefill, decode) ports to (state, reason, detail)."""
     said = (await deployment.get("/kvbelt/workers")).json["pairs"]
     ports = [tuple(int(pair[role].rpartition(":")[2]) for role in ("prefill", "decode")) for pair in said]
     return {key: (pair["state"], pair["reason"], pair["detail"]) for key, pair in zip(ports, said, strict=True)}
@@ -19,7 +19,7 @@ async def pairs(deployment):
 
 @async_test
 async def test_every_pair_is_connected_before_the_first_request():
-    """Each prefill worker is told of each decode worker, and no request is needed for it."""
+    """Each prefill worker connects to each decode worker."""
     async with Deployment(prefill=2, decode=2) as deployment:
         for prefill in deployment.prefill:
             assert set(prefill.told) == {"d0", "d1"}
@@ -30,7 +30,7 @@ async def test_every_pair_is_connected_before_the_first_request():
 
 @async_test
 async def test_a_decode_worker_that_comes_back_is_connected_again():
-    """As the new life that it is: every prefill worker hears of it without a request."""
+    """Every prefill worker gets the new incarnation's address."""
     async with Deployment(prefill=2, **FAST_HEALTH) as deployment:
         decode = deployment.decode[0]
         port = decode.port
@@ -44,8 +44,8 @@ async def test_a_decode_worker_that_comes_back_is_connected_again():
 
 
 @async_test
-async def test_a_prefill_worker_that_comes_back_is_told_again():
-    """Its earlier life's connections were its own."""
+async def test_a_prefill_worker_that_comes_back_is_connected_again():
+    """A new incarnation has no connections."""
     async with Deployment(decode=2, **FAST_HEALTH) as deployment:
         prefill = deployment.prefill[0]
         port = prefill.port
@@ -56,8 +56,8 @@ async def test_a_prefill_worker_that_comes_back_is_told_again():
 
 
 @async_test
-async def test_whoever_is_not_connected_yet_is_passed_over_for_a_while():
-    """And for no longer than the setting says, although the handshake does not end."""
+async def test_a_worker_that_is_not_connected_yet_is_passed_over_for_a_while():
+    """After ``warm_seconds`` it gets requests, although its handshake has not ended."""
     async with Deployment(prefill=2, warm_seconds=2.0, **FAST_HEALTH) as deployment:
         stuck = deployment.prefill[0]
         port = stuck.port
@@ -74,8 +74,8 @@ async def test_whoever_is_not_connected_yet_is_passed_over_for_a_while():
 
 
 @async_test
-async def test_one_slow_pair_keeps_nobody_from_serving():
-    """A decode worker takes requests soon after its first pair is warm, whatever the others do."""
+async def test_one_slow_pair_keeps_no_worker_from_serving():
+    """A decode worker takes requests soon after its first pair is warm."""
     async with Deployment(prefill=2, decode=2, warm_seconds=30.0, **FAST_HEALTH) as deployment:
         decode = deployment.decode[0]
         deployment.prefill[0].script.peers_hang = asyncio.Event()
@@ -90,7 +90,7 @@ async def test_one_slow_pair_keeps_nobody_from_serving():
 
 @async_test
 async def test_the_only_worker_is_used_before_it_is_connected():
-    """The request makes the connection then, as it would have without all this."""
+    """The first request then makes the connection."""
     async with Deployment(warm_seconds=30.0, **FAST_HEALTH) as deployment:
         decode, prefill = deployment.decode[0], deployment.prefill[0]
         prefill.script.peers_hang = asyncio.Event()
@@ -99,19 +99,19 @@ async def test_the_only_worker_is_used_before_it_is_connected():
         decode.engine_id = "d0-again"
         await decode.start(port)
         await eventually(lambda: deployment.worker(decode).endpoint.warming)
-        assert (await deployment.get("/health")).status == 503  # whoever waits for a warm deployment waits on
+        assert (await deployment.get("/health")).status == 503  # a client that waits for a warm deployment waits on
         assert (await deployment.ask(BODY)).path == "first-token"
 
 
 @async_test
 async def test_a_refusal_is_shown_with_both_values_and_logged_once(caplog):
-    """And no request reads a prompt for a pair that cannot be."""
+    """No prompt is computed for the refused pair."""
     async with Deployment(prefill=2) as deployment:
         misfit, other = deployment.prefill
         worker = deployment.worker(misfit)
         misfit.script.peers_refusal = REFUSAL
         for _ in range(3):
-            await deployment.proxy.context.warmer._tell(worker, [deployment.worker(deployment.decode[0])])
+            await deployment.proxy.context.warmer._warm(worker, [deployment.worker(deployment.decode[0])])
         key = (misfit.port, deployment.decode[0].port)
         assert (await pairs(deployment))[key] == ("refused", "refused_dtype", REFUSAL["detail"])
         assert caplog.text.count(REFUSAL["detail"]) == 1
@@ -122,24 +122,26 @@ async def test_a_refusal_is_shown_with_both_values_and_logged_once(caplog):
 
 
 @async_test
-async def test_a_vllm_server_is_told_by_a_request():
-    """It has no such route, but a connector that understands."""
+async def test_a_vllm_server_gets_its_receivers_in_a_request():
+    """It has no route for peers, so its connector reads them from a request."""
     async with Deployment(**FAST_HEALTH) as deployment:
         prefill = deployment.prefill[0]
         port = prefill.port
         await prefill.stop()
         prefill.engine_id, prefill.told = "p0-again", []
         prefill.script.peers_status, prefill.script.peers_by_request = 404, True
+        prefill.more_health = {"engine": "vllm"}
         await prefill.start(port)
         await eventually(lambda: deployment.proxy.context.fleet.pairs.get("p0-again", "d0"))
         assert prefill.told == ["d0"]
+        assert not prefill.missed  # vLLM would log each of them
         assert [state for state, _, _ in (await pairs(deployment)).values()] == ["warm"]
         assert not prefill.requests
 
 
 @async_test
 async def test_a_handshake_that_goes_on_is_asked_about_again(monkeypatch):
-    """Neither a failure nor a success."""
+    """The pair is neither failed nor warm until then."""
     monkeypatch.setattr(warming, "RETRY_SECONDS", 0.02)
     async with Deployment(**FAST_HEALTH) as deployment:
         prefill = deployment.prefill[0]
@@ -156,7 +158,7 @@ async def test_a_handshake_that_goes_on_is_asked_about_again(monkeypatch):
 
 @async_test
 async def test_a_server_without_the_route_and_without_a_connector_is_fine():
-    """It connects on first use."""
+    """The pair is unwarmed and connects on first use."""
     async with Deployment(**FAST_HEALTH) as deployment:
         prefill = deployment.prefill[0]
         port = prefill.port
@@ -171,7 +173,6 @@ async def test_a_server_without_the_route_and_without_a_connector_is_fine():
 
 @async_test
 async def test_a_pair_that_failed_is_tried_again(monkeypatch):
-    """Not every failure is for good."""
     monkeypatch.setattr(warming, "RETRY_SECONDS", 0.02)
     async with Deployment(**FAST_HEALTH) as deployment:
         prefill, decode = deployment.prefill[0], deployment.decode[0]
@@ -188,19 +189,19 @@ async def test_a_pair_that_failed_is_tried_again(monkeypatch):
 
 @async_test
 async def test_a_warm_pair_is_kept_in_use():
-    """So that the prefill worker does not close it for being idle."""
+    """The proxy warms it again, so that the prefill worker does not close it as idle."""
     async with Deployment(rewarm_seconds=0.02) as deployment:
         await eventually(lambda: deployment.prefill[0].told.count("d0") > 3)
 
 
 @async_test
 async def test_a_worker_that_answers_nonsense_is_a_failure_that_is_shown():
-    """And requests go on."""
+    """The pair shows what was wrong, and requests are answered."""
     async with Deployment() as deployment:
         prefill = deployment.prefill[0]
         prefill.script.peers_refusal = {"state": "perhaps"}
         worker, decode = deployment.worker(prefill), deployment.worker(deployment.decode[0])
-        await deployment.proxy.context.warmer._tell(worker, [decode])
+        await deployment.proxy.context.warmer._warm(worker, [decode])
         ((state, reason, detail),) = (await pairs(deployment)).values()
         assert (state, reason) == ("failed", "prefill_bad_answer")
         assert "perhaps" in detail

@@ -1,9 +1,9 @@
-"""Workers that DNS names: where they come and go, as in Kubernetes, nobody need tell the proxy.
+"""Workers that are found by DNS, because addresses come and go, as in Kubernetes.
 
-Each host that the command line names is looked up every ``discover_seconds``, and each address that it has is a
-worker. In Kubernetes it is a headless Service with ``publishNotReadyAddresses``: whether a worker is ready the proxy
-finds out by itself, and sooner. Who joins and leaves so is treated as one that an operator adds and removes: whoever
-leaves finishes what it has.
+Each host on the command line is looked up every ``discover_seconds``, and each of its addresses is a worker. In
+Kubernetes the host is a headless Service with ``publishNotReadyAddresses``: the proxy finds out by itself, and sooner,
+whether a worker is ready. Workers join and leave as if an operator added and removed them: a leaving one finishes what
+it has.
 """
 
 import asyncio
@@ -12,10 +12,11 @@ import socket
 from collections.abc import Awaitable, Callable, Iterable
 
 from kvbelt.errors import RequestError, SettingsError
-from kvbelt.proxy.fleet import Fleet
 from kvbelt.proxy.settings import Address, ProxySettings
-from kvbelt.proxy.workers import Worker
-from kvbelt.routing.endpoint import Health, Role, Standing
+from kvbelt.proxy.workers.fleet import Fleet
+from kvbelt.proxy.workers.watch import Worker
+from kvbelt.routing.endpoint import Health, Standing
+from kvbelt.wire.health import Role
 
 log = logging.getLogger("kvbelt.proxy")
 
@@ -23,40 +24,32 @@ Resolve = Callable[[str, int], Awaitable[Iterable[str]]]
 
 
 async def resolve(host: str, port: int) -> Iterable[str]:
-    """Every address of a name.
-
-    Raises:
-        OSError: it has none, or nobody could be asked.
-    """
+    """Every address of a name. Raises OSError: it has none, or no DNS server answers."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(entry[4][0]) for entry in found]
 
 
 class Discovery:
-    """Owns the task that looks names up. Touches the fleet from the event loop."""
-
     def __init__(self, fleet: Fleet, settings: ProxySettings, look_up: Resolve = resolve) -> None:
         self._fleet = fleet
         self._names = {Role.PREFILL: settings.prefill, Role.DECODE: settings.decode}
         self._seconds = settings.discover_seconds
         self._look_up = look_up
-        self._failing: set[Address] = set()  # names that had no answer when they were last looked up
-        self._taken: set[Worker] = set()  # who was taken in here; others are their operator's
+        self._failing: set[Address] = set()  # names whose last look-up failed
+        self._joined: set[Worker] = set()  # workers that joined here; the others are operators'
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Look every name up once, then now and then."""
         await self.refresh()
-        self._task = asyncio.create_task(self._keep_looking(), name="discovery")
+        self._task = asyncio.create_task(self._refresh_forever(), name="discovery")
 
     async def close(self) -> None:
-        """Stop looking."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def refresh(self) -> None:
-        """Take in whoever is named now; whoever is not named any more leaves."""
+        """Look every name up: new addresses join, missing ones leave."""
         for role, names in self._names.items():
             here: set[Address] = set()
             answered = True
@@ -64,50 +57,46 @@ class Discovery:
                 found = await self._addresses(name)
                 answered = answered and found is not None
                 here |= found or set()
-            self._take_in(role, here)
-            self._let_go(role, here, answered=answered)
+            self._add_new(role, here)
+            self._remove_missing(role, here, answered=answered)
 
-    async def _keep_looking(self) -> None:
+    async def _refresh_forever(self) -> None:
         while True:
             await asyncio.sleep(self._seconds)
             await self.refresh()
 
     async def _addresses(self, name: Address) -> set[Address] | None:
-        """None: there was no answer."""
+        """None: the look-up failed."""
         try:
             found = {Address(host, name.port) for host in await self._look_up(name.host, name.port)}
         except (OSError, SettingsError) as error:
             if name not in self._failing:
                 self._failing.add(name)
-                log.warning("%s has no address: %s; it is looked up every %g s", name.host, error, self._seconds)
+                log.warning("%s has no address: %s; it is looked up again every %g s", name.host, error, self._seconds)
             return None
         self._failing.discard(name)
         return found
 
-    def _take_in(self, role: Role, here: set[Address]) -> None:
+    def _add_new(self, role: Role, here: set[Address]) -> None:
         known = {worker.address: worker for worker in self._fleet.of(role)}
         for address in sorted(here, key=lambda one: one.name):
             worker = known.get(address)
             if worker is None:
                 try:
-                    self._taken.add(self._fleet.add(role, address))
+                    self._joined.add(self._fleet.add(role, address))
                 except RequestError as error:  # there are too many
-                    log.warning("%s worker %s was not taken in: %s", role, address.name, error.message)
+                    log.warning("%s worker %s cannot join: %s", role, address.name, error.message)
                 else:
                     log.info("%s worker %s has joined", role, address.name)
-            elif worker in self._taken and worker.endpoint.standing is Standing.LEAVING:
-                worker.stand(Standing.ACTIVE)  # it was gone for a moment
+            elif worker in self._joined and worker.endpoint.standing is Standing.LEAVING:
+                worker.set_standing(Standing.ACTIVE)  # its address was missing for a moment
 
-    def _let_go(self, role: Role, here: set[Address], *, answered: bool) -> None:
+    def _remove_missing(self, role: Role, here: set[Address], *, answered: bool) -> None:
         workers = self._fleet.of(role)
-        self._taken = {worker for worker in self._taken if worker.role is not role or worker in workers}
-        for worker in self._taken & set(workers):
+        self._joined = {worker for worker in self._joined if worker.role is not role or worker in workers}
+        for worker in self._joined & set(workers):
             unnamed = worker.address not in here and worker.endpoint.standing is not Standing.LEAVING
-            # No answer is no reason to send a healthy worker away.
-            if unnamed and (answered or _does_not_serve(worker)):
-                log.info("%s worker %s is leaving: no name leads to it any more", role, worker.name)
-                self._fleet.remove(worker)
-
-
-def _does_not_serve(worker: Worker) -> bool:
-    return worker.endpoint.report.health in (Health.LOST, Health.UNREADY)
+            # A failed look-up is no reason to remove a healthy worker.
+            if unnamed and (answered or worker.endpoint.report.health in (Health.LOST, Health.UNREADY)):
+                log.info("%s worker %s is leaving: its address is not in DNS any more", role, worker.name)
+                worker.set_standing(Standing.LEAVING)

@@ -1,63 +1,69 @@
-"""The workers of a proxy: which there are, whose turn it is, and who comes and goes at run time.
+"""The workers of a proxy: which there are, and which join and leave at run time.
 
-A worker that is to leave gets no new request, finishes what it has, and is forgotten then. Nothing in flight is
-disturbed by anybody's coming or going.
+A worker that leaves gets no new requests, finishes what it has, and is forgotten then. A worker that joins or leaves
+disturbs no request under way.
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Iterator
+import logging
+from collections.abc import Callable, Iterator
 
 from kvbelt.errors import RequestError
 from kvbelt.proxy.settings import Address, ProxySettings
-from kvbelt.proxy.workers import Worker, WorkerEvents
-from kvbelt.routing.endpoint import Endpoint, Role, Standing
+from kvbelt.proxy.workers.watch import Worker, WorkerEvents
 from kvbelt.routing.pairs import Pairs
-from kvbelt.routing.policy import Policy
+from kvbelt.wire.health import Role
 from kvbelt.wire.ids import EngineId
+from kvbelt.wire.steps import StepsNow
+from kvbelt.wire.workers import PairRow, WorkerRow
 
-#: Of one role. Each is asked for its health all the time.
-MAX_WORKERS = 256
+log = logging.getLogger("kvbelt.proxy")
+
+MAX_WORKERS = 256  #: of one role; the health of each is checked all the time
 
 
 class Fleet:
-    """Every worker, and the choice among them. Touched from the event loop only."""
+    """Every worker. For the event loop's thread only."""
 
     def __init__(
-        self, settings: ProxySettings, lost: Callable[[Worker], None], appeared: Callable[[Worker], None]
+        self,
+        settings: ProxySettings,
+        *,
+        lost: Callable[[Worker], None],
+        appeared: Callable[[Worker], None],
+        changed: Callable[[Worker], None],
+        told_steps: Callable[[Worker], None],
     ) -> None:
         self._settings = settings
-        self._events = WorkerEvents(lost, self._appeared, self._forget)
+        self._events = WorkerEvents(lost, self._appeared, self._forget, changed, told_steps)
         self._on_appeared = appeared
-        # The same workers twice: in the order in which they came, which is that of their turns, and by name.
-        self._of: dict[Role, list[Worker]] = {Role.PREFILL: [], Role.DECODE: []}
-        self._by_name: dict[tuple[Role, str], Worker] = {}
-        self._policies = {Role.PREFILL: Policy(), Role.DECODE: Policy()}
-        self._engines: dict[Worker, EngineId] = {}  # of the latest life of each that was healthy
+        # By name, in the order in which they joined.
+        self._of: dict[Role, dict[str, Worker]] = {Role.PREFILL: {}, Role.DECODE: {}}
+        self._engines: dict[Worker, EngineId] = {}  # of each one's latest healthy incarnation
+        # The same by engine. A server of both roles may be two workers.
+        self._by_engine: dict[EngineId, list[Worker]] = {}
         self._watches: dict[Worker, asyncio.Task[None]] = {}
-        self._ending: set[asyncio.Task[None]] = set()  # watches that were cancelled
+        self._ending: set[asyncio.Task[None]] = set()  # cancelled watches
+        self._seeds_logged: set[frozenset[str | None]] = set()
         self._running = False
         self.pairs = Pairs()
-        if not settings.discover:  # else they are names, and discovery.py finds out whose
+        if not settings.discover:  # else they are names, and discovery.py adds the workers
             for role, addresses in ((Role.PREFILL, settings.prefill), (Role.DECODE, settings.decode)):
                 for address in addresses:
-                    self._take_in(role, address)
+                    self._join(role, address)
 
     def __iter__(self) -> Iterator[Worker]:
-        """All of them, prefill workers first."""
-        return iter([*self._of[Role.PREFILL], *self._of[Role.DECODE]])
+        return iter([*self.of(Role.PREFILL), *self.of(Role.DECODE)])
 
     def of(self, role: Role) -> list[Worker]:
-        """Those of one role."""
-        return self._of[role]
+        return list(self._of[role].values())
 
     def start(self) -> None:
-        """Begin to watch."""
         self._running = True
         for worker in self:
             self._watch(worker)
 
     async def close(self) -> None:
-        """Stop watching, and close every connection."""
         self._running = False
         for watch in self._watches.values():
             self._end(watch)
@@ -66,40 +72,33 @@ class Fleet:
         for worker in self:
             worker.close()
 
-    # Whose turn it is
+    def rows(self) -> list[WorkerRow]:
+        return [worker.row() for worker in self]
 
-    def pick_decode(self, exclude: Collection[str] = ()) -> Worker | None:
-        """The decode worker whose turn it is. ``exclude``: lives that were tried already."""
-        return self._pick(Role.DECODE, exclude, None)
-
-    def pick_prefill(self, decode: Worker, exclude: Collection[str] = ()) -> Worker | None:
-        """The prefill worker whose turn it is, of those that this decode worker has not refused."""
-        pairs, there = self.pairs, decode.engine_id
-        only = (lambda one: pairs.usable(one.report.engine_id, there)) if pairs.any_refused else None
-        return self._pick(Role.PREFILL, exclude, only)
-
-    def any_prefill_ready(self, exclude: Collection[str] = ()) -> bool:
-        """Whether a prefill worker is ready, be it refused or not."""
-        return any(one.ready and one.endpoint.life not in exclude for one in self._of[Role.PREFILL])
-
-    def _pick(self, role: Role, exclude: Collection[str], only: Callable[[Endpoint], bool] | None) -> Worker | None:
-        endpoints = [worker.endpoint for worker in self._of[role]]
-        chosen = self._policies[role].pick(endpoints, exclude=exclude, only=only)
-        return None if chosen is None else self._by_name[role, chosen.name]
+    def pair_rows(self) -> list[PairRow]:
+        """Every pair that has been tried: whether the one can send to the other, and if not, why."""
+        return [
+            PairRow(prefill=p.name, decode=d.name, state=pair.state, reason=pair.reason, detail=pair.detail)
+            for p in self.of(Role.PREFILL)
+            for d in self.of(Role.DECODE)
+            if (pair := self.pairs.get(p.engine_id, d.engine_id)) is not None
+        ]
 
     def with_engine(self, engine: EngineId) -> Worker | None:
-        """The worker whose present life has this name."""
-        return next((worker for worker, known in self._engines.items() if known == engine), None)
+        """The worker whose latest healthy incarnation has this engine_id."""
+        return next(iter(self._by_engine.get(engine, ())), None)
 
-    # Who comes and goes
+    def on_steps(self, engine: EngineId, steps: StepsNow) -> None:
+        """An engine has told of its steps. One that is not known yet is asked for them when it is."""
+        for worker in self._by_engine.get(engine, ()):
+            if worker.engine_id == engine:
+                worker.on_steps(steps)
+
+    # Joining and leaving
 
     def add(self, role: Role, address: Address) -> Worker:
-        """A worker joins. It gets requests once it says that it is ready.
-
-        Raises:
-            RequestError: 409, it is there already, or there are too many.
-        """
-        known = self._by_name.get((role, address.name))
+        """A worker joins. Raises RequestError 409: it is there already, or there are too many."""
+        known = self._of[role].get(address.name)
         if known is not None:
             raise RequestError(
                 f"{role} worker {address.name} is there already ({known.endpoint.standing}); "
@@ -112,17 +111,13 @@ class Fleet:
             raise RequestError(
                 f"there are {MAX_WORKERS} {role} workers; remove one first", status=409, kind="conflict_error"
             )
-        worker = self._take_in(role, address)
+        worker = self._join(role, address)
         if self._running:
             self._watch(worker)
         return worker
 
     def named(self, name: str, role: Role | None = None) -> Worker:
-        """The worker of this name.
-
-        Raises:
-            RequestError: 404, there is none; 409, there are two and no role was given.
-        """
+        """The worker of this name. Raises RequestError: 404, there is none; 409, there are two and no role given."""
         found = [worker for worker in self if worker.name == name and role in (None, worker.role)]
         if not found:
             names = ", ".join(sorted({worker.name for worker in self})) or "none"
@@ -137,16 +132,9 @@ class Fleet:
             )
         return found[0]
 
-    def remove(self, worker: Worker) -> None:
-        """A worker leaves as soon as nobody needs it."""
-        worker.stand(Standing.LEAVING)
-
-    # How
-
-    def _take_in(self, role: Role, address: Address) -> Worker:
+    def _join(self, role: Role, address: Address) -> Worker:
         worker = Worker(address, role, self._settings, self._events)
-        self._of[role].append(worker)
-        self._by_name[role, worker.name] = worker
+        self._of[role][worker.name] = worker
         return worker
 
     def _watch(self, worker: Worker) -> None:
@@ -158,21 +146,50 @@ class Fleet:
         watch.cancel()
 
     def _appeared(self, worker: Worker) -> None:
-        before, engine = self._engines.get(worker), worker.engine_id
-        if before is not None and before != engine:
-            self.pairs.forget(before)
-        if engine is not None:
-            self._engines[worker] = engine
+        engine = worker.engine_id
+        if self._engines.get(worker) != engine:
+            self._forget_engine(worker)
+            if engine is not None:
+                self._engines[worker] = engine
+                self._by_engine.setdefault(engine, []).append(worker)
+        self._warn_of_hash_seeds(worker)
         self._on_appeared(worker)
 
+    def _warn_of_hash_seeds(self, worker: Worker) -> None:
+        """Log once that two workers' PYTHONHASHSEED differ: no handshake refuses it, but it is seldom meant."""
+        mine = worker.endpoint.report
+        for other in self:
+            theirs = other.endpoint.report
+            seeds = frozenset({mine.hash_seed, theirs.hash_seed})
+            if not other.healthy or len(seeds) < 2 or None in seeds or seeds in self._seeds_logged:
+                continue
+            self._seeds_logged.add(seeds)
+            vllm = "vllm" in (mine.engine, theirs.engine)
+            log.log(
+                logging.WARNING if vllm else logging.INFO,
+                "PYTHONHASHSEED is %s at %s and %s at %s. kvbelt's block hashes do not depend on it%s. "
+                "Export PYTHONHASHSEED=0 before each worker starts",
+                mine.hash_seed,
+                worker.name,
+                theirs.hash_seed,
+                other.name,
+                ", but vLLM's own do" if vllm else "",
+            )
+
     def _forget(self, worker: Worker) -> None:
-        if self._by_name.pop((worker.role, worker.name), None) is not worker:
+        if self._of[worker.role].pop(worker.name, None) is not worker:
             return
-        self._of[worker.role].remove(worker)
         watch = self._watches.pop(worker, None)
         if watch is not None:
             self._end(watch)
-        engine = self._engines.pop(worker, None)
-        if engine is not None:
-            self.pairs.forget(engine)
+        self._forget_engine(worker)
         worker.close()
+
+    def _forget_engine(self, worker: Worker) -> None:
+        engine = self._engines.pop(worker, None)
+        if engine is None:
+            return
+        self._by_engine[engine].remove(worker)
+        if not self._by_engine[engine]:
+            del self._by_engine[engine]
+        self.pairs.forget(engine)
