@@ -8,7 +8,7 @@ from tests.programs import need_program
 
 @contextlib.contextmanager
 def chromium():
-    """A browser, for the length of a ``with``. Not for a whole session: its library holds this thread's event loop."""
+    """A browser inside a ``with`` block. For a whole session it would hold this thread's event loop."""
     program = need_program("chromium")
     from playwright.sync_api import sync_playwright  # noqa: PLC0415 -- tests without a browser need none of it
 
@@ -23,7 +23,7 @@ def chromium():
 
 
 class Visit:
-    """One visitor's page at ``/console``, and all that it complained of or asked for."""
+    """A page at ``/console``, with its errors and its requests."""
 
     def __init__(self, browser, url, *, width=1280, height=900, scheme="light", scale=1):
         self.url = url
@@ -53,12 +53,12 @@ class Visit:
             self.complaints.append(message.text)
 
     def live(self):
-        """Wait until the page shows what the proxy says."""
+        """Wait until the page shows the proxy's state."""
         self.page.locator("html[data-status=live]").wait_for(state="attached")
         return self
 
     def shot(self, path, *, height):
-        """A picture of the page as it is, from its top: nothing is added to it for the picture."""
+        """A picture of the whole page."""
         whole = self.page.evaluate("document.documentElement.scrollHeight")
         clip = {"x": 0, "y": 0, "width": self.page.viewport_size["width"], "height": min(height, whole)}
         self.page.screenshot(path=path, full_page=True, clip=clip, animations="allow", caret="initial")

@@ -11,14 +11,14 @@ BODY = {"prompt": "hello", "max_tokens": 6, "stream": True}
 
 @pytest.fixture(scope="module")
 def browser():
-    """One for all."""
+    """One browser for all tests."""
     with chromium() as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def served():
-    """2p2d with an admin key, and one request that was there before anybody looked."""
+    """A 2p2d with an admin key that has answered one request."""
     with serving(2, 2, admin_key=KEY, health_interval_seconds=0.1) as made:
         made.call(made.deployment.ask(BODY, request_id="before"))
         yield made
@@ -26,7 +26,7 @@ def served():
 
 @pytest.fixture
 def visit(browser, served):
-    """A visitor who sees the page; it must not have complained of anything in the end."""
+    """An open page. At its end the browser must have logged no error."""
     with Visit(browser, served.url) as made:
         yield made.live()
         assert made.complaints == []
@@ -34,17 +34,17 @@ def visit(browser, served):
 
 
 def name_of(standin):
-    """Its name at the proxy."""
+    """The worker's name at the proxy."""
     return f"127.0.0.1:{standin.port}"
 
 
 def names(served):
-    """All workers', in the order of the page."""
+    """All workers' names, in the order of the page."""
     return [name_of(one) for one in (*served.deployment.prefill, *served.deployment.decode)]
 
 
 def test_the_topology_shows_every_worker_and_every_pair(visit, served):
-    """With a belt for each pair, and a sentence for whoever does not see it."""
+    """It has a line for each pair, and a sentence for screen readers."""
     picture = visit.page.locator("#topology svg")
     boxes = picture.locator("g.node:not(.proxy) title").all_text_contents()
     assert [box.partition(",")[0] for box in boxes] == names(served)
@@ -53,8 +53,16 @@ def test_the_topology_shows_every_worker_and_every_pair(visit, served):
     assert [row.split()[0] for row in visit.page.locator("#workers th").all_inner_texts()] == names(served)
 
 
+def test_splitting_that_is_switched_off_is_said(visit, served):
+    switch = served.deployment.proxy.context.shadow._switch
+    switch.off = True
+    visit.page.get_by_text("splitting is switched off").wait_for()
+    switch.off = False
+    visit.page.get_by_text("rates of the last").wait_for()
+
+
 def test_a_request_appears_and_opens_into_its_waterfall(visit, served):
-    """Without a reload, by a click."""
+    """It appears without a reload, and a click opens it."""
     served.call(served.deployment.ask(BODY, request_id="while-looking"))
     visit.page.get_by_role("button", name="while-looking").click()
     visit.page.locator("ol.waterfall").wait_for()  # it is asked for
@@ -66,7 +74,7 @@ def test_a_request_appears_and_opens_into_its_waterfall(visit, served):
 
 
 def test_a_worker_is_drained_with_the_key_and_used_again(visit, served):
-    """The key is asked for once, and a wrong one is refused in words."""
+    """The page asks for the key once, and shows the refusal of a wrong one."""
     worker = served.deployment.decode[1]
     button = visit.page.get_by_role("button", name=f"Drain {name_of(worker)}", exact=False)
     standing = lambda: served.deployment.worker(worker).endpoint.standing  # noqa: E731
@@ -88,7 +96,7 @@ def test_a_worker_is_drained_with_the_key_and_used_again(visit, served):
 
 
 def test_without_the_key_nothing_is_drained(visit, served):
-    """Whoever closes the dialog has done nothing."""
+    """Closing the dialog changes nothing."""
     worker = served.deployment.decode[0]
     visit.page.get_by_role("button", name=f"Drain {name_of(worker)}", exact=False).click()
     visit.page.keyboard.press("Escape")
@@ -97,7 +105,7 @@ def test_without_the_key_nothing_is_drained(visit, served):
 
 
 def test_everything_is_reached_by_keyboard(visit, served):
-    """From the top to a request, along the list, into it and out of it; the focus is always to be seen."""
+    """Keys lead from the top to the list, along it, into a request and back; the focus is always visible."""
     page = visit.page
     served.call(served.deployment.ask(BODY, request_id="second"))
     page.get_by_role("button", name="second").wait_for()
@@ -120,7 +128,7 @@ def test_everything_is_reached_by_keyboard(visit, served):
 
 
 def test_requests_are_found_by_a_word(visit, served):
-    """Of their id, workers, way or reason; nothing found is said."""
+    """The filter finds requests by id, workers, path or reason, and says so if it finds none."""
     served.call(served.deployment.ask(BODY | {"seed": 1}, request_id="seeded"))
     visit.page.get_by_role("button", name="seeded").wait_for()
     visit.page.locator("#find").fill("SEED")
@@ -130,7 +138,7 @@ def test_requests_are_found_by_a_word(visit, served):
 
 
 def test_the_theme_is_the_systems_until_another_is_chosen(browser, served):
-    """And stays chosen. Every text is readable in both."""
+    """The choice is kept, and every text is readable in both themes."""
     with Visit(browser, served.url, scheme="dark") as visit:
         visit.live()
         paper = "getComputedStyle(document.body).backgroundColor"
@@ -147,7 +155,7 @@ def test_the_theme_is_the_systems_until_another_is_chosen(browser, served):
 
 @pytest.mark.parametrize("width", [320, 768, 1280])
 def test_the_page_is_never_wider_than_its_window(browser, served, width):
-    """On a small telephone as on a desk."""
+    """This holds for a small telephone and for a desktop."""
     with Visit(browser, served.url, width=width) as visit:
         visit.live()
         assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
@@ -155,7 +163,7 @@ def test_the_page_is_never_wider_than_its_window(browser, served, width):
 
 @pytest.mark.parametrize("width", [320, 390])
 def test_a_telephone_shows_every_button_of_the_workers_whole(browser, served, width):
-    """Also the longer word of a worker that is drained. Nothing is to be scrolled to."""
+    """A drained worker has a longer label, and needs no scrolling either."""
     worker = name_of(served.deployment.decode[1])
     with Visit(browser, served.url, width=width) as visit:
         visit.live()
@@ -175,7 +183,7 @@ def test_a_telephone_shows_every_button_of_the_workers_whole(browser, served, wi
 
 
 def test_without_an_admin_key_there_is_nothing_to_press(browser):
-    """And the page says how there would be; without requests it says what will be here."""
+    """The page names the flag that enables the buttons; without requests it says that there are none."""
     with serving() as plain, Visit(browser, plain.url) as visit:
         visit.live()
         assert visit.page.get_by_role("button", name="Drain", exact=False).first.is_disabled()
@@ -185,7 +193,6 @@ def test_without_an_admin_key_there_is_nothing_to_press(browser):
 
 
 def test_beyond_loopback_the_page_asks_for_the_key_before_it_shows_anything(browser):
-    """Then it shows all."""
     with serving(host="0.0.0.0", admin_key=KEY) as public, Visit(browser, public.url) as visit:
         public.call(public.deployment.ask(BODY, request_id="private"))
         visit.page.get_by_label("Key", exact=True).fill(KEY)
@@ -195,8 +202,8 @@ def test_beyond_loopback_the_page_asks_for_the_key_before_it_shows_anything(brow
         visit.page.get_by_role("button", name="private").wait_for()
 
 
-def test_a_proxy_that_is_gone_is_said_and_its_return_noticed(browser):
-    """What was shown stays, marked as old."""
+def test_the_page_shows_that_the_proxy_is_gone_and_that_it_is_back(browser):
+    """The page keeps its contents and marks them as old."""
     with serving(health_interval_seconds=0.1) as mortal, Visit(browser, mortal.url) as visit:
         visit.live()
         deployment = mortal.deployment

@@ -1,4 +1,4 @@
-"""Workers join and leave at run time, by the hand of whoever has the admin key."""
+"""Workers join and leave at run time, on request of an operator with the admin key."""
 
 import asyncio
 import json
@@ -21,30 +21,30 @@ def administered(prefill=1, decode=1, **settings):
 
 
 def name_of(standin):
-    """Its name at the proxy."""
+    """The worker's name at the proxy."""
     return f"127.0.0.1:{standin.port}"
 
 
 async def add(deployment, standin, role=None, changes=()):
-    """Ask the proxy to take a stand-in in."""
+    """Add a stand-in to the proxy's workers."""
     asked = {"role": role or standin.role, "host": "127.0.0.1", "port": standin.port} | dict(changes)
     return await deployment.get("/kvbelt/workers", "POST", headers=BEARER, body=json.dumps(asked).encode())
 
 
 async def change(deployment, standin, verb):
-    """Drain, undrain or (empty) remove."""
+    """Drain, undrain or (empty) remove a worker."""
     path = f"/kvbelt/workers/{name_of(standin)}" + (f"/{verb}" if verb else "")
     return await deployment.get(path, "POST" if verb else "DELETE", headers=BEARER)
 
 
 async def names(deployment):
-    """Who is there."""
+    """The names of all workers."""
     return [worker["worker"] for worker in (await deployment.get("/kvbelt/workers")).json["workers"]]
 
 
 @async_test
 async def test_a_worker_that_joins_gets_requests_and_is_connected():
-    """Of either kind, without a restart of anybody."""
+    """A prefill and a decode worker join while every process runs on."""
     async with administered() as deployment:
         decode, prefill = Standin("decode", engine_id="d-new"), Standin("prefill", engine_id="p-new")
         for standin in (await decode.start(), await prefill.start()):
@@ -61,43 +61,39 @@ async def test_a_worker_that_joins_gets_requests_and_is_connected():
 
 @pytest.mark.parametrize("verb", ["drain", ""], ids=["drain", "remove"])
 @pytest.mark.parametrize("where", ["prefill", "decode head", "decode stream"])
-def test_a_worker_that_leaves_finishes_what_it_has(where, verb):
-    """Nothing new comes to it, nothing in flight is disturbed, and a removed one is forgotten only then."""
-
-    @async_test
-    async def finished():
-        async with administered(prefill=2, decode=2) as deployment:
-            role = deployment.prefill if where == "prefill" else deployment.decode
-            leaving = role[0]
-            held = asyncio.Event()
-            if where == "decode stream":
-                leaving.script.stop_after_tokens = (4, held)
-            else:
-                leaving.script.before_head = held
-            asking = asyncio.create_task(deployment.ask(STREAM))
-            await leaving.arrived.wait()
-            got = await change(deployment, leaving, verb)
-            assert got.status == (200 if verb else 202)
-            assert got.json["in_flight"] == 1
-            for _ in range(3):
-                assert (await deployment.ask(BODY, request_id="r2")).path == "first-token"
-            assert len(leaving.requests) == 1
+@async_test
+async def test_a_worker_that_leaves_finishes_what_it_has(where, verb):
+    """It gets no new request and completes those in flight. Only then a removed worker is forgotten."""
+    async with administered(prefill=2, decode=2) as deployment:
+        role = deployment.prefill if where == "prefill" else deployment.decode
+        leaving = role[0]
+        held = asyncio.Event()
+        if where == "decode stream":
+            leaving.script.stop_after_tokens = (4, held)
+        else:
+            leaving.script.before_head = held
+        asking = asyncio.create_task(deployment.ask(STREAM))
+        await leaving.arrived.wait()
+        got = await change(deployment, leaving, verb)
+        assert got.status == (200 if verb else 202)
+        assert got.json["in_flight"] == 1
+        for _ in range(3):
+            assert (await deployment.ask(BODY, request_id="r2")).path == "first-token"
+        assert len(leaving.requests) == 1
+        assert name_of(leaving) in await names(deployment)
+        held.set()
+        reply = await asking
+        assert reply.path == "first-token"
+        assert await deployment.right(reply, STREAM)
+        if verb:
             assert name_of(leaving) in await names(deployment)
-            held.set()
-            reply = await asking
-            assert reply.path == "first-token"
-            assert await deployment.right(reply, STREAM)
-            if verb:
-                assert name_of(leaving) in await names(deployment)
-            else:
-                await eventually(lambda: leaving.port not in {w.address.port for w in deployment.proxy._workers})
-
-    finished()
+        else:
+            await eventually(lambda: leaving.port not in {w.address.port for w in deployment.proxy.context.fleet})
 
 
 @async_test
 async def test_a_prefill_worker_is_needed_until_its_kv_is_there():
-    """Its leg is answered, but the decode worker has not the KV yet: it is not gone."""
+    """A removed prefill worker stays until its KV has reached the decode worker."""
     async with administered(prefill=2) as deployment:
         decode, leaving = deployment.decode[0], deployment.prefill[0]
         decode.script.kv_arrives = asyncio.Event()
@@ -113,7 +109,6 @@ async def test_a_prefill_worker_is_needed_until_its_kv_is_there():
 
 @async_test
 async def test_an_idle_worker_that_is_removed_is_gone_at_once_and_may_come_back():
-    """As somebody new."""
     async with administered(decode=2) as deployment:
         leaving = deployment.decode[0]
         await change(deployment, leaving, "")
@@ -124,7 +119,6 @@ async def test_an_idle_worker_that_is_removed_is_gone_at_once_and_may_come_back(
 
 @async_test
 async def test_a_drained_worker_is_used_again_when_it_is_undrained():
-    """Draining is for the time of a repair."""
     async with administered() as deployment:
         decode = deployment.decode[0]
         await change(deployment, decode, "drain")
@@ -137,7 +131,7 @@ async def test_a_drained_worker_is_used_again_when_it_is_undrained():
 
 @async_test
 async def test_a_leaving_worker_that_fails_is_replaced_like_any_other():
-    """Leaving does not tie a request to it."""
+    """The request of a leaving worker is repeated at another one."""
     async with administered(decode=2) as deployment:
         leaving = deployment.decode[0]
         leaving.script.before_head = asyncio.Event()
@@ -161,27 +155,22 @@ async def test_a_leaving_worker_that_fails_is_replaced_like_any_other():
         ({"port": "x"}, 400, "int"),
         ({"host": "a b"}, 400, "a b"),
         ({"host": ""}, 400, "worker's address"),
-        ({"more": 1}, 400, "more"),
     ],
 )
-def test_a_worker_that_is_wrongly_described_is_refused(changes, status, said):
-    """With what is wrong, and nobody is taken in."""
-
-    @async_test
-    async def refused():
-        async with administered() as deployment:
-            before = await names(deployment)
-            got = await add(deployment, deployment.alone, "decode", changes)
-            assert got.status == status
-            assert said in got.json["error"]["message"]
-            assert await names(deployment) == before
-
-    refused()
+@async_test
+async def test_a_wrong_description_of_a_worker_is_refused(changes, status, said):
+    """The error names the wrong value, and no worker joins."""
+    async with administered() as deployment:
+        before = await names(deployment)
+        got = await add(deployment, deployment.alone, "decode", changes)
+        assert got.status == status
+        assert said in got.json["error"]["message"]
+        assert await names(deployment) == before
 
 
 @async_test
 async def test_a_worker_in_the_wrong_role_is_refused():
-    """It says itself what it is."""
+    """The worker's own role counts."""
     async with administered() as deployment:
         standin = await Standin("prefill").start()
         got = await add(deployment, standin, "decode")
@@ -193,7 +182,6 @@ async def test_a_worker_in_the_wrong_role_is_refused():
 
 @async_test
 async def test_a_worker_with_another_model_is_refused_with_both_names():
-    """Its answers would be another model's."""
     async with administered() as deployment:
         standin = await Standin("decode").start()
         standin.health = lambda health=standin.health: health() | {"model": "other"}
@@ -205,27 +193,23 @@ async def test_a_worker_with_another_model_is_refused_with_both_names():
         await standin.stop()
 
 
-@pytest.mark.parametrize("there", ["nobody", "something else", "somebody silent"])
-def test_who_is_no_worker_is_refused(there):
-    """A mistyped port is found out at once, and not by requests."""
-
-    @async_test
-    async def refused():
-        async with administered() as deployment:
-            standin = Standin("decode")
-            if there == "nobody":
-                standin.port = free_port()
-            else:
-                await standin.start()
-                standin.health = lambda: "hello"
-                standin.script.health_hangs = there == "somebody silent"
-            got = await add(deployment, standin)
-            assert got.status == 409
-            assert name_of(standin) in got.json["error"]["message"]
-            assert name_of(standin) not in await names(deployment)
-            await standin.stop()
-
-    refused()
+@pytest.mark.parametrize("there", ["no process", "something else", "a silent process"])
+@async_test
+async def test_an_address_without_a_worker_is_refused(there):
+    """A mistyped port is found at once, before a request fails."""
+    async with administered() as deployment:
+        standin = Standin("decode")
+        if there == "no process":
+            standin.port = free_port()
+        else:
+            await standin.start()
+            standin.health = lambda: "hello"
+            standin.script.health_hangs = there == "a silent process"
+        got = await add(deployment, standin)
+        assert got.status == 409
+        assert name_of(standin) in got.json["error"]["message"]
+        assert name_of(standin) not in await names(deployment)
+        await standin.stop()
 
 
 @async_test
@@ -241,8 +225,8 @@ async def test_a_worker_that_is_loading_may_join():
 
 
 @async_test
-async def test_adding_twice_and_unknown_names_are_told():
-    """409 and 404, with names."""
+async def test_adding_twice_and_unknown_names_are_errors():
+    """The status is 409 or 404, and the error has the worker's name."""
     async with administered() as deployment:
         got = await add(deployment, deployment.decode[0])
         assert got.status == 409
@@ -255,7 +239,7 @@ async def test_adding_twice_and_unknown_names_are_told():
 
 @async_test
 async def test_a_worker_of_both_roles_is_named_with_its_role():
-    """The same address may be used as both."""
+    """One address may be a prefill and a decode worker, so a change must name the role."""
     async with administered() as deployment:
         both = await Standin("both", engine_id="b").start()
         assert (await add(deployment, both, "prefill")).status == 201
@@ -271,27 +255,23 @@ async def test_a_worker_of_both_roles_is_named_with_its_role():
 
 
 @pytest.mark.parametrize("given", [(), ((b"authorization", b"Bearer wrong"),), ((b"authorization", KEY.encode()),)])
-def test_without_the_key_nothing_is_changed(given):
-    """401 for each thing that changes something; looking is free."""
-
-    @async_test
-    async def refused():
-        async with administered() as deployment:
-            name = name_of(deployment.decode[0])
-            asks = [("", "POST"), (f"/{name}", "DELETE"), (f"/{name}/drain", "POST"), (f"/{name}/undrain", "POST")]
-            for path, method in asks:
-                got = await deployment.get(f"/kvbelt/workers{path}", method, headers=given, body=b"{}")
-                assert got.status == 401
-                assert got.headers[b"www-authenticate"] == b"Bearer"
-            got = await deployment.get("/kvbelt/workers")
-            assert {worker["standing"] for worker in got.json["workers"]} == {"active"}
-
-    refused()
+@async_test
+async def test_without_the_key_nothing_is_changed(given):
+    """Each change gets 401. The list of workers needs no key."""
+    async with administered() as deployment:
+        name = name_of(deployment.decode[0])
+        asks = [("", "POST"), (f"/{name}", "DELETE"), (f"/{name}/drain", "POST"), (f"/{name}/undrain", "POST")]
+        for path, method in asks:
+            got = await deployment.get(f"/kvbelt/workers{path}", method, headers=given, body=b"{}")
+            assert got.status == 401
+            assert got.headers[b"www-authenticate"] == b"Bearer"
+        got = await deployment.get("/kvbelt/workers")
+        assert {worker["standing"] for worker in got.json["workers"]} == {"active"}
 
 
 @async_test
 async def test_a_proxy_without_a_key_says_how_to_have_one():
-    """403, whatever is shown."""
+    """A change gets 403, and the error names the flag."""
     async with Deployment() as deployment:
         got = await add(deployment, deployment.alone, "decode")
         assert got.status == 403
@@ -310,22 +290,17 @@ async def test_a_proxy_without_a_key_says_how_to_have_one():
         ("/kvbelt/workersx", "GET", 404, None),
     ],
 )
-def test_other_routes_and_methods_are_told(path, method, status, allow):
-    """In OpenAI's shape."""
-
-    @async_test
-    async def refused():
-        async with administered() as deployment:
-            got = await deployment.get(path, method, headers=BEARER)
-            assert (got.status, got.headers.get(b"allow")) == (status, allow)
-            assert got.json["error"]["message"]
-
-    refused()
+@async_test
+async def test_other_routes_and_methods_are_openai_errors(path, method, status, allow):
+    async with administered() as deployment:
+        got = await deployment.get(path, method, headers=BEARER)
+        assert (got.status, got.headers.get(b"allow")) == (status, allow)
+        assert got.json["error"]["message"]
 
 
 @async_test
 async def test_one_worker_is_shown_by_its_name():
-    """Also with the colon escaped."""
+    """The colon in the name may be escaped."""
     async with administered() as deployment:
         name = name_of(deployment.decode[0])
         for path in (name, name.replace(":", "%3A")):

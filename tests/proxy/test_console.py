@@ -3,18 +3,20 @@
 import re
 from time import monotonic
 
+import msgspec
 import pytest
 
-from kvbelt.proxy.console import _FOLDER
-from tests.proxy.support import Deployment, async_test
-from tests.proxy.test_spans import done
+from kvbelt.about import of_this_process
+from kvbelt.proxy.admin.console import _FOLDER
+from tests.proxy.support import Deployment, async_test, done
+from tests.wire.messages import belt_snapshot
 
 BODY = {"prompt": "x", "max_tokens": 3, "stream": True}
 
 
 @async_test
 async def test_every_file_that_the_page_names_is_served():
-    """As what it is, and nothing from anywhere else."""
+    """Each file has the right content type, and none comes from another origin."""
     async with Deployment() as deployment:
         page = (await deployment.get("/console")).body.decode()
         named = set(re.findall(r'(?:src|href)="(console/[^"]+)"', page))
@@ -30,7 +32,7 @@ async def test_every_file_that_the_page_names_is_served():
 
 @async_test
 async def test_a_file_is_sent_again_only_if_it_has_changed():
-    """Every time it is asked whether it has."""
+    """The browser asks each time, and gets 304 for an unchanged file."""
     async with Deployment() as deployment:
         first = await deployment.get("/console")
         assert first.headers[b"cache-control"] == b"no-cache"
@@ -44,7 +46,7 @@ async def test_a_file_is_sent_again_only_if_it_has_changed():
 
 @async_test
 async def test_the_policy_allows_nothing_from_elsewhere():
-    """No inline script or style, no frame around it, no form to anywhere."""
+    """It forbids inline scripts and styles, frames, and forms."""
     async with Deployment() as deployment:
         policy = (await deployment.get("/console")).headers[b"content-security-policy"].decode()
         assert "default-src 'none'" in policy
@@ -64,28 +66,24 @@ async def test_the_policy_allows_nothing_from_elsewhere():
         ("/kvbelt/console.json?after=x", "GET", 400),
     ],
 )
-def test_what_is_not_there_is_said(path, method, status):
-    """With OpenAI's shape where there is a body."""
-
-    @async_test
-    async def refused():
-        async with Deployment() as deployment:
-            got = await deployment.get(path, method)
-            assert got.status == status
-            assert status == 308 or got.json["error"]["message"]
-
-    refused()
+@async_test
+async def test_other_paths_methods_and_queries_are_errors(path, method, status):
+    """Each error has a message. /console/ is redirected."""
+    async with Deployment() as deployment:
+        got = await deployment.get(path, method)
+        assert got.status == status
+        assert status == 308 or got.json["error"]["message"]
 
 
 def tell_of(deployment, request_id):
-    """The transfer of a request has ended well."""
+    """Notify the proxy that the transfer of a request has succeeded."""
     records = deployment.proxy.context.records
-    records.tell(done(transfer_id=records.get(request_id).attempts[0].transfer_id))
+    records.on_notification(done(transfer_id=records.get(request_id).attempts[0].transfer_id))
 
 
 @async_test
 async def test_what_was_seen_is_not_sent_again():
-    """A page asks for what has ended since; requests under way come each time."""
+    """A page gets the requests that have ended since its last question. Requests under way come each time."""
     async with Deployment() as deployment:
         records = deployment.proxy.context.records
         records.clock = lambda: monotonic() - 10.0
@@ -101,8 +99,8 @@ async def test_what_was_seen_is_not_sent_again():
 
 
 @async_test
-async def test_a_page_of_an_earlier_proxy_is_told_all():
-    """Its number is higher than any of this one."""
+async def test_a_page_of_an_earlier_proxy_gets_every_request():
+    """Its number is higher than any number of the new proxy."""
     async with Deployment() as deployment:
         await deployment.ask(BODY, request_id="a")
         got = (await deployment.get("/kvbelt/console.json?after=999")).json
@@ -111,7 +109,7 @@ async def test_a_page_of_an_earlier_proxy_is_told_all():
 
 @async_test
 async def test_the_answer_has_a_bound():
-    """However many have ended since."""
+    """An answer has no more requests than the limit, however many have ended."""
     async with Deployment() as deployment:
         for number in range(230):
             await deployment.ask(BODY, request_id=f"r{number}")
@@ -122,15 +120,15 @@ async def test_the_answer_has_a_bound():
 
 @async_test
 async def test_a_workers_memory_is_shown():
-    """Blocks and buffers, as it tells them in its health."""
+    """The page shows the blocks and buffers that the worker's health reports."""
     async with Deployment() as deployment:
         standin = deployment.decode[0]
         health = standin.health()
         health["load"]["blocks_cached"] = 4
-        health["belt"] = {"receive_bytes": 1000, "bytes_reserved": 250, "mechanism": "CURVE"}
+        health["belt"] = msgspec.to_builtins(belt_snapshot(receive_bytes=1000, bytes_reserved=250))
         standin.health = lambda: health
         worker = deployment.worker(standin)
-        worker._take(await worker._ask())
+        await worker.check()
         shown = (await deployment.get("/kvbelt/console.json")).json["workers"][1]
         assert shown["load"]["blocks_cached"] == 4
         assert (shown["buffers"]["receive_bytes"], shown["buffers"]["bytes_reserved"]) == (1000, 250)
@@ -149,25 +147,21 @@ async def test_a_workers_memory_is_shown():
     ],
     ids=["a server that says nothing", "nothing yet", "one", "two"],
 )
-def test_a_transfer_is_told_with_its_transport(roads, transport):
-    """As the prefill worker says it is; without one where it does not."""
-
-    @async_test
-    async def told():
-        async with Deployment() as deployment:
-            await deployment.ask(BODY, request_id="a")
-            tell_of(deployment, "a")
-            if roads is not None:
-                said = [{"scope": s, "operation": o, "memory": "host", "transport": t} for s, o, t in roads]
-                deployment.prefill[0].script.about = {"role": "prefill", "roads": said}
-            assert (await deployment.record("a"))["transfer"]["transport"] == transport
-
-    told()
+@async_test
+async def test_a_transfer_is_shown_with_its_transport(roads, transport):
+    """The prefill worker reports the transport. Without a report there is none."""
+    async with Deployment() as deployment:
+        await deployment.ask(BODY, request_id="a")
+        tell_of(deployment, "a")
+        if roads is not None:
+            said = [{"scope": s, "operation": o, "memory": "host", "transport": t} for s, o, t in roads]
+            deployment.prefill[0].script.about = msgspec.to_builtins(of_this_process("prefill")) | {"roads": said}
+        assert (await deployment.record("a"))["transfer"]["transport"] == transport
 
 
 @async_test
 async def test_a_worker_that_is_gone_does_not_hide_its_requests():
-    """What it wrote by is not known any more."""
+    """Its requests are shown without the transport."""
     async with Deployment() as deployment:
         await deployment.ask(BODY, request_id="a")
         tell_of(deployment, "a")

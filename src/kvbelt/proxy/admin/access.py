@@ -1,8 +1,8 @@
-"""Who may change a proxy's workers, and who may look at its requests.
+"""Who may change a proxy's workers, and who may read its requests.
 
-Changing asks for the admin key, always. Looking asks for it where others than this machine's users could look: where
-the proxy listens beyond loopback, or was reached under a name that is not loopback's (a page of somebody's that has its
-own name point here would be such a one). ``open_console`` says that everybody may look.
+A change always needs the admin key. Reading needs it unless the client is on this machine: the proxy listens on
+loopback, and was reached under a loopback name (a web page could make its own name point here). ``open_console`` lets
+everybody read.
 """
 
 import hmac
@@ -14,57 +14,36 @@ from kvbelt.security.loopback import is_loopback
 
 
 class Access:
-    """The rules of one proxy."""
-
     def __init__(self, settings: ProxySettings) -> None:
         self._key = settings.admin_key
+        self.has_key = self._key is not None  #: workers can be changed at all
         self._open = settings.open_console
         self._on_loopback = is_loopback(settings.host)
 
-    @property
-    def has_key(self) -> bool:
-        """Whether anybody may change workers."""
-        return self._key is not None
-
     def require_admin(self, exchange: Exchange) -> None:
-        """Let whoever holds the key pass.
-
-        Raises:
-            RequestError: 401, another key or none; 403, there is none here.
-        """
-        if self._key is None:
-            raise RequestError(
-                "workers cannot be changed: this proxy has no admin key; start it with --admin-key-file FILE",
-                status=403,
-                kind="permission_error",
-            )
+        """Raises RequestError: 401, the client has another key or none; 403, this proxy has none."""
         if not self._holds_key(exchange):
-            raise RequestError(
-                "this needs the admin key, as Authorization: Bearer KEY", status=401, kind="authentication_error"
+            raise self._refusal(
+                "this needs the admin key",
+                "workers cannot be changed: this proxy has no admin key; start it with --admin-key-file FILE",
             )
 
     def require_view(self, exchange: Exchange) -> None:
-        """Let whoever may look pass.
-
-        Raises:
-            RequestError: 401, a key is needed; 403, there is none here.
-        """
+        """Require the right to read requests. Raises as ``require_admin``."""
         if self._open or self._holds_key(exchange):
             return
         if self._on_loopback and names_loopback(exchange.request.headers.get(b"host", b"")):
             return
-        if self._key is None:
-            raise RequestError(
-                "requests are shown on this machine only, as this proxy has no admin key; start it with "
-                "--admin-key-file FILE, or with --open-console if everybody who reaches it may see them",
-                status=403,
-                kind="permission_error",
-            )
-        raise RequestError(
-            "to see requests from elsewhere, the admin key is needed, as Authorization: Bearer KEY",
-            status=401,
-            kind="authentication_error",
+        raise self._refusal(
+            "to see requests from elsewhere, the admin key is needed",
+            "requests are shown on this machine only, because this proxy has no admin key; start it with "
+            "--admin-key-file FILE, or with --open-console if everybody who reaches it may see them",
         )
+
+    def _refusal(self, with_key: str, without_key: str) -> RequestError:
+        if self._key is None:
+            return RequestError(without_key, status=403, kind="permission_error")
+        return RequestError(f"{with_key}, as Authorization: Bearer KEY", status=401, kind="authentication_error")
 
     def _holds_key(self, exchange: Exchange) -> bool:
         if self._key is None:
@@ -74,7 +53,7 @@ class Access:
 
 
 def names_loopback(authority: bytes) -> bool:
-    """Whether ``Host`` is a name of this machine for itself; a client without one is no browser."""
+    """Whether ``Host`` is a loopback name, or missing: a client without one is not a browser."""
     host = authority.decode("latin-1")
     host = host.partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     return not host or is_loopback(host.strip("[]").lower())

@@ -1,4 +1,4 @@
-"""What operators look at: the page at ``/console``, what it shows, and the records of requests.
+"""The page at ``/console``, its data, and the records of requests.
 
 ::
 
@@ -7,33 +7,34 @@
     GET /kvbelt/requests             the last requests in full, ?limit=N of them
     GET /kvbelt/requests/ID          one of them
 
-The page's files say nothing about anybody; who may see the rest, ``access.py`` says.
+The page's files hold no data. ``access.py`` says who may read the rest.
 """
 
+import asyncio
 import hashlib
 import time
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
 import msgspec
 
 from kvbelt import __version__
 from kvbelt.errors import RequestError
-from kvbelt.http import Exchange
-from kvbelt.proxy.access import Access
-from kvbelt.proxy.admin import MethodError, refused
-from kvbelt.proxy.answers import JSON
-from kvbelt.proxy.asked import number_of
+from kvbelt.http import JSON, Exchange, HttpError
+from kvbelt.proxy.admin.access import Access
+from kvbelt.proxy.admin.http import MethodError, number_of, refuse
 from kvbelt.proxy.context import Context
-from kvbelt.proxy.live import live_json
-from kvbelt.proxy.record_view import record_json, row_json
-from kvbelt.proxy.records import Record
-from kvbelt.proxy.transports import transport_of
-from kvbelt.proxy.worker_view import pairs_json, worker_json
-from kvbelt.routing.endpoint import Role
+from kvbelt.proxy.observe.live import live_stats
+from kvbelt.proxy.observe.record_view import request_record, request_row
+from kvbelt.proxy.observe.records import Record
+from kvbelt.proxy.workers.watch import Worker
+from kvbelt.wire.about import ABOUT
+from kvbelt.wire.console import ConsoleState, ProxyStatus, RecordCounts
+from kvbelt.wire.health import Role
+from kvbelt.wire.json_body import MessageError
+from kvbelt.wire.request_record import RequestList, RequestRecord
 
 _PAGE = "/console"
 _LIVE = "/kvbelt/console.json"
@@ -47,7 +48,7 @@ _KINDS = {
     ".svg": b"image/svg+xml",
 }
 
-#: Nothing from anywhere else, nothing written into the page, nobody's frame.
+#: Nothing from another origin, no inline script, no frame.
 _POLICY = (
     b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
     b"form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
@@ -59,13 +60,16 @@ _SAFE = (
     (b"cross-origin-opener-policy", b"same-origin"),
     (b"cross-origin-resource-policy", b"same-origin"),
 )
-#: Of requests: nobody but who asked keeps it.
+#: Of the data, which no cache may keep.
 _PRIVATE = (JSON, (b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff"))
 
-_ROWS = 200  #: requests that have ended, in one answer
-_OPEN_ROWS = 50  #: requests under way, in one answer
-#: A transfer may be told of a little after its request has ended; for so long the request is told of again.
+_ROWS = 200  #: ended requests in one answer
+_OPEN_ROWS = 50  #: requests under way in one answer
+#: A transfer may be reported a little after its request has ended: the request is sent again for so long.
 _AGAIN_SECONDS = 3.0
+
+_ABOUT_SECONDS = 1.0  #: an operator who opens a record should not wait long for its transport
+_MAX_ABOUT_BYTES = 256 * 1024
 
 _encode = msgspec.json.Encoder().encode
 
@@ -88,8 +92,6 @@ def _read_page() -> dict[str, _File]:
 
 
 class Console:
-    """Answers those who look."""
-
     PLACES = (_PAGE, _LIVE, _REQUESTS)
 
     def __init__(self, context: Context, access: Access) -> None:
@@ -100,11 +102,9 @@ class Console:
 
     @classmethod
     def serves(cls, path: str) -> bool:
-        """Whether a path is one of these."""
         return path in cls.PLACES or path.startswith((_PAGE + "/", _REQUESTS + "/"))
 
     async def handle(self, exchange: Exchange) -> None:
-        """Answer one request."""
         request = exchange.request
         try:
             if request.method not in ("GET", "HEAD"):
@@ -114,11 +114,11 @@ class Console:
                 return
             self._access.require_view(exchange)
             shown = self.shown(request.target)
-            if request.path.startswith(_REQUESTS + "/"):
-                await self._add_transport(shown)
+            if isinstance(shown, RequestRecord):
+                shown = await self._with_transport(shown)
             exchange.respond(200, _PRIVATE, _encode(shown))
         except RequestError as error:
-            refused(exchange, error)
+            refuse(exchange, error)
 
     def _page(self, exchange: Exchange) -> None:
         path = exchange.request.path
@@ -128,30 +128,28 @@ class Console:
         file = self._files.get(path)
         if file is None:
             raise RequestError(f"there is no {path}; the page is {_PAGE}", status=404, kind="not_found_error")
-        # Asked for again each time, and sent again only if it has changed, as it does with a new version.
+        # Browsers ask each time, and get the file again only if it has changed, as it does with a new version.
         headers = ((b"content-type", file.kind), (b"etag", file.tag), (b"cache-control", b"no-cache"), *_SAFE)
         if _matches(exchange.request.headers.get(b"if-none-match", b""), file.tag):
             exchange.respond(304, headers[1:], b"")
         else:
             exchange.respond(200, headers, file.body)
 
-    def shown(self, target: str) -> dict[str, Any]:
-        """What is to be seen at a place.
-
-        Raises:
-            RequestError: there is no such request, or the query is wrong.
-        """
+    def shown(self, target: str) -> ConsoleState | RequestList | RequestRecord:
+        """The data at a place. Raises RequestError: there is no such request, or the query is wrong."""
         records, path = self._context.records, target.partition("?")[0]
         if path == _LIVE:
-            return self._live(target)
+            return self._state(target)
         if path == _REQUESTS:
             limit = number_of(target, "limit", otherwise=100, most=1000)
-            return {
-                "requests": [record_json(record) for record in islice(records.newest(), limit)],
-                "kept": len(records),
-            }
+            newest = [request_record(record) for record in islice(records.newest(), limit)]
+            return RequestList(requests=newest, kept=len(records))
+        return request_record(self._record(path))
+
+    def _record(self, path: str) -> Record:
+        records = self._context.records
         request_id = unquote(path.removeprefix(_REQUESTS + "/"))
-        # The answer's own id is as good: it is the request's with a prefix.
+        # The answer's own id, which is the request's with a prefix, is as good.
         names = (request_id, request_id.removeprefix("chatcmpl-").removeprefix("cmpl-"))
         record = next(filter(None, map(records.get, names)), None)
         if record is None:
@@ -161,47 +159,49 @@ class Console:
                 status=404,
                 kind="not_found_error",
             )
-        return record_json(record)
+        return record
 
-    async def _add_transport(self, shown: dict[str, Any]) -> None:
-        """To one request's transfer: by what its prefill worker writes now."""
-        name = shown["workers"]["prefill"]
-        worker = next((one for one in self._context.fleet.of(Role.PREFILL) if one.name == name), None)
-        if worker is not None and shown["transfer"] is not None:
-            shown["transfer"]["transport"] = await transport_of(worker)
+    async def _with_transport(self, record: RequestRecord) -> RequestRecord:
+        """With the transport by which the prefill worker writes now."""
+        worker = next((w for w in self._context.fleet.of(Role.PREFILL) if w.name == record.workers.prefill), None)
+        if worker is None or record.transfer is None:
+            return record
+        transfer = msgspec.structs.replace(record.transfer, transport=await _transport_of(worker))
+        return msgspec.structs.replace(record, transfer=transfer)
 
-    def _live(self, target: str) -> dict[str, Any]:
+    def _state(self, target: str) -> ConsoleState:
         context = self._context
-        records, metrics, now = context.records, context.metrics, time.monotonic()
+        records, now = context.records, time.monotonic()
         window = number_of(target, "window", otherwise=10, least=1, most=600)
         after = number_of(target, "after", otherwise=0, most=1 << 60)
         uptime = now - self._started
-        workers = [worker_json(worker) for worker in context.fleet]
-        return {
-            "proxy": {
-                "version": __version__,
-                "life": context.life,
-                "time": time.time(),
-                "uptime_seconds": round(uptime, 3),
-                "model": next((worker["model"] for worker in workers if worker["model"]), ""),
-                "records": {"kept": len(records), "most": records.most},
-                "prompts": context.settings.record_prompts > 0,
-                "admin": self._access.has_key,
-                "in_flight": metrics.in_flight,
-                "requests": records.ended_count,
-            },
-            "workers": workers,
-            "pairs": pairs_json(context.fleet),
-            "live": live_json(records, now, min(window, uptime)),
-            "requests": [row_json(record) for record in self._rows(after, now)],
-            "after": records.ended_count,
-        }
+        workers = context.fleet.rows()
+        return ConsoleState(
+            proxy=ProxyStatus(
+                version=__version__,
+                life=context.incarnation,
+                time=time.time(),
+                uptime_seconds=round(uptime, 3),
+                model=next((worker.model for worker in workers if worker.model), ""),
+                records=RecordCounts(len(records), records.most),
+                prompts=context.settings.record_prompts > 0,
+                admin=self._access.has_key,
+                in_flight=context.metrics.in_flight,
+                requests=records.ended_count,
+                placement=context.shadow.now(),
+            ),
+            workers=workers,
+            pairs=context.fleet.pair_rows(),
+            live=live_stats(records, now, min(window, uptime)),
+            requests=[request_row(record) for record in self._rows(after, now)],
+            after=records.ended_count,
+        )
 
     def _rows(self, after: int, now: float) -> list[Record]:
-        """Requests that have ended since the last look, and those under way; the newest first."""
+        """Requests that have ended since the last question, and those under way; the newest first."""
         records = self._context.records
         if after > records.ended_count:
-            after = 0  # of an earlier life of this proxy
+            after = 0  # the page has counted requests of an earlier proxy process
         rows = list(islice(reversed(records.open.values()), _OPEN_ROWS))
         for record in records.newest_ended():
             known = record.number <= after and (record.ended is None or now - record.ended > _AGAIN_SECONDS)
@@ -211,6 +211,19 @@ class Console:
         return rows
 
 
+async def _transport_of(worker: Worker) -> str | None:
+    """As ``"cma/memory"``, with the scope of each where there are several. None: unknown; vLLM has no such route."""
+    try:
+        async with asyncio.timeout(_ABOUT_SECONDS):
+            response = await worker.call("GET", "/kvbelt/about")
+            about = ABOUT.parse(await response.read(_MAX_ABOUT_BYTES), worker.name)
+    except (TimeoutError, HttpError, MessageError):
+        return None
+    writes = {choice.transport: choice.scope for choice in about.transports if choice.operation == "write"}
+    if len(writes) == 1:
+        return next(iter(writes))
+    return ", ".join(f"{transport} ({scope})" if scope else transport for transport, scope in writes.items()) or None
+
+
 def _matches(asked: bytes, tag: bytes) -> bool:
-    """If-None-Match, by weak comparison."""
     return asked.strip() == b"*" or tag in (part.strip().removeprefix(b"W/") for part in asked.split(b","))

@@ -1,4 +1,4 @@
-// Elements, made without ever parsing text as HTML.
+// Makes elements without parsing any text as HTML.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -27,12 +27,12 @@ export function svg(tag, set = {}, ...children) {
 
 export const byId = (id) => document.getElementById(id);
 
-/** Set a text only if it is another, so that screen readers are told of changes alone. */
+/** Set a text only if it differs, so that screen readers announce nothing but changes. */
 export function say(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
-/** Keep an attribute in step. */
+/** Set an attribute only if it differs. */
 export function mark(node, name, value) {
   if (node.getAttribute(name) !== value) node.setAttribute(name, value);
 }

@@ -1,4 +1,4 @@
-// The few numbers at the top.
+// The numbers at the top.
 
 import { byId, el, say } from "./dom.js";
 import { digits, duration, size } from "./format.js";

@@ -1,4 +1,4 @@
-// Numbers as people read them.
+// Formats numbers for people.
 
 const NONE = "–";
 
@@ -33,7 +33,7 @@ export const bytesPerSecond = (count) => (count ? `${bytes(count)}/s` : "0");
 export const percent = (share) => `${Math.round(share * 100)}\u202f%`;
 export const clock = (seconds) => new Date(seconds * 1000).toLocaleTimeString("en-GB");
 
-/** Seconds as people say them. */
+/** Seconds, in the unit that fits. */
 export function ago(seconds) {
   if (seconds < 90) return `${Math.round(seconds)} s`;
   if (seconds < 5400) return `${Math.round(seconds / 60)} min`;

@@ -6,7 +6,7 @@ const dialog = byId("key-dialog");
 const input = byId("key-input");
 let answer = null;
 
-/** Ask for the key, saying what for and what was wrong with the last one. Null: not given. */
+/** Ask for the key; `why` says what for, `error` what was wrong with the last one. Null: not given. */
 export function askForKey(why, error = "") {
   say(byId("key-why"), `${why} It is kept in this page until you close or reload it.`);
   say(byId("key-error"), error);

@@ -1,4 +1,4 @@
-// The page: asks, shows, and says so when the proxy is gone.
+// The page: asks the proxy, shows its answers, and says when it does not answer.
 
 import { byId, mark, say } from "./dom.js";
 import { showFigures } from "./figures.js";
@@ -51,7 +51,7 @@ function draw() {
 function failed(error, seconds) {
   if (error instanceof Refused && error.status === 401) {
     status("locked", "locked");
-    banner(proxy.hasKey ? "The proxy refuses this key." : "This proxy shows its requests to whoever has its admin key.");
+    banner(proxy.hasKey ? "The proxy refuses this key." : "This proxy shows its requests only with its admin key.");
     if (!asking) void unlock(proxy.hasKey ? "The proxy refuses this key." : "");
     return;
   }
@@ -62,7 +62,7 @@ function failed(error, seconds) {
   }
   status("gone", "proxy gone");
   const since = seconds < 1 ? "" : ` for ${ago(seconds)}`;
-  banner(`The proxy has not answered${since}. What is shown is from before; the page goes on when the proxy is back.`);
+  banner(`The proxy has not answered${since}. The page shows the last answer, and goes on when the proxy is back.`);
 }
 
 async function unlock(wrong = "") {
@@ -72,7 +72,7 @@ async function unlock(wrong = "") {
     proxy.key = key;
     poll.now();
   }
-  // Whoever closes the dialog is not asked again until they want to.
+  // A closed dialog is not opened again until the user asks for it.
   asking = !key;
 }
 
@@ -83,7 +83,7 @@ async function change(worker) {
   let wrong = "";
   for (;;) {
     if (!proxy.hasKey || wrong) {
-      const key = await askForKey(`To ${verb} ${worker.worker} the proxy wants its admin key.`, wrong);
+      const key = await askForKey(`To ${verb} ${worker.worker}, the proxy needs its admin key.`, wrong);
       if (!key) return;
       proxy.key = key;
     }
@@ -126,7 +126,7 @@ theme.addEventListener("change", () => {
   try {
     localStorage.setItem("kvbelt-theme", theme.value);
   } catch {
-    // It holds until the page is closed.
+    // For as long as the page is open.
   }
 });
 

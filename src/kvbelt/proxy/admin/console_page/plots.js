@@ -1,4 +1,4 @@
-// Time to first token, time between tokens, time of transfers: a dot a request, p50 and p99 of each few seconds.
+// Time to first token, between tokens, and of transfers: a dot for each request, p50 and p99 of each few seconds.
 
 import { byId, el, say, svg } from "./dom.js";
 import { time } from "./format.js";
@@ -83,7 +83,7 @@ function draw(panel, points, now) {
   panel.picture.replaceChildren(svg("svg", { width, height: HEIGHT, viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": label }, ...drawn));
 }
 
-/** `requests`: the newest first; a point stands where its request came in. */
+/** `requests`: the newest first; a point is at the time of its request's arrival. */
 export function showPlots(requests, now) {
   for (const panel of panels) {
     const points = [];

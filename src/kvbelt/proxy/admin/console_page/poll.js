@@ -1,4 +1,4 @@
-// Asks the proxy, once a second while somebody looks, and goes on when it was gone.
+// Asks the proxy once a second while the page is visible, and again after it was unreachable.
 
 const SECOND = 1000;
 const ANSWER = 5 * SECOND;
@@ -11,7 +11,7 @@ export class Refused extends Error {
   }
 }
 
-/** The proxy's HTTP face, relative to this page. The key stays in this object and goes nowhere else. */
+/** The proxy's HTTP API, relative to this page. The key stays in this object. */
 export class Proxy {
   #key = null;
 

@@ -32,7 +32,7 @@ export class Requests {
     byId("requests").addEventListener("keydown", (event) => this.#move(event));
   }
 
-  /** All that are known, the newest first. */
+  /** All known requests, the newest first. */
   get all() {
     return [...this.#byId.values()].reverse();
   }
@@ -51,7 +51,7 @@ export class Requests {
     const ordered = [...this.#byId.values()].sort((a, b) => a.time - b.time).slice(-KEPT);
     this.#byId = new Map(ordered.map((row) => [row.request_id, row]));
     for (const id of this.#shown) if (this.#byId.has(id)) this.#fill(this.#rows.get(id), this.#byId.get(id));
-    // Whoever reads must not have the list move under them.
+    // The list must not move while a user reads in it.
     const reading = byId("requests").contains(document.activeElement) || this.#open.size > 0;
     const fresh = this.#wanted().filter((id) => !this.#rows.has(id)).length;
     if (reading && this.#shown.length) this.#offer(fresh);

@@ -1,7 +1,7 @@
-// Before the first paint: the theme that was chosen here.
+// Sets the chosen theme before the first paint.
 "use strict";
 try {
   document.documentElement.dataset.theme = localStorage.getItem("kvbelt-theme") || "auto";
 } catch {
-  // Storage may be forbidden; the system's theme is good.
+  // Storage may be forbidden; then the system's theme applies.
 }

@@ -38,13 +38,13 @@ export function kvShares({ load }) {
   return { used, cached: Math.min(load.blocks_cached / load.blocks_total, 1) };
 }
 
-/** What lies in the receive buffer, as a share. */
+/** The used share of the receive buffer. */
 export function bufferShare({ buffers }) {
   if (!buffers || !buffers.receive_bytes) return null;
   return (buffers.bytes_reserved + buffers.bytes_committed + buffers.bytes_quarantined) / buffers.receive_bytes;
 }
 
-/** A name that fits; of a host and a port the port is what tells workers of one host apart. */
+/** A name that fits. The port is kept, because it distinguishes workers of one host. */
 function fitting(name, room) {
   const fits = Math.floor(room / 7.4);
   return name.length <= fits ? name : `…${name.slice(1 - fits)}`;
@@ -148,7 +148,7 @@ export function showTopology({ proxy, workers, pairs, live }) {
   const top = PROXY.height + (narrow ? 40 : 46);
   const left = column(prefill, margin, boxWidth, top);
   const right = column(decode, width - margin - boxWidth, boxWidth, top);
-  // The shorter column stands in the middle of the longer one.
+  // The shorter column is centred on the longer one.
   const end = (places) => (places.length ? places.at(-1).y + places.at(-1).height : top);
   const bottom = Math.max(end(left), end(right));
   for (const places of [left, right]) {
@@ -187,7 +187,7 @@ export function showTopology({ proxy, workers, pairs, live }) {
       );
     }),
   );
-  // Labels lie above every line.
+  // Labels are above every line.
   drawn.push(...edges);
   for (const edge of edges) drawn.push(...edge.querySelectorAll("text"));
 
@@ -205,6 +205,7 @@ export function showTopology({ proxy, workers, pairs, live }) {
   const summary = `The proxy sends ${digits(prompts)} prompts per second to ${prefill.length} prefill workers, which send ${bytesPerSecond(live.bytes_per_second)} of KV to ${decode.length} decode workers. The workers' table says more.`;
   const height = bottom + 6;
   holder.replaceChildren(svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": summary }, ...drawn));
+  const off = proxy.placement && proxy.placement.mode !== proxy.placement.setting;
   const broken = pairs.filter((pair) => pair.reason).length;
-  say(byId("topology-note"), broken ? `${broken} of ${pairs.length} pairs cannot exchange KV` : prefill.length ? `rates of the last ${Math.round(live.seconds)} s` : "no prefill workers: each prompt is computed where it is answered");
+  say(byId("topology-note"), broken ? `${broken} of ${pairs.length} pairs cannot exchange KV` : off ? "splitting is switched off, because it has lost: requests are answered whole" : prefill.length ? `rates of the last ${Math.round(live.seconds)} s` : "no prefill workers: each prompt is computed where it is answered");
 }

@@ -1,9 +1,9 @@
-// One request in full: its way, and where its time went.
+// One request in full: its path, and where its time went.
 
 import { el } from "./dom.js";
 import { bytes, clock, time } from "./format.js";
 
-/** The axis ends with the second token; the rest of an answer would dwarf all that is of interest. */
+/** The axis ends with the second token; the rest of an answer would dwarf the parts of interest. */
 function axis(spans) {
   const first = spans.filter((span) => span.name !== "answer").map((span) => span.start_ms + span.duration_ms);
   return Math.max(1e-3, ...first, ...spans.filter((span) => span.name === "answer").map((span) => span.start_ms));
@@ -36,11 +36,26 @@ function line(span, whole, record) {
   );
 }
 
+function placed(placing) {
+  if (!placing) {
+    return null;
+  }
+  const parts = [placing.reason ? `${placing.action} (${placing.reason})` : placing.action];
+  if (placing.waited_ms) {
+    parts.push(`after a wait of ${time(placing.waited_ms)}`);
+  }
+  if (placing.predicted_first_token_ms !== null) {
+    parts.push(`first token expected after ${time(placing.predicted_first_token_ms)}`);
+  }
+  return parts.join(", ");
+}
+
 function facts(record) {
   const { decision } = record;
   const told = [
     ["Way", decision.path ? `${decision.path}${decision.reason ? `, because of ${decision.reason}` : ""}` : "none chosen"],
     ["Why", decision.meaning],
+    ["Placed", placed(record.placing)],
     ["KV", record.kv],
     ["Came", `${clock(record.time)}, ${record.route}`],
     ["Prompt", record.prompt],
