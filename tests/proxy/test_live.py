@@ -1,16 +1,17 @@
 """Rates and percentiles of the last seconds, from the records."""
 
+import msgspec
 import pytest
 
-from kvbelt.proxy.live import live_json
-from kvbelt.proxy.records import Record, Records
-from tests.proxy.test_spans import done, failed
+from kvbelt.proxy.observe.live import live_stats
+from kvbelt.proxy.observe.records import Record, Records
+from tests.proxy.support import done, failed
 
 NOW = 1000.0
 
 
 class Clock:
-    """The time by which requests end."""
+    """A clock that a test sets."""
 
     now = 0.0
 
@@ -38,7 +39,7 @@ def ended(records, at, *, took=1.0, first=0.5, pieces=0, status=200, transfer=No
     )
     records.add(record)
     attempt = records.attempt(record, "prefill", "p:1", f"t{len(records)}")
-    attempt.began, attempt.transfer, attempt.told = record.began, transfer, at - took / 2
+    attempt.began, attempt.transfer, attempt.transfer_at = record.began, transfer, at - took / 2
     record.first_token = record.began + first
     record.decode_first, record.streamed = at - took / 4, pieces
     record.errors += tuple(errors)
@@ -47,12 +48,17 @@ def ended(records, at, *, took=1.0, first=0.5, pieces=0, status=200, transfer=No
     return record
 
 
+def seen(records):
+    """The console's statistics of the last ten seconds."""
+    return msgspec.to_builtins(live_stats(records, NOW, 10.0))
+
+
 def test_what_lies_within_the_window_is_counted(records):
-    """And nothing of what lay before it."""
+    """Earlier requests are left out."""
     ended(records, NOW - 50, first=0.9)
     for first in (0.1, 0.2, 0.3):
         ended(records, NOW - 1, first=first, transfer=done(seconds=0.01))
-    live = live_json(records, NOW, 10.0)
+    live = seen(records)
     assert (live["requests_per_second"], live["transfers_per_second"]) == (0.3, 0.3)
     assert live["first_token_ms"] == {"count": 3, "p50": 200, "p99": 300}
     assert live["transfer_ms"] == {"count": 3, "p50": 10, "p99": 10}
@@ -69,31 +75,30 @@ def test_what_lies_within_the_window_is_counted(records):
 
 
 def test_tokens_are_spread_over_their_answer(records):
-    """Of an answer that began before the window only its share counts."""
+    """An answer that began before the window counts for its share."""
     ended(records, NOW, took=21.0, first=1.0, pieces=41)  # 41 tokens in the 20 s behind the first one
-    assert live_json(records, NOW, 10.0)["tokens_per_second"] == pytest.approx(41 * 0.5 / 10, abs=0.1)
+    assert seen(records)["tokens_per_second"] == pytest.approx(41 * 0.5 / 10, abs=0.1)
 
 
 def test_failures_are_apart_from_transfers(records):
-    """With the last errors."""
+    """Failed transfers are counted apart, and the last errors are listed."""
     ended(records, NOW - 1, transfer=failed(), status=502, errors=["transfer_peer_lost: gone"])
-    live = live_json(records, NOW, 10.0)
+    live = seen(records)
     assert (live["links"][0]["failures_per_second"], live["transfers_per_second"]) == (0.1, 0)
     assert live["errors_per_second"] == 0.1
     assert [error["error"] for error in live["last_errors"]] == ["transfer_peer_lost: gone"]
 
 
 def test_the_window_is_no_longer_than_the_records_reach(records):
-    """A full list that covers two seconds tells the rate of these two."""
+    """A full list that covers two seconds gives the rate of these two."""
     for number in range(200):
         ended(records, NOW - 4 + number / 50, took=0.001, first=0.0005)
-    live = live_json(records, NOW, 10.0)
+    live = seen(records)
     assert live["seconds"] == pytest.approx(2.0, abs=0.05)
     assert live["requests_per_second"] == pytest.approx(50, rel=0.05)
 
 
 def test_nothing_has_no_percentiles(records):
-    """No value is invented."""
-    live = live_json(records, NOW, 10.0)
+    live = seen(records)
     assert live["first_token_ms"] == {"count": 0, "p50": None, "p99": None}
     assert live["requests_per_second"] == 0

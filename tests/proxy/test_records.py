@@ -2,14 +2,14 @@
 
 import pytest
 
-from kvbelt.proxy.records import Record, Records
-from kvbelt.proxy.trace_context import Parent, Trace
-from tests.proxy.test_spans import done
+from kvbelt.proxy.observe.records import Record, Records
+from kvbelt.proxy.observe.trace_context import Parent, Trace
+from tests.proxy.support import done
 
 
 @pytest.fixture
 def records():
-    """Room for three that have ended."""
+    """Records with room for three ended requests."""
     return Records(3)
 
 
@@ -22,7 +22,7 @@ def begun(records, name, transfer_id=""):
 
 
 def test_a_slow_request_is_there_however_many_others_come_and_go(records):
-    """While it is under way, and when it has ended."""
+    """Its record is kept while it is under way, and after its end."""
     slow = begun(records, "slow")
     for number in range(10):
         records.end(begun(records, f"r{number}"))
@@ -32,7 +32,7 @@ def test_a_slow_request_is_there_however_many_others_come_and_go(records):
 
 
 def test_those_under_way_come_first(records):
-    """The latest before the others."""
+    """The latest comes first."""
     for name in ("a", "b", "c"):
         begun(records, name)
     records.end(records.get("b"))
@@ -48,38 +48,38 @@ def test_the_newest_of_a_name_is_found(records):
     assert records.get("same").number == 2
 
 
-def test_a_transfer_is_told_to_its_attempt_when_the_request_has_ended(records):
-    """The prefill worker's word may come last, before or after somebody has looked."""
+def test_a_transfer_is_added_to_its_attempt_after_the_requests_end(records):
+    """The notification may come before or after the record was read."""
     records.end(begun(records, "a", "t1"))
     records.end(begun(records, "b", "t2"))
-    records.tell(done(transfer_id="t1"))
+    records.on_notification(done(transfer_id="t1"))
     assert records.get("a").attempts[0].transfer == done(transfer_id="t1")
-    records.tell(done(transfer_id="t2"))
+    records.on_notification(done(transfer_id="t2"))
     assert records.get("b").attempts[0].transfer == done(transfer_id="t2")
 
 
-def test_an_attempt_is_told_by_a_prompts_own_name_of_its_transfer(records):
-    """Under way or not."""
+def test_an_attempt_is_found_by_one_prompts_transfer_id(records):
+    """The request may be under way or ended."""
     first, second = begun(records, "a", "t1"), begun(records, "b", "t2")
-    records.tell(done(transfer_id="t1.0"))
+    records.on_notification(done(transfer_id="t1.0"))
     records.end(first)
     records.end(second)
-    records.tell(done(transfer_id="t2.0"))
+    records.on_notification(done(transfer_id="t2.0"))
     assert [record.attempts[0].transfer.transfer_id for record in records.newest()] == ["t2.0", "t1.0"]
 
 
-def test_words_of_transfers_that_nobody_knows_do_not_pile_up(records):
-    """The last ones are remembered: their requests may have ended meanwhile."""
+def test_notifications_of_unknown_transfers_do_not_pile_up(records):
+    """Only the last ones are kept."""
     records.end(begun(records, "a", "t1"))
     assert records.get("a") is not None
-    records.tell(done(transfer_id="t1"))
+    records.on_notification(done(transfer_id="t1"))
     for number in range(10):
-        records.tell(done(transfer_id=f"x{number}"))
+        records.on_notification(done(transfer_id=f"x{number}"))
     assert records.get("a").attempts[0].transfer is None
 
 
 def test_how_far_they_reach_back(records):
-    """Without a bound as long as nobody had to go."""
+    """There is no limit until the first record is dropped."""
     for number in range(3):
         records.end(begun(records, f"r{number}"))
     assert records.reach(10) is None
@@ -89,11 +89,11 @@ def test_how_far_they_reach_back(records):
 
 
 def test_all_that_is_known_of_a_request_is_kept_with_it(records):
-    """As it was when it ended, its attempts and its trace included."""
+    """A record keeps its attempts and its trace."""
     record = begun(records, "a", "t1")
     record.trace = Trace(b"1" * 32, Parent(b"1" * 32, b"2" * 16, 1), b"3" * 16, recorded=True)
     record.path, record.after, record.errors = "first-token", ("prefill_lost",), ("gone",)
-    records.tell(done(transfer_id="t1"))
+    records.on_notification(done(transfer_id="t1"))
     records.attempt(record, "decode", "d:1").end("decode_lost", "gone")
     records.end(record)
     assert records.get("a") == record

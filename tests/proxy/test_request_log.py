@@ -1,12 +1,12 @@
-"""The proxy's log: a line a request with its TTFT, and nothing that was asked or answered."""
+"""The proxy's log has one line a request with its TTFT, and neither prompts nor answers."""
 
 import logging
 
-from kvbelt.proxy.records import Record
-from kvbelt.proxy.request_log import RequestLog, fields_of
+from kvbelt.proxy.observe.records import Record
+from kvbelt.proxy.observe.request_log import RequestLog, fields_of
 from tests.proxy.support import Deployment, async_test
 
-PROMPT = "a word that nobody else has: xylophone"
+PROMPT = "a word that no log line has: xylophone"
 
 
 def record_of(number, ttft=0.01):
@@ -16,7 +16,7 @@ def record_of(number, ttft=0.01):
 
 @async_test
 async def test_each_request_has_a_line(caplog):
-    """With everything by which somebody would look for it."""
+    """The line has the request id, status, path, prefill worker, transfer id and times."""
     caplog.set_level(logging.INFO, "kvbelt.requests")
     async with Deployment() as deployment:
         await deployment.ask({"prompt": "hello", "max_tokens": 6, "temperature": 0})
@@ -31,7 +31,7 @@ async def test_each_request_has_a_line(caplog):
 
 @async_test
 async def test_a_request_without_a_token_has_one_too(caplog):
-    """With its status and why."""
+    """The line has the status in place of the TTFT."""
     caplog.set_level(logging.INFO, "kvbelt.requests")
     async with Deployment() as deployment:
         await deployment.ask(b"{", request_id="bad")
@@ -41,7 +41,7 @@ async def test_a_request_without_a_token_has_one_too(caplog):
 
 @async_test
 async def test_beyond_the_rate_requests_are_counted(caplog):
-    """Told of once a second, with mean and worst."""
+    """One line a second has their number, mean and maximum."""
     caplog.set_level(logging.INFO, "kvbelt.requests")
     now = [0.0]
     log = RequestLog(2, clock=lambda: now[0])
@@ -57,7 +57,7 @@ async def test_beyond_the_rate_requests_are_counted(caplog):
 
 @async_test
 async def test_a_rate_of_zero_is_silence(caplog):
-    """Nothing is counted either."""
+    """No request is logged or counted."""
     caplog.set_level(logging.INFO, "kvbelt.requests")
     log = RequestLog(0)
     log.ended(record_of(1))
@@ -73,7 +73,7 @@ def test_what_is_not_known_is_left_out():
 
 @async_test
 async def test_no_prompt_and_no_key_gets_into_the_log(caplog):
-    """Whatever happens to the request: a refusal that quotes it, a worker that breaks, an error."""
+    """This holds for a refusal that quotes the prompt, for a failed worker and for an error."""
     caplog.set_level(logging.DEBUG)
     key = "k" * 32
     async with Deployment(prefill=2, admin_key=key) as deployment:

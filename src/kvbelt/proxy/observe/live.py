@@ -1,28 +1,25 @@
-"""What has happened in the last seconds, from the records: rates, percentiles, and who sent what to whom. Pure.
+"""Rates and percentiles of the last seconds, from the records. Pure.
 
-Nothing is counted for it while requests run: it is worked out when somebody looks, over so many records that a look is
-cheap. Where the records do not reach back far enough, the window is what they cover.
+Nothing is counted while requests run. The statistics are computed for each question, over a bounded number of records,
+so that a question is cheap. The window is shorter where the records do not reach back far enough.
 """
 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
-from kvbelt.proxy.records import Record, Records
+from kvbelt.proxy.observe.records import Record, Records
+from kvbelt.wire.console import LastError, LegRates, LinkRates, LiveStats, Percentiles
 from kvbelt.wire.notification import TransferDone
 
-#: Records that one look goes through.
-MOST_RECORDS = 2000
+MOST_RECORDS = 2000  #: records that one answer is computed from
 _ERRORS = 8
 _ERROR_LENGTH = 300
 
 
 @dataclass(slots=True)
 class _Link:
-    """One prefill worker's transfers to one decode worker."""
-
     done: int = 0
     failed: int = 0
     num_bytes: int = 0
@@ -34,7 +31,7 @@ class _Window:
     now: float
     arrived: int = 0
     tokens: float = 0.0
-    refused: int = 0  #: answers with a status of 400 and above, the client's own leaving included
+    refused: int = 0  #: answers with a status of 400 and above; 499, for a client that left, included
     first_token: list[float] = field(default_factory=list)
     between_tokens: list[float] = field(default_factory=list)
     transfer: list[float] = field(default_factory=list)
@@ -42,8 +39,7 @@ class _Window:
     legs: Counter[tuple[str, str]] = field(default_factory=Counter)
     links: dict[tuple[str, str], _Link] = field(default_factory=dict)
 
-    def take(self, record: Record) -> None:
-        """Count what of a record lies within."""
+    def add(self, record: Record) -> None:
         self.arrived += record.began >= self.begin
         first = record.time_to_first_token
         if first is not None and record.began + first >= self.begin:
@@ -58,7 +54,7 @@ class _Window:
             if attempt.began >= self.begin:
                 self.legs[attempt.leg, attempt.worker] += 1
             told = attempt.transfer
-            if told is None or attempt.told is None or attempt.told < self.begin:
+            if told is None or attempt.transfer_at is None or attempt.transfer_at < self.begin:
                 continue
             link = self.links.setdefault((attempt.worker, record.decode_worker or ""), _Link())
             if isinstance(told, TransferDone):
@@ -71,7 +67,7 @@ class _Window:
                 link.failed += 1
 
     def _share_of_tokens(self, record: Record) -> float:
-        """As if an answer's tokens had come evenly; of answers that are not streamed nothing is known."""
+        """As if a streamed answer's tokens had come evenly. Of other answers nothing is known."""
         if not record.pieces or record.first_token is None:
             return 0.0
         end = self.now if record.ended is None else record.ended
@@ -81,8 +77,8 @@ class _Window:
         return tokens * (within / whole if whole > 0 else 1.0)
 
 
-def live_json(records: Records, now: float, seconds: float) -> dict[str, Any]:
-    """The last ``seconds`` before ``now`` (both by ``time.monotonic``)."""
+def live_stats(records: Records, now: float, seconds: float) -> LiveStats:
+    """The last ``seconds`` before ``now``, which is a moment of ``time.monotonic``."""
     begin = now - seconds
     reach = records.reach(MOST_RECORDS)
     if reach is not None:
@@ -92,55 +88,54 @@ def live_json(records: Records, now: float, seconds: float) -> dict[str, Any]:
     for record in records.newest():
         if record.ended is not None and record.ended < begin:
             break
-        window.take(record)
-    links = [
-        {
-            "prefill": prefill,
-            "decode": decode,
-            "transfers_per_second": round(link.done / covered, 3),
-            "failures_per_second": round(link.failed / covered, 3),
-            "bytes_per_second": round(link.num_bytes / covered),
-        }
-        for (prefill, decode), link in sorted(window.links.items())
-    ]
-    legs: dict[str, dict[str, float]] = {"prefill": {}, "decode": {}}
+        window.add(record)
+
+    def rate(count: float) -> float:
+        return round(count / covered, 3)
+
+    legs = LegRates({}, {})
     for (leg, worker), count in window.legs.items():
-        legs[leg][worker] = round(count / covered, 3)
-    done = sum(link.done for link in window.links.values())
-    return {
-        "seconds": round(covered, 3),
-        "requests_per_second": round(window.arrived / covered, 3),
-        "errors_per_second": round(window.refused / covered, 3),
-        "tokens_per_second": round(window.tokens / covered, 1),
-        "transfers_per_second": round(done / covered, 3),
-        "bytes_per_second": round(sum(link.num_bytes for link in window.links.values()) / covered),
-        "first_token_ms": _percentiles(window.first_token, 1e3),
-        "between_tokens_ms": _percentiles(window.between_tokens, 1e3),
-        "transfer_ms": _percentiles(window.transfer, 1e3),
-        "transfer_gb_per_second": _percentiles(window.speed, 1e-9),
-        "legs": legs,
-        "links": links,
-        "last_errors": _last_errors(islice(records.newest(), MOST_RECORDS)),
-    }
+        (legs.prefill if leg == "prefill" else legs.decode)[worker] = rate(count)
+    links = window.links.values()
+    return LiveStats(
+        seconds=round(covered, 3),
+        requests_per_second=rate(window.arrived),
+        errors_per_second=rate(window.refused),
+        tokens_per_second=round(window.tokens / covered, 1),
+        transfers_per_second=rate(sum(link.done for link in links)),
+        bytes_per_second=round(sum(link.num_bytes for link in links) / covered),
+        first_token_ms=_percentiles(window.first_token, 1e3),
+        between_tokens_ms=_percentiles(window.between_tokens, 1e3),
+        transfer_ms=_percentiles(window.transfer, 1e3),
+        transfer_gb_per_second=_percentiles(window.speed, 1e-9),
+        legs=legs,
+        links=[
+            LinkRates(
+                prefill=prefill,
+                decode=decode,
+                transfers_per_second=rate(link.done),
+                failures_per_second=rate(link.failed),
+                bytes_per_second=round(link.num_bytes / covered),
+            )
+            for (prefill, decode), link in sorted(window.links.items())
+        ],
+        last_errors=_last_errors(islice(records.newest(), MOST_RECORDS)),
+    )
 
 
-def _percentiles(values: list[float], scale: float) -> dict[str, Any]:
-    """By nearest rank; None where there is no value."""
+def _percentiles(values: list[float], scale: float) -> Percentiles:
     values.sort()
     count = len(values)
 
     def at(percent: int) -> float | None:
         return round(values[-(-count * percent // 100) - 1] * scale, 3) if count else None
 
-    return {"count": count, "p50": at(50), "p99": at(99)}
+    return Percentiles(count, at(50), at(99))
 
 
-def _last_errors(recent: Iterable[Record]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for record in recent:
-        if record.errors:
-            error = record.errors[-1][:_ERROR_LENGTH]
-            found.append({"time": record.unix_time, "request_id": record.request_id, "error": error})
-            if len(found) == _ERRORS:
-                break
-    return found
+def _last_errors(recent: Iterable[Record]) -> list[LastError]:
+    failed = (record for record in recent if record.errors)
+    return [
+        LastError(time=record.unix_time, request_id=record.request_id, error=record.errors[-1][:_ERROR_LENGTH])
+        for record in islice(failed, _ERRORS)
+    ]

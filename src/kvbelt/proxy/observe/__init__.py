@@ -1,0 +1,1 @@
+"""Records, metrics, logs and traces of requests."""
