@@ -2,29 +2,12 @@
 
 import pytest
 
-from kvbelt.proxy.records import Attempt, Record
-from kvbelt.proxy.spans import spans_of
-from kvbelt.wire.ids import EngineId, TransferId
-from kvbelt.wire.notification import TransferDone, TransferFailed
+from kvbelt.proxy.observe.records import Attempt, Record
+from kvbelt.proxy.observe.spans import spans_of
+from tests.proxy.support import done, failed
 
 PREFILL = b"queue;dur=2, prefill;dur=80"
 DECODE = b"queue;dur=0.5, load;dur=1.5, kv;dur=3"
-
-
-def done(seconds=0.02, exposed=0.004, transfer_id="t"):
-    """A transfer that ended well."""
-    return TransferDone(
-        transfer_id=TransferId(transfer_id), sender=EngineId("p"), receiver=EngineId("d"), num_bytes=1000,
-        seconds=seconds, channel="nixl", num_tokens=10, num_writes=3, exposed_seconds=exposed,
-    )  # fmt: skip
-
-
-def failed(reason="peer_lost"):
-    """One that did not."""
-    return TransferFailed(
-        transfer_id=TransferId("t"), sender=EngineId("p"), receiver=EngineId("d"), num_bytes=0, seconds=0.01,
-        reason=reason,
-    )  # fmt: skip
 
 
 @pytest.fixture
@@ -68,18 +51,18 @@ def test_a_decode_workers_own_measure_is_preferred(record):
 
 
 def test_a_failed_attempt_is_one_part_with_its_reason(record):
-    """What came after it stands where it happened."""
+    """Later parts start at their own times."""
     lost = Attempt("prefill", "p:0", 99.9 + 0.1, "t0", None, 100.03, "prefill_lost")
     record.attempts[0].began = 100.031
     record.attempts.insert(0, lost)
     proxy, leg, queue, *_ = spans_of(record)
-    assert (leg.name, leg.worker, leg.failed) == ("prefill leg", "p:0", "prefill_lost")
+    assert (leg.name, leg.leg.worker, leg.failed) == ("prefill leg", "p:0", "prefill_lost")
     assert (proxy.duration, leg.start, queue.start) == pytest.approx((0, 0, 0.031), abs=1e-9)
     assert leg.duration == pytest.approx(0.03)
 
 
 def test_a_failed_transfer_says_why(record):
-    """It ends with the prefill, as nothing is known of what came behind it."""
+    """It ends with the prefill, because later times are unknown."""
     record.attempts[0].transfer = failed()
     (transfer,) = [span for span in spans_of(record) if span.name == "transfer"]
     assert transfer.failed == "peer_lost"
@@ -87,14 +70,13 @@ def test_a_failed_transfer_says_why(record):
 
 
 def test_a_local_answer_shows_the_decode_workers_prefill(record):
-    """It computed the prompt."""
     record.path, record.attempts = "local", [Attempt("decode", "d:1", 100.002, "", 100.09, 100.5, timing=PREFILL)]
     assert shown(record) == {"proxy": (0, 2), "queue": (2, 2), "prefill": (4, 80), "answer": (85.2, 814.8)}
-    assert {span.worker for span in spans_of(record)} == {None, "d:1"}
+    assert {span.leg.worker if span.leg else None for span in spans_of(record)} == {None, "d:1"}
 
 
-def test_a_server_that_tells_no_times_is_shown_by_its_legs(record):
-    """As the proxy saw them."""
+def test_a_server_without_timings_is_shown_by_its_legs(record):
+    """The legs have the proxy's times."""
     record.attempts[0].timing = record.attempts[1].timing = b""
     seen = shown(record)
     assert seen["prefill leg"] == (1, 84)
@@ -102,8 +84,7 @@ def test_a_server_that_tells_no_times_is_shown_by_its_legs(record):
     assert seen["first decode step"] == (130, 0)
 
 
-def test_a_request_that_reached_nobody_has_no_parts():
-    """Refused at the door."""
+def test_a_request_that_reached_no_worker_has_no_parts():
     assert spans_of(Record("r", "/v1/completions", 1.0, 0.0)) == []
 
 
@@ -115,7 +96,6 @@ def test_gaps_are_counted_by_the_streams_pieces(record, first, gaps):
     assert record.between_tokens == pytest.approx(0.5)
 
 
-def test_without_a_stream_nothing_is_said_of_gaps(record):
-    """A whole answer comes at once."""
+def test_an_answer_without_a_stream_has_no_gaps(record):
     record.decode_first = None
     assert (record.gaps, record.between_tokens) == (0, None)

@@ -13,8 +13,8 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from kvbelt.errors import SettingsError, StartError
 from kvbelt.http import Exchange, Server
 from kvbelt.proxy import Address, ProxySettings
-from kvbelt.proxy.trace_context import Parent, parse_traceparent
-from kvbelt.proxy.tracer import Tracer, sender_of, wish_of
+from kvbelt.proxy.observe.trace_context import Parent, parse_traceparent
+from kvbelt.proxy.observe.tracer import Tracer, sender_of, wish_of
 from kvbelt.wire.ids import EngineId, TransferId
 from kvbelt.wire.notification import TransferDone, encode
 from tests.proxy.support import Deployment, async_test, eventually
@@ -44,14 +44,14 @@ class Receiver:
         exchange.respond(self.status, (), b"")
 
     def named(self, name: str) -> Span:
-        """The one span of this name."""
+        """The only span of this name."""
         (found,) = [span for span in self.spans if span.name == name]
         return found
 
 
 @asynccontextmanager
 async def receiver() -> AsyncIterator[tuple[Receiver, str]]:
-    """One, and its endpoint."""
+    """A running receiver and its endpoint."""
     got = Receiver()
     server = Server(got.handle)
     port = await server.start("127.0.0.1", 0)
@@ -62,13 +62,13 @@ async def receiver() -> AsyncIterator[tuple[Receiver, str]]:
 
 
 def attributes(span: Span) -> dict:
-    """Of a span."""
+    """The attributes of a span."""
     return {a.key: getattr(a.value, a.value.WhichOneof("value")) for a in span.attributes}
 
 
 @async_test
 async def test_a_request_is_one_trace_across_its_legs_and_the_transfer() -> None:
-    """Below the client's own span; each leg's id was told to its worker, and parts lie within the request."""
+    """The client's span is the root's parent. Each worker gets its leg's id. All spans lie within the request."""
     async with receiver() as (got, url), Deployment(otlp_endpoint=url) as deployment:
         prefill, decode = deployment.prefill[0], deployment.decode[0]
         going_on = decode.script.before_head = asyncio.Event()
@@ -102,13 +102,15 @@ async def test_a_request_is_one_trace_across_its_legs_and_the_transfer() -> None
         for span in got.spans:
             assert root.start_time_unix_nano <= span.start_time_unix_nano <= span.end_time_unix_nano
         assert got.services == {"kvbelt-proxy"}
+        # The proxy counts it once it has the receiver's answer.
+        await eventually(lambda: deployment.proxy.context.tracer.outcomes["sent"])
         metrics = (await deployment.get("/metrics")).body
         assert b'kvbelt_proxy_traces_total{outcome="sent"} 1.0' in metrics
 
 
 @async_test
 async def test_a_failed_leg_is_an_error_in_its_trace() -> None:
-    """The request itself, which another worker answered, is none."""
+    """The request has no error if another worker answers it."""
     async with receiver() as (got, url), Deployment(prefill=2, otlp_endpoint=url) as deployment:
         deployment.prefill[0].script.status = 500
         assert (await deployment.ask(STREAM)).status == 200
@@ -122,7 +124,7 @@ async def test_a_failed_leg_is_an_error_in_its_trace() -> None:
 
 @async_test
 async def test_without_traces_a_client_s_context_is_passed_on_as_it_is() -> None:
-    """And a request without one gets none."""
+    """A request without a context gets none."""
     async with Deployment() as deployment:
         await deployment.ask(STREAM, headers=CLIENT, request_id="a")
         await deployment.ask(STREAM, request_id="b")
@@ -133,8 +135,8 @@ async def test_without_traces_a_client_s_context_is_passed_on_as_it_is() -> None
 
 
 @async_test
-async def test_what_a_client_does_not_keep_is_not_sent() -> None:
-    """Its flag stays as it is for the workers."""
+async def test_a_trace_that_the_client_does_not_sample_is_not_sent() -> None:
+    """Workers get the client's flag unchanged."""
     async with receiver() as (got, url), Deployment(otlp_endpoint=url) as deployment:
         unkept = (b"traceparent", f"00-{TRACE}-{SPAN}-00".encode())
         await deployment.ask(STREAM, headers=(unkept,), request_id="a")
@@ -145,8 +147,8 @@ async def test_what_a_client_does_not_keep_is_not_sent() -> None:
 
 
 @async_test
-async def test_workers_are_told_of_what_this_proxy_does_not_keep() -> None:
-    """A request outside ``trace_ratio`` has a trace that nobody keeps: a vLLM server would begin one of its own."""
+async def test_workers_learn_that_the_proxy_keeps_no_trace() -> None:
+    """A request outside ``trace_ratio`` has an unsampled trace. Without one a vLLM server would begin its own."""
     async with receiver() as (got, url), Deployment(otlp_endpoint=url, trace_ratio=0.0) as deployment:
         await deployment.ask(STREAM)
         told = [standin.requests[0][1][b"traceparent"] for standin in (deployment.prefill[0], deployment.decode[0])]
@@ -160,12 +162,12 @@ async def test_workers_are_told_of_what_this_proxy_does_not_keep() -> None:
 @pytest.mark.parametrize("traced", [True, False], ids=["traced", "untraced"])
 @async_test
 async def test_the_proxy_s_own_questions_begin_no_trace(traced: bool) -> None:
-    """What it asks vLLM servers is a request to them: with traces on it says that nobody keeps its trace."""
+    """Its questions to vLLM servers carry an unsampled trace if traces are on."""
     async with receiver() as (_, url):
         deployment = Deployment(otlp_endpoint=url if traced else None)
         prefill, decode = deployment.prefill[0], deployment.decode[0]
         for standin in (prefill, decode):
-            standin.script.vllm_metrics = ""
+            standin.script.vllm_metrics, standin.more_health = "", {"engine": "vllm"}
         prefill.script.peers_status, prefill.script.peers_by_request = 404, True
         async with deployment:
             assert len(prefill.questions) == 2
@@ -176,8 +178,8 @@ async def test_the_proxy_s_own_questions_begin_no_trace(traced: bool) -> None:
 
 
 @async_test
-async def test_a_receiver_that_refuses_costs_nobody_anything() -> None:
-    """It is counted; requests are answered."""
+async def test_a_receiver_that_refuses_delays_no_request() -> None:
+    """The failure is counted, and requests are answered."""
     async with receiver() as (got, url), Deployment(otlp_endpoint=url) as deployment:
         got.status = 400
         assert (await deployment.ask(STREAM)).status == 200
@@ -188,7 +190,7 @@ async def test_a_receiver_that_refuses_costs_nobody_anything() -> None:
 
 @async_test
 async def test_a_full_queue_drops_and_counts() -> None:
-    """What waits stays; nothing is sent before the thread runs."""
+    """Spans in the queue stay, and are sent once the thread runs."""
 
     class Nowhere:
         def send(self, records) -> bool:
@@ -223,12 +225,12 @@ async def test_a_full_queue_drops_and_counts() -> None:
     ],
 )
 def test_a_traceparent_is_read_as_the_standard_says(header: str, parent: Parent | None) -> None:
-    """What is none is ignored."""
+    """Any other header is ignored."""
     assert parse_traceparent(header.encode()) == parent
 
 
 def test_opentelemetry_s_variables_ask_for_traces() -> None:
-    """Or forbid them."""
+    """They may also forbid traces."""
     there = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}
     assert wish_of({}) == (None, 1.0)
     assert wish_of(there) == ("", 1.0)
@@ -248,15 +250,14 @@ def test_opentelemetry_s_variables_ask_for_traces() -> None:
     ],
 )
 def test_wrong_settings_are_refused(wrong: dict, said: str) -> None:
-    """Naming the value."""
+    """The error names the value."""
     with pytest.raises(SettingsError, match=said):
         ProxySettings(decode=(Address("127.0.0.1", 7200),), **wrong)
 
 
 def test_traces_without_their_packages_are_refused_or_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refused where the command line asks for them; variables of the environment may be meant for others."""
-    monkeypatch.setitem(sys.modules, "kvbelt.proxy.otlp", None)
-    decode = (Address("127.0.0.1", 7200),)
+    """A start fails if the command line asks for traces. The environment's variables may be for another program."""
+    monkeypatch.setitem(sys.modules, "kvbelt.proxy.observe.otlp", None)
     with pytest.raises(StartError, match=r"kvbelt\[traces\]"):
-        sender_of(ProxySettings(decode=decode, otlp_endpoint="http://127.0.0.1:4318"))
-    assert sender_of(ProxySettings(decode=decode, otlp_endpoint="")) is None
+        sender_of("http://127.0.0.1:4318", "proxy:9100")
+    assert sender_of("", "proxy:9100") is None

@@ -1,6 +1,6 @@
-"""What the proxy counts. A request costs a few additions; the text is made when somebody asks for it.
+"""The proxy's metrics. A request costs a few additions; the text is made at each scrape.
 
-Names, labels and what they mean are the catalogue's (``metrics/proxy_rows.py``).
+``metrics/catalogue.py`` has their names, labels and meaning.
 """
 
 from collections import Counter
@@ -12,6 +12,7 @@ from kvbelt.metrics import (
     BYTES,
     LONG_SECONDS,
     SECONDS,
+    SIGNED_SECONDS,
     Histogram,
     counter,
     gauge,
@@ -19,15 +20,16 @@ from kvbelt.metrics import (
     process_families,
     render,
 )
-from kvbelt.proxy.records import Leg, Record
-from kvbelt.proxy.workers import Worker
-from kvbelt.routing.endpoint import Role
+from kvbelt.proxy.observe.records import Leg, Record
+from kvbelt.proxy.workers.watch import Worker
 from kvbelt.routing.pairs import Pairs
+from kvbelt.routing.placement import Mode
 from kvbelt.security.refusals import Refusals, Tally
-from kvbelt.wire.notification import ENDED_ON_PURPOSE, Notification, TransferDone
+from kvbelt.wire.health import PlacementNow, Role
+from kvbelt.wire.notification import ENDED_ON_PURPOSE, TransferDone, TransferEnd
 from kvbelt.wire.reasons import REASONS, Where
 
-#: What counts 0 from the start: a rate of a series that was not there before its first event does not see that event.
+#: Series that are 0 from the start: a rate misses the first event of a series that did not exist before it.
 _STATUSES = (200, 400, 499, 500, 502, 503, 504)
 
 
@@ -41,15 +43,18 @@ _NO_FAILURES = {reason: 0 for reason in _none(Where.SEND) if reason not in ENDED
 _NO_ATTEMPTS = {"prefill": _none(Where.PREFILL), "decode": _none(Where.DECODE)}
 
 
-#: Requests that are counted together: one by one, code that others have driven from the core's cache runs each time.
+#: Requests that are counted together: one by one, each would load the counting code into the core's cache again.
 _BATCH = 64
 
 
 class Metrics:
-    """Every number, and their text."""
-
     def __init__(
-        self, workers: Callable[[], Iterable[Worker]], pairs: Pairs, traces: Mapping[str, int] | None = None
+        self,
+        workers: Callable[[], Iterable[Worker]],
+        pairs: Pairs,
+        traces: Mapping[str, int] | None = None,
+        waiting: Callable[[], int] = lambda: 0,
+        placement: Callable[[], PlacementNow | None] = lambda: None,
     ) -> None:
         self.requests: Counter[tuple[str, ...]] = Counter()  #: by path and reason
         self.answers: Counter[int] = Counter()  #: by HTTP status
@@ -62,6 +67,9 @@ class Metrics:
         self.duration = Histogram(LONG_SECONDS)
         self.prefill_leg = Histogram(SECONDS)
         self.decode_wait = Histogram(SECONDS)
+        self.placements: Counter[tuple[str, ...]] = Counter()  #: requests by the action and the reason of their place
+        self.queue_wait = Histogram(SECONDS)
+        self.prediction_error = Histogram(SIGNED_SECONDS)
         self.transfer_seconds = Histogram(SECONDS)
         self.transfer_exposed = Histogram(SECONDS)
         self.transfer_size = Histogram(BYTES)
@@ -72,31 +80,31 @@ class Metrics:
         self._first_tokens: list[float] = []
         self._workers = workers
         self._pairs = pairs
+        self._waiting = waiting
+        self._placement = placement
         self._traces = traces if traces is not None else {}
 
-    def notified(self, notification: Notification) -> None:
-        """A transfer has ended."""
-        if isinstance(notification, TransferDone):
-            self.transfer_seconds.observe(notification.seconds)
-            self.transfer_exposed.observe(notification.exposed_seconds)
-            self.transfer_size.observe(notification.num_bytes)
-        elif notification.reason not in ENDED_ON_PURPOSE:
-            self.failures.add(notification.reason)
+    def notified(self, told: TransferEnd) -> None:
+        if isinstance(told, TransferDone):
+            self.transfer_seconds.observe(told.seconds)
+            self.transfer_exposed.observe(told.exposed_seconds)
+            self.transfer_size.observe(told.num_bytes)
+        elif told.reason not in ENDED_ON_PURPOSE:
+            self.failures.add(told.reason)
 
     def first_token(self, record: Record) -> None:
-        """It has been handed to the client's socket. An answer in one piece says little of when it was known."""
+        """It has been handed to the client's socket. An answer in one piece does not tell when it was known."""
         if (seconds := record.time_to_first_token) is not None:
             self._first_tokens.append(seconds)
 
     def ended(self, record: Record) -> None:
-        """A request is over."""
         self.in_flight -= 1
         self._uncounted.append(record)
         if len(self._uncounted) == _BATCH:
             self.count()
 
     def count(self) -> None:
-        """Those that have ended since the last time. Before a number is read."""
+        """Count the requests that have ended since the last call. Call it before reading a number."""
         records, self._uncounted = self._uncounted, []
         self.requests.update([(r.path or "refused", r.reason or "") for r in records])
         self.answers.update([r.status for r in records])
@@ -110,11 +118,14 @@ class Metrics:
         self.decode_wait.observe_all(
             [r.decode_answered - r.decode_sent for r in records if r.decode_answered and r.decode_sent]
         )
+        self.placements.update([(r.action, r.placed_because) for r in records if r.action])
+        self.queue_wait.observe_all([r.waited for r in records if r.action])
+        self.prediction_error.observe_all([error for r in records if (error := r.prediction_error) is not None])
 
     def text(self) -> bytes:
-        """Prometheus' text format."""
         self.count()
-        return render((*self._of_requests(), *self._of_transfers(), *self._of_workers(), *process_families()))
+        of_requests = (*self._of_requests(), *self._of_placement())
+        return render((*of_requests, *self._of_transfers(), *self._of_workers(), *process_families()))
 
     def _of_requests(self) -> Iterator[Metric]:
         yield histogram("lmcache_ttft", self.ttft, 1000.0)
@@ -124,6 +135,10 @@ class Metrics:
         yield histogram("kvbelt_proxy_prefill_leg_seconds", self.prefill_leg)
         yield histogram("kvbelt_proxy_decode_wait_seconds", self.decode_wait)
         yield counter("kvbelt_proxy_requests_total", self.requests)
+        yield counter("kvbelt_placements_total", self.placements)
+        yield gauge("kvbelt_proxy_requests_waiting", self._waiting())
+        yield histogram("kvbelt_queue_wait_seconds", self.queue_wait)
+        yield histogram("kvbelt_ttft_prediction_error_seconds", self.prediction_error)
         yield counter("kvbelt_proxy_answers_total", {str(s): n for s, n in (_NO_ANSWERS | self.answers).items()})
         yield counter("kvbelt_proxy_errors_total", _NO_ERRORS | self.errors)
         attempts: dict[tuple[str, ...], float] = {
@@ -140,6 +155,17 @@ class Metrics:
             (socket, reason): n for socket, reasons in self.refusals.totals().items() for reason, n in reasons.items()
         }
         yield counter("kvbelt_refused_messages_total", refused)
+
+    def _of_placement(self) -> Iterator[Metric]:
+        now = self._placement()
+        if now is None:
+            return
+        yield gauge("kvbelt_placement_mode", {str(mode): float(mode == now.mode) for mode in Mode})
+        yield gauge("kvbelt_placement_regret_ratio", now.regret or 0.0)
+        shares = {"actual": now.actual, "expected": now.expected}
+        yield gauge(
+            "kvbelt_placement_within_levels_ratio", {name: one for name, one in shares.items() if one is not None}
+        )
 
     def _of_transfers(self) -> Iterator[Metric]:
         yield counter("nixl_transfer_total", self.transfer_size.count)

@@ -1,7 +1,7 @@
-"""From records to OpenTelemetry's spans, sent by OTLP over HTTP. The sole importer of opentelemetry (extra ``traces``).
+"""Records as OpenTelemetry's spans, sent by OTLP over HTTP. The sole importer of opentelemetry (extra ``traces``).
 
-One trace a request: the request itself, below it its legs, and below these their parts (spans.py). A leg's id was told
-to its worker, so that a worker's own spans stand below its leg.
+One trace for each request: the request itself, below it its legs, and below these their parts (spans.py). The worker
+of a leg got the leg's id, so that its own spans are below the leg.
 """
 
 import os
@@ -15,37 +15,30 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
 from kvbelt import __version__
-from kvbelt.proxy.records import Attempt, Record
-from kvbelt.proxy.spans import Span, spans_of
-from kvbelt.proxy.trace_context import Ids
+from kvbelt.proxy.observe.records import Attempt, Record
+from kvbelt.proxy.observe.spans import Span, spans_of
+from kvbelt.proxy.observe.trace_context import new_span_id
 from kvbelt.wire.notification import TransferDone
 
 _SCOPE = InstrumentationScope("kvbelt.proxy", __version__)
 _TRACES_PATH = "/v1/traces"
 
-#: Of one message. Retries within it are the exporter's.
-_SEND_SECONDS = 10.0
+_SEND_SECONDS = 10.0  #: for one message, the exporter's retries included
 
 Attributes = dict[str, str | int | float | bool]
 
 
 class OtlpSender:
-    """Sends to one receiver.
-
-    Args:
-        endpoint: as ``OTEL_EXPORTER_OTLP_ENDPOINT`` has it, ``http://HOST:4318``; empty: what the environment says.
-        instance: tells this proxy from others.
-    """
+    """Sends to one receiver: ``http://HOST:4318``, or for an empty ``endpoint`` the environment's."""
 
     def __init__(self, endpoint: str, instance: str) -> None:
         url = endpoint.rstrip("/") + _TRACES_PATH if endpoint else None
         self._exporter = OTLPSpanExporter(endpoint=url, timeout=_SEND_SECONDS)
-        # What OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES say stands above these.
+        # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win over these.
         ours = {SERVICE_NAME: "kvbelt-proxy", SERVICE_VERSION: __version__, SERVICE_INSTANCE_ID: instance}
         named = Resource.create()
         said = {key: value for key, value in named.attributes.items() if key != SERVICE_NAME or _is_named()}
         self._resource = Resource(ours).merge(Resource(said))
-        self._ids = Ids()
 
     def send(self, records: Sequence[Record]) -> bool:
         """Send the spans of these requests; False: they did not arrive."""
@@ -53,11 +46,10 @@ class OtlpSender:
         return self._exporter.export(spans) is SpanExportResult.SUCCESS
 
     def close(self) -> None:
-        """Give up what is being sent, and free everything."""
         self._exporter.shutdown()  # type: ignore[no-untyped-call]
 
     def spans(self, record: Record) -> Iterator[ReadableSpan]:
-        """One request's. The request itself comes first."""
+        """The spans of one request. The request itself comes first."""
         trace = record.trace
         assert trace is not None
         parent = None if trace.parent is None else trace.parent.span_id
@@ -76,20 +68,14 @@ class OtlpSender:
         for part in spans_of(record):
             if part.name.endswith(" leg") or part.name == "answer":
                 continue
-            owner = _leg_of(record, part)
-            attributes = _of_transfer(owner) if owner is not None and part.name == "transfer" else {}
-            above = owner.span_id if owner is not None else trace.span_id
-            yield self._span(record, part, (self._ids.span(), above), attributes, SpanKind.INTERNAL)
+            attributes = _of_transfer(part.leg) if part.leg is not None and part.name == "transfer" else {}
+            above = part.leg.span_id if part.leg is not None else trace.span_id
+            yield self._span(record, part, (new_span_id(), above), attributes, SpanKind.INTERNAL)
 
     def _span(
-        self,
-        record: Record,
-        span: Span,
-        ids: tuple[bytes, bytes | None],
-        attributes: Attributes,
-        kind: SpanKind,
+        self, record: Record, span: Span, ids: tuple[bytes, bytes | None], attributes: Attributes, kind: SpanKind
     ) -> ReadableSpan:
-        """``ids``: its own, and that of the one above it."""
+        """``ids``: the span's own, and its parent's."""
         (span_id, parent), failed = ids, span.failed
         trace = record.trace
         assert trace is not None
@@ -116,50 +102,39 @@ def _is_named() -> bool:
     return bool(os.environ.get("OTEL_SERVICE_NAME")) or "service.name" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
 
 
+def _known(**attributes: str | float | None) -> Attributes:
+    """Kvbelt's own attributes; unknown ones are left out."""
+    return {f"kvbelt.{name}": value for name, value in attributes.items() if value is not None}
+
+
 def _of_request(record: Record) -> Attributes:
-    said: Attributes = {
-        "http.request.method": "POST",
-        "http.route": record.route,
-        "http.response.status_code": record.status,
-        "kvbelt.request_id": record.request_id,
-        "kvbelt.path": record.path,
-        "kvbelt.stream": record.stream,
-    }
-    if record.reason is not None:
-        said["kvbelt.reason"] = record.reason
-    if record.first_token is not None:
-        said["kvbelt.ttft_seconds"] = record.first_token - record.began
-    if record.kv is not None:
-        said["kvbelt.kv"] = record.kv
-    return said
+    ttft = None if record.first_token is None else record.first_token - record.began
+    http: Attributes = {"http.request.method": "POST", "http.route": record.route}
+    return (
+        http
+        | {"http.response.status_code": record.status}
+        | _known(
+            request_id=record.request_id,
+            path=record.path,
+            stream=record.stream,
+            reason=record.reason,
+            ttft_seconds=ttft,
+            kv=record.kv,
+        )
+    )
 
 
 def _of_leg(attempt: Attempt) -> Attributes:
     host, _, port = attempt.worker.rpartition(":")
-    said: Attributes = {"server.address": host, "server.port": int(port)}
-    if attempt.transfer_id:
-        said["kvbelt.transfer_id"] = attempt.transfer_id
-    if attempt.reason is not None:
-        said["kvbelt.reason"] = attempt.reason
-    return said
+    address: Attributes = {"server.address": host, "server.port": int(port)}
+    return address | _known(transfer_id=attempt.transfer_id or None, reason=attempt.reason)
 
 
 def _of_transfer(attempt: Attempt) -> Attributes:
     told = attempt.transfer
     if told is None:
         return {}
-    said: Attributes = {"kvbelt.transfer_id": told.transfer_id, "kvbelt.bytes": told.num_bytes}
+    common = _known(transfer_id=told.transfer_id, bytes=told.num_bytes)
     if isinstance(told, TransferDone):
-        return said | {
-            "kvbelt.channel": told.channel,
-            "kvbelt.tokens": told.num_tokens,
-            "kvbelt.writes": told.num_writes,
-        }
-    return said | {"kvbelt.reason": told.reason}
-
-
-def _leg_of(record: Record, part: Span) -> Attempt | None:
-    """The leg that a part belongs to: the latest one to its worker that had begun by then."""
-    legs = [one for one in record.attempts if one.worker == part.worker]
-    begun = [one for one in legs if one.began - record.began <= part.start + 1e-6]
-    return next(reversed(begun or legs), None)
+        return common | _known(channel=told.channel, tokens=told.num_tokens, writes=told.num_writes)
+    return common | _known(reason=told.reason)

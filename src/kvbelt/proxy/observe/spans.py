@@ -1,15 +1,15 @@
 """Where one request's time went: the parts of its record on one axis. Pure.
 
-Workers tell how long a part took (``Server-Timing``), the proxy knows when each leg began and ended. So parts are laid
-end to end from the beginning of their leg: the queue and the prompt's computation of a prefill leg; the wait for KV,
-its scatter into blocks, and the first step of a decode leg. The transfer runs beside the prefill; it ends
-``exposed_seconds`` after it. A leg that failed is one part.
+Workers report how long a part took (``Server-Timing``), and the proxy knows when each leg began and ended. So the parts
+of a leg are laid end to end from its beginning: the queue and the prompt's computation of a prefill leg; the wait for
+KV, its scatter into blocks, and the first step of a decode leg. The transfer runs beside the prefill and ends
+``exposed_seconds`` after it. A failed leg is one part.
 """
 
 import math
 from dataclasses import dataclass
 
-from kvbelt.proxy.records import Attempt, Record
+from kvbelt.proxy.observe.records import Attempt, Record
 from kvbelt.wire.notification import TransferDone
 
 
@@ -20,20 +20,25 @@ class Span:
     name: str
     start: float
     duration: float
-    worker: str | None = None
+    leg: Attempt | None = None  #: that it is a part of
     failed: str | None = None  #: why it failed, of ``wire/reasons.py``
 
 
 def spans_of(record: Record) -> list[Span]:
-    """The parts that are known, in the order in which a request walks through them; ``answer`` is the last."""
+    """The known parts, in the order of a request's way; ``answer`` is the last."""
     if not record.attempts:
         return []
     began = record.began
-    found = [Span("proxy", 0.0, max(0.0, record.attempts[0].began - began))]
+    sent = max(0.0, record.attempts[0].began - began)
+    waited = min(record.waited, sent)
+    found = [Span("proxy", 0.0, sent - waited)]
+    if waited:
+        found.append(Span("wait for a worker", sent - waited, waited))
     for attempt in record.attempts:
         start = attempt.began - began
         if attempt.reason is not None:
-            found.append(_failed(attempt, start))
+            ended = attempt.ended if attempt.ended is not None else attempt.began
+            found.append(Span(f"{attempt.leg} leg", start, ended - attempt.began, attempt, attempt.reason))
         elif attempt.leg == "prefill":
             found += _prefill(attempt, start)
         elif record.prefill_worker is None or record.path == "local":
@@ -45,8 +50,8 @@ def spans_of(record: Record) -> list[Span]:
     return found
 
 
-def timings(header: bytes) -> dict[str, float]:
-    """``Server-Timing: queue;dur=1.5, prefill;dur=20`` → milliseconds by name. What does not parse is left out."""
+def parse_server_timing(header: bytes) -> dict[str, float]:
+    """``Server-Timing: queue;dur=1.5, prefill;dur=20`` → milliseconds by name. Malformed entries are left out."""
     found: dict[str, float] = {}
     for entry in header.decode("latin-1").split(","):
         name, *params = (part.strip() for part in entry.split(";"))
@@ -62,54 +67,47 @@ def timings(header: bytes) -> dict[str, float]:
     return found
 
 
-def _failed(attempt: Attempt, start: float) -> Span:
-    ended = attempt.ended if attempt.ended is not None else attempt.began
-    return Span(f"{attempt.leg} leg", start, ended - attempt.began, attempt.worker, attempt.reason)
-
-
 def _prefill(attempt: Attempt, start: float) -> list[Span]:
     found = _computed(attempt, start)
     told = attempt.transfer
     if told is not None:
-        done = isinstance(told, TransferDone)
         computed = found[-1].start + found[-1].duration if found else start
-        end = computed + (told.exposed_seconds if isinstance(told, TransferDone) else 0.0)
-        failed = None if done else getattr(told, "reason", "failed")
-        found.append(Span("transfer", max(0.0, end - told.seconds), told.seconds, attempt.worker, failed))
+        exposed, failed = (told.exposed_seconds, None) if isinstance(told, TransferDone) else (0.0, told.reason)
+        end = computed + exposed
+        found.append(Span("transfer", max(0.0, end - told.seconds), told.seconds, attempt, failed))
     return found
 
 
 def _computed(attempt: Attempt, start: float) -> list[Span]:
-    """A prompt's computation, on either kind of worker."""
-    told = timings(attempt.timing)
+    told = parse_server_timing(attempt.timing)
     if "prefill" in told:
         queue = told.get("queue", 0.0) / 1e3
         return [
-            Span("queue", start, queue, attempt.worker),
-            Span("prefill", start + queue, told["prefill"] / 1e3, attempt.worker),
+            Span("queue", start, queue, attempt),
+            Span("prefill", start + queue, told["prefill"] / 1e3, attempt),
         ]
     if attempt.answered is None:
         return []
-    return [Span(f"{attempt.leg} leg", start, attempt.answered - attempt.began, attempt.worker)]
+    return [Span(f"{attempt.leg} leg", start, attempt.answered - attempt.began, attempt)]
 
 
 def _decode(record: Record, attempt: Attempt, start: float) -> list[Span]:
     """A decode leg over transferred KV."""
     if attempt.answered is None:
         return []
-    told, worker = timings(attempt.timing), attempt.worker
+    told = parse_server_timing(attempt.timing)
     headers = attempt.answered - attempt.began
-    if not told:  # another's server, whose headers leave before its first output
-        found = [Span("decode leg", start, headers, worker)]
+    if not told:  # not a server of ours: its headers leave before its first output
+        found = [Span("decode leg", start, headers, attempt)]
         if record.decode_first is not None:
             step = max(0.0, record.decode_first - attempt.answered)
-            found.append(Span("first decode step", start + headers, step, worker))
+            found.append(Span("first decode step", start + headers, step, attempt))
         return found
     waited, queued, loaded = (told.get(name, 0.0) / 1e3 for name in ("kv", "queue", "load"))
     before = waited + queued + loaded
     step = told["prefill"] / 1e3 if "prefill" in told else max(0.0, headers - before)
     return [
-        Span("KV wait", start, waited, worker),
-        Span("KV load", start + waited + queued, loaded, worker),
-        Span("first decode step", start + before, step, worker),
+        Span("KV wait", start, waited, attempt),
+        Span("KV load", start + waited + queued, loaded, attempt),
+        Span("first decode step", start + before, step, attempt),
     ]
