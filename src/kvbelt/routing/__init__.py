@@ -1,6 +1,5 @@
-"""Which worker, and which road: pure choices. No I/O, no clock.
+"""Pure choices: which workers, when, and which response mode. No I/O, no clock.
 
-``endpoint`` says what is known of a worker, ``policy`` picks one (filters, then scorers, then a picker),
-``decider`` chooses between disaggregation and one worker, ``exactness`` whether the first token may be the
-prefill worker's.
+``endpoint`` holds what is known about a worker. ``placement`` chooses workers by the work booked on them. ``decider``
+says whether a request can be split, and ``exactness`` whether the client may have the prefill worker's first token.
 """

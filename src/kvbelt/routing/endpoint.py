@@ -1,85 +1,51 @@
-"""What the proxy knows of a worker: where it is, what it does, how it is.
+"""What the proxy knows about a worker at one moment.
 
-An endpoint's address and role are settings, and an operator says whether it is to be used; the rest is what the
-worker last said of itself, as one frozen report, so that a choice never mixes two moments.
+Address and role are settings, and an operator decides whether the worker is used. The rest is the worker's latest
+report, frozen, so that a choice never mixes two moments.
 """
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 from kvbelt.wire.handoff import ReceiverAddress
+from kvbelt.wire.health import Role
 from kvbelt.wire.ids import EngineId
-
-
-class Role(StrEnum):
-    """What a worker does. Values are those of ``/health``."""
-
-    PREFILL = "prefill"
-    DECODE = "decode"
-    BOTH = "both"
-
-    def serves(self, wanted: "Role") -> bool:
-        """Whether a worker of this role can be used as ``wanted``."""
-        return self in (wanted, Role.BOTH)
+from kvbelt.wire.load import NO_LOAD, Buffers, Load
+from kvbelt.wire.steps import StepsNow
 
 
 class Health(StrEnum):
-    """How a worker is, as far as is known."""
+    """A worker's health, as far as the proxy knows it."""
 
     UNKNOWN = "unknown"  #: not asked yet
     READY = "ready"
-    UNREADY = "unready"  #: it answers, and says that it takes no requests
+    UNREADY = "unready"  #: it answers, and takes no requests
     LOST = "lost"  #: it does not answer
 
 
 class Standing(StrEnum):
-    """What an operator wants of a worker."""
+    """Whether an operator wants a worker to be used."""
 
     ACTIVE = "active"
-    DRAINING = "draining"  #: it finishes what it has, and gets nothing new
-    LEAVING = "leaving"  #: likewise, and is forgotten then
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """A worker's own count of its work."""
-
-    running: int = 0
-    waiting: int = 0
-    blocks_total: int = 0
-    blocks_free: int = 0
-    blocks_cached: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Buffers:
-    """A belt's memory, in bytes. A worker that receives nothing has no receive buffer."""
-
-    receive_bytes: int = 0
-    bytes_reserved: int = 0
-    bytes_committed: int = 0
-    bytes_quarantined: int = 0
-    overflow_bytes: int = 0
-    overflow_bytes_used: int = 0
-    staging_bytes: int = 0
-    staging_bytes_used: int = 0
+    DRAINING = "draining"  #: it finishes its requests, and gets no new ones
+    LEAVING = "leaving"  #: likewise, and is removed afterwards
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What one health check found."""
-
     health: Health
     detail: str = ""  #: for people: why it is not ready
+    silent: bool = False  #: it is lost because no answer came; its process may only stand still
     engine_id: EngineId | None = None
     model: str = ""
     role: Role | None = None
     max_model_len: int | None = None
-    load: Load = Load()
-    buffers: Buffers | None = None  #: None: it has no belt, or does not tell
+    load: Load = NO_LOAD
+    buffers: Buffers | None = None  #: None: it has no belt, or does not report it
     receiver: ReceiverAddress | None = None
     engine: str = ""  #: ``embedded`` or ``vllm``
-    hash_seed: str | None = None  #: its PYTHONHASHSEED; None: it does not say
+    hash_seed: str | None = None  #: its PYTHONHASHSEED; None: it does not report it
+    steps: StepsNow | None = None  #: as this incarnation said last; None: it has not said
 
 
 NOT_ASKED = Report(Health.UNKNOWN, "no health check has ended yet")
@@ -87,34 +53,30 @@ NOT_ASKED = Report(Health.UNKNOWN, "no health check has ended yet")
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One worker at one moment."""
-
     name: str  #: ``host:port``
     role: Role  #: what it is configured for
     report: Report = NOT_ASKED
     standing: Standing = Standing.ACTIVE
-    #: Its connections to the other side are still being made, for the first time in its life.
-    warming: bool = False
-    late: bool = False  #: it has been asked for its health, and takes longer than it should
+    warming: bool = False  #: it is new, and its connections to the other role are still being made
+    late: bool = False  #: its answer to the latest health check is overdue
 
     @property
     def ready(self) -> bool:
-        """Whether it takes new requests in its role."""
         return self.report.health is Health.READY and self.standing is Standing.ACTIVE
 
     @property
     def settled(self) -> bool:
-        """Whether nothing speaks for taking another one that is ready, too."""
+        """Whether it is as good as any other ready worker."""
         return not self.warming and not self.late
 
     @property
     def state(self) -> str:
-        """In one word, for people."""
+        """One word, for people."""
         if self.standing is not Standing.ACTIVE:
             return str(self.standing)
         return "warming" if self.warming and self.ready else str(self.report.health)
 
     @property
-    def life(self) -> str:
-        """Names one life of it: a worker that was started again is another one to whoever has tried the first."""
+    def incarnation(self) -> str:
+        """The name of this process: a worker that was restarted counts as another one."""
         return f"{self.name} {self.report.engine_id or ''}"

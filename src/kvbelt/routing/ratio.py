@@ -1,15 +1,14 @@
-"""How many prefill workers a decode worker can follow."""
+"""How many prefill workers a decode worker can keep up with."""
 
-#: Beyond so many for each decode worker, answers wait in the decode workers' queues; usual is 1:1 or 1:2.
+#: With more for each decode worker, answers wait in the decode workers' queues; usual is 1:1 or 1:2.
 MOST_PREFILL_PER_DECODE = 2
 
 
 def lopsided(prefill: int, decode: int) -> str | None:
-    """What is wrong with so many of each, and what to do; None: nothing."""
+    """What is wrong with these numbers and what to do; None: nothing."""
     if not decode or prefill <= MOST_PREFILL_PER_DECODE * decode:
         return None
     return (
-        f"{prefill} prefill workers stand against {decode} decode worker{'' if decode == 1 else 's'}: first tokens "
-        "come soon, and then "
-        f"answers wait for decoding; usual is 1:1 or 1:2, such as {decode}p{prefill}d"
+        f"{prefill} prefill workers feed {decode} decode worker{'' if decode == 1 else 's'}: first tokens arrive soon, "
+        f"then answers wait for decoding; usual is 1:1 or 1:2, such as {decode}p{prefill}d"
     )

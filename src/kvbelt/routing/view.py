@@ -1,7 +1,6 @@
-"""The part of a client's request that routing decides by.
+"""The fields of a client's request that routing reads.
 
-Types are OpenAI's and vLLM's; a request whose fields do not fit is refused before any choice is made. Fields
-that only a worker interprets are not here.
+Types are OpenAI's and vLLM's; a request with other types is refused before any choice is made.
 """
 
 from typing import Any
@@ -10,14 +9,12 @@ import msgspec
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
-    """``stream_options``."""
-
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
 class RequestView(msgspec.Struct, frozen=True, kw_only=True):
-    """One request, completions or chat. ``None`` means that the client left a field out, or sent null."""
+    """A completion or chat request. ``None``: the client left the field out, or sent null."""
 
     model: str | None = None
     stream: bool | None = None
@@ -44,5 +41,4 @@ class RequestView(msgspec.Struct, frozen=True, kw_only=True):
     response_format: dict[str, Any] | None = None
 
 
-#: Fields of RequestView.
 VIEWED: frozenset[str] = frozenset(RequestView.__struct_fields__)
