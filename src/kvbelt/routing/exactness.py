@@ -1,16 +1,16 @@
-"""May the client have the prefill worker's first token? Only where the answer is exactly one server's.
+"""Whether the client may have the prefill worker's first token: only where the answer is exactly one server's.
 
-On the fast path the client gets token 1 from the prefill worker, and the decode worker continues after it,
-taking it for a part of the prompt. So whatever depends on *which output tokens there have been*, on *how many*,
-or on *what the prompt was* would differ on the decode worker:
+On the fast path the client gets token 1 from the prefill worker. The decode worker continues after it, and takes it for
+a part of the prompt. So everything that depends on *which output tokens came before*, on *how many*, or on *the prompt*
+would differ on the decode worker:
 
 * penalties and bad words look at earlier output tokens; ``min_tokens`` and a seed's draws count them;
-* logprobs, echo and prompt logprobs report what the decode worker would see as prompt;
+* logprobs, echo and prompt logprobs report what the decode worker sees as the prompt;
 * a stop string may begin in token 1 and end in token 2; guided decoding and tool calls keep a state;
 * several prompts or choices have several first tokens.
 
-For these the decode worker derives token 1 itself from the transferred KV. So it does for a field that nobody
-here has thought about: not knowing is a reason. A field set to its neutral value is as good as absent.
+For these the decode worker derives token 1 itself from the transferred KV, and for every field that is not on the lists
+below. A field set to its neutral value counts as absent.
 """
 
 from collections.abc import Iterable
@@ -42,40 +42,40 @@ SPENT_ON_PROMPT: frozenset[str] = frozenset(
 _KNOWN = VIEWED | CARRIED | SPENT_ON_PROMPT
 
 
-class Road(Enum):
-    """How a disaggregated request is answered."""
+class ResponseMode(Enum):
+    """How a request is answered, if it is split."""
 
     FAST = auto()  #: token 1 from the prefill worker, at once
     REDERIVE = auto()  #: everything from the decode worker, over the transferred KV
-    PREFILL_ONLY = auto()  #: one token is all there is: the prefill worker's answer is the answer
+    PREFILL_ONLY = auto()  #: one token is asked for: the prefill worker's answer is the answer
 
 
 @dataclass(frozen=True, slots=True)
-class FirstToken:
-    """The choice, and for REDERIVE its reason (low cardinality)."""
+class Decision:
+    """``reason``, of ``wire/reasons.py``: why not FAST."""
 
-    road: Road
+    mode: ResponseMode
     reason: str | None = None
 
 
-FAST = FirstToken(Road.FAST)
-PREFILL_ONLY = FirstToken(Road.PREFILL_ONLY)
+FAST = Decision(ResponseMode.FAST)
+PREFILL_ONLY = Decision(ResponseMode.PREFILL_ONLY)
 
 
-def first_token(view: RequestView, names: Iterable[str], *, num_prompts: int) -> FirstToken:
+def first_token(view: RequestView, names: Iterable[str], *, num_prompts: int) -> Decision:
     """Where token 1 comes from.
 
     Args:
         view: the request's typed fields.
-        names: the names of all its fields whose value is not null.
-        num_prompts: how many prompts it has.
+        names: the names of all its fields that are not null.
+        num_prompts: its number of prompts.
     """
     if token_limit(view) == 1:
         return PREFILL_ONLY
     reason = _why_not_fast(view, num_prompts)
     if reason is None and not _KNOWN.issuperset(names):
         reason = "unknown_field"
-    return FAST if reason is None else FirstToken(Road.REDERIVE, reason)
+    return FAST if reason is None else Decision(ResponseMode.REDERIVE, reason)
 
 
 def token_limit(view: RequestView) -> int | None:
@@ -98,7 +98,7 @@ def _why_not_fast(view: RequestView, num_prompts: int) -> str | None:
         (view.seed is not None and not greedy, "seed"),
         (bool(view.presence_penalty) or bool(view.frequency_penalty), "penalty"),
         (view.repetition_penalty not in (None, 1.0), "penalty"),
-        # a minimum of 1 forbids nothing after token 1 but forbids ending at it, which the prefill leg honours
+        # a minimum of 1 forbids only that token 1 ends the answer, which the prefill worker obeys
         ((view.min_tokens or 0) > 1, "min_tokens"),
         (bool(view.tools) and view.tool_choice != "none", "tools"),
         (bool(view.functions), "tools"),

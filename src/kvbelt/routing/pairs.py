@@ -1,7 +1,7 @@
-"""Which prefill worker can send to which decode worker, as far as is known. Pure.
+"""Which prefill worker can send to which decode worker, as far as the proxy knows. Pure.
 
-A pair is two lives, not two addresses: a worker that was started again, perhaps with another model or another key, is
-judged anew. What the handshake of a pair has refused for good is not tried again, neither ahead nor by a request.
+A pair is two processes, not two addresses: a restarted worker, perhaps with another model or key, is judged anew. A
+pair whose handshake was refused for good is not tried again, neither ahead of requests nor by one.
 """
 
 from collections import Counter
@@ -9,37 +9,33 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from kvbelt.wire.ids import EngineId
-from kvbelt.wire.reasons import is_lasting
+from kvbelt.wire.reasons import of_transfer
 
 
 class PairState(StrEnum):
-    """How far two workers have come with each other."""
-
     WARM = "warm"  #: the handshake has succeeded, and the channel is connected
     UNWARMED = "unwarmed"  #: the prefill worker connects on first use only (vLLM)
-    FAILED = "failed"  #: it will be tried again
-    REFUSED = "refused"  #: it would fail for as long as both live
+    FAILED = "failed"  #: it is tried again
+    REFUSED = "refused"  #: it fails for as long as both processes live
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """What is known of one pair."""
-
     state: PairState
-    at: float  #: when it was learnt, in seconds of the caller's clock
+    at: float  #: when this was learned, in seconds of the caller's clock
     reason: str | None = None  #: of ``wire/reasons.py``
-    detail: str = ""  #: for people; of a refusal, the two values that differ
+    detail: str = ""  #: for people; for a refusal, the two values that differ
 
 
 class Pairs:
-    """All pairs of living workers that have been tried."""
+    """Every pair of living workers that was tried."""
 
     def __init__(self) -> None:
         self._pairs: dict[tuple[EngineId, EngineId], Pair] = {}
         self._refused: set[tuple[EngineId, EngineId]] = set()  # exactly those in REFUSED
 
     def get(self, prefill: EngineId | None, decode: EngineId | None) -> Pair | None:
-        """None: not tried yet, or not to be told apart."""
+        """The pair; None: not tried yet, or a worker has no identity."""
         return None if prefill is None or decode is None else self._pairs.get((prefill, decode))
 
     def usable(self, prefill: EngineId | None, decode: EngineId | None) -> bool:
@@ -48,27 +44,26 @@ class Pairs:
 
     @property
     def any_refused(self) -> bool:
-        """Whether there is a pair that is not usable."""
         return bool(self._refused)
 
     def succeeded(self, prefill: EngineId, decode: EngineId, now: float) -> bool:
-        """They are connected. Returns whether that is news."""
+        """Record a connection. Returns whether this is new."""
         return self._note(prefill, decode, Pair(PairState.WARM, now))
 
     def unwarmed(self, prefill: EngineId, decode: EngineId, now: float) -> bool:
-        """The prefill worker cannot be told ahead. Returns whether that is news."""
+        """Record that the prefill worker cannot connect ahead. Returns whether this is new."""
         return self._note(prefill, decode, Pair(PairState.UNWARMED, now))
 
     def failed(self, prefill: EngineId, decode: EngineId, reason: str, detail: str, now: float) -> bool:
-        """They could not be connected. Returns whether that is news."""
-        state = PairState.REFUSED if is_lasting(reason) else PairState.FAILED
+        """Record that they could not connect. Returns whether this is new."""
+        state = PairState.REFUSED if of_transfer(reason).lasting else PairState.FAILED
         before = self._pairs.get((prefill, decode))
         if before is not None and before.reason == reason:
             detail = detail or before.detail
         return self._note(prefill, decode, Pair(state, now, reason, detail))
 
     def forget(self, engine: EngineId) -> None:
-        """This life is over."""
+        """Drop the pairs of a process that has ended."""
         for pair in [pair for pair in self._pairs if engine in pair]:
             del self._pairs[pair]
             self._refused.discard(pair)
@@ -81,11 +76,7 @@ class Pairs:
         return before is None or (before.state, before.reason) != (pair.state, pair.reason)
 
     def states(self) -> Counter[str]:
-        """How many are in each state; all states are there."""
+        """The number of pairs in each state, zeros included."""
         counts = Counter({str(state): 0 for state in PairState})
         counts.update(str(pair.state) for pair in self._pairs.values())
         return counts
-
-    def __len__(self) -> int:
-        """How many are known."""
-        return len(self._pairs)

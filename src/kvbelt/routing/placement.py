@@ -1,0 +1,394 @@
+"""Which worker computes a request's prompt, which one generates, and when. Pure.
+
+Requests wait here, not at workers. Placement hands a prompt over when a worker is nearly free, in the order of the
+requests' deadlines. A request that will miss its deadline goes behind the others, for a bounded time.
+
+Placement counts the service levels that each plan would break: the request's own, and those of running decodes. The
+plan that breaks the fewest wins; among equal plans the one that costs the fewest seconds: the request's wait and
+prefill, and the delay of each decode beside it. ``docs/placement.md`` explains the rule.
+"""
+
+from collections.abc import Callable
+from heapq import heappop, heappush
+from itertools import chain, count
+from math import inf
+
+from kvbelt.routing.booking import Action, Booking, Demand, Pace, Plan, WorkerBook
+from kvbelt.routing.queue import Queue
+from kvbelt.routing.ranking import Ranking, decode_load, freedom
+from kvbelt.routing.rate import ArrivalRate
+from kvbelt.routing.rules import DEFAULT_RULES, Mode, Rules
+from kvbelt.wire.health import Role
+
+__all__ = ["CANDIDATES", "LOOKAHEAD", "Mode", "Placement", "Rules"]
+
+#: Workers of each role that a decision considers: those that are free first.
+CANDIDATES = 8
+
+#: Waiting requests that one pass considers.
+LOOKAHEAD = 8
+
+#: Seconds until the next pass, for each plan that a pass made: about forty times the CPU time of a plan. A worker gets
+#: its next prompt before it is free, so a later pass is still in time.
+PAUSE = 100e-6
+
+_PREFILL, _DECODE = Role.PREFILL, Role.DECODE  # fast to read
+
+#: An answer of at most so many tokens misses its ITL level by one long gap: that gap is more than 1 of 100.
+SHORT = 100
+
+#: The square of the number of decodes beside which one more answer costs a prefill worker half of the whole cost.
+FEW = 3
+
+#: Added to the violations of a plan that is taken only if there is no other: more than any number of requests.
+LAST_RESORT = 1_000_000
+
+
+def _always(_prefill: WorkerBook, _decode: WorkerBook) -> bool:
+    return True
+
+
+class Placement:
+    """All requests that wait, and all work booked on workers.
+
+    ``now`` is in seconds and never goes back. After every change (a request, a worker, a first token, an end) and at
+    ``wake_at`` the caller calls ``dispatch``.
+
+    Args:
+        mode: which actions may be chosen.
+        rules: constants of the decision.
+        can_send: whether the first worker can send KV to the second.
+    """
+
+    def __init__(
+        self,
+        mode: Mode = Mode.ELASTIC,
+        rules: Rules = DEFAULT_RULES,
+        can_send: Callable[[WorkerBook, WorkerBook], bool] = _always,
+    ) -> None:
+        self.mode = mode
+        self.rules = rules
+        self._can_send = can_send
+        self._prefills, self._decodes = Ranking(freedom), Ranking(freedom)
+        self._free = {Role.PREFILL: self._prefills, Role.DECODE: self._decodes}
+        self._decoders = Ranking(decode_load)
+        self._running: set[Booking] = set()
+        self._queue = Queue(self._least_seconds, rules.patience)
+        self._silent: list[tuple[float, int, Booking]] = []  # a heap by the moment at which the first token is expected
+        self._turn = count()
+        self._probe_credit = 0.0
+        self._next_pass = 0.0  # no pass before this moment, if the last one left requests waiting
+        self._plans_made = 0
+        self._look_now = False  # a request may have no worker left
+        self._pace = Pace()
+        self._rate = ArrivalRate()
+        self.wake_at: float | None = None  #: when ``dispatch`` is due again, if nothing else happens
+
+    # Workers
+
+    def join(self, book: WorkerBook) -> None:
+        """The worker is ready. Called again after ``settled`` has changed."""
+        book.pace = self._pace
+        self._free[book.lean].put(book)
+        if book.lean is Role.DECODE:
+            self._decoders.put(book)
+
+    def leave(self, book: WorkerBook) -> None:
+        """The worker gets no more requests. Its bookings stay until they end."""
+        self._free[book.lean].drop(book)
+        self._decoders.drop(book)
+        self._look_now = True
+
+    # Requests
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def submit(self, demand: Demand) -> None:
+        self._queue.add(demand)
+        self._look_now |= bool(demand.exclude)
+        self._rate.count(demand.arrived)
+
+    def withdraw(self, demand: Demand) -> None:
+        """Drop a waiting request, because its client is gone."""
+        self._queue.drop(demand)
+
+    def dispatch(self, now: float) -> list[tuple[Demand, Booking | None]]:
+        """Place every request that can be placed now. None instead of a booking: no worker is left for it."""
+        placed: list[tuple[Demand, Booking | None]] = []
+        kept: list[Demand] = []
+        planned: dict[WorkerBook, float] = {}  # prompts of requests that wait, in seconds from now
+        self.wake_at = None
+        while self._silent and self._silent[0][0] <= now:
+            self._computed(heappop(self._silent)[2], now)
+        if now < self._next_pass and not self._look_now:
+            self._wake(self._next_pass)
+            return placed
+        self._look_now, self._plans_made = False, 0
+        for demand in self._queue.in_order(now):
+            plan = self._best(demand, now, planned)
+            if plan is None:
+                if self._any_ready(demand):
+                    kept.append(demand)
+                else:
+                    placed.append((demand, None))
+            elif plan.wait <= self.rules.ahead or self._may_have(plan, demand, now, planned):
+                placed.append((demand, self._book(demand, plan, now)))
+            else:
+                kept.append(demand)
+                planned[plan.prefill] = plan.ends
+                if plan.prefill.late(now) <= 0.0:  # otherwise the end of its prompt wakes
+                    self._wake(now + plan.wait - self._margin(plan, demand))
+            if len(kept) >= LOOKAHEAD:
+                break
+        for demand in reversed(kept):
+            self._queue.keep(demand, now)
+        self._next_pass = now + min(self.rules.ahead / 2, PAUSE * self._plans_made) if kept else 0.0
+        if kept and self._silent:
+            self._wake(self._silent[0][0])
+        return placed
+
+    def _may_have(self, plan: Plan, demand: Demand, now: float, planned: dict[WorkerBook, float]) -> bool:
+        """Whether a prompt is handed over although its worker has others."""
+        if self.mode is not Mode.ELASTIC or plan.wait <= self._margin(plan, demand):
+            return True
+        # A worker that is late with its only prompt may be free at any moment.
+        book = plan.prefill
+        return len(book.prompts) == 1 and book not in planned and book.late(now) >= -self.rules.ahead
+
+    def _margin(self, plan: Plan, demand: Demand) -> float:
+        """How many seconds before the worker computes a prompt it gets it."""
+        return max(self.rules.ahead, self.rules.soon * demand.levels.ttft - plan.own)
+
+    def _wake(self, at: float) -> None:
+        self.wake_at = at if self.wake_at is None else min(at, self.wake_at)
+
+    def _least_seconds(self, demand: Demand) -> float:
+        """Of the request's prefill on the worker that is free first. Assumes that it holds the longest prefix."""
+        tokens = demand.tokens
+        if demand.held:
+            tokens = max(1, tokens - max(demand.held.values()))
+        book = self._prefills.head or self._decodes.head
+        return book.least_seconds(tokens) if book is not None else 0.0
+
+    # The choice
+
+    def _any_ready(self, demand: Demand) -> bool:
+        """Whether some worker may answer the request."""
+        roles = self._free if self.mode is not Mode.SPLIT else (demand.whole_on, Role.DECODE)
+        return any(self._first(role, demand) for role in roles)
+
+    def _first(self, role: Role, demand: Demand) -> list[WorkerBook]:
+        """The workers that are free first, and those that hold a prefix, without those that failed the request."""
+        exclude = demand.exclude
+        books = self._free[role].first(CANDIDATES + len(exclude), demand.held)
+        return [book for book in books if book.incarnation not in exclude] if exclude else books
+
+    def _best(self, demand: Demand, now: float, planned: dict[WorkerBook, float]) -> Plan | None:
+        if self.mode is Mode.SPLIT:
+            return self._split(demand, now)
+        best = self._probe(demand, now)
+        if best is not None:
+            return best
+        return self._cheapest(demand, now, planned)
+
+    def _probe(self, demand: Demand, now: float) -> Plan | None:
+        """An idle worker without a recent request, to learn its speed again.
+
+        Otherwise a worker that was slow for a while would be avoided for ever.
+        """
+        if self._probe_credit < 1.0 or demand.exclude or 2 * max(demand.held.values(), default=0) > demand.tokens:
+            return None
+        for ranking in (self._prefills, self._decodes):
+            book = ranking.head
+            if book is not None and now - book.used_at > self.rules.old and not book.requests and book.settled:
+                self._probe_credit = 0.0
+                tokens = self._to_compute(demand, book)
+                own, _ = book.prefill_seconds(tokens, demand.levels.itl)
+                return Plan(Action.WHOLE, "probe", book, book, tokens, 0.0, own)
+        return None
+
+    def _split(self, demand: Demand, now: float) -> Plan | None:
+        """The pair that is free first, or the worker if the request cannot be split."""
+        pairs = (
+            (Action.SPLIT, prefill, decode)
+            for prefill in (self._first(Role.PREFILL, demand) if demand.splittable else ())
+            for decode in self._decoders_for(demand)
+            if self._can_send(prefill, decode)
+        )
+        alone = (
+            (Action.WHOLE, book, book)
+            for role in (demand.whole_on, Role.DECODE)
+            for book in self._first(role, demand)
+            if book.has_room(demand.tokens + demand.output)
+        )
+        found = next(chain(pairs, alone), None)
+        if found is None:
+            return None
+        action, prefill, decode = found
+        tokens, wait = self._to_compute(demand, prefill), prefill.wait(now)
+        own, _ = prefill.prefill_seconds(tokens, demand.levels.itl)
+        return Plan(action, "", prefill, decode, tokens, wait, own)
+
+    @staticmethod
+    def _to_compute(demand: Demand, book: WorkerBook) -> int:
+        return max(1, demand.tokens - demand.held.get(book.incarnation, 0))
+
+    def _cheapest(  # noqa: C901, PLR0912, PLR0915 -- one pass, for speed
+        self, demand: Demand, now: float, planned: dict[WorkerBook, float]
+    ) -> Plan | None:
+        """The plan that breaks the fewest levels; among equals, the one that costs the fewest seconds.
+
+        It runs for every request that arrives and, while requests wait, at every change. So it drops plans that cannot
+        win as early as possible.
+        """
+        rules, itl, left, held = self.rules, demand.levels.itl, demand.due - now, demand.held
+        elastic, room = self.mode is Mode.ELASTIC, demand.tokens + demand.output
+        short = itl is not None and demand.output <= SHORT
+        calm = self._calm_seconds(now)
+        decoders: list[WorkerBook] | None = None
+        can_send = self._can_send
+        best: tuple[WorkerBook, WorkerBook, int, float, float] | None = None
+        fewest, least = inf, inf  # violations and cost of the best
+        tokens, wait = demand.tokens, 0.0
+        books = self._candidates(demand)
+        self._plans_made += len(books)
+        for book in books:
+            if held:
+                tokens = max(1, demand.tokens - held.get(book.incarnation, 0))
+            if book.prompts:
+                wait = book.wait(now)
+            elif wait:
+                wait = 0.0
+            if planned:
+                wait = planned.get(book, wait)
+            own, delay = book.prefill_seconds(tokens, itl)
+            seconds = ends = wait + own
+            broken: float = ends > left
+            if not book.settled:
+                broken += LAST_RESORT
+            if broken >= fewest and (broken > fewest or ends >= least):
+                continue
+            if book.decodes:
+                broken += book.broken(delay, now)
+                if ends <= left:
+                    seconds += rules.delay * delay * len(book.decodes)
+            if elastic and book.lean is _PREFILL:
+                if decoders is None:
+                    decoders = self._decoders_for(demand) if demand.splittable else []
+                for decode in decoders:
+                    if not can_send(book, decode):
+                        continue
+                    violations, cost = broken + decode.too_slow_for(demand), seconds + rules.handover
+                    # The second token waits for the decode worker's step, which is long if it carries a prompt.
+                    if short and ends <= left and (decode.prompts or now - decode.begun < demand.levels.ttft):
+                        violations += 1
+                    if book.settled and not decode.settled:
+                        violations += LAST_RESORT
+                    if violations < fewest or (violations == fewest and cost < least):
+                        fewest, least, best = violations, cost, (book, decode, tokens, wait, own)
+                    break
+                # Of two idle workers the decode worker wins. Otherwise the answer costs the prefill worker steps that
+                # read all weights, and later prompts wait for them. Beside several decodes, which others follow, it
+                # hardly adds a step; one or two will end soon.
+                decodes, output = len(book.decodes), demand.output
+                is_calm = (
+                    not decodes and not book.arriving and own + output * book.decode_step(1, demand.tokens) <= calm
+                )
+                seconds += rules.handover / 2 if is_calm else output * book.costs.base / (1 + decodes * decodes / FEW)
+            if broken >= fewest and (broken > fewest or seconds >= least):
+                continue
+            violations = broken + book.too_slow_for(demand)
+            if (violations < fewest or (violations == fewest and seconds < least)) and book.has_room(room):
+                fewest, least, best = violations, seconds, (book, book, tokens, wait, own)
+        if best is None:
+            return None
+        prefill, decode, tokens, wait, own = best
+        if prefill is not decode:
+            return Plan(Action.SPLIT, "", prefill, decode, tokens, wait, own)
+        return Plan(Action.WHOLE, "prefill_busy" if prefill.decodes else "calm", prefill, prefill, tokens, wait, own)
+
+    def _candidates(self, demand: Demand) -> list[WorkerBook]:
+        if demand.held or demand.exclude:
+            return self._first(Role.PREFILL, demand) + self._first(Role.DECODE, demand)
+        return self._prefills.first(CANDIDATES) + self._decodes.first(CANDIDATES)
+
+    def _calm_seconds(self, now: float) -> float:
+        """How long a request may run on an idle prefill worker that will probably get no other request meanwhile."""
+        workers = len(self._prefills) + len(self._decodes)
+        return self.rules.calm * workers * self._rate.gap(now)
+
+    def _decoders_for(self, demand: Demand) -> list[WorkerBook]:
+        """The decode workers that have room for its answer and did not fail it, those with the shortest steps first."""
+        room, exclude = demand.tokens + demand.output, demand.exclude
+        books = self._decoders.first(CANDIDATES)
+        return [book for book in books if book.has_room(room) and book.incarnation not in exclude]
+
+    # Bookings
+
+    def _book(self, demand: Demand, plan: Plan, now: float) -> Booking:
+        booking = Booking(
+            demand, plan.action, plan.reason, plan.prefill, plan.decode, plan.tokens, now, now + plan.ends, plan.own
+        )
+        prefill, decode = plan.prefill, plan.decode
+        prefill.add_prompt(booking, now)
+        decode.kv_booked += demand.tokens + demand.output
+        if prefill is not decode:
+            decode.arriving += 1
+        self._running.add(booking)
+        prefill.used_at = decode.used_at = now
+        self._probe_credit = min(1.0, self._probe_credit + self.rules.probes)
+        if demand.silent and prefill is decode:
+            heappush(self._silent, (booking.predicted, next(self._turn), booking))
+        # A second try takes no turn. Otherwise, if one of two workers fails, each would get one kind of try only.
+        used = not demand.exclude
+        self._moved(prefill, used=used)
+        if decode is not prefill:
+            self._moved(decode, used=used)
+        return booking
+
+    def first_token(self, booking: Booking, now: float) -> None:
+        """The prompt is computed, and the request generates. The caller reports this of a silent answer at its end."""
+        if booking.first_token is None:
+            booking.prefill.computed(booking, now)
+            self._computed(booking, now)
+
+    def _computed(self, booking: Booking, now: float) -> None:
+        prefill, decode = booking.prefill, booking.decode
+        if booking.first_token is not None or booking not in prefill.prompts:
+            return
+        booking.first_token = now
+        prefill.remove_prompt(booking, now)
+        if prefill is not decode:
+            decode.arriving -= 1
+        decode.add_decode(booking, now)
+        self._moved(prefill)
+        if decode is not prefill:
+            self._moved(decode)
+
+    def end(self, booking: Booking, now: float) -> None:
+        """The request needs no worker any more. May be called again."""
+        prefill, decode = booking.prefill, booking.decode
+        if booking in decode.decodes:
+            decode.remove_decode(booking)
+        elif booking in prefill.prompts:
+            prefill.remove_prompt(booking, now)
+            if prefill is not decode:
+                decode.arriving -= 1
+        else:
+            return
+        decode.kv_booked -= booking.demand.tokens + booking.demand.output
+        self._running.discard(booking)
+        if decode is not prefill:
+            self._moved(prefill)
+        self._moved(decode)
+
+    def _moved(self, book: WorkerBook, *, used: bool = False) -> None:
+        self._free[book.lean].moved(book, used=used)
+        if book.lean is _DECODE:
+            self._decoders.moved(book, used=used)
