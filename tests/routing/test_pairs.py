@@ -5,8 +5,8 @@ import pytest
 from kvbelt.routing.pairs import Pairs, PairState
 
 
-def test_what_is_not_known_is_worth_a_try():
-    """Only a refusal speaks against it."""
+def test_an_unknown_pair_is_usable():
+    """A pair is usable unless it was refused."""
     pairs = Pairs()
     assert pairs.usable("p", "d")
     assert pairs.usable(None, "d")
@@ -23,8 +23,8 @@ def test_what_is_not_known_is_worth_a_try():
         ("a_word_of_a_newer_worker", PairState.FAILED),
     ],
 )
-def test_what_would_fail_again_is_told_from_what_might_not(reason, state):
-    """By the registry of reasons."""
+def test_lasting_failures_are_told_from_others(reason, state):
+    """The registry of reasons decides which failures last."""
     pairs = Pairs()
     pairs.failed("p", "d", reason, "why", 1.0)
     assert pairs.get("p", "d").state is state
@@ -33,15 +33,15 @@ def test_what_would_fail_again_is_told_from_what_might_not(reason, state):
 
 
 def test_a_pair_that_works_after_all_is_usable():
-    """The newest word counts."""
+    """The newest report counts."""
     pairs = Pairs()
     pairs.failed("p", "d", "refused_dtype", "", 1.0)
     pairs.succeeded("p", "d", 2.0)
     assert pairs.usable("p", "d")
 
 
-def test_news_is_told_once():
-    """So that a log has one line a cause."""
+def test_a_report_is_new_once():
+    """A repeated report is not new, so that a log has one line for each cause."""
     pairs = Pairs()
     assert pairs.failed("p", "d", "peer_unreachable", "", 1.0)
     assert not pairs.failed("p", "d", "peer_unreachable", "", 2.0)
@@ -51,7 +51,7 @@ def test_news_is_told_once():
 
 
 def test_a_transfers_word_does_not_take_away_the_handshakes_values():
-    """A notification has no detail; what the handshake said stays shown."""
+    """A notification without detail keeps the detail of the handshake."""
     pairs = Pairs()
     pairs.failed("p", "d", "refused_dtype", "float32 here and bfloat16 there", 1.0)
     pairs.failed("p", "d", "refused_dtype", "", 2.0)
@@ -59,11 +59,11 @@ def test_a_transfers_word_does_not_take_away_the_handshakes_values():
 
 
 def test_a_life_that_is_over_is_forgotten():
-    """On either side, with its refusals."""
+    """A process that ends takes its pairs along, on either side."""
     pairs = Pairs()
     for prefill, decode in (("p", "d"), ("p", "e"), ("q", "d")):
         pairs.failed(prefill, decode, "refused_dtype", "", 1.0)
     pairs.forget("d")
-    assert len(pairs) == 1
+    assert pairs.states().total() == 1
     assert pairs.usable("p", "d")
     assert not pairs.usable("p", "e")

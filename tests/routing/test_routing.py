@@ -1,4 +1,4 @@
-"""The pure choices: who, by which road, and whose first token."""
+"""The pure choices: which response mode, and whose first token."""
 
 import json
 
@@ -7,20 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvbelt.routing.decider import decide
-from kvbelt.routing.endpoint import Endpoint, Health, Report, Role
-from kvbelt.routing.exactness import CARRIED, FAST, PREFILL_ONLY, SPENT_ON_PROMPT, FirstToken, Road, first_token
-from kvbelt.routing.policy import Policy, is_ready
+from kvbelt.routing.decider import why_not_split
+from kvbelt.routing.exactness import CARRIED, FAST, PREFILL_ONLY, SPENT_ON_PROMPT, Decision, ResponseMode, first_token
 from kvbelt.routing.view import RequestView
-from kvbelt.wire.handoff import ReceiverAddress
-
-RECEIVER = ReceiverAddress("e", "127.0.0.1", 7300, 7400)
-READY = Report(Health.READY, receiver=RECEIVER)
-
-
-def endpoint(name, report=READY, role=Role.DECODE):
-    """One endpoint."""
-    return Endpoint(name, role, report)
+from kvbelt.wire.health import Role
 
 
 def choose(num_prompts=1, **fields):
@@ -28,35 +18,6 @@ def choose(num_prompts=1, **fields):
     view = msgspec.json.decode(json.dumps(fields).encode(), type=RequestView)
     names = [name for name, value in fields.items() if value is not None]
     return first_token(view, names, num_prompts=num_prompts)
-
-
-def test_round_robin_takes_turns():
-    """Each ready endpoint in order."""
-    policy = Policy()
-    endpoints = [endpoint(name) for name in "abc"]
-    assert [policy.pick(endpoints).name for _ in range(6)] == ["a", "b", "c", "a", "b", "c"]
-
-
-@pytest.mark.parametrize("health", [Health.UNKNOWN, Health.UNREADY, Health.LOST])
-def test_only_ready_endpoints_are_picked(health):
-    """Not known, not ready and lost are all left out; with nobody left there is no pick."""
-    policy = Policy()
-    assert policy.pick([endpoint("a", Report(health)), endpoint("b")]).name == "b"
-    assert policy.pick([endpoint("a", Report(health))]) is None
-
-
-def test_those_already_tried_are_left_out():
-    """A retry goes to somebody else, or to nobody."""
-    policy = Policy()
-    tried = {endpoint("a").life}
-    assert policy.pick([endpoint("a"), endpoint("b")], exclude=tried).name == "b"
-    assert policy.pick([endpoint("a")], exclude=tried) is None
-
-
-def test_scorers_decide_before_turns_do():
-    """The picker sees only the best."""
-    policy = Policy(filters=[is_ready], scorers=[lambda e: float(e.name in "bc"), lambda e: 0.0])
-    assert [policy.pick([endpoint(name) for name in "abc"]).name for _ in range(3)] == ["b", "c", "b"]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +35,7 @@ def test_scorers_decide_before_turns_do():
     ],
 )
 def test_the_fast_path_is_taken_where_it_is_exact(fields):
-    """Neutral values are as good as absent ones."""
+    """Neutral values count as absent."""
     assert choose(**fields) == FAST
 
 
@@ -111,56 +72,47 @@ def test_the_fast_path_is_taken_where_it_is_exact(fields):
 )
 def test_everything_else_is_rederived_with_its_reason(fields, reason):
     """The decode worker derives token 1 itself."""
-    assert choose(**fields) == FirstToken(Road.REDERIVE, reason)
+    assert choose(**fields) == Decision(ResponseMode.REDERIVE, reason)
 
 
 def test_several_prompts_are_rederived():
-    """They have several first tokens."""
-    assert choose(num_prompts=2) == FirstToken(Road.REDERIVE, "many_prompts")
+    """Several prompts have several first tokens."""
+    assert choose(num_prompts=2) == Decision(ResponseMode.REDERIVE, "many_prompts")
 
 
 @pytest.mark.parametrize(
     "fields", [{"max_tokens": 1}, {"max_completion_tokens": 1, "max_tokens": 9}, {"max_tokens": 1, "n": 3}]
 )
 def test_one_token_is_the_prefill_workers_answer(fields):
-    """Whatever else is asked, one worker answers the whole request."""
+    """One worker answers a request for one token, whatever its other fields."""
     assert choose(**fields) == PREFILL_ONLY
 
 
 @settings(deadline=None)
 @given(st.text(min_size=1).filter(lambda name: name not in RequestView.__struct_fields__))
-def test_a_field_that_nobody_thought_about_is_a_reason(name):
-    """Fast only for fields on the lists; the lists hold no field that merely looks harmless."""
-    expected = FAST if name in CARRIED | SPENT_ON_PROMPT else FirstToken(Road.REDERIVE, "unknown_field")
+def test_an_unknown_field_is_a_reason(name):
+    """Only fields on the lists allow the fast path."""
+    expected = FAST if name in CARRIED | SPENT_ON_PROMPT else Decision(ResponseMode.REDERIVE, "unknown_field")
     assert first_token(RequestView(), [name], num_prompts=1) == expected
 
 
 @pytest.mark.parametrize(
-    ("prefill", "decode", "first", "tokens", "road", "reason"),
+    ("first", "tokens", "reason"),
     [
-        (None, READY, FAST, 100, None, "no_prefill_worker"),
-        (None, READY, PREFILL_ONLY, 100, None, "no_prefill_worker"),
-        (READY, Report(Health.READY), FAST, 100, None, "decode_has_no_receiver"),
-        (READY, READY, FAST, 9, None, "short_prompt"),
-        (READY, READY, FAST, 10, Road.FAST, None),
-        (READY, READY, FirstToken(Road.REDERIVE, "seed"), 10, Road.REDERIVE, "seed"),
-        (READY, Report(Health.READY), PREFILL_ONLY, 10, Road.PREFILL_ONLY, None),
+        (FAST, 10, None),
+        (FAST, 9, "short_prompt"),
+        (PREFILL_ONLY, 9, "short_prompt"),
+        (PREFILL_ONLY, 10, None),
+        (Decision(ResponseMode.REDERIVE, "seed"), 10, None),
+        (Decision(ResponseMode.REDERIVE, "many_prompts"), 10, "many_prompts"),
     ],
 )
-def test_the_decider(prefill, decode, first, tokens, road, reason):  # noqa: PLR0917 - one row of the table
-    """Disaggregate unless a side cannot take part or the prompt is short."""
-    decision = decide(
-        first,
-        None if prefill is None else endpoint("p", prefill, Role.PREFILL),
-        endpoint("d", decode),
-        prompt_tokens=tokens,
-        min_prompt_tokens=10,
-    )
-    assert (decision.road, decision.reason) == (road, reason)
+def test_what_cannot_be_split(first, tokens, reason):
+    assert why_not_split(first, tokens, 10) == reason
 
 
 def test_a_worker_of_both_roles_serves_either():
-    """And one of a single role only its own."""
+    """A worker of both roles serves either; others serve only their own."""
     assert Role.BOTH.serves(Role.PREFILL)
     assert Role.BOTH.serves(Role.DECODE)
     assert not Role.DECODE.serves(Role.PREFILL)
