@@ -6,7 +6,7 @@ import pytest
 
 from kvbelt.errors import SettingsError, StartError
 from kvbelt.proxy import Address, Proxy, ProxySettings
-from kvbelt.proxy.spans import timings
+from kvbelt.proxy.observe.spans import parse_server_timing
 from tests.http.support import Raw
 from tests.proxy.support import Deployment, async_test, eventually
 
@@ -20,23 +20,19 @@ from tests.proxy.support import Deployment, async_test, eventually
         ("/kvbelt/requests/x", "GET", 404),
     ],
 )
-def test_unknown_routes_and_methods_are_openai_errors(path, method, status):
+@async_test
+async def test_unknown_routes_and_methods_are_openai_errors(path, method, status):
     """404 and 405 in OpenAI's shape."""
-
-    @async_test
-    async def refused():
-        async with Deployment() as deployment:
-            got = await deployment.get(path, method)
-            assert got.status == status
-            assert set(got.json["error"]) == {"message", "type", "param", "code"}
-            if status == 405:
-                assert got.headers[b"allow"] in (b"GET", b"POST")
-
-    refused()
+    async with Deployment() as deployment:
+        got = await deployment.get(path, method)
+        assert got.status == status
+        assert set(got.json["error"]) == {"message", "type", "param", "code"}
+        if status == 405:
+            assert got.headers[b"allow"] in (b"GET", b"POST")
 
 
 @async_test
-async def test_what_is_no_http_request_gets_an_openai_error_too():
+async def test_a_malformed_http_request_gets_an_openai_error():
     """The parser's refusals have the same shape."""
     async with Deployment() as deployment, Raw(deployment.proxy.port) as raw:
         raw.send(b"nonsense\r\n\r\n")
@@ -44,33 +40,31 @@ async def test_what_is_no_http_request_gets_an_openai_error_too():
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b'{"prompt":"\xff"}', b'{"prompt":"x","max_tokens":"y"}'])
-def test_a_wrong_body_is_400_and_the_next_request_is_unharmed(body):
-    """Nothing of it reaches a worker."""
-
-    @async_test
-    async def refused():
-        async with Deployment() as deployment:
-            got = await deployment.ask(body)
-            assert (got.status, got.json["error"]["type"]) == (400, "invalid_request_error")
-            assert not deployment.prefill[0].requests
-            assert (await deployment.ask({"prompt": "x", "max_tokens": 3})).status == 200
-
-    refused()
+@async_test
+async def test_a_wrong_body_is_400_and_the_next_request_is_unharmed(body):
+    """A malformed body reaches no worker."""
+    async with Deployment() as deployment:
+        got = await deployment.ask(body)
+        assert (got.status, got.json["error"]["type"]) == (400, "invalid_request_error")
+        assert not deployment.prefill[0].requests
+        assert (await deployment.ask({"prompt": "x", "max_tokens": 3})).status == 200
 
 
 @async_test
 async def test_too_large_a_body_is_413():
-    """By the setting."""
+    """A body above the limit gets 413."""
     async with Deployment(max_body_bytes=100) as deployment:
         assert (await deployment.ask({"prompt": "x" * 200})).status == 413
 
 
 @async_test
 async def test_models_come_from_a_decode_worker():
-    """As it lists them."""
+    """The list of models is a decode worker's own, or a prefill worker's where there is no other one."""
     async with Deployment() as deployment:
         assert (await deployment.get("/v1/models")).json["data"][0]["id"] == "toy"
         await deployment.decode[0].stop()
+        assert (await deployment.get("/v1/models")).status == 200
+        await deployment.prefill[0].stop()
         assert (await deployment.get("/v1/models")).status == 503
 
 
@@ -85,11 +79,11 @@ async def test_health_lists_the_workers():
 
 @async_test
 async def test_a_worker_in_the_wrong_role_is_not_used():
-    """A prefill worker given as a decode worker would never answer rightly."""
+    """A prefill worker that is configured as a decode worker is unready."""
     async with Deployment() as deployment:
         deployment.decode[0].role = "prefill"
         worker = deployment.worker(deployment.decode[0])
-        worker._take(await worker._ask())
+        await worker.check()
         got = await deployment.get("/health")
         assert got.status == 503
         assert "its role is prefill" in got.json["workers"][1]["detail"]
@@ -113,7 +107,7 @@ async def test_metrics_have_the_seeds_names_and_ours():
 
 
 @async_test
-async def test_a_record_says_where_the_time_went_and_nothing_of_the_text():
+async def test_a_record_has_timings_and_no_text():
     """Decision, workers and timings, by request id or by the answer's id."""
     async with Deployment() as deployment:
         await deployment.ask({"prompt": "secret words", "max_tokens": 3, "stream": True})
@@ -132,7 +126,7 @@ async def test_a_record_says_where_the_time_went_and_nothing_of_the_text():
 
 @async_test
 async def test_only_the_last_records_are_kept():
-    """By the setting, the oldest goes first."""
+    """The oldest record is dropped first."""
     async with Deployment(records_kept=2) as deployment:
         for name in "abc":
             await deployment.ask({"prompt": "x", "max_tokens": 3}, request_id=name)
@@ -144,7 +138,7 @@ async def test_only_the_last_records_are_kept():
 
 @async_test
 async def test_an_id_in_use_or_unfit_is_replaced():
-    """Engines know requests by their id, so two at once never share one."""
+    """Two requests at once never share an id, since engines tell them apart by it."""
     async with Deployment() as deployment:
         deployment.prefill[0].script.before_head = asyncio.Event()
         asking = [asyncio.create_task(deployment.ask({"prompt": "x", "max_tokens": 3})) for _ in range(2)]
@@ -159,7 +153,7 @@ async def test_an_id_in_use_or_unfit_is_replaced():
 
 @async_test
 async def test_closing_ends_open_streams_and_frees_the_ports():
-    """Within the drain time, with everything it owns."""
+    """Open streams end within the drain time, and both ports are free."""
     async with Deployment() as deployment:
         deployment.decode[0].script.stop_after_tokens = (3, asyncio.Event())
         asking = asyncio.create_task(deployment.ask({"prompt": "x", "max_tokens": 9, "stream": True}))
@@ -180,7 +174,7 @@ async def test_closing_ends_open_streams_and_frees_the_ports():
 
 @async_test
 async def test_a_taken_port_is_a_start_error():
-    """One line that says which, for either port, and nothing is left open."""
+    """The error names the port, and nothing stays open."""
     async with Deployment() as deployment:
         decode = deployment.proxy.settings.decode
         taken = deployment.proxy.port
@@ -201,7 +195,7 @@ async def test_a_taken_port_is_a_start_error():
     ],
 )
 def test_wrong_settings_are_refused(wrong, said):
-    """Naming the setting and its value."""
+    """The error names the setting and its value."""
     with pytest.raises(SettingsError, match=said):
         ProxySettings(**({"decode": (Address("a", 1),)} | wrong))
     with pytest.raises(SettingsError, match="70000"):
@@ -210,4 +204,7 @@ def test_wrong_settings_are_refused(wrong, said):
 
 def test_server_timing_is_read_leniently():
     """What does not parse is left out."""
-    assert timings(b'queue;dur=1.5, prefill;desc="x";dur="20", bad;dur=x, none') == {"queue": 1.5, "prefill": 20.0}
+    assert parse_server_timing(b'queue;dur=1.5, prefill;desc="x";dur="20", bad;dur=x, none') == {
+        "queue": 1.5,
+        "prefill": 20.0,
+    }

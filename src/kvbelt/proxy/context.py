@@ -1,49 +1,51 @@
-"""What the requests of one proxy share: its workers, its counters, and who waits for whose KV."""
+"""What the requests of one proxy share: workers, metrics, records, and the decode calls that wait for KV."""
 
 import asyncio
 import itertools
 import logging
 import secrets
+from dataclasses import dataclass
 from time import monotonic
 
 from kvbelt.http import HttpError, Response
-from kvbelt.proxy.fleet import Fleet
-from kvbelt.proxy.likeness import Likeness
-from kvbelt.proxy.metrics import Metrics
-from kvbelt.proxy.records import Attempt, Records
+from kvbelt.proxy.observe.metrics import Metrics
+from kvbelt.proxy.observe.records import Attempt, Records
+from kvbelt.proxy.observe.shadow import ShadowAccount
+from kvbelt.proxy.observe.tracer import Tracer, sender_of
 from kvbelt.proxy.settings import ProxySettings
-from kvbelt.proxy.tracer import Tracer, sender_of
-from kvbelt.proxy.warming import Warmer
-from kvbelt.proxy.workers import Worker
-from kvbelt.routing.endpoint import Role
+from kvbelt.proxy.workers.dispatcher import Dispatcher
+from kvbelt.proxy.workers.fleet import Fleet
+from kvbelt.proxy.workers.warm_up import Warmer
+from kvbelt.proxy.workers.watch import Worker
+from kvbelt.routing.output_lengths import OutputLengths
+from kvbelt.routing.token_count import TokenCounts
 from kvbelt.wire import reasons
+from kvbelt.wire.health import Role
 from kvbelt.wire.ids import EngineId
-from kvbelt.wire.notification import Notification, TransferDone
+from kvbelt.wire.notification import Notification, OutcomeReport, StepsReport, TransferDone
 
 log = logging.getLogger("kvbelt.proxy")
 
-#: A decode worker normally hears of a failed transfer itself, and recomputes. If it has not answered this long
-#: after the prefill worker's word, it did not hear.
+#: A decode worker normally learns of a failed transfer itself, and recomputes. If it has not answered this long after
+#: the prefill worker's notification, it did not learn of it.
 HEARSAY_SECONDS = 1.0
 
 
 class KVLostError(HttpError):
-    """The KV that a decode worker waits for will not come. ``reason`` is of low cardinality."""
+    """The KV that a decode worker waits for will not arrive. ``reason`` is of ``wire/reasons.py``."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"the KV is lost: {reason}")
         self.reason = reason
 
 
+@dataclass(slots=True, eq=False)
 class Waiting:
-    """A decode leg that has not answered yet, and the prefill leg whose KV it waits for."""
+    """A decode call that has no answer yet, and the prefill call whose KV it waits for."""
 
-    __slots__ = ("attempt", "prefill", "response")
-
-    def __init__(self, attempt: Attempt, prefill: Worker, response: Response) -> None:
-        self.attempt = attempt
-        self.prefill = prefill
-        self.response = response
+    attempt: Attempt
+    prefill: Worker
+    response: Response
 
 
 class Context:
@@ -51,34 +53,52 @@ class Context:
 
     def __init__(self, settings: ProxySettings) -> None:
         self.settings = settings
-        self.fleet = Fleet(settings, self._lost, self._appeared)
+        self.levels = settings.levels
+        self.fleet = Fleet(
+            settings, lost=self._lost, appeared=self._appeared, changed=self._changed, told_steps=self._told_steps
+        )
+        self.dispatcher = Dispatcher(self.fleet, settings)
         self.warmer = Warmer(self.fleet, settings)
-        self.likeness = Likeness()
-        self.tracer = Tracer(sender_of(settings), settings.trace_ratio)
-        self.metrics = Metrics(lambda: self.fleet, self.fleet.pairs, self.tracer.outcomes)
+        receiver = sender_of(settings.otlp_endpoint, f"{settings.host}:{settings.port}")
+        self.tracer = Tracer(receiver, settings.trace_ratio)
         self.records = Records(settings.records_kept)
+        self.shadow = ShadowAccount(self.dispatcher.placement, self.fleet, self.records, settings)
+        self.metrics = Metrics(
+            lambda: self.fleet,
+            self.fleet.pairs,
+            self.tracer.outcomes,
+            lambda: self.dispatcher.placement.waiting,
+            self.shadow.now,
+        )
+        self.token_counts = TokenCounts()
+        self.output_lengths = OutputLengths()
         self._waiting: dict[str, Waiting] = {}  # by transfer id
-        self.life = secrets.token_hex(6)  #: names this life of the proxy
+        self.incarnation = secrets.token_hex(6)  #: changes with each start of the proxy
         self._count = itertools.count(1)
 
     def new_id(self) -> str:
-        """A name that no request or transfer of this or another proxy has."""
-        return f"{self.life}-{next(self._count):x}"
+        """A name that no other request or transfer has, of this or another proxy."""
+        return f"{self.incarnation}-{next(self._count):x}"
 
-    # Who waits for whose KV
+    # Decode calls that wait for KV
 
     def wait_for(self, waiting: Waiting) -> None:
-        """This leg waits for this transfer; it is told if the KV cannot come any more."""
+        """Raise KVLostError in this call when its KV cannot arrive any more."""
         self._waiting[waiting.attempt.transfer_id] = waiting
 
     def wait_over(self, waiting: Waiting) -> None:
-        """The decode worker has answered, or the leg is given up."""
         self._waiting.pop(waiting.attempt.transfer_id, None)
 
     def notified(self, notification: Notification) -> None:
-        """A prefill worker says how a transfer ended."""
+        """A worker has told of its steps, or one side of the end of a transfer."""
+        if isinstance(notification, StepsReport):
+            self.fleet.on_steps(notification.engine, notification.steps)
+            return
+        if isinstance(notification, OutcomeReport):
+            self.records.on_outcome(notification.outcome)
+            return
         self.metrics.notified(notification)
-        self.records.tell(notification)
+        self.records.on_notification(notification)
         if isinstance(notification, TransferDone):
             return
         self.blame(notification.sender, notification.receiver, notification.reason)
@@ -88,9 +108,9 @@ class Context:
             asyncio.get_running_loop().call_later(HEARSAY_SECONDS, self._give_up, waiting, error)
 
     def blame(self, sender: EngineId, receiver: EngineId, reason: str) -> None:
-        """What a failed transfer says about the two workers. Lives that are over are nobody's any more."""
+        """Record what a failed transfer means for its two workers, if both incarnations still run."""
         prefill, decode = self.fleet.with_engine(sender), self.fleet.with_engine(receiver)
-        if prefill is None or decode is None or not reasons.is_of_pair(reason):
+        if prefill is None or decode is None or not reasons.of_transfer(reason).of_pair:
             return
         decode.suspect()
         if self.fleet.pairs.failed(sender, receiver, reason, "", monotonic()):
@@ -101,12 +121,17 @@ class Context:
             waiting.response.abandon(error)
 
     def _appeared(self, worker: Worker) -> None:
-        self.likeness.appeared(worker, self.fleet)
         self.warmer.appeared(worker)
+
+    def _changed(self, worker: Worker) -> None:
+        self.dispatcher.changed(worker)
+
+    def _told_steps(self, worker: Worker) -> None:
+        self.dispatcher.told_steps(worker)
 
     def _lost(self, worker: Worker) -> None:
         if worker.role is not Role.PREFILL:
-            return  # its connections are closed already
+            return  # its connections are already closed
         for waiting in list(self._waiting.values()):
             done = isinstance(waiting.attempt.transfer, TransferDone)
             if waiting.prefill is worker and not done and not waiting.response.head_complete:

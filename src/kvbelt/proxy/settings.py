@@ -1,25 +1,25 @@
-"""What a proxy is told at its start."""
+"""The settings of a proxy."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from kvbelt.errors import SettingsError
+from kvbelt.routing.levels import ServiceLevels
+from kvbelt.routing.placement import Mode
 from kvbelt.security.keys import Keys
 from kvbelt.security.loopback import require_keys_beyond_loopback
 from kvbelt.wire.hosts import is_host, is_port
 
-#: Characters of a prompt that a record may hold.
-MAX_RECORDED_PROMPT = 10_000
+MAX_RECORDED_PROMPT = 10_000  #: characters of a prompt that a record may hold
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a worker's HTTP face is."""
-
     host: str
     port: int
 
     def __post_init__(self) -> None:
-        """Check."""
         if not is_host(self.host) or not is_port(self.port):
             raise SettingsError(
                 f"{self.host}:{self.port} is not a worker's address; give a host and a port of 1 to 65535"
@@ -27,13 +27,12 @@ class Address:
 
     @property
     def name(self) -> str:
-        """``host:port``."""
         return f"{self.host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
 class ProxySettings:
-    """Frozen and checked. Times are in seconds. Without prefill workers every request is served by one worker."""
+    """Frozen and checked; times in seconds. Without prefill workers, a decode worker serves each request alone."""
 
     decode: tuple[Address, ...]
     prefill: tuple[Address, ...] = ()
@@ -42,35 +41,43 @@ class ProxySettings:
     notification_host: str = "127.0.0.1"
     notification_port: int = 7500  #: 0: any free port
     deadline_seconds: float = 600.0  #: a request that takes longer is ended with 504
-    #: How long a decode worker waits for KV whose prompt has been computed, before it computes the prompt itself.
+    #: How long a decode worker waits for KV before it computes the prompt itself, once a prefill worker has answered.
     kv_wait_seconds: float = 30.0
-    max_attempts: int = 3  #: legs of one kind that a request may have, its first one included
+    max_attempts: int = 3  #: calls of one kind (prefill, decode) that a request may make
     connect_seconds: float = 2.0
     health_interval_seconds: float = 1.0
-    health_timeout_seconds: float = 3.0  #: a worker silent for longer is lost
-    late_seconds: float = 0.5  #: a worker silent for longer is passed over while there is another
-    warm_seconds: float = 2.0  #: how long a new worker's connections are waited for before it takes requests
-    rewarm_seconds: float = 240.0  #: between two looks at whether they are still there
+    health_timeout_seconds: float = 3.0  #: a worker silent for longer gets no new requests
+    late_seconds: float = 0.5  #: a worker silent for longer is passed over while there is another one
+    warm_seconds: float = 2.0  #: how long a new worker's connections may take before it gets requests
+    rewarm_seconds: float = 240.0  #: between two checks of these connections
     max_body_bytes: int = 32 * 1024 * 1024
-    max_answer_bytes: int = 256 * 1024 * 1024  #: of a worker, where it is not streamed
-    min_prompt_tokens: int = 0  #: shorter prompts are not disaggregated
+    max_answer_bytes: int = 256 * 1024 * 1024  #: of a worker's answer that is not streamed
+    placement: Mode = Mode.ELASTIC
+    min_prompt_tokens: int = 0  #: shorter prompts are not split
+    # The service levels, in milliseconds, of requests that do not say their own.
+    slo_ttft_ms: float = 500.0
+    slo_itl_ms: float = 50.0  #: 0: none. A vLLM server is to keep it by computing less of a prompt at once
+    slo_tpot_ms: float = 0.0  #: 0: none
+    max_waiting: int = 1024  #: requests that may wait for a worker; a further one is refused
+    max_wait_seconds: float = 30.0  #: for a worker
     records_kept: int = 1000
-    record_prompts: int = 0  #: characters of each prompt that are kept with its record
-    open_console: bool = False  #: whoever reaches this proxy may see its requests, without a key
-    request_lines_per_second: float = 20.0  #: of the log, at most; what is more is counted. 0: none
-    #: Where traces go, ``http://HOST:4318``; empty: where OpenTelemetry's variables say; None: there are none.
+    record_prompts: int = 0  #: characters of each prompt that its record keeps
+    open_console: bool = False  #: the console needs no key: anyone who reaches this proxy can see its requests
+    request_lines_per_second: float = 20.0  #: at most, in the log; the others are counted. 0: none
+    #: Where traces are sent, ``http://HOST:4318``; empty: as OpenTelemetry's variables say; None: no traces.
     otlp_endpoint: str | None = None
-    trace_ratio: float = 1.0  #: share of the requests that is traced, where the client does not say
-    drain_seconds: float = 2.0  #: for open requests at the end
-    keys: Keys | None = None  #: of the notification port; None: whoever reaches it may notify
-    admin_key: str | None = field(default=None, repr=False)  #: of whoever may add and remove workers; None: nobody
-    #: The workers' hosts are names, looked up again and again, and each address that one has is a worker.
+    trace_ratio: float = 1.0  #: share of requests that are traced, if the client does not decide
+    drain_seconds: float = 2.0  #: that open requests have to end when the proxy stops
+    keys: Keys | None = None  #: of the notification port; None: anyone who reaches it may notify
+    admin_key: str | None = field(default=None, repr=False)  #: lets its holder add and remove workers; None: no one can
+    #: Workers that ask for a key get this one with the proxy's own questions. Clients' requests never carry it.
+    worker_api_key: str | None = field(default=None, repr=False)
+    #: The workers' hosts are DNS names, looked up repeatedly; each of their addresses is a worker.
     discover: bool = False
     discover_seconds: float = 2.0
-    insecure: bool = False  #: without keys, take notifications beyond loopback all the same
+    insecure: bool = False  #: accept notifications from other hosts without keys
 
     def __post_init__(self) -> None:
-        """Check."""
         require_keys_beyond_loopback(
             self.notification_host,
             keys=self.keys is not None,
@@ -84,6 +91,9 @@ class ProxySettings:
             )
         if self.otlp_endpoint and not self.otlp_endpoint.startswith(("http://", "https://")):
             raise SettingsError(f"otlp_endpoint is {self.otlp_endpoint!r}; say http://HOST:4318, OTLP over HTTP")
+        for name in ("slo_itl_ms", "slo_tpot_ms"):
+            if not 0.0 <= getattr(self, name) < inf:
+                raise SettingsError(f"{name} is {getattr(self, name)}; give milliseconds between tokens, or 0 for none")
         if not 0.0 <= self.trace_ratio <= 1.0:
             raise SettingsError(f"trace_ratio is {self.trace_ratio}; it lies between 0 and 1")
         if not self.decode:
@@ -93,19 +103,36 @@ class ProxySettings:
                 names = ", ".join(address.name for address in addresses)
                 raise SettingsError(f"a {role} worker is given twice: {names}")
         for name in (
-            "deadline_seconds",
-            "kv_wait_seconds",
-            "max_attempts",
-            "connect_seconds",
-            "health_interval_seconds",
-            "health_timeout_seconds",
-            "late_seconds",
-            "warm_seconds",
-            "rewarm_seconds",
-            "max_body_bytes",
-            "max_answer_bytes",
-            "records_kept",
-            "discover_seconds",
-        ):
+            "deadline_seconds", "kv_wait_seconds", "max_attempts", "connect_seconds", "health_interval_seconds",
+            "health_timeout_seconds", "late_seconds", "warm_seconds", "rewarm_seconds", "max_body_bytes",
+            "max_answer_bytes", "slo_ttft_ms", "records_kept", "discover_seconds", "max_waiting", "max_wait_seconds",
+        ):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be positive")
+
+    @property
+    def levels(self) -> ServiceLevels:
+        """Of requests that do not say their own."""
+        return ServiceLevels(self.slo_ttft_ms / 1e3, self.slo_itl_ms / 1e3 or None, self.slo_tpot_ms / 1e3 or None)
+
+
+def addresses_of(kind: str, hosts: Sequence[str], ports: Sequence[int], count: int | None) -> tuple[Address, ...]:
+    """The workers of one kind.
+
+    One host with one port and ``count`` n means n consecutive ports; several ports mean themselves. Several
+    hosts have the one port each, or a port each. Else it raises SettingsError, with ``kind``, the option's prefix.
+    """
+    if count == 0:
+        return ()
+    if len(hosts) == 1 and len(ports) == 1:
+        last = ports[0] + (count or 1) - 1
+        if last > 65535:
+            raise SettingsError(f"--{kind}-port {ports[0]} and {count} workers lead to port {last}; 65535 is the last")
+        return tuple(Address(hosts[0], port) for port in range(ports[0], last + 1))
+    number = max(len(hosts), len(ports))
+    if count not in (None, number) or not {len(hosts), len(ports)} <= {1, number}:
+        raise SettingsError(
+            f"--{kind}-host names {len(hosts)} hosts, --{kind}-port {len(ports)} ports, and {count or number} workers "
+            "are asked for; give one host, one port, or as many of each as there are workers"
+        )
+    return tuple(Address(hosts[i % len(hosts)], ports[i % len(ports)]) for i in range(number))
