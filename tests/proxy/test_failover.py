@@ -1,10 +1,9 @@
-"""What fails is tried elsewhere: another prefill worker, another decode worker, and then the decode worker alone."""
+"""A failed request is tried on another prefill worker, another decode worker, and then by the decode worker alone."""
 
 import asyncio
 
 import pytest
 
-from kvbelt.proxy.tries import Tries
 from kvbelt.wire.notification import TransferFailed, encode
 from tests.proxy.support import Deployment, async_test, eventually, generated, in_time
 
@@ -16,12 +15,12 @@ FAST_HEALTH = {"health_interval_seconds": 0.02, "health_timeout_seconds": 0.2}
 
 
 def failing(reason):
-    """A prefill worker's word of a transfer."""
+    """A prefill worker's report of a failed transfer."""
     return {"transfer_id": "t", "state": "failed", "reason": reason}
 
 
 def reasons(record):
-    """Why each attempt of a request failed; None: it did not."""
+    """The leg and the reason of each attempt; the reason is None if it did not fail."""
     return [(attempt["leg"], attempt["reason"]) for attempt in record["attempts"]]
 
 
@@ -29,7 +28,7 @@ def reasons(record):
 
 
 async def break_prefill(deployment, how):
-    """The first of the prefill workers fails from now on."""
+    """Make the first prefill worker fail from now on."""
     broken = deployment.prefill[0]
     if how == "unreachable":
         await broken.stop()
@@ -43,33 +42,29 @@ async def break_prefill(deployment, how):
 
 @pytest.mark.parametrize("how", ["unreachable", "lost", "5xx", "bad_answer"])
 @pytest.mark.parametrize("body", [BODY, STREAM, REDERIVED], ids=["whole", "stream", "re-derive"])
-def test_another_prefill_worker_takes_over(how, body):
-    """With the KV sent from it, under a new name; the header says what had failed before."""
-
-    @async_test
-    async def replaced():
-        async with Deployment(prefill=2) as deployment:
-            await break_prefill(deployment, how)
-            got = await deployment.ask(body)
-            assert got.path.endswith(f"; after=prefill_{how}")
-            assert not got.path.startswith("local")
-            assert await deployment.right(got, body)
-            sent = generated(deployment.prefill[1])[0]["kv_transfer_params"]["transfer_id"]
-            assert generated(deployment.decode[0])[0]["kv_transfer_params"]["transfer_id"] == sent
-            tried = generated(deployment.prefill[0])
-            assert all(one["kv_transfer_params"]["transfer_id"] != sent for one in tried)
-            record = await deployment.record()
-            assert reasons(record) == [("prefill", f"prefill_{how}"), ("prefill", None), ("decode", None)]
-            assert record["transfer_id"] == sent
-            line = f'kvbelt_proxy_failed_attempts_total{{leg="prefill",reason="prefill_{how}"}} 1.0'
-            assert line in (await deployment.get("/metrics")).body.decode()
-
-    replaced()
+@async_test
+async def test_another_prefill_worker_takes_over(how, body):
+    """The second worker sends the KV under a new transfer id, and the header names the earlier failure."""
+    async with Deployment(prefill=2) as deployment:
+        await break_prefill(deployment, how)
+        got = await deployment.ask(body)
+        assert got.path.endswith(f"; after=prefill_{how}")
+        assert not got.path.startswith("local")
+        assert await deployment.right(got, body)
+        sent = generated(deployment.prefill[1])[0]["kv_transfer_params"]["transfer_id"]
+        assert generated(deployment.decode[0])[0]["kv_transfer_params"]["transfer_id"] == sent
+        tried = generated(deployment.prefill[0])
+        assert all(one["kv_transfer_params"]["transfer_id"] != sent for one in tried)
+        record = await deployment.record()
+        assert reasons(record) == [("prefill", f"prefill_{how}"), ("prefill", None), ("decode", None)]
+        assert record["transfer_id"] == sent
+        line = f'kvbelt_proxy_failed_attempts_total{{leg="prefill",reason="prefill_{how}"}} 1.0'
+        assert line in (await deployment.get("/metrics")).body.decode()
 
 
 @async_test
 async def test_a_prefill_worker_and_the_decode_worker_may_be_lost_together():
-    """There is nobody to send KV to when the next prefill worker's turn comes: another decode worker does it alone."""
+    """The request is placed anew on two others."""
     async with Deployment(prefill=2, decode=2, **FAST_HEALTH) as deployment:
         (broken, _), (lost, _) = deployment.prefill, deployment.decode
         broken.script.before_head, broken.script.status = asyncio.Event(), 503
@@ -79,29 +74,25 @@ async def test_a_prefill_worker_and_the_decode_worker_may_be_lost_together():
         await eventually(lambda: not deployment.worker(lost).ready)
         broken.script.before_head.set()
         got = await asking
-        assert got.path.startswith("local")
+        assert got.path == "first-token; after=prefill_5xx"
         assert await deployment.right(got, BODY)
 
 
 @pytest.mark.parametrize("how", ["unreachable", "lost", "5xx"])
-def test_another_prefill_worker_gives_the_only_token(how):
-    """Where one token is all that is asked for."""
-
-    @async_test
-    async def replaced():
-        async with Deployment(prefill=2) as deployment:
-            await break_prefill(deployment, how)
-            got = await deployment.ask(ONE_TOKEN)
-            assert got.path == f"prefill-only; after=prefill_{how}"
-            assert await deployment.right(got, ONE_TOKEN)
-            assert not deployment.decode[0].requests
-
-    replaced()
+@async_test
+async def test_another_prefill_worker_gives_the_only_token(how):
+    """A request for one token is answered by the second prefill worker alone."""
+    async with Deployment(prefill=2) as deployment:
+        await break_prefill(deployment, how)
+        got = await deployment.ask(ONE_TOKEN)
+        assert got.path == f"prefill-only; after=prefill_{how}"
+        assert await deployment.right(got, ONE_TOKEN)
+        assert not deployment.decode[0].requests
 
 
 @async_test
 async def test_a_prefill_worker_that_is_stopped_is_replaced_when_its_health_is_silent():
-    """Its connection stays open; another one is asked, and later requests do not meet it."""
+    """A stopped worker keeps its connections open. Another one is asked, and later requests avoid it."""
     async with Deployment(prefill=2, **FAST_HEALTH) as deployment:
         stopped = deployment.prefill[0]
         stopped.script.before_head = asyncio.Event()
@@ -118,7 +109,7 @@ async def test_a_prefill_worker_that_is_stopped_is_replaced_when_its_health_is_s
 
 @async_test
 async def test_when_every_prefill_worker_fails_the_decode_worker_does_it_all():
-    """Each is asked once."""
+    """Each prefill worker is asked once."""
     async with Deployment(prefill=2) as deployment:
         for prefill in deployment.prefill:
             prefill.script.status = 500
@@ -130,7 +121,7 @@ async def test_when_every_prefill_worker_fails_the_decode_worker_does_it_all():
 
 @async_test
 async def test_the_number_of_legs_is_bounded():
-    """A request that breaks whoever takes it does not break them all."""
+    """A request that breaks every worker that takes it reaches no more than the allowed number."""
     async with Deployment(prefill=4, decode=4, max_attempts=2) as deployment:
         for worker in (*deployment.prefill, *deployment.decode):
             worker.script.die_before_head = True
@@ -145,41 +136,33 @@ async def test_the_number_of_legs_is_bounded():
 
 
 @pytest.mark.parametrize("body", [BODY, STREAM, REDERIVED], ids=["whole", "stream", "re-derive"])
-def test_a_transfer_that_failed_early_is_tried_from_another_prefill_worker(body):
-    """Its prompt is read again, and its KV is sent from there."""
-
-    @async_test
-    async def replaced():
-        async with Deployment(prefill=2) as deployment:
-            deployment.prefill[0].script.transfer_state = failing("write_failed")
-            got = await deployment.ask(body)
-            assert got.path.endswith("; after=transfer_write_failed")
-            assert not got.path.startswith("local")
-            assert await deployment.right(got, body)
-            assert reasons(await deployment.record())[0] == ("prefill", "transfer_write_failed")
-
-    replaced()
+@async_test
+async def test_a_transfer_that_failed_early_is_tried_from_another_prefill_worker(body):
+    """The other worker computes the prompt again and sends its KV."""
+    async with Deployment(prefill=2) as deployment:
+        deployment.prefill[0].script.transfer_state = failing("write_failed")
+        got = await deployment.ask(body)
+        assert got.path.endswith("; after=transfer_write_failed")
+        assert not got.path.startswith("local")
+        assert await deployment.right(got, body)
+        assert reasons(await deployment.record())[0] == ("prefill", "transfer_write_failed")
 
 
 @pytest.mark.parametrize("reason", ["too_large", "receiver_full", "peer_lost", "stale_engine"])
-def test_a_transfer_that_another_prefill_worker_could_not_do_either_is_not_tried_again(reason):
-    """What is wrong with the decode worker stays wrong: it computes the prompt itself."""
-
-    @async_test
-    async def local():
-        async with Deployment(prefill=2) as deployment:
-            deployment.prefill[0].script.transfer_state = failing(reason)
-            got = await deployment.ask(BODY)
-            assert got.path == f"local; reason=transfer_{reason}"
-            assert await deployment.right(got, BODY)
-            assert not deployment.prefill[1].requests
-
-    local()
+@async_test
+async def test_a_transfer_that_another_prefill_worker_could_not_do_either_is_not_tried_again(reason):
+    """The cause lies with the decode worker, which computes the prompt itself."""
+    async with Deployment(prefill=2) as deployment:
+        deployment.prefill[0].script.transfer_state = failing(reason)
+        got = await deployment.ask(BODY)
+        assert got.path == f"local; reason=transfer_{reason}"
+        assert await deployment.right(got, BODY)
+        assert not deployment.prefill[1].requests
 
 
 @async_test
 async def test_an_answer_without_its_kv_is_kept_while_others_are_tried():
-    """The first token is right, whatever became of the KV: it is used when nobody else can be."""
+    """The first token is right without its KV, and is used when no other prefill worker is left."""
     async with Deployment(prefill=2) as deployment:
         first, second = deployment.prefill
         first.script.transfer_state = failing("write_failed")
@@ -193,8 +176,8 @@ async def test_an_answer_without_its_kv_is_kept_while_others_are_tried():
 
 
 @async_test
-async def test_an_early_word_of_the_prefill_worker_counts_as_its_answers():
-    """It may notify before it answers."""
+async def test_an_early_notification_counts_as_the_prefill_workers_answer():
+    """A failure that the prefill worker notifies before it answers counts as one in its answer."""
     async with Deployment(prefill=2) as deployment:
         slow = deployment.prefill[0]
         slow.script.before_head = asyncio.Event()
@@ -211,34 +194,30 @@ async def test_an_early_word_of_the_prefill_worker_counts_as_its_answers():
 
 
 @pytest.mark.parametrize("reason", ["refused_dtype", "untrusted_key", "refused_model"])
-def test_a_pair_that_was_refused_is_not_tried_again(reason):
-    """Neither by the request that found out nor by later ones; a new life of either is judged anew."""
-
-    @async_test
-    async def avoided():
-        async with Deployment(prefill=2, **FAST_HEALTH) as deployment:
-            misfit = deployment.prefill[0]
-            misfit.script.transfer_state = failing(reason)
-            assert (await deployment.ask(BODY)).path == f"first-token; after=transfer_{reason}"
-            for _ in range(3):
-                assert (await deployment.ask(BODY)).path == "first-token"
-            assert len(misfit.requests) == 1
-            port = misfit.port
-            await misfit.stop()
-            misfit.engine_id, misfit.script.transfer_state = "p0-again", None
-            await misfit.start(port)
-            again = deployment.worker(misfit)
-            await eventually(lambda: again.engine_id == "p0-again" and again.ready and not again.endpoint.warming)
-            for _ in range(2):
-                assert (await deployment.ask(BODY)).path == "first-token"
-            assert len(misfit.requests) == 2
-
-    avoided()
+@async_test
+async def test_a_pair_that_was_refused_is_not_tried_again(reason):
+    """The request that found out and later ones avoid the pair until one of the two is restarted."""
+    async with Deployment(prefill=2, **FAST_HEALTH) as deployment:
+        misfit = deployment.prefill[0]
+        misfit.script.transfer_state = failing(reason)
+        assert (await deployment.ask(BODY)).path == f"first-token; after=transfer_{reason}"
+        for _ in range(3):
+            assert (await deployment.ask(BODY)).path == "first-token"
+        assert len(misfit.requests) == 1
+        port = misfit.port
+        await misfit.stop()
+        misfit.engine_id, misfit.script.transfer_state = "p0-again", None
+        await misfit.start(port)
+        again = deployment.worker(misfit)
+        await eventually(lambda: again.engine_id == "p0-again" and again.ready and not again.endpoint.warming)
+        for _ in range(2):
+            assert (await deployment.ask(BODY)).path == "first-token"
+        assert len(misfit.requests) == 2
 
 
 @async_test
-async def test_a_decode_worker_that_refuses_everybody_computes_its_prompts():
-    """And nobody reads them in vain."""
+async def test_a_decode_worker_that_refuses_every_prefill_worker_computes_its_prompts():
+    """No prefill worker computes a prompt in vain."""
     async with Deployment() as deployment:
         deployment.prefill[0].script.transfer_state = failing("refused_dtype")
         assert (await deployment.ask(BODY)).path == "local; reason=transfer_refused_dtype"
@@ -247,8 +226,8 @@ async def test_a_decode_worker_that_refuses_everybody_computes_its_prompts():
 
 
 @async_test
-async def test_what_a_worker_says_becomes_a_header_only_if_it_is_a_word():
-    """A line break in it would begin a header of its own."""
+async def test_only_a_word_becomes_a_header():
+    """A line break in a worker's reason does not begin a new header."""
     async with Deployment() as deployment:
         deployment.prefill[0].script.transfer_state = failing("a\r\nb: c")
         assert (await deployment.ask(BODY)).path == "local; reason=transfer_failed"
@@ -261,45 +240,37 @@ async def test_what_a_worker_says_becomes_a_header_only_if_it_is_a_word():
     ("how", "reason"), [("unreachable", "decode_unreachable"), ("lost", "decode_lost"), ("5xx", "decode_5xx")]
 )
 @pytest.mark.parametrize("body", [BODY, REDERIVED, BODY | {"prompt": ["a", "b"]}], ids=["whole", "re-derive", "local"])
-def test_another_decode_worker_takes_over(how, reason, body):
-    """As long as nothing was said, from the beginning."""
-
-    @async_test
-    async def replaced():
-        async with Deployment(decode=2) as deployment:
-            broken = deployment.decode[0]
-            if how == "unreachable":
-                await broken.stop()
-            elif how == "lost":
-                broken.script.die_before_head = True
-            else:
-                broken.script.status = 500
-            got = await deployment.ask(body)
-            assert got.path.endswith(f"; after={reason}")
-            assert await deployment.right(got, body)
-            assert ("decode", reason) in reasons(await deployment.record())
-
-    replaced()
+@async_test
+async def test_another_decode_worker_takes_over(how, reason, body):
+    """The whole request is repeated, since nothing was sent to the client."""
+    async with Deployment(decode=2) as deployment:
+        broken = deployment.decode[0]
+        if how == "unreachable":
+            await broken.stop()
+        elif how == "lost":
+            broken.script.die_before_head = True
+        else:
+            broken.script.status = 500
+        got = await deployment.ask(body)
+        assert got.path.endswith(f"; after={reason}")
+        assert await deployment.right(got, body)
+        assert ("decode", reason) in reasons(await deployment.record())
 
 
 @pytest.mark.parametrize("body", [STREAM, REDERIVED], ids=["stream", "re-derive"])
-def test_a_decode_worker_lost_behind_its_head_is_replaced_while_nothing_of_it_was_said(body):
-    """Some send the head before they begin to work."""
-
-    @async_test
-    async def replaced():
-        async with Deployment(decode=2) as deployment:
-            deployment.decode[0].script.die_behind_head = True
-            got = await deployment.ask(body)
-            assert await deployment.right(got, body)
-            assert "after=decode_lost" in got.path or b"after=decode_lost" in got.body
-
-    replaced()
+@async_test
+async def test_a_decode_worker_lost_after_its_head_is_replaced_before_anything_was_sent(body):
+    """A head without a body is no answer to the client yet."""
+    async with Deployment(decode=2) as deployment:
+        deployment.decode[0].script.die_behind_head = True
+        got = await deployment.ask(body)
+        assert await deployment.right(got, body)
+        assert "after=decode_lost" in got.path or b"after=decode_lost" in got.body
 
 
 @async_test
 async def test_a_whole_answer_cut_in_its_body_is_made_again():
-    """Nothing of it has reached the client."""
+    """Nothing of a cut answer has reached the client."""
     async with Deployment(decode=2) as deployment:
         broken = deployment.decode[0]
         broken.script.stop_after_tokens = (4, asyncio.Event())
@@ -312,8 +283,8 @@ async def test_a_whole_answer_cut_in_its_body_is_made_again():
 
 
 @async_test
-async def test_the_last_decode_workers_own_words_reach_the_client():
-    """A refusal is better than "nobody is left"."""
+async def test_the_last_decode_workers_answer_reaches_the_client():
+    """The last 5xx answer is passed on when no decode worker is left."""
     async with Deployment(decode=2) as deployment:
         for decode in deployment.decode:
             decode.script.status = 500
@@ -323,8 +294,8 @@ async def test_the_last_decode_workers_own_words_reach_the_client():
 
 
 @async_test
-async def test_a_decode_worker_that_was_started_again_gets_the_prompt_anew():
-    """The KV went to its earlier life; the same address is asked, as another worker."""
+async def test_a_restarted_decode_worker_gets_the_prompt_again():
+    """The KV went to the earlier process; the prompt is computed again for the new one."""
     async with Deployment(**FAST_HEALTH) as deployment:
         prefill, decode = deployment.prefill[0], deployment.decode[0]
         prefill.script.before_head = asyncio.Event()
@@ -342,8 +313,8 @@ async def test_a_decode_worker_that_was_started_again_gets_the_prompt_anew():
 
 
 @async_test
-async def test_nobody_left_says_so_with_a_reason():
-    """503, when to ask again, and in one word why."""
+async def test_no_decode_worker_left_is_503_with_a_reason():
+    """The answer is 503 with Retry-After and a reason."""
     async with Deployment(decode=2) as deployment:
         for decode in deployment.decode:
             await decode.stop()
@@ -353,12 +324,12 @@ async def test_nobody_left_says_so_with_a_reason():
         assert b'kvbelt_proxy_errors_total{reason="no_decode_worker"} 1.0' in (await deployment.get("/metrics")).body
 
 
-# A worker that is slow disturbs nobody else.
+# A slow worker disturbs no other.
 
 
 @async_test
-async def test_a_worker_that_is_late_to_say_how_it_is_gets_nothing_while_there_is_another():
-    """Long before it counts as lost."""
+async def test_a_late_worker_gets_no_requests_while_there_is_another():
+    """A late worker is passed over long before it counts as lost."""
     settings = {"health_interval_seconds": 0.02, "health_timeout_seconds": 20.0, "late_seconds": 0.05}
     async with Deployment(prefill=2, decode=2, **settings) as deployment:
         slow = (deployment.prefill[0], deployment.decode[0])
@@ -373,7 +344,7 @@ async def test_a_worker_that_is_late_to_say_how_it_is_gets_nothing_while_there_i
 
 @async_test
 async def test_the_only_worker_is_used_although_it_is_late():
-    """It is not lost."""
+    """A late worker is used if there is no other one."""
     settings = {"health_interval_seconds": 0.02, "health_timeout_seconds": 20.0, "late_seconds": 0.05}
     async with Deployment(**settings) as deployment:
         deployment.decode[0].script.health_hangs = True
@@ -386,7 +357,7 @@ async def test_the_only_worker_is_used_although_it_is_late():
 
 @async_test
 async def test_a_client_may_set_its_own_deadline():
-    """Its header travels on as the time that the KV has."""
+    """The client's deadline limits the request and the transfer."""
 
     async def attempt(seconds):
         async with Deployment() as deployment:
@@ -404,22 +375,18 @@ async def test_a_client_may_set_its_own_deadline():
 
 
 @pytest.mark.parametrize("said", [b"soon", b"0", b"-1", b"nan", b"inf", b""])
-def test_a_deadline_that_is_none_is_refused(said):
-    """400, with what was sent."""
-
-    @async_test
-    async def refused():
-        async with Deployment() as deployment:
-            got = await deployment.ask(BODY, headers=((b"x-kvbelt-deadline-seconds", said),))
-            assert (got.status, got.json["error"]["param"]) == (400, "x-kvbelt-deadline-seconds")
-            assert not deployment.prefill[0].requests
-
-    refused()
+@async_test
+async def test_a_malformed_deadline_is_refused(said):
+    """The answer is 400 and names the header."""
+    async with Deployment() as deployment:
+        got = await deployment.ask(BODY, headers=((b"x-kvbelt-deadline-seconds", said),))
+        assert (got.status, got.json["error"]["param"]) == (400, "x-kvbelt-deadline-seconds")
+        assert not deployment.prefill[0].requests
 
 
 @async_test
 async def test_a_clients_deadline_does_not_exceed_the_proxys():
-    """The setting is the limit."""
+    """The proxy's own deadline is the upper limit."""
     async with Deployment(deadline_seconds=0.2) as deployment:
         deployment.decode[0].script.before_head = asyncio.Event()
         got = await deployment.ask(BODY, headers=((b"x-kvbelt-deadline-seconds", b"100"),))
@@ -427,8 +394,9 @@ async def test_a_clients_deadline_does_not_exceed_the_proxys():
 
 
 @pytest.mark.parametrize("body", [BODY, STREAM], ids=["whole", "stream"])
-def test_a_deadline_missed_for_want_of_room_is_503(body):
-    """The decode worker was full the whole time, and the prefill worker has said so: asking again may help."""
+@async_test
+async def test_a_deadline_missed_for_want_of_room_is_503(body):
+    """The decode worker's buffer was full until the deadline, so a later request may succeed."""
 
     async def attempt(seconds):
         async with Deployment(deadline_seconds=2 * seconds) as deployment:
@@ -453,16 +421,12 @@ def test_a_deadline_missed_for_want_of_room_is_503(body):
                 assert got.headers[b"retry-after"] == b"1"
             return True
 
-    @async_test
-    async def told():
-        await in_time(attempt)
-
-    told()
+    await in_time(attempt)
 
 
 @async_test
-async def test_the_prefill_worker_hears_of_a_full_buffer_before_the_decode_worker_gives_up():
-    """Its time for the transfer is the shorter one, so that it is the one to say why; both leave some for an answer."""
+async def test_the_prefill_worker_learns_of_a_full_buffer_before_the_decode_worker_gives_up():
+    """The prefill worker's limit is the shorter one, and both leave time for an answer."""
     async with Deployment(deadline_seconds=100.0, kv_wait_seconds=200.0) as deployment:
         await deployment.ask(BODY)
         sends = generated(deployment.prefill[0])[0]["kv_transfer_params"]["deadline_seconds"]
@@ -470,21 +434,9 @@ async def test_the_prefill_worker_hears_of_a_full_buffer_before_the_decode_worke
         assert sends < waits < 99.5
 
 
-def test_tries_are_counted_by_kind():
-    """Decode legs do not use up prefill legs, and who failed is remembered by kind."""
-    tries = Tries(2)
-    tries.made("prefill")
-    tries.made("prefill")
-    tries.failed("prefill", "a")
-    assert not tries.may_go_on("prefill")
-    assert tries.may_go_on("decode")
-    assert tries.excluded("prefill") == {"a"}
-    assert not tries.excluded("decode")
-
-
 @async_test
 async def test_without_further_attempts_nothing_is_tried_elsewhere():
-    """The mechanism taken out: the same failures end locally, or in an error."""
+    """With one attempt, the same failures end locally or in an error."""
     async with Deployment(prefill=2, decode=2, max_attempts=1) as deployment:
         deployment.prefill[0].script.status = 500
         assert (await deployment.ask(BODY)).path == "local; reason=prefill_5xx"

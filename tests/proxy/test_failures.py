@@ -1,4 +1,4 @@
-"""Whatever fails ends in the right answer or in an honest error, at once, and the next request is unharmed."""
+"""Each failure ends at once in the right answer or in an error, and the next request is unharmed."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ FAST_HEALTH = {"health_interval_seconds": 0.02, "health_timeout_seconds": 0.2}
 
 
 async def right(deployment, reply, body=None):
-    """The reply has one server's text."""
+    """Whether the reply has one server's text."""
     return await deployment.right(reply, body or BODY)
 
 
@@ -24,26 +24,22 @@ async def right(deployment, reply, body=None):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_prefill_worker_that_is_gone_leaves_the_answer_right(stream):
-    """Nobody listens any more."""
-
-    @async_test
-    async def goes_local():
-        async with Deployment() as deployment:
-            await deployment.prefill[0].stop()
-            got = await deployment.ask(BODY | {"stream": stream})
-            assert got.path == "local; reason=prefill_unreachable"
-            assert await right(deployment, got)
-            # found out at once, not at the next health check
-            await eventually(lambda: not deployment.worker(deployment.prefill[0]).ready)
-            assert (await deployment.ask(BODY)).path == "local; reason=no_prefill_worker"
-
-    goes_local()
+@async_test
+async def test_a_prefill_worker_that_is_gone_leaves_the_answer_right(stream):
+    """The decode worker computes the prompt, and the next request avoids the lost worker."""
+    async with Deployment() as deployment:
+        await deployment.prefill[0].stop()
+        got = await deployment.ask(BODY | {"stream": stream})
+        assert got.path == "local; reason=prefill_unreachable"
+        assert await right(deployment, got)
+        # found out at once, not at the next health check
+        await eventually(lambda: not deployment.worker(deployment.prefill[0]).ready)
+        assert (await deployment.ask(BODY)).path == "local; reason=no_prefill_worker"
 
 
 @async_test
 async def test_a_prefill_worker_that_dies_over_the_prompt_leaves_the_answer_right():
-    """Killed before it answers."""
+    """A prefill worker that is killed before it answers is replaced by the decode worker."""
     async with Deployment() as deployment:
         deployment.prefill[0].script.die_before_head = True
         got = await deployment.ask(STREAM)
@@ -54,7 +50,7 @@ async def test_a_prefill_worker_that_dies_over_the_prompt_leaves_the_answer_righ
 
 @async_test
 async def test_a_prefill_worker_that_stops_answering_is_lost_by_its_health():
-    """Stopped (SIGSTOP), it keeps its connections open: only its silence tells."""
+    """A stopped worker (SIGSTOP) keeps its connections open and is found by its silent health check."""
     async with Deployment(**FAST_HEALTH) as deployment:
         script = deployment.prefill[0].script
         script.before_head = asyncio.Event()
@@ -72,7 +68,7 @@ async def test_a_prefill_worker_that_stops_answering_is_lost_by_its_health():
 
 @async_test
 async def test_a_prefill_worker_that_fails_with_5xx_leaves_the_answer_right():
-    """Its trouble is not the client's."""
+    """The decode worker answers instead."""
     async with Deployment() as deployment:
         deployment.prefill[0].script.status = 500
         got = await deployment.ask(BODY)
@@ -81,24 +77,20 @@ async def test_a_prefill_worker_that_fails_with_5xx_leaves_the_answer_right():
 
 
 @pytest.mark.parametrize("body", [b"{}", b"nonsense", b'{"id":"x","created":1,"model":"m","choices":[],"usage":{}}'])
-def test_a_prefill_worker_that_answers_nonsense_leaves_the_answer_right(body):
-    """200 with something else than an answer."""
-
-    @async_test
-    async def goes_local():
-        async with Deployment() as deployment:
-            deployment.prefill[0].script.status = 200
-            deployment.prefill[0].script.body = body
-            got = await deployment.ask(BODY)
-            assert got.path == "local; reason=prefill_bad_answer"
-            assert await right(deployment, got)
-
-    goes_local()
+@async_test
+async def test_a_prefill_worker_that_answers_nonsense_leaves_the_answer_right(body):
+    """A 200 that is not a completion counts as a failure."""
+    async with Deployment() as deployment:
+        deployment.prefill[0].script.status = 200
+        deployment.prefill[0].script.body = body
+        got = await deployment.ask(BODY)
+        assert got.path == "local; reason=prefill_bad_answer"
+        assert await right(deployment, got)
 
 
 @async_test
 async def test_a_prefill_worker_that_refuses_is_quoted():
-    """4xx: the request is at fault, and no other worker is asked."""
+    """A 4xx is passed on, and no other worker is asked."""
     async with Deployment() as deployment:
         deployment.prefill[0].script.status = 404
         got = await deployment.ask(STREAM)
@@ -107,25 +99,21 @@ async def test_a_prefill_worker_that_refuses_is_quoted():
 
 
 @pytest.mark.parametrize("body", [BODY, STREAM, REDERIVED])
-def test_a_transfer_that_failed_early_leaves_the_answer_right(body):
-    """The prefill worker's answer already says so: the decode worker is not told to wait."""
-
-    @async_test
-    async def goes_local():
-        async with Deployment() as deployment:
-            state = {"transfer_id": "t", "state": "failed", "reason": "refused_layout"}
-            deployment.prefill[0].script.transfer_state = state
-            got = await deployment.ask(body)
-            assert got.path == "local; reason=transfer_refused_layout"
-            assert await right(deployment, got, body)
-            assert "kv_transfer_params" not in deployment.decode[0].requests[0][2]
-
-    goes_local()
+@async_test
+async def test_a_transfer_that_failed_early_leaves_the_answer_right(body):
+    """The prefill worker's answer reports the failure, so the decode worker does not wait for KV."""
+    async with Deployment() as deployment:
+        state = {"transfer_id": "t", "state": "failed", "reason": "refused_layout"}
+        deployment.prefill[0].script.transfer_state = state
+        got = await deployment.ask(body)
+        assert got.path == "local; reason=transfer_refused_layout"
+        assert await right(deployment, got, body)
+        assert "kv_transfer_params" not in deployment.decode[0].requests[0][2]
 
 
 @async_test
-async def test_kv_lost_on_the_way_is_said_in_the_header_or_in_a_comment():
-    """By a header while it is possible, by an SSE comment behind the first token."""
+async def test_lost_kv_is_reported_in_the_header_or_in_a_comment():
+    """The new path is in the header, or in an SSE comment after the first token."""
     async with Deployment() as deployment:
         deployment.decode[0].script.kv = "recomputed; reason=deadline"
         got = await deployment.ask(STREAM)
@@ -139,27 +127,23 @@ async def test_kv_lost_on_the_way_is_said_in_the_header_or_in_a_comment():
 
 
 @pytest.mark.parametrize("body", [BODY, STREAM, REDERIVED])
-def test_a_prefill_worker_lost_while_its_kv_is_awaited(body):
-    """The decode worker would wait for its deadline; the proxy asks it again without the KV."""
-
-    @async_test
-    async def asked_again():
-        async with Deployment(**FAST_HEALTH) as deployment:
-            decode, prefill = deployment.decode[0], deployment.prefill[0]
-            decode.script.kv_arrives = asyncio.Event()
-            asking = asyncio.create_task(deployment.ask(body))
-            await decode.arrived.wait()
-            prefill.script.health_hangs = True
-            got = await asking
-            assert "local; reason=prefill_lost" in got.path or b"local; reason=prefill_lost" in got.body
-            assert await right(deployment, got, body)
-
-    asked_again()
+@async_test
+async def test_a_prefill_worker_lost_while_its_kv_is_awaited(body):
+    """The proxy asks the waiting decode worker again, without the KV."""
+    async with Deployment(**FAST_HEALTH) as deployment:
+        decode, prefill = deployment.decode[0], deployment.prefill[0]
+        decode.script.kv_arrives = asyncio.Event()
+        asking = asyncio.create_task(deployment.ask(body))
+        await decode.arrived.wait()
+        prefill.script.health_hangs = True
+        got = await asking
+        assert "local; reason=prefill_lost" in got.path or b"local; reason=prefill_lost" in got.body
+        assert await right(deployment, got, body)
 
 
 @async_test
-async def test_a_failed_transfer_that_the_decode_worker_did_not_hear_of():
-    """The prefill worker's word is enough, after a moment."""
+async def test_a_failed_transfer_that_the_decode_worker_did_not_learn_of():
+    """The prefill worker's notification is enough, after a moment."""
     async with Deployment() as deployment:
         decode = deployment.decode[0]
         decode.script.kv_arrives = asyncio.Event()
@@ -181,8 +165,8 @@ async def test_a_failed_transfer_that_the_decode_worker_did_not_hear_of():
 
 
 @async_test
-async def test_a_decode_worker_lost_behind_the_first_token_is_replaced():
-    """The client has the first token, which stays the first: another worker goes on after it, and computes both."""
+async def test_a_decode_worker_lost_after_the_first_token_is_replaced():
+    """Another decode worker computes prompt and first token, and continues after it."""
     async with Deployment(decode=2) as deployment:
         deployment.decode[0].script.die_before_head = True
         got = await deployment.ask(STREAM)
@@ -194,28 +178,24 @@ async def test_a_decode_worker_lost_behind_the_first_token_is_replaced():
 
 
 @pytest.mark.parametrize(("body", "path"), [(BODY, "first-token"), (REDERIVED, "re-derive; reason=seed")])
-def test_a_decode_worker_lost_before_anything_was_said_is_replaced_with_kv(body, path):
-    """Another one gets a prefill leg of its own: the KV is sent to it, under another name."""
-
-    @async_test
-    async def replaced():
-        async with Deployment(decode=2) as deployment:
-            deployment.decode[0].script.die_before_head = True
-            got = await deployment.ask(body)
-            assert await right(deployment, got, body)
-            assert got.path == f"{path}; after=decode_lost"
-            first, second = generated(deployment.prefill[0])
-            assert second["kv_transfer_params"]["receiver"]["engine_id"] == "d1"
-            name = second["kv_transfer_params"]["transfer_id"]
-            assert name != first["kv_transfer_params"]["transfer_id"]
-            assert generated(deployment.decode[1])[0]["kv_transfer_params"]["transfer_id"] == name
-
-    replaced()
+@async_test
+async def test_a_decode_worker_lost_before_anything_was_sent_is_replaced_with_kv(body, path):
+    """The other decode worker gets KV of its own, under a new transfer id."""
+    async with Deployment(decode=2) as deployment:
+        deployment.decode[0].script.die_before_head = True
+        got = await deployment.ask(body)
+        assert await right(deployment, got, body)
+        assert got.path == f"{path}; after=decode_lost"
+        first, second = generated(deployment.prefill[0])
+        assert second["kv_transfer_params"]["receiver"]["engine_id"] == "d1"
+        name = second["kv_transfer_params"]["transfer_id"]
+        assert name != first["kv_transfer_params"]["transfer_id"]
+        assert generated(deployment.decode[1])[0]["kv_transfer_params"]["transfer_id"] == name
 
 
 @async_test
 async def test_no_decode_worker_is_503_with_retry_after():
-    """Before the request is worked on, or when the last one is gone."""
+    """The answer is 503 both before the failure is known and after it."""
     async with Deployment() as deployment:
         await deployment.decode[0].stop()
         for _ in range(2):
@@ -227,8 +207,8 @@ async def test_no_decode_worker_is_503_with_retry_after():
 
 
 @async_test
-async def test_no_decode_worker_behind_the_first_token_is_an_error_event():
-    """The stream has begun: it ends with the error and [DONE]."""
+async def test_no_decode_worker_after_the_first_token_is_an_error_event():
+    """A stream that has begun ends with the error and [DONE]."""
     async with Deployment() as deployment:
         deployment.decode[0].script.die_before_head = True
         got = await deployment.ask(STREAM)
@@ -237,94 +217,108 @@ async def test_no_decode_worker_behind_the_first_token_is_an_error_event():
 
 
 @pytest.mark.parametrize("body", [STREAM, REDERIVED, STREAM | {"return_token_ids": True}])
-def test_a_decode_worker_killed_in_mid_stream_ends_it_with_an_error_event(body):
-    """Whole events, then the error, then [DONE]: never silence, never half an event."""
-
-    @async_test
-    async def told():
-        async with Deployment() as deployment:
-            deployment.decode[0].script.die_after_tokens = 4
-            got = await deployment.ask(body)
-            assert "error" in got.events[-1]
-            assert all("choices" in event for event in got.events[:-1])
-            expected = (await deployment.ask_alone(BODY)).text
-            assert got.text
-            assert expected.startswith(got.text)
-            assert b"kvbelt_proxy_broken_streams_total 1.0" in (await deployment.get("/metrics")).body
-
-    told()
+@async_test
+async def test_a_decode_worker_killed_in_mid_stream_ends_it_with_an_error_event(body):
+    """The client gets whole events, then the error, then [DONE]."""
+    async with Deployment() as deployment:
+        deployment.decode[0].script.die_after_tokens = 4
+        got = await deployment.ask(body)
+        assert "error" in got.events[-1]
+        assert all("choices" in event for event in got.events[:-1])
+        expected = (await deployment.ask_alone(BODY)).text
+        assert got.text
+        assert expected.startswith(got.text)
+        assert b"kvbelt_proxy_broken_streams_total 1.0" in (await deployment.get("/metrics")).body
 
 
 @async_test
-async def test_a_decode_worker_frozen_in_mid_stream_ends_it_with_an_error_event():
-    """Its connection stays open; its health check does not answer."""
+async def test_a_stream_waits_for_a_decode_worker_that_stands_still():
+    """The worker counts as lost meanwhile, and its stream is whole in the end."""
     async with Deployment(**FAST_HEALTH) as deployment:
-        script = deployment.decode[0].script
-        script.stop_after_tokens = (4, asyncio.Event())
+        script, worker = deployment.decode[0].script, deployment.worker(deployment.decode[0])
+        goes_on = asyncio.Event()
+        script.stop_after_tokens = (4, goes_on)
         asking = asyncio.create_task(deployment.ask(STREAM))
-        await deployment.decode[0].arrived.wait()
+        await streams(deployment)
         script.health_hangs = True
-        got = await asking
-        assert "lost" in got.events[-1]["error"]["message"]
+        await eventually(lambda: worker.lost)
+        assert not asking.done()
+        script.health_hangs = False
+        await eventually(lambda: worker.ready)
+        goes_on.set()
+        assert await deployment.right(await asking, BODY)
+
+
+@pytest.mark.parametrize("end", ["killed", "another process", "deadline"])
+@async_test
+async def test_a_stream_of_a_silent_decode_worker_ends_with_an_error_event(end):
+    """When its connection ends, it turns out to have been restarted, or the request's deadline has passed."""
+    headers = ((b"x-kvbelt-deadline-seconds", b"1.5" if end == "deadline" else b"60"),)
+    async with Deployment(**FAST_HEALTH) as deployment:
+        decode = deployment.decode[0]
+        decode.script.stop_after_tokens = (4, asyncio.Event())
+        asking = asyncio.create_task(deployment.ask(STREAM, headers=headers))
+        await streams(deployment)
+        decode.script.health_hangs = True
+        await eventually(lambda: deployment.worker(decode).lost)
+        if end == "killed":
+            await decode.stop()
+        elif end == "another process":
+            decode.engine_id, decode.script.health_hangs = "d0-again", False
+        error = (await asking).events[-1]["error"]
+        assert error["reason"] == ("deadline" if end == "deadline" else "decode_lost")
+
+
+async def streams(deployment):
+    """A decode worker's stream is on its way to the client."""
+    await eventually(lambda: any(one.streaming for one in deployment.proxy.context.records.open.values()))
 
 
 @pytest.mark.parametrize("fields", [{}, {"seed": 1}])
-def test_a_decode_worker_killed_under_a_whole_answer_is_502(fields):
-    """Nothing was sent: an honest status."""
-
-    @async_test
-    async def told():
-        async with Deployment() as deployment:
-            deployment.decode[0].script.stop_after_tokens = (4, asyncio.Event())
-            asking = asyncio.create_task(deployment.ask(BODY | fields))
-            await deployment.decode[0].arrived.wait()
-            await deployment.decode[0].stop()
-            got = await asking
-            assert got.status in (502, 503)
-            assert got.json["error"]["code"] == got.status
-
-    told()
+@async_test
+async def test_a_decode_worker_killed_under_a_whole_answer_is_502(fields):
+    """The status is an error, since nothing was sent."""
+    async with Deployment() as deployment:
+        deployment.decode[0].script.stop_after_tokens = (4, asyncio.Event())
+        asking = asyncio.create_task(deployment.ask(BODY | fields))
+        await deployment.decode[0].arrived.wait()
+        await deployment.decode[0].stop()
+        got = await asking
+        assert got.status in (502, 503)
+        assert got.json["error"]["code"] == got.status
 
 
 @pytest.mark.parametrize("status", [400, 429, 500, 503])
-def test_a_decode_workers_refusal_reaches_the_client(status):
-    """Status and body as they are; behind a first token, as an error event."""
-
-    @async_test
-    async def quoted():
-        async with Deployment() as deployment:
-            deployment.decode[0].script.status = status
-            for body in (BODY, REDERIVED):
-                got = await deployment.ask(body)
-                assert (got.status, got.json["error"]["message"]) == (status, "as scripted")
-            got = await deployment.ask(STREAM)
-            assert got.events[-1]["error"]["message"] == "as scripted"
-
-    quoted()
+@async_test
+async def test_a_decode_workers_refusal_reaches_the_client(status):
+    """Status and body are passed on; after a first token, as an error event."""
+    async with Deployment() as deployment:
+        deployment.decode[0].script.status = status
+        for body in (BODY, REDERIVED):
+            got = await deployment.ask(body)
+            assert (got.status, got.json["error"]["message"]) == (status, "as scripted")
+        got = await deployment.ask(STREAM)
+        assert got.events[-1]["error"]["message"] == "as scripted"
 
 
 @pytest.mark.parametrize("body", [BODY, REDERIVED, STREAM])
-def test_a_decode_worker_that_is_stopping_is_replaced_by_another(body):
-    """Its 503 is not the client's as long as another worker is ready, which computes the prompt itself."""
-
-    @async_test
-    async def replaced():
-        async with Deployment(decode=2) as deployment:
-            stopping, other = deployment.decode
-            stopping.script.status = 503
-            for _ in range(2):  # round robin: one of the two would be the stopping worker's
-                got = await deployment.ask(body)
-                assert got.status == 200
-                assert got.text
-            assert len(generated(stopping)) == 1
-            assert len(generated(other)) == 2
-
-    replaced()
+@async_test
+async def test_a_decode_worker_that_is_stopping_is_replaced_by_another(body):
+    """Another ready decode worker answers instead of a 503."""
+    async with Deployment(decode=2) as deployment:
+        stopping, other = deployment.decode
+        stopping.script.status = 503
+        for _ in range(2):  # round robin: one of the two would be the stopping worker's
+            got = await deployment.ask(body)
+            assert got.status == 200
+            assert got.text
+        assert len(generated(stopping)) == 1
+        assert len(generated(other)) == 2
 
 
 @async_test
 async def test_an_event_that_is_no_event_ends_the_stream_with_an_error():
-    """Where events are re-wrapped (chat), nonsense is named rather than passed on or swallowed."""
+    """In a chat, an event that is not JSON ends the stream with an error."""
     async with Deployment() as deployment:
         deployment.decode[0].script.bad_event = True
         chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 9, "stream": True}
@@ -335,10 +329,10 @@ async def test_an_event_that_is_no_event_ends_the_stream_with_an_error():
 
 @async_test
 async def test_a_fault_of_the_proxy_itself_is_an_honest_500(monkeypatch, caplog):
-    """An OpenAI error, a line in the log, and the next request is unharmed."""
+    """The client gets a 500, the log a line, and the next request is unharmed."""
     async with Deployment() as deployment:
         with monkeypatch.context() as patch:
-            patch.setattr(deployment.proxy.context.fleet, "pick_prefill", lambda *_: 1 / 0)
+            patch.setattr(deployment.proxy.context.dispatcher.placement, "submit", lambda *_: 1 / 0)
             got = await deployment.ask(BODY)
         assert (got.status, got.json["error"]["type"]) == (500, "internal_error")
         assert "ZeroDivisionError" in caplog.text
@@ -346,24 +340,20 @@ async def test_a_fault_of_the_proxy_itself_is_an_honest_500(monkeypatch, caplog)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_prefill_worker_lost_over_a_single_token_leaves_the_answer_right(stream):
+@async_test
+async def test_a_prefill_worker_lost_over_a_single_token_leaves_the_answer_right(stream):
     """The decode worker answers instead."""
-
-    @async_test
-    async def goes_local():
-        async with Deployment() as deployment:
-            deployment.prefill[0].script.die_before_head = True
-            body = BODY | {"max_tokens": 1, "stream": stream}
-            got = await deployment.ask(body)
-            assert got.path == "local; reason=prefill_lost"
-            assert await right(deployment, got, body)
-
-    goes_local()
+    async with Deployment() as deployment:
+        deployment.prefill[0].script.die_before_head = True
+        body = BODY | {"max_tokens": 1, "stream": stream}
+        got = await deployment.ask(body)
+        assert got.path == "local; reason=prefill_lost"
+        assert await right(deployment, got, body)
 
 
 @async_test
 async def test_a_restarted_worker_is_used_again():
-    """Another life at the same address: its old connections are given up, its new engine_id is what is sent."""
+    """Old connections are dropped, and KV is sent to the new engine_id."""
     async with Deployment(**FAST_HEALTH) as deployment:
         decode = deployment.decode[0]
         await deployment.ask(BODY)
@@ -379,7 +369,7 @@ async def test_a_restarted_worker_is_used_again():
 
 @async_test
 async def test_a_draining_worker_gets_nothing_new():
-    """503 on /health: unready, not lost."""
+    """A worker that answers 503 on /health is unready, not lost."""
     async with Deployment(decode=2, **FAST_HEALTH) as deployment:
         deployment.decode[0].script.health_status = 503
         await eventually(lambda: not deployment.worker(deployment.decode[0]).ready)
@@ -394,33 +384,29 @@ async def test_a_draining_worker_gets_nothing_new():
 
 
 @pytest.mark.parametrize("where", ["prefill", "decode head", "decode stream"])
-def test_a_client_that_leaves_stops_the_work(where):
-    """Whichever worker is at it notices at once."""
-
-    @async_test
-    async def stopped():
-        async with Deployment() as deployment:
-            prefill, decode = deployment.prefill[0], deployment.decode[0]
-            if where == "prefill":
-                prefill.script.before_head = asyncio.Event()
-            elif where == "decode head":
-                decode.script.before_head = asyncio.Event()
-            else:
-                decode.script.stop_after_tokens = (4, asyncio.Event())
-            worker = prefill if where == "prefill" else decode
-            asking = asyncio.create_task(deployment.ask(STREAM))
-            await worker.arrived.wait()
-            asking.cancel()
-            await asyncio.wait_for(worker.gone_event.wait(), SECONDS)
-            await eventually(lambda: not deployment.proxy.context.records.open)
-            assert (await deployment.record())["status"] == 499
-
-    stopped()
+@async_test
+async def test_a_client_that_leaves_stops_the_work(where):
+    """The worker that is busy with the request notices at once."""
+    async with Deployment() as deployment:
+        prefill, decode = deployment.prefill[0], deployment.decode[0]
+        if where == "prefill":
+            prefill.script.before_head = asyncio.Event()
+        elif where == "decode head":
+            decode.script.before_head = asyncio.Event()
+        else:
+            decode.script.stop_after_tokens = (4, asyncio.Event())
+        worker = prefill if where == "prefill" else decode
+        asking = asyncio.create_task(deployment.ask(STREAM))
+        await worker.arrived.wait()
+        asking.cancel()
+        await asyncio.wait_for(worker.gone_event.wait(), SECONDS)
+        await eventually(lambda: not deployment.proxy.context.records.open)
+        assert (await deployment.record())["status"] == 499
 
 
 @async_test
 async def test_a_slow_client_slows_the_decode_worker():
-    """Back-pressure goes all the way: what the client does not read is not produced."""
+    """A decode worker does not produce what the client does not read."""
     body = {"prompt": "x", "max_tokens": 4000, "stream": True, "ignore_eos": True}
     async with Deployment() as deployment:
         deployment.decode[0].script.pad = 20_000
@@ -440,8 +426,9 @@ async def test_a_slow_client_slows_the_decode_worker():
 
 
 @pytest.mark.parametrize(("body", "where"), [(BODY, "prefill"), (BODY, "decode"), (STREAM, "decode")])
-def test_the_deadline_ends_what_takes_too_long(body, where):
-    """504 before the first byte, an error event behind it; the worker is let go."""
+@async_test
+async def test_the_deadline_ends_what_takes_too_long(body, where):
+    """The answer is 504 before the first byte and an error event after it, and the worker stops."""
 
     async def attempt(seconds):
         async with Deployment(deadline_seconds=seconds) as deployment:
@@ -457,16 +444,12 @@ def test_the_deadline_ends_what_takes_too_long(body, where):
             await asyncio.wait_for(worker.gone_event.wait(), SECONDS)
             return True
 
-    @async_test
-    async def ended():
-        await in_time(attempt)
-
-    ended()
+    await in_time(attempt)
 
 
 @async_test
 async def test_malformed_notifications_are_counted_and_good_ones_recorded():
-    """Nothing that comes to the port breaks it."""
+    """Malformed messages do not harm the notification port."""
     async with Deployment() as deployment:
         await deployment.ask(BODY)
         transfer_id = (await deployment.record())["transfer_id"]

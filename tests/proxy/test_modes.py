@@ -1,4 +1,4 @@
-"""Every road gives one server's answer, and the legs keep the contract."""
+"""Every response mode gives one server's answer, and the calls to workers keep the contract."""
 
 import asyncio
 import json
@@ -45,44 +45,36 @@ PROMPTS = {
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("token_ids", [False, True], ids=["", "ids"])
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
-def test_completions_equal_one_servers(prompt, stream, token_ids):
+@async_test
+async def test_completions_equal_one_servers(prompt, stream, token_ids):
     """Text, usage, ids, finish reasons and the shape of every event, for a greedy request on the fast path."""
-
-    @async_test
-    async def equal():
-        body = {"prompt": prompt, "max_tokens": 20, "temperature": 0, "return_token_ids": token_ids, "stream": stream}
-        if stream:
-            body["stream_options"] = {"include_usage": True}
-        async with Deployment() as deployment:
-            got, expected = await deployment.ask(body), await deployment.ask_alone(body)
-            assert got.path == "first-token"
-            assert comparable(got) == comparable(expected)
-
-    equal()
+    body = {"prompt": prompt, "max_tokens": 20, "temperature": 0, "return_token_ids": token_ids, "stream": stream}
+    if stream:
+        body["stream_options"] = {"include_usage": True}
+    async with Deployment() as deployment:
+        got, expected = await deployment.ask(body), await deployment.ask_alone(body)
+        assert got.path == "first-token"
+        assert comparable(got) == comparable(expected)
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("extra", [{}, {"return_token_ids": True}, {"max_completion_tokens": 7, "max_tokens": None}])
-def test_chats_equal_one_servers(stream, extra):
+@async_test
+async def test_chats_equal_one_servers(stream, extra):
     """The re-wrapped stream has the role first and the same events."""
-
-    @async_test
-    async def equal():
-        body = {"messages": CHAT, "max_tokens": 20, "stream": stream} | extra
-        if stream:
-            body["stream_options"] = {"include_usage": True}
-        async with Deployment() as deployment:
-            got, expected = await deployment.ask(body, chat=True), await deployment.ask_alone(body, chat=True)
-            assert got.path == "first-token"
-            assert comparable(got) == comparable(expected)
-            assert deployment.decode[0].requests[0][0] == "/v1/completions"
-
-    equal()
+    body = {"messages": CHAT, "max_tokens": 20, "stream": stream} | extra
+    if stream:
+        body["stream_options"] = {"include_usage": True}
+    async with Deployment() as deployment:
+        got, expected = await deployment.ask(body, chat=True), await deployment.ask_alone(body, chat=True)
+        assert got.path == "first-token"
+        assert comparable(got) == comparable(expected)
+        assert deployment.decode[0].requests[0][0] == "/v1/completions"
 
 
 @async_test
 async def test_every_event_of_an_answer_has_the_same_creation_time_and_id():
-    """The two legs' own times do not show."""
+    """The two workers' own times are not visible."""
     async with Deployment() as deployment:
         events = (await deployment.ask({"prompt": "x", "max_tokens": 9, "stream": True})).events
     assert {event["created"] for event in events} == {deployment.prefill[0].created}
@@ -91,7 +83,7 @@ async def test_every_event_of_an_answer_has_the_same_creation_time_and_id():
 
 @async_test
 async def test_a_chat_without_a_limit_goes_up_to_the_context():
-    """The decode leg's limit is what the context leaves after the prompt and the first token."""
+    """The decode call's limit is the context without the prompt and the first token."""
     body = {"messages": CHAT}
     async with Deployment() as deployment:
         got, expected = await deployment.ask(body, chat=True), await deployment.ask_alone(body, chat=True)
@@ -102,7 +94,7 @@ async def test_a_chat_without_a_limit_goes_up_to_the_context():
 
 @async_test
 async def test_completions_without_a_limit_get_sixteen_tokens():
-    """OpenAI's default."""
+    """Completions without a limit get OpenAI's default."""
     async with Deployment() as deployment:
         got = await deployment.ask({"prompt": "x", "ignore_eos": True})
         assert got.json["usage"]["completion_tokens"] == 16
@@ -131,7 +123,7 @@ async def test_the_legs_keep_the_contract():
 
 @async_test
 async def test_one_token_is_the_prefill_workers_own_answer():
-    """No decode leg, no transfer, and everything that one server would say."""
+    """There is no decode call and no transfer, and the answer is one server's."""
     body = {"prompt": "x", "max_tokens": 1, "stream": True, "stream_options": {"include_usage": True}}
     async with Deployment() as deployment:
         got, expected = await deployment.ask(body), await deployment.ask_alone(body)
@@ -143,7 +135,7 @@ async def test_one_token_is_the_prefill_workers_own_answer():
 
 @async_test
 async def test_a_first_token_that_ends_the_answer_calls_no_decode_worker():
-    """EOS at once: nothing is left to decode."""
+    """After EOS there is nothing to decode."""
     async with Deployment() as deployment:
         got = await deployment.ask({"prompt": PROMPTS["ends at once"], "max_tokens": 9})
         assert got.json["choices"][0]["finish_reason"] == "stop"
@@ -151,28 +143,24 @@ async def test_a_first_token_that_ends_the_answer_calls_no_decode_worker():
 
 
 @pytest.mark.parametrize("fields", [{"seed": 4}, {"stop": ["\n"]}, {"unheard_of": 1}])
-def test_a_rederived_answer_is_the_decode_workers_own(fields):
-    """The client's own body, over the transferred KV, unchanged bytes."""
-
-    @async_test
-    async def equal():
-        body = {"prompt": "x", "max_tokens": 9, "stream": True} | fields
-        async with Deployment() as deployment:
-            got, expected = await deployment.ask(body), await deployment.ask_alone(body)
-            assert got.path.startswith("re-derive; reason=")
-            assert comparable(got) == comparable(expected)
-            (leg,) = generated(deployment.decode[0])
-            handoff = leg.pop("kv_transfer_params")
-            assert leg == body
-            sent = generated(deployment.prefill[0])[0]["kv_transfer_params"]
-            assert handoff["transfer_id"] == sent["transfer_id"]
-
-    equal()
+@async_test
+async def test_a_rederived_answer_is_the_decode_workers_own(fields):
+    """The decode worker gets the client's own body with the transferred KV."""
+    body = {"prompt": "x", "max_tokens": 9, "stream": True} | fields
+    async with Deployment() as deployment:
+        got, expected = await deployment.ask(body), await deployment.ask_alone(body)
+        assert got.path.startswith("re-derive; reason=")
+        assert comparable(got) == comparable(expected)
+        (leg,) = generated(deployment.decode[0])
+        handoff = leg.pop("kv_transfer_params")
+        assert leg == body
+        sent = generated(deployment.prefill[0])[0]["kv_transfer_params"]
+        assert handoff["transfer_id"] == sent["transfer_id"]
 
 
 @async_test
 async def test_several_prompts_are_the_decode_workers_alone():
-    """Their KV could need more room together than there is, so none is sent."""
+    """The KV of several prompts may not fit the buffer together, so none is sent."""
     body = {"prompt": ["a", "b"], "max_tokens": 9}
     async with Deployment() as deployment:
         got, expected = await deployment.ask(body), await deployment.ask_alone(body)
@@ -182,23 +170,19 @@ async def test_several_prompts_are_the_decode_workers_alone():
 
 
 @pytest.mark.parametrize("first_text", ["", "\ufffd", "a\ufffd"])
-def test_an_incomplete_first_character_is_rederived(first_text):
-    """The client never sees a character that is not there yet."""
-
-    @async_test
-    async def rederived():
-        async with Deployment() as deployment:
-            deployment.prefill[0].script.first_text = first_text
-            got = await deployment.ask({"prompt": "x", "max_tokens": 9, "stream": True})
-            assert got.path == "re-derive; reason=incomplete_text"
-            assert got.text == (await deployment.ask_alone({"prompt": "x", "max_tokens": 9})).text
-
-    rederived()
+@async_test
+async def test_an_incomplete_first_character_is_rederived(first_text):
+    """The client never gets an incomplete character."""
+    async with Deployment() as deployment:
+        deployment.prefill[0].script.first_text = first_text
+        got = await deployment.ask({"prompt": "x", "max_tokens": 9, "stream": True})
+        assert got.path == "re-derive; reason=incomplete_text"
+        assert got.text == (await deployment.ask_alone({"prompt": "x", "max_tokens": 9})).text
 
 
 @async_test
 async def test_a_limit_beyond_the_context_is_the_decode_workers_to_judge():
-    """Its refusal reaches the client as a status, because no first token was sent before."""
+    """The refusal reaches the client as a status, since no first token was sent."""
     async with Deployment() as deployment:
         body = {"prompt": "x", "max_tokens": MAX_MODEL_LEN, "stream": True}
         got = await deployment.ask(body)
@@ -216,10 +200,10 @@ async def test_without_prefill_workers_everything_is_local():
 
 @async_test
 async def test_a_decode_worker_without_a_receiver_works_alone():
-    """And says so."""
+    """The path names the reason."""
     async with Deployment() as deployment:
         deployment.decode[0].has_receiver = False
-        deployment.worker(deployment.decode[0])._take(await deployment.worker(deployment.decode[0])._ask())
+        await deployment.worker(deployment.decode[0]).check()
         got = await deployment.ask({"prompt": "x", "max_tokens": 4})
         assert got.path == "local; reason=decode_has_no_receiver"
 
@@ -234,7 +218,7 @@ async def test_short_prompts_stay_local_where_a_threshold_is_set():
 
 @async_test
 async def test_workers_take_turns():
-    """Round robin, prefill and decode each by itself."""
+    """Prefill and decode workers take turns independently."""
     async with Deployment(prefill=3, decode=2) as deployment:
         for _ in range(6):
             await deployment.ask({"prompt": "x", "max_tokens": 4})
@@ -253,3 +237,37 @@ async def test_the_first_event_leaves_before_the_decode_worker_answers():
         assert first.count(b"data: ") == 1
         deployment.decode[0].script.kv_arrives.set()
         assert (await response.read(1 << 20)).endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize(
+    ("body", "chat", "reason"),
+    [
+        ({"prompt": "x", "max_tokens": 0, "echo": True}, False, "no_tokens"),
+        ({"messages": [{"role": "user", "content": "x"}], "max_completion_tokens": 0}, True, "no_tokens"),
+        ({"prompt": "x", "prompt_logprobs": 0}, False, "prompt_logprobs"),
+        ({"prompt": "x", "echo": True, "logprobs": 0}, False, "prompt_logprobs"),
+        ({"prompt_embeds": "AAAA"}, False, "no_prompt"),
+        ({"prompt": None, "prompt_embeds": "AAAA"}, False, "no_prompt"),
+    ],
+)
+@async_test
+async def test_what_only_the_worker_can_judge_is_left_to_it(body, chat, reason):
+    """Some servers answer such requests, and others refuse them in their own words."""
+    async with Deployment() as deployment:
+        for standin in (*deployment.prefill, *deployment.decode):
+            standin.script.status = 418
+        got = await deployment.ask(body, chat=chat)
+        assert (got.status, got.path) == (418, f"local; reason={reason}")
+        assert got.body == deployment.decode[0].script.body
+        assert generated(deployment.decode[0]) == [body]
+
+
+@async_test
+async def test_an_answer_that_tells_its_experts_is_one_worker_s():
+    """Two workers have each seen a part of the tokens."""
+    async with Deployment() as deployment:
+        deployment.prefill[0].script.extra_message = {"routed_experts": "AAAA"}
+        body = {"prompt": "x", "max_tokens": 5, "temperature": 0}
+        got = await deployment.ask(body)
+        assert got.path == "local; reason=routed_experts"
+        assert got.json["choices"] == (await deployment.ask_alone(body)).json["choices"]
