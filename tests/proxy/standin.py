@@ -13,6 +13,7 @@ from tests.http.support import free_port
 
 EOS = 0
 VOCABULARY = 499
+COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
 MAX_MODEL_LEN = 4096
 
 
@@ -35,7 +36,7 @@ def text_of(token):
 
 @dataclass
 class Script:
-    """What a stand-in does otherwise than well. Everything is off at first."""
+    """How a stand-in misbehaves. Everything is off at first."""
 
     status: int | None = None  #: answer completions with this
     body: bytes = b'{"error": {"message": "as scripted", "type": "test", "param": null, "code": 1}}'
@@ -48,7 +49,9 @@ class Script:
     health_hangs: bool = False
     transfer_state: dict | None = None  #: a prefill worker's kv_transfer_params
     first_text: str | None = None  #: what it says that the first token is
+    cached_tokens: int | None = None  #: of the prompt, as it says; None: it does not say
     kv: str | None = None  #: a decode worker's x-kvbelt-kv; None: received
+    kv_in_answer: bool = False  #: as vLLM, whole answers say it in kv_transfer_params, streams and heads nothing
     kv_arrives: asyncio.Event | None = None  #: a decode worker waits for it
     kv_seconds: bool = False  #: a decode worker waits for KV for as long as it was told to
     bad_event: bool = False  #: the second event of a stream is not JSON
@@ -59,6 +62,8 @@ class Script:
     peers_hang: asyncio.Event | None = None  #: a handshake that takes so long
     peers_refusal: dict | None = None  #: what is said of each peer instead of "ready"
     extra_message: dict = field(default_factory=dict)
+    api_key: str | None = None  #: as vLLM with --api-key, its /v1 routes ask for it
+    others: dict = field(default_factory=dict)  #: other routes: path → (status, content type, pieces of the body)
     about: dict | None = None  #: what it says of itself to who looks for a fault; None: nothing, as vLLM
 
 
@@ -70,8 +75,10 @@ class Standin:
         self.engine_id = engine_id or f"{role}-life-1"
         self.script = Script()
         self.requests = []  # (path, headers, body)
+        self.described = []  # the parameters of the questions to describe itself
         self.questions = []  # headers of what the proxy asks for itself, as a vLLM server is asked
         self.told = []  # engine ids of receivers, in the order in which it was told of them
+        self.missed = 0  # requests for a route that it has not
         self.gone = 0  # requests whose caller closed
         self.gone_event = asyncio.Event()
         self.arrived = asyncio.Event()
@@ -101,7 +108,8 @@ class Standin:
         return {
             "status": "ok", "state": "ready" if self.script.health_status == 200 else "draining", "role": self.role,
             "model": "toy", "engine_id": self.engine_id, "max_model_len": MAX_MODEL_LEN,
-            "load": {"running": 0, "waiting": 0, "blocks_total": 10, "blocks_free": 10}, "receiver": receiver,
+            "load": {"running": 0, "waiting": 0, "blocks_total": 10, "blocks_free": 10, "blocks_cached": 0},
+            "receiver": receiver, "engine": "embedded",
             **self.more_health,
         }  # fmt: skip
 
@@ -115,10 +123,13 @@ class Standin:
                 exchange.respond(200, (), b"")
                 return
             answer(exchange, self.script.health_status, self.health())
+        elif self.script.api_key is not None and path.startswith("/v1/") and not self.has_key(exchange):
+            answer(exchange, 401, {"error": "Unauthorized"})
         elif path == "/metrics":
             exchange.respond(200, (), (self.script.vllm_metrics or "").encode())
         elif b'"kvbelt":"describe"' in exchange.request.body.replace(b" ", b""):
             self.questions.append(dict(exchange.request.headers))
+            self.described.append(json.loads(exchange.request.body)["kv_transfer_params"])
             answer(exchange, 200, {"kv_transfer_params": self.health()})
         elif path == "/kvbelt/about":
             answer(exchange, 404 if self.script.about is None else 200, self.script.about or {})
@@ -133,16 +144,42 @@ class Standin:
             answer(exchange, 200, {"object": "list", "data": [{"id": "toy", "object": "model"}]})
         else:
             try:
-                await self.generate(exchange, chat=path == "/v1/chat/completions")
+                await (self.answer_other if self.script.others and path not in COMPLETIONS else self.generate)(exchange)
             except asyncio.CancelledError:
                 self.gone += 1
                 self.gone_event.set()
                 raise
 
+    def kv_header(self):
+        """What became of the KV, unless the answer's body says it."""
+        return [] if self.script.kv_in_answer else [(b"x-kvbelt-kv", (self.script.kv or "received").encode())]
+
+    async def answer_other(self, exchange):
+        """A route besides completions; without an entry, as FastAPI answers."""
+        path = exchange.request.path
+        self.requests.append((exchange.request.target, dict(exchange.request.headers), exchange.request.body))
+        status, kind, pieces = self.script.others.get(path, (404, "application/json", [b'{"detail":"Not Found"}']))
+        if self.script.die_before_head:
+            self.die(exchange)
+            await asyncio.Event().wait()
+        exchange.start(status, ((b"content-type", kind.encode()),))
+        for piece in pieces:
+            if piece is None:
+                await asyncio.sleep(0)
+                self.die(exchange)
+                await asyncio.Event().wait()
+            exchange.write(piece)
+        exchange.end()
+
+    def has_key(self, exchange):
+        """Whether a request has the key, where one is asked for."""
+        return exchange.request.headers.get(b"authorization") == f"Bearer {self.script.api_key}".encode()
+
     async def greet(self, exchange, asked_by_request=None):
         """Handshakes with receivers."""
         script = self.script
         if script.peers_status != 200 and asked_by_request is None:
+            self.missed += 1
             answer(exchange, script.peers_status, {})
             return
         receivers = asked_by_request or json.loads(exchange.request.body)
@@ -154,9 +191,9 @@ class Standin:
         told = {"peers": peers}
         answer(exchange, 200, told if asked_by_request is None else {"kv_transfer_params": told})
 
-    async def generate(self, exchange, *, chat):
+    async def generate(self, exchange):
         """Completions and chat."""
-        script = self.script
+        script, chat = self.script, exchange.request.path == COMPLETIONS[1]
         request_id = exchange.request.headers.get(b"x-request-id", b"none").decode()
         body = json.loads(exchange.request.body)
         self.requests.append((exchange.request.path, dict(exchange.request.headers), body))
@@ -191,7 +228,7 @@ class Standin:
                 await script.kv_arrives.wait()
             if script.kv_seconds:
                 await asyncio.sleep(params["deadline_seconds"])
-            headers.append((b"x-kvbelt-kv", (script.kv or "received").encode()))
+            headers += self.kv_header()
         await self.write(exchange, body, prompts, limit, headers=headers, request_id=request_id, chat=chat)
 
     async def write(self, exchange, body, prompts, limit, *, headers, request_id, chat):  # noqa: C901, PLR0912
@@ -270,6 +307,8 @@ class Standin:
             )
         prompt_tokens = sum(map(len, prompts))
         usage = {"prompt_tokens": prompt_tokens, "completion_tokens": total, "total_tokens": prompt_tokens + total}
+        if script.cached_tokens is not None:
+            usage["prompt_tokens_details"] = {"cached_tokens": script.cached_tokens}
         if stream:
             if usage_wanted:
                 exchange.write(event(base | {"choices": [], "usage": usage}))
@@ -286,6 +325,10 @@ class Standin:
                 "state": "open",
                 "reason": None,
             }
+        elif params is not None and script.kv_in_answer:
+            fate, _, reason = (script.kv or "received").partition("; reason=")
+            said = {"transfer_id": params["transfer_id"], "kv": fate} | ({"reason": reason} if reason else {})
+            reply |= {"system_fingerprint": None, "kv_transfer_params": said, "metrics": None}
         answer(exchange, 200, reply, headers)
 
     def die(self, exchange):

@@ -8,6 +8,9 @@ import zmq
 
 from kvbelt.http import Pool
 from kvbelt.proxy import Address, Proxy, ProxySettings
+from kvbelt.routing.placement import Mode
+from kvbelt.wire.ids import EngineId, TransferId
+from kvbelt.wire.notification import TransferDone, TransferFailed
 from tests.http.support import async_test, eventually, free_port
 from tests.proxy.standin import Standin
 
@@ -16,7 +19,7 @@ __all__ = ["Deployment", "Reply", "async_test", "eventually", "free_port", "gene
 
 @dataclass
 class Reply:
-    """What the client got."""
+    """A client's answer."""
 
     status: int
     headers: dict
@@ -24,7 +27,7 @@ class Reply:
 
     @property
     def path(self):
-        """The road taken, and why."""
+        """The value of x-kvbelt-path."""
         return self.headers.get(b"x-kvbelt-path", b"").decode()
 
     @property
@@ -60,6 +63,7 @@ class Deployment:
             "health_interval_seconds": 30.0,
             "health_timeout_seconds": 5.0,
             "drain_seconds": 0.05,
+            "placement": Mode.SPLIT,
         } | settings
 
     async def __aenter__(self):
@@ -88,9 +92,11 @@ class Deployment:
         await self.proxy.close()
         for standin in (*self.prefill, *self.decode, self.alone):
             await standin.stop()
+        if exc == (None, None, None):
+            assert nothing_is_booked(self.proxy)
 
     async def restart_proxy(self, port):
-        """Another life of the proxy, on a port of the first."""
+        """Restart the proxy on this port."""
         self.proxy = Proxy(replace(self.proxy.settings, port=port))
         await self.proxy.start()
 
@@ -104,16 +110,16 @@ class Deployment:
         return Reply(response.status, response.headers, await response.read(1 << 26))
 
     async def ask_alone(self, body, *, chat=False):
-        """The same request to one server, which is what the answer has to equal."""
+        """The same request to one server, whose answer the proxy's must equal."""
         return await self.ask(body, chat=chat, pool=self._alone_pool)
 
     async def get(self, path, method="GET", *, headers=(), body=None):
-        """Anything else."""
+        """Any other request."""
         response = await self.pool.request(method, path, headers, body)
         return Reply(response.status, response.headers, await response.read(1 << 26))
 
     async def record(self, request_id="r1"):
-        """What the proxy says of a request."""
+        """The proxy's record of a request."""
         return (await self.get(f"/kvbelt/requests/{request_id}")).json
 
     def push(self, *frames):
@@ -133,15 +139,19 @@ class Deployment:
 
     def worker(self, standin):
         """The proxy's view of a stand-in."""
-        return next(w for w in self.proxy._workers if w.name.endswith(f":{standin.port}"))
+        return next(w for w in self.proxy.context.fleet if w.name.endswith(f":{standin.port}"))
+
+
+def nothing_is_booked(proxy):
+    """Whether every request has given its place back."""
+    placement = proxy.context.dispatcher.placement
+    books = proxy.context.dispatcher._workers
+    left = [(b.incarnation, b.prompts, b.decodes) for b in books if b.requests or b.kv_booked or b.kv_tokens]
+    return (placement.running, placement.waiting, left) == (0, 0, [])
 
 
 async def in_time(attempt):
-    """Let ``attempt(seconds)`` meet its deadline in the place that is meant.
-
-    It says whether it has come as far: a machine that stands still for a moment may be overtaken by the deadline, and
-    then there is more time.
-    """
+    """Let ``attempt(seconds)`` meet its deadline at the intended place. On a late machine it gets more time."""
     for seconds in (0.2, 2.0, 20.0):
         if await attempt(seconds):
             return
@@ -151,3 +161,19 @@ async def in_time(attempt):
 def generated(standin):
     """The generation requests that a stand-in got: their bodies."""
     return [body for _, _, body in standin.requests]
+
+
+def done(seconds=0.02, exposed=0.004, transfer_id="t"):
+    """The notification of a transfer that succeeded."""
+    return TransferDone(
+        transfer_id=TransferId(transfer_id), sender=EngineId("p"), receiver=EngineId("d"), num_bytes=1000,
+        seconds=seconds, channel="nixl", num_tokens=10, num_writes=3, exposed_seconds=exposed,
+    )  # fmt: skip
+
+
+def failed(reason="peer_lost"):
+    """The notification of a transfer that failed."""
+    return TransferFailed(
+        transfer_id=TransferId("t"), sender=EngineId("p"), receiver=EngineId("d"), num_bytes=0, seconds=0.01,
+        reason=reason,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The stand-in itself: it keeps the contract that the proxy is tested against."""
+"""The stand-in keeps the contract that the proxy is tested against."""
 
 import pytest
 
@@ -7,23 +7,19 @@ from tests.proxy.support import Deployment, async_test
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_streamed_equals_whole(chat):
-    """Text and usage, and the role comes first in a chat."""
-
-    @async_test
-    async def equal():
-        prompt = {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "x"}
-        async with Deployment() as deployment:
-            whole = await deployment.ask_alone(prompt | {"max_tokens": 9}, chat=chat)
-            streamed = await deployment.ask_alone(
-                prompt | {"max_tokens": 9, "stream": True, "stream_options": {"include_usage": True}}, chat=chat
-            )
-        assert streamed.text == whole.text
-        assert streamed.events[-1]["usage"] == whole.json["usage"]
-        if chat:
-            assert streamed.events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-
-    equal()
+@async_test
+async def test_streamed_equals_whole(chat):
+    """Text and usage are equal, and a chat stream begins with the role."""
+    prompt = {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "x"}
+    async with Deployment() as deployment:
+        whole = await deployment.ask_alone(prompt | {"max_tokens": 9}, chat=chat)
+        streamed = await deployment.ask_alone(
+            prompt | {"max_tokens": 9, "stream": True, "stream_options": {"include_usage": True}}, chat=chat
+        )
+    assert streamed.text == whole.text
+    assert streamed.events[-1]["usage"] == whole.json["usage"]
+    if chat:
+        assert streamed.events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
 
 
 @async_test
