@@ -1,4 +1,4 @@
-"""vLLM's KV tensors as rows of bytes, in every shape that is met, and refused in every other."""
+"""vLLM's KV tensors as rows of bytes, in every supported shape; others are refused."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ BYTES = HEADS * BLOCK * WIDTH * 4
 
 
 def heads_first() -> torch.Tensor:
-    """``[block, head, token, K and V]``, as it lies."""
+    """``[block, head, token, K and V]``, contiguous."""
     return torch.randn(BLOCKS, HEADS, BLOCK, WIDTH)
 
 
@@ -39,7 +39,7 @@ def test_a_row_is_a_block(make) -> None:
 
 
 def test_layers_are_in_the_model_s_order() -> None:
-    """By number, not by name; the same on every server."""
+    """Layers are sorted by number, not by name, so every server has the same order."""
     kv = {f"model.layers.{i}.attn": heads_first() for i in (10, 2, 0)}
     assert pages_of(kv, BLOCKS, BYTES, "test").layer_of == {
         "model.layers.0.attn": 0,
@@ -49,7 +49,7 @@ def test_layers_are_in_the_model_s_order() -> None:
 
 
 def test_shared_memory_is_moved_once() -> None:
-    """A layer that uses another's KV has no row of its own."""
+    """A layer that uses another layer's KV has no row of its own."""
     tensor = heads_first()
     pages = pages_of({"layers.0": tensor, "layers.1": tensor}, BLOCKS, BYTES, "test")
     assert len(pages.rows) == 1
@@ -57,7 +57,7 @@ def test_shared_memory_is_moved_once() -> None:
 
 
 def test_the_order_tells_layouts_apart() -> None:
-    """Two servers whose blocks have different insides must not fit."""
+    """Servers with different layouts inside a block have different orders."""
     orders = {
         pages_of({"a": make()}, BLOCKS, BYTES, "test").order for make in (heads_first, tokens_first, split_blocks)
     }
@@ -74,6 +74,6 @@ def test_the_order_tells_layouts_apart() -> None:
     ids=["keys-then-values", "padded", "other-size"],
 )
 def test_other_layouts_are_refused(tensor: torch.Tensor, said: str) -> None:
-    """With the layer's name, its shape and what to do."""
+    """The error names the layer, its shape and the remedy."""
     with pytest.raises(StartError, match=said):
         pages_of({"model.layers.0.attn": tensor}, BLOCKS, BYTES, "test")

@@ -1,7 +1,7 @@
-"""vLLM's KV tensors as rows of bytes: a row is one block of one layer, all of it.
+"""vLLM's KV tensors as rows of bytes: one row is one whole block of one layer.
 
-How keys and values lie inside a row differs by attention backend (on CPU K is transposed); it is compared in the
-handshake by ``order``, and never interpreted.
+The order of keys and values inside a row depends on the attention backend (on CPU, K is transposed). The handshake
+compares it as ``order``; it is never interpreted.
 """
 
 import re
@@ -22,7 +22,7 @@ class Pages:
     Attributes:
         rows: one tensor a layer, ``uint8 [num_blocks, block_bytes]``, over vLLM's own memory.
         layer_of: vLLM's name of a layer to its place in ``rows``; layers that share memory share the place.
-        order: shape, strides and type of a block, for the handshake.
+        order: backend, type, shape and strides of a block, for the handshake.
     """
 
     rows: list[torch.Tensor]

@@ -1,0 +1,125 @@
+"""What one rank's process has, built once vLLM has allocated its KV memory."""
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from kvbelt import about
+from kvbelt.belt_facts import view_of, with_belt
+from kvbelt.belt_setup import BeltOptions, channel_for, make_belt
+from kvbelt.security.keys import new_engine_id
+from kvbelt.transfer.belt import Belt
+from kvbelt.transfer.settings import BeltIdentity
+from kvbelt.vllm.background import Background
+from kvbelt.vllm.compute import CpuCompute, CudaCompute
+from kvbelt.vllm.figures import REPORT_SECONDS, Figure, families_of, figures_of
+from kvbelt.vllm.held_prefixes import HeldPrefixes
+from kvbelt.vllm.host_memory import host_memory
+from kvbelt.vllm.host_worker import HostWorker
+from kvbelt.vllm.identity import Rank, RankIdentity, model_fingerprint
+from kvbelt.vllm.pages import pages_of
+from kvbelt.vllm.proof import prove
+from kvbelt.vllm.worker_side import WorkerSide
+from kvbelt.wire.layout import KVLayout
+
+log = logging.getLogger("kvbelt.vllm")
+
+
+@dataclass(frozen=True, slots=True)
+class RankProcess:
+    """A running belt over vLLM's KV memory, and what drives it."""
+
+    worker: WorkerSide
+    layer_of: dict[str, int]  #: vLLM's name of a layer to its number
+    identity: RankIdentity
+    source: str  #: of its figures
+    figures: Background[list[Figure]]
+    belt: Belt
+    compute: CpuCompute | CudaCompute
+
+    def close(self) -> None:
+        self.figures.close()
+        self.belt.close()
+        self.worker.close()
+        self.compute.close()
+
+
+def start_rank(  # noqa: PLR0917 -- what vLLM knows, and what we do
+    vllm_config: Any,
+    kv_cache_config: Any,
+    kv_caches: dict[str, torch.Tensor],
+    settings: BeltOptions,
+    model_name: str,
+    rank: Rank,
+) -> RankProcess:
+    """Start the belt of this rank.
+
+    Raises:
+        StartError: a port is taken, or the memory cannot be moved as it is.
+        SettingsError: the staging buffer is too small.
+    """
+    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+    name, first = next(iter(kv_caches.items()))
+    pages = pages_of(kv_caches, kv_cache_config.num_blocks, spec.page_size_bytes, _backend(vllm_config, name))
+    with torch.inference_mode():  # so that the memory may be written, however vLLM has allocated it
+        prove(kv_caches, pages)
+    layout = KVLayout(
+        num_layers=len(pages.rows),
+        num_kv_heads=getattr(spec, "num_kv_heads", 1),
+        head_dim=getattr(spec, "head_size", 0),
+        block_size=spec.block_size,
+        dtype=str(first.dtype).removeprefix("torch."),
+        order=pages.order,
+        block_bytes=spec.page_size_bytes,
+    )
+    model = vllm_config.model_config
+    weights = model_fingerprint(
+        model.model,
+        model.revision,
+        str(vllm_config.load_config.load_format),
+        {"quantization": model.quantization, "dtype": model.dtype},
+    )
+    engine_id = new_engine_id(settings.keys)
+    device, held = first.device, HeldPrefixes()
+    channel = channel_for(settings, engine_id, device)
+    who = BeltIdentity(engine_id, settings.role, model_name, weights, layout, rank.number, rank.size)
+    belt = make_belt(settings, who, channel, pages.rows, held)
+    belt.start()
+    host = None
+    if settings.host_bytes:
+        host = HostWorker(host_memory(pages.rows, settings.host_bytes // rank.size))
+    compute = CudaCompute(device) if device.type == "cuda" else CpuCompute()
+    views = Background(partial(view_of, belt, channel))
+    facts = about.of_this_process(settings.role, "vllm", device=str(device))
+    identity = RankIdentity(
+        engine_id,
+        belt.receiver_address(),
+        host.num_places if host is not None else 0,
+        with_belt(facts, belt, channel, settings.buffer_device, settings.buffer_bytes),
+    )
+    log.info(
+        "the belt runs as %s, %s: %s, %s, staging %d bytes",
+        settings.role,
+        rank,
+        engine_id,
+        identity.receiver,
+        settings.buffer_bytes,
+    )
+    return RankProcess(
+        WorkerSide(belt, len(pages.rows), compute, host, held, rank.number, views),
+        pages.layer_of,
+        identity,
+        f"rank {rank.number}",
+        Background(lambda: figures_of(families_of(belt, channel)), REPORT_SECONDS),
+        belt,
+        compute,
+    )
+
+
+def _backend(vllm_config: Any, layer_name: str) -> str:
+    layer = vllm_config.compilation_config.static_forward_context.get(layer_name)
+    backend = getattr(layer, "attn_backend", None)
+    return str(backend.get_name()) if backend is not None else "unknown"
