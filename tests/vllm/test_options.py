@@ -1,4 +1,4 @@
-"""Everything that a client may ask for besides a greedy answer, against one plain vLLM server."""
+"""Every option of a client besides a greedy answer, against one plain vLLM server."""
 
 from typing import Any
 
@@ -53,7 +53,7 @@ THE_TOOL = {"type": "function", "function": {"name": "weather"}}
     ids="-".join,
 )
 def test_options(deployment: Deployment, options: dict[str, Any]) -> None:
-    """Whatever the fast path would change takes the other path, and equals the plain server's answer."""
+    """An option that the fast path would change takes the other path, and the answer equals the plain server's."""
     body = options if "messages" in options else {"prompt": "Options: " + long_text(40, start=17), **options}
     _, _, expected = ask(deployment.plain, body)
     way, _, got = ask(deployment.proxy, body)
@@ -72,7 +72,7 @@ def test_a_forced_tool_is_called(deployment: Deployment) -> None:
 
 
 def test_logprobs(deployment: Deployment) -> None:
-    """Of a completion: the same tokens, the same alternatives, the same probabilities but for rounding."""
+    """A completion has the same tokens, alternatives and probabilities, except for rounding."""
     body = {"prompt": "Logprobs: " + long_text(40, start=17), "logprobs": 2}
     _, expected, _ = ask(deployment.plain, body)
     way, got, _ = ask(deployment.proxy, body)
@@ -84,7 +84,7 @@ def test_logprobs(deployment: Deployment) -> None:
 
 
 def test_chat_logprobs(deployment: Deployment) -> None:
-    """The same of a chat."""
+    """A chat has the same tokens, alternatives and probabilities, except for rounding."""
     body = {**CHAT, "logprobs": True, "top_logprobs": 3}
     _, expected, _ = ask(deployment.plain, body)
     way, got, _ = ask(deployment.proxy, body)

@@ -1,32 +1,55 @@
-"""Who a server is: what each tensor-parallel rank says of itself, and all of them together."""
+"""Who a server is: the identity of each tensor-parallel rank, and what the whole server tells the proxy."""
 
-from collections.abc import Sequence
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import msgspec
 
+from kvbelt.belt_facts import BeltView, with_views
 from kvbelt.errors import StartError
+from kvbelt.fingerprint import fingerprint
 from kvbelt.wire.about import About
 from kvbelt.wire.handoff import RankAddress, ReceiverAddress
+from kvbelt.wire.health import Role, ServerDescription
 from kvbelt.wire.ids import EngineId
+from kvbelt.wire.steps import StepsNow
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """A tensor-parallel rank. Each has its own belt, over its own part of every block."""
+
+    number: int = 0
+    size: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class RankIdentity:
-    """Of one rank, once its belt runs."""
+    """One rank, once its belt runs."""
 
     engine_id: EngineId
     receiver: ReceiverAddress | None
     host_places: int  #: blocks that fit into its host memory; 0: it keeps none there
-    about: About  #: what stays as it is of its process and belt
+    about: About  #: the facts about its process and belt that do not change
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """What vLLM's configuration says of the server."""
+
+    role: Role
+    model: str
+    max_model_len: int
 
 
 def together(ranks: Sequence[RankIdentity]) -> RankIdentity:
-    """The whole server, by the name of its rank 0.
-
-    Raises:
-        StartError: some ranks receive and others do not.
-    """
+    """The whole server, under the name of its rank 0. Raises StartError: some ranks receive and others do not."""
     first = ranks[0]
     others = [rank.receiver for rank in ranks[1:] if rank.receiver is not None]
     if len(others) != (len(ranks) - 1 if first.receiver is not None else 0):
@@ -37,3 +60,33 @@ def together(ranks: Sequence[RankIdentity]) -> RankIdentity:
         receiver = msgspec.structs.replace(receiver, ranks=addresses)
     # A block lies at the same place on every rank.
     return RankIdentity(first.engine_id, receiver, min(rank.host_places for rank in ranks), first.about)
+
+
+def describe(
+    facts: ServerFacts, server: RankIdentity | None, views: Mapping[int, BeltView], steps: StepsNow
+) -> ServerDescription:
+    """The server's answer to ``wire.handoff.Describe``; ``server`` is None until its belts run."""
+    about = None
+    if server is not None:
+        # Sizes are those of the first rank, as in the settings.
+        of_now = msgspec.structs.replace(server.about, unix_time=time.time(), max_model_len=facts.max_model_len)
+        about = with_views(of_now, [view for _, view in sorted(views.items())])
+    return ServerDescription(
+        role=facts.role,
+        model=facts.model,
+        engine_id=server.engine_id if server is not None else None,
+        max_model_len=facts.max_model_len,
+        engine="vllm",
+        hash_seed=os.environ.get("PYTHONHASHSEED", "random"),
+        receiver=server.receiver if server is not None else None,
+        about=about,
+        steps=steps,
+    )
+
+
+def model_fingerprint(model: str, revision: str | None, load_format: str, config: Mapping[str, Any]) -> str:
+    """Equal for equal weights: by content where the model is a folder, by name and revision where vLLM fetched it."""
+    folder = Path(model)
+    contents = fingerprint(folder) if folder.is_dir() else f"{model}@{revision}"
+    digest = hashlib.sha256(json.dumps([contents, load_format, dict(config)], sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,61 @@
+"""Settings around the connector that would make answers wrong or late without a sign, and so end the start. Pure."""
+
+import re
+from typing import Any
+
+#: What vLLM adds to the engine id of each data-parallel rank. For models without experts it forgets all else.
+_RANK_OF_SEVERAL = re.compile(r"_dp\d+$")
+
+
+def engines_problem(parallel_config: Any, engine_id: str | None) -> str | None:
+    """Why a server with these settings has several engines behind one port; None: it has one.
+
+    Args:
+        parallel_config: vLLM's.
+        engine_id: of vLLM's ``KVTransferConfig``.
+    """
+    size = parallel_config.data_parallel_size
+    several = size > 1 or parallel_config.data_parallel_index > 0 or _RANK_OF_SEVERAL.search(engine_id or "")
+    if not several or parallel_config.data_parallel_external_lb:
+        return None
+    told = f"data_parallel_size is {size}" if size > 1 else "--data-parallel-size is more than 1"
+    return (
+        f"{told}, so one server has several engines, and a request may reach another one than its KV; start each "
+        "engine as a server of its own (without --data-parallel-size, or with --data-parallel-rank) and give all of "
+        "them to the proxy"
+    )
+
+
+def policy_problem(transfer: Any, kv_transfer_config: Any | None) -> str | None:
+    """Why KV that does not come would fail its request; None: the prompt is computed instead.
+
+    vLLM reads the policy of the outer configuration, which a connector inside ``MultiConnector`` cannot set.
+
+    Args:
+        transfer: the connector's ``KVTransferConfig``.
+        kv_transfer_config: the server's; None: not known.
+    """
+    if kv_transfer_config is None or kv_transfer_config.kv_connector == transfer.kv_connector:
+        return None
+    name, policy = kv_transfer_config.kv_connector, kv_transfer_config.kv_load_failure_policy
+    if policy == "recompute":
+        return None
+    return (
+        f"kv_load_failure_policy is {policy!r} for {name}, so that KV which does "
+        'not come would fail its request; add "kv_load_failure_policy": "recompute" to the outer --kv-transfer-config, '
+        f'beside "kv_connector": "{name}"'
+    )
+
+
+#: Ways of speculative decoding that find drafts in the tokens themselves.
+_DRAFTS_WITHOUT_KV = ("ngram", "suffix")
+
+
+def drafts_problem(speculative: Any) -> str | None:
+    """Of vLLM's ``SpeculativeConfig``, if there is one: a draft model has KV of its own."""
+    if speculative is None or speculative.method in _DRAFTS_WITHOUT_KV:
+        return None
+    return (
+        f"speculative_config has the method {speculative.method}, whose draft model has KV that the connector does not "
+        f"move: use {' or '.join(_DRAFTS_WITHOUT_KV)}, or leave it out"
+    )
