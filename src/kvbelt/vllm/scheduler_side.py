@@ -1,173 +1,123 @@
-"""The half of the connector that lives in vLLM's scheduler: what to send, what to load, which blocks.
+"""The half of the connector that lives in vLLM's scheduler: what to send, what to load, into which blocks.
 
-Pure: values in, values out, no vLLM, no threads, time injected. (But for ``worker``, where there is one to ask.)
+Pure: values in, values out, no vLLM, no threads, time injected. The tables in ``requests`` drive it.
 
-A request with a ``PrefillHandoff`` is **outgoing**: with every step that computes a part of its prompt the worker
-is told which blocks that step completes. Blocks cached from earlier prompts go along with the first.
+A request with a ``PrefillHandoff`` **sends**. With every step that computes a part of its prompt, the worker is told
+which blocks that step completes. Blocks cached from earlier prompts go along with the first.
 
-A request with a ``DecodeHandoff`` is **incoming**: everything but its last token is promised as loadable (on the fast
-path that is exactly the prefill worker's prompt; on the re-derive path the last token is computed here in order
-to sample after it). If it does not come, vLLM is told that the blocks are invalid, and computes them.
+A request with a ``DecodeHandoff`` **loads**. Everything but its last token is promised to vLLM as loadable. On the fast
+path that is exactly the prefill worker's prompt; on the re-derive path the last token is computed here, so that the
+first token can be sampled after it. If the KV does not come, vLLM is told that the blocks are invalid, and computes
+them.
 
-Every other request may find blocks in host memory, and leave some there (``host_scheduler``), whatever its parameters.
-What a decode server's prefix cache holds is told to its workers (``held_prefixes``), and need not come again.
+Every other request may find blocks in host memory, and leave some there (``host_scheduler``).
+The hashes that a decode server's prefix cache holds are told to its workers (``held_prefixes``); those blocks need not
+be sent again.
 
-Where the only worker lives in the scheduler's process, KV is claimed when its request comes, and what is whole then is
-loaded **at once**: before the forward pass of the step that the request is first scheduled with, which computes its
-last token. Loaded beside the running batch, it would be reported with the next step, and scheduled with the one after
-the next (vLLM schedules ahead of the device). The running batch waits for that copy; so it is one a step, and what
-has not come yet, or comes with others, is loaded beside the batch.
-
-States of an incoming request::
-
-    NEW ──▶ CLAIMED ──▶ LOADING ──▶ OVER        OVER: nothing more is expected of the belt
-     │         └──────────────────────▶           (all blocks were cached here, or the deadline has passed)
-     └─▶ FOLLOWS                                another request of this server loads the same transfer (n > 1)
+KV that has arrived whole before its request is scheduled is loaded **now**: before the forward pass of the request's
+first step, which computes the prompt's last token. Only a worker in the scheduler's own process can tell in time
+(``arrival_wait``). A load beside the running batch costs two more steps: it is reported with the next step, and vLLM
+schedules ahead of the device. But the running batch waits for a load of the first kind, so there is one a step.
 """
 
-import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum, auto
-from typing import Any, Protocol
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
-import msgspec
-
-from kvbelt.transfer.ports import ReceivedKV
-from kvbelt.vllm.about import BeltLook
-from kvbelt.vllm.handoff import BadHandoff, Describe, Warm, parse
+from kvbelt.belt_facts import BeltView
+from kvbelt.vllm.handoff import BadHandoff, parse
 from kvbelt.vllm.held_prefixes import PrefixLedger
-from kvbelt.vllm.host_scheduler import HostScheduler
-from kvbelt.vllm.orders import Claim, Load, News, Orders, ScheduledPrompt, Send, Written
+from kvbelt.vllm.host_scheduler import HostCommands, HostScheduler
+from kvbelt.vllm.identity import RankIdentity
+from kvbelt.vllm.pacing import Pacing
+from kvbelt.vllm.requests import (
+    Effect,
+    Incoming,
+    Loadable,
+    LoadEvent,
+    LoadState,
+    Outgoing,
+    PromptTokens,
+    SendEvent,
+    SendState,
+    with_remaining_time,
+)
+from kvbelt.vllm.step_messages import Arrived, Claim, Load, ScheduledPrompt, Send, StepCommands, StepReport, Written
 from kvbelt.wire.block_hash import block_hashes
-from kvbelt.wire.handoff import DecodeHandoff, HandoffState, PrefillHandoff, ReceiverAddress
+from kvbelt.wire.handoff import (
+    DecodeHandoff,
+    DecodeOutcome,
+    Describe,
+    HandoffState,
+    PrefillHandoff,
+    ReceiverAddress,
+    Warm,
+)
+from kvbelt.wire.health import ServerDescription
 from kvbelt.wire.ids import EngineId, TransferId
+from kvbelt.wire.peers import PeerState, PeerStates
+from kvbelt.wire.steps import StepsNow
 
 log = logging.getLogger(__name__)
 
-#: How long the scheduler waits for the belt's thread to look for a transfer, once a request. It takes a turn of that
-#: thread; a busy one is not waited for longer, and the request is loaded beside the batch.
-LOOK_SECONDS = 2e-3
+#: How long the scheduler may wait, once a request, for the belt's thread to look for an arrival. The thread needs one
+#: turn; if it is busy for longer, the request is loaded beside the batch.
+ARRIVAL_WAIT_SECONDS = 2e-3
 
-
-class LocalWorker(Protocol):
-    """What is needed of ``WorkerSide``, where the scheduler can call it."""
-
-    def claim(self, claim: Claim) -> None:
-        """Wait for the KV of a transfer."""
-
-    def at_hand(self, request_id: str, seconds: float) -> ReceivedKV | None:
-        """What was claimed, if all of it is here; the belt has so long to look."""
-
-    def drop(self, request_id: str) -> None:
-        """Nobody wants it any more."""
-
-
-class OutgoingState(Enum):
-    """Of a prompt whose KV leaves."""
-
-    WAITING = auto()  #: not yet scheduled; the worker knows nothing of it
-    SENDING = auto()
-    ABANDONED = auto()  #: preempted: the worker has stopped, and knows it no more
-
-
-class IncomingState(Enum):
-    """Of a prompt whose KV comes."""
-
-    NEW = auto()
-    CLAIMED = auto()
-    LOADING = auto()
-    FOLLOWS = auto()
-    OVER = auto()
-
-
-@dataclass(slots=True, eq=False)
-class Outgoing:
-    """One prompt that is sent."""
-
-    handoff: PrefillHandoff
-    num_tokens: int
-    deadline: float
-    hashes: tuple[bytes, ...] = ()  #: of its whole blocks, where they have any
-    state: OutgoingState = OutgoingState.WAITING
-    block_ids: list[int] = field(default_factory=list)
-    announced: int = 0  #: blocks of ``block_ids`` that the worker was told of
-    failure: str = ""
-
-
-@dataclass(slots=True, eq=False)
-class Incoming:
-    """One prompt that is loaded."""
-
-    handoff: DecodeHandoff
-    num_tokens: int  #: of the prompt as this server has it
-    deadline: float
-    hashes: tuple[bytes, ...] = ()  #: of its whole blocks, until the ledger has been told of them
-    state: IncomingState = IncomingState.NEW
-    outcome: str | None = None  #: None: not known; empty: received; else why not
-    asked: bool = False  #: whether the worker was asked for what is at hand
-    now: bool = False  #: what was promised last is at hand
-
-
-@dataclass(frozen=True, slots=True)
-class PromptTokens:
-    """A prompt whose blocks may lie in host memory: nothing but tokens and the salt has gone into them."""
-
-    token_ids: Sequence[int]
-    salt: str = ""
+Answer = BadHandoff | ServerDescription | PeerStates | HandoffState | DecodeOutcome
 
 
 class SchedulerSide:
-    """All requests of one vLLM server that have ``kv_transfer_params``; and the others, where host memory is used.
+    """All requests of one vLLM server that have ``kv_transfer_params``, and with host memory all others.
 
     Args:
         block_size: tokens in a block.
-        describe: who this server is, given what its ranks have seen when they last looked.
-        clock: seconds, from anywhere.
+        describe: makes the server's description from its identity, the last view of each rank's belt, and its steps.
+        pacing: of the server's steps.
+        clock: seconds, from any origin.
     """
 
     def __init__(
         self,
         block_size: int,
-        describe: Callable[[Mapping[int, BeltLook]], dict[str, Any]],
+        describe: Callable[[RankIdentity | None, Mapping[int, BeltView], StepsNow], ServerDescription],
+        pacing: Pacing,
         clock: Callable[[], float],
     ) -> None:
         self._block_size = block_size
         self._describe = describe
+        self.pacing = pacing
         self._clock = clock
-        self._outgoing: dict[str, Outgoing] = {}
-        self._incoming: dict[str, Incoming] = {}
-        # Who loads a transfer. Invariant: that request is in _incoming.
-        self._loader_of: dict[TransferId, str] = {}
-        self._answers: dict[str, dict[str, Any]] = {}
-        self._loads: list[Load] = []
+        self._requests: dict[str, Outgoing | Incoming | Describe | Warm | BadHandoff] = {}
+        self._loaders: dict[TransferId, Incoming] = {}  # the request of several that loads a transfer
+        self._claims: dict[str, Incoming] = {}  # of requests that the worker does not know yet
         self._drops: list[str] = []
+        # For the next step, as claims and drops.
+        self._loads: list[Load] = []
         self._warms: list[ReceiverAddress] = []
-        self._describing: set[str] = set()
-        self._look = False  # with the next step: somebody asks
-        self._looks: dict[int, BeltLook] = {}  # the last of each rank
-        self._warming: dict[str, tuple[EngineId, ...]] = {}
-        self._peers: dict[EngineId, str] = {}  # what became of the last try to connect to each
-        #: Set once the workers have said how much of it there is.
+        self._outcomes: list[DecodeOutcome] = []
+        self._view = False
+        self._server: RankIdentity | None = None
+        self._views: dict[int, BeltView] = {}  # the last of each rank
+        self._peers: dict[EngineId, str] = {}  # the reason of the last attempt to connect to each
         self.host: HostScheduler | None = None
-        #: Set where KV comes, and vLLM has a prefix cache.
-        self.ledger: PrefixLedger | None = None
-        #: Set where KV comes, and the only worker lives in this process.
-        self.worker: LocalWorker | None = None
+        self._content_of: Callable[[int], Any] | None = None
+        self.ledger: PrefixLedger | None = None  #: from the first request on that loads
+
+    def on_workers_ready(self, server: RankIdentity) -> None:
+        """The belts of all ranks run."""
+        self._server = server
+        if server.host_places:
+            self.host = HostScheduler(self._block_size, server.host_places)
+
+    def watch_prefix_cache(self, content_of: Callable[[int], Any]) -> None:
+        """Tell the workers what vLLM's prefix cache holds; ``content_of`` a block is None where nothing is cached."""
+        self._content_of = content_of
 
     @property
     def num_requests(self) -> int:
         """Requests that are known here and have not finished."""
-        host = self.host.num_requests if self.host is not None else 0
-        return (
-            len(self._outgoing)
-            + len(self._incoming)
-            + len(self._answers)
-            + len(self._warming)
-            + len(self._describing)
-            + host
-        )
+        return len(self._requests) + (len(self.host) if self.host is not None else 0)
 
     def on_new_request(
         self,
@@ -175,253 +125,272 @@ class SchedulerSide:
         params: Mapping[str, Any] | None,
         num_tokens: int,
         prompt: PromptTokens | None = None,
+        *,
+        generates: bool = True,
     ) -> None:
-        """A request has come, with a prompt of so many tokens."""
+        """A request has come; ``prompt``: None if its KV is not shared; ``generates``: it goes on after one token."""
         if params:
-            self._on_handoff(request_id, params, num_tokens)
-        outgoing, incoming = self._outgoing.get(request_id), self._incoming.get(request_id)
-        wanted = outgoing is not None or (self.host if incoming is None else self.ledger) is not None
-        if prompt is None or not wanted:
+            self._on_params(request_id, params, num_tokens)
+        request = self._requests.get(request_id)
+        self.pacing.on_new_request(request_id, num_tokens, loads=isinstance(request, Incoming), generates=generates)
+        uses_hashes = self.ledger if isinstance(request, Incoming) else self.host
+        if prompt is None or (uses_hashes is None and not isinstance(request, Outgoing)):
             return
         hashes = block_hashes(prompt.token_ids, self._block_size, prompt.salt)
-        if outgoing is not None:
-            outgoing.hashes = hashes
-        if incoming is not None:
-            incoming.hashes = hashes
-        elif self.host is not None:
+        if isinstance(request, Outgoing | Incoming):
+            request.hashes = hashes
+        if self.host is not None and not isinstance(request, Incoming):
             self.host.on_new_request(request_id, num_tokens, hashes)
 
-    def _on_handoff(self, request_id: str, params: Mapping[str, Any], num_tokens: int) -> None:
-        match parse(params, request_id):
-            case PrefillHandoff() as handoff:
-                deadline = self._clock() + handoff.deadline_seconds
-                self._outgoing[request_id] = Outgoing(handoff, num_tokens, deadline)
-            case DecodeHandoff() as handoff:
-                incoming = Incoming(handoff, num_tokens, self._clock() + handoff.deadline_seconds)
-                if self._loader_of.setdefault(handoff.transfer_id, request_id) != request_id:
-                    incoming.state = IncomingState.FOLLOWS
-                self._incoming[request_id] = incoming
-                if self.worker is not None and incoming.state is IncomingState.NEW:
-                    incoming.state = IncomingState.CLAIMED
-                    self.worker.claim(Claim(request_id, handoff))
-            case Describe():
-                # Answered when it ends, with what is seen until then.
-                self._describing.add(request_id)
-                self._look = True
-            case Warm(receivers):
-                self._warms.extend(receivers)
-                self._warming[request_id] = tuple(receiver.engine_id for receiver in receivers)
-            case BadHandoff(detail):
-                log.warning("request %s is computed without a transfer: %s", request_id, detail)
-                self._answers[request_id] = {"state": "failed", "reason": "bad_handoff", "detail": detail}
+    def _on_params(self, request_id: str, params: Mapping[str, Any], num_tokens: int) -> None:
+        message = parse(params, request_id)
+        match message:
+            case PrefillHandoff():
+                self._requests[request_id] = Outgoing(message, num_tokens, self._clock() + message.deadline_seconds)
+                return
+            case DecodeHandoff():
+                if self.ledger is None and self._content_of is not None:
+                    self.ledger = PrefixLedger(self._content_of)
+                incoming = Incoming(message, num_tokens, self._clock() + message.deadline_seconds)
+                self._requests[request_id] = incoming
+                if self._loaders.setdefault(message.transfer_id, incoming) is incoming:
+                    self._claims[request_id] = incoming
+                else:
+                    incoming.state = LoadState.FOLLOWING
+                return
+            case Describe(itl_seconds):
+                self._view = True
+                if itl_seconds is not None:
+                    self.pacing.level = itl_seconds
+            case Warm():
+                self._warms += message.receivers
+            case BadHandoff():
+                log.warning("request %s is computed without a transfer: %s", request_id, message.detail)
+        self._requests[request_id] = message
 
-    def loadable_tokens(self, request_id: str, num_computed_tokens: int) -> int | None:
-        """How many tokens after the computed ones can be loaded; None: ask again. Asked once more, nothing changes."""
-        incoming = self._incoming.get(request_id)
+    def _incoming(self, request_id: str) -> Incoming | None:
+        request = self._requests.get(request_id)
+        return request if isinstance(request, Incoming) else None
+
+    def _outgoing(self, request_id: str) -> Outgoing | None:
+        request = self._requests.get(request_id)
+        return request if isinstance(request, Outgoing) else None
+
+    def arrival_wait(self, request_id: str, num_computed_tokens: int) -> float | None:
+        """Seconds worth waiting for the belt to say whether the KV has arrived; None: it makes no difference."""
+        incoming = self._incoming(request_id)
+        if incoming is None or not self._awaited(incoming) or any(load.now for load in self._loads):
+            return None
+        if incoming.num_tokens - 1 <= num_computed_tokens:
+            return None
+        seconds, incoming.was_waited_for = (0.0 if incoming.was_waited_for else ARRIVAL_WAIT_SECONDS), True
+        return seconds
+
+    def loadable(self, request_id: str, num_computed_tokens: int, arrived: Arrived | None = None) -> Loadable:
+        """How many tokens after the computed ones can be loaded. May be asked again; asking changes nothing.
+
+        Args:
+            request_id: of the request.
+            num_computed_tokens: that vLLM's prefix cache has.
+            arrived: KV that the worker has at hand, if ``arrival_wait`` asked for it.
+        """
+        incoming = self._incoming(request_id)
         if incoming is None:
-            return self.host.loadable_tokens(request_id, num_computed_tokens) if self.host is not None else 0
-        if incoming.state is IncomingState.FOLLOWS:
-            loader = self._incoming.get(TransferId(self._loader_of.get(incoming.handoff.transfer_id, "")))
-            # What the other loads, this one finds in the prefix cache.
-            waits = loader is not None and loader.state is not IncomingState.OVER
-            return None if waits and incoming.deadline > self._clock() else 0
-        if incoming.state not in (IncomingState.NEW, IncomingState.CLAIMED) or incoming.deadline <= self._clock():
-            return 0
+            host = self.host
+            return Loadable(host.loadable_tokens(request_id, num_computed_tokens) if host is not None else 0)
+        if incoming.state is LoadState.FOLLOWING and incoming.deadline > self._clock():
+            loader = self._loaders.get(incoming.handoff.transfer_id)
+            # This request finds in the prefix cache what the other one loads.
+            return Loadable(None if loader is not None and loader.state is not LoadState.OVER else 0)
+        if not self._awaited(incoming):
+            return Loadable(0)
         tokens = max(incoming.num_tokens - 1 - num_computed_tokens, 0)
-        incoming.now = tokens > 0 and self._at_hand(request_id, incoming, num_computed_tokens)
-        return tokens
-
-    def loads_now(self, request_id: str) -> bool:
-        """Whether what ``loadable_tokens`` has promised is loaded before the step's forward pass, not beside it."""
-        incoming = self._incoming.get(request_id)
-        return incoming is not None and incoming.now
-
-    def _at_hand(self, request_id: str, incoming: Incoming, num_computed_tokens: int) -> bool:
-        """Whether nothing but the device can still fail when it is loaded."""
-        if self.worker is None or incoming.state is not IncomingState.CLAIMED or any(load.now for load in self._loads):
-            return False
-        seconds, incoming.asked = (0.0 if incoming.asked else LOOK_SECONDS), True
-        kv = self.worker.at_hand(request_id, seconds)
-        return (
-            kv is not None
-            and kv.num_tokens in (incoming.num_tokens - 1, incoming.num_tokens)
-            and num_computed_tokens // self._block_size >= kv.first_block
+        incoming.now = (
+            tokens > 0
+            and arrived is not None
+            and arrived.num_tokens in (incoming.num_tokens - 1, incoming.num_tokens)
+            and arrived.first_block <= num_computed_tokens // self._block_size
         )
+        return Loadable(tokens, incoming.now)
+
+    def _awaited(self, incoming: Incoming) -> bool:
+        return incoming.state is LoadState.AWAITED and incoming.deadline > self._clock()
 
     def on_allocated(self, request_id: str, block_ids: Sequence[int], num_loaded_tokens: int) -> None:
         """The request has its blocks; so many tokens are to be loaded into them."""
         if self.ledger is not None:
             self.ledger.taken(block_ids)
-        incoming = self._incoming.get(request_id)
-        if incoming is None and self.host is not None:
-            self.host.on_allocated(request_id, block_ids, num_loaded_tokens)
-        if incoming is None or incoming.state not in (IncomingState.NEW, IncomingState.CLAIMED):
+        incoming = self._incoming(request_id)
+        if incoming is None:
+            if self.host is not None:
+                self.host.on_allocated(request_id, block_ids, num_loaded_tokens)
             return
-        if num_loaded_tokens == 0:
-            # Cached here, or too late.
-            if incoming.state is IncomingState.CLAIMED:
+        match incoming.on(LoadEvent.LOAD if num_loaded_tokens else LoadEvent.NO_LOAD):
+            case Effect.DROP:
+                self._conclude(incoming, "cached" if incoming.deadline > self._clock() else "deadline")
                 self._drop(request_id)
-            incoming.outcome = "cached" if incoming.deadline > self._clock() else "deadline"
-            incoming.state = IncomingState.OVER
-            return
-        num_tokens = incoming.num_tokens - 1
-        first = (num_tokens - num_loaded_tokens) // self._block_size
-        end = -(-num_tokens // self._block_size)
-        self._loads.append(Load(request_id, first, tuple(block_ids[first:end]), num_tokens, incoming.now))
+            case Effect.LOAD:
+                num_tokens = incoming.num_tokens - 1
+                first = (num_tokens - num_loaded_tokens) // self._block_size
+                blocks = tuple(block_ids[first : -(-num_tokens // self._block_size)])
+                self._loads.append(Load(request_id, first, blocks, num_tokens, incoming.now))
+
+    def _conclude(self, incoming: Incoming, outcome: str) -> None:
+        if outcome != incoming.outcome:
+            incoming.outcome = outcome
+            self._outcomes.append(incoming.told)
 
     def _drop(self, request_id: str) -> None:
-        if self.worker is not None:
-            # A server that has nothing to do has no next step to say it with.
-            self.worker.drop(request_id)
-        else:
+        if self._claims.pop(request_id, None) is None:
             self._drops.append(request_id)
 
-    def orders(self, scheduled: Iterable[ScheduledPrompt], preempted: Iterable[str]) -> Orders:
+    def take_claims(self) -> StepCommands:
+        """The new claims and drops alone, for a worker that can be told before the next step."""
+        claims = tuple(
+            Claim(request_id, with_remaining_time(incoming.handoff, incoming.deadline, self._clock()))
+            for request_id, incoming in self._claims.items()
+        )
+        commands = StepCommands(claims=claims, drops=tuple(self._drops))
+        self._claims.clear()
+        self._drops.clear()
+        return commands
+
+    @property
+    def followed(self) -> Container[str] | None:
+        """Requests that ``take_step`` must be told of also when they are given no blocks; None: all."""
+        return self._requests if self.host is None else None
+
+    def take_step(self, scheduled: Iterable[ScheduledPrompt], preempted: Iterable[str]) -> StepCommands:
         """What the worker must know for the step that has just been scheduled."""
         scheduled, preempted = tuple(scheduled), tuple(preempted)
-        stopped = tuple(request_id for request_id in preempted if self._abandon(request_id))
-        orders = self._belt_orders(scheduled, stopped)
-        if self.ledger is not None:
-            self._tell(self.ledger, scheduled)
-            held, gone = self.ledger.take_changes()
-            orders = dataclasses.replace(orders, held=held, gone=gone)
-        if self.host is None:
-            return orders
-        read, restores, keeps = self.host.orders(scheduled, preempted)
-        stopped = tuple(dict.fromkeys((*stopped, *read)))
-        return dataclasses.replace(orders, preempted=stopped, restores=restores, keeps=keeps)
+        stopped = self._stop(preempted)
+        sends, written = self._send(scheduled)
+        held, gone = self._prefix_changes(scheduled)
+        host = self.host.take_step(scheduled, preempted) if self.host is not None else HostCommands()
+        told = self.take_claims()
+        loads, self._loads = self._loads, []
+        warms, self._warms = self._warms, []
+        view, self._view = self._view, False
+        for load in loads:
+            if load.now and (incoming := self._incoming(load.request_id)) is not None:
+                incoming.on(LoadEvent.ENDED)
+                # The request may be answered before the report of this step is heard.
+                self._conclude(incoming, "")
+        outcomes, self._outcomes = self._outcomes, []
+        return StepCommands(
+            held=held,
+            gone=gone,
+            preempted=tuple(dict.fromkeys((*stopped, *host.stopped))),
+            sends=sends,
+            written=written,
+            claims=told.claims,
+            loads=tuple(loads),
+            drops=told.drops,
+            warms=tuple(warms),
+            view=view,
+            steps=self.pacing.take_report(),
+            outcomes=tuple(outcomes),
+            restores=host.restores,
+            keeps=host.keeps,
+        )
 
-    def _tell(self, ledger: PrefixLedger, scheduled: Iterable[ScheduledPrompt]) -> None:
-        for prompt in scheduled:
-            ledger.taken(prompt.new_block_ids)
-            incoming = self._incoming.get(prompt.request_id)
-            if incoming is not None and incoming.hashes:
-                # Its first step: vLLM has just taken what was loaded into its prefix cache.
-                ledger.holds(incoming.hashes, prompt.new_block_ids)
-                incoming.hashes = ()
+    def _stop(self, preempted: Iterable[str]) -> list[str]:
+        stopped: list[str] = []
+        for request_id in preempted:
+            outgoing = self._outgoing(request_id)
+            if outgoing is not None and outgoing.on(SendEvent.PREEMPTED) is Effect.STOP:
+                # The decode worker is told by the belt, and computes the prompt itself.
+                outgoing.failure = "preempted"
+                stopped.append(request_id)
+        return stopped
 
-    def _belt_orders(self, scheduled: Iterable[ScheduledPrompt], stopped: tuple[str, ...]) -> Orders:
+    def _send(self, scheduled: Iterable[ScheduledPrompt]) -> tuple[tuple[Send, ...], tuple[Written, ...]]:
         sends: list[Send] = []
         written: list[Written] = []
         for prompt in scheduled:
-            outgoing = self._outgoing.get(prompt.request_id)
-            if outgoing is None or outgoing.state is OutgoingState.ABANDONED:
+            outgoing = self._outgoing(prompt.request_id)
+            if outgoing is None:
                 continue
-            if outgoing.state is OutgoingState.WAITING:
-                outgoing.state = OutgoingState.SENDING
-                remaining = max(outgoing.deadline - self._clock(), 0.001)
-                handoff = msgspec.structs.replace(outgoing.handoff, deadline_seconds=remaining)
+            if outgoing.on(SendEvent.SCHEDULED) is Effect.SEND:
+                handoff = with_remaining_time(outgoing.handoff, outgoing.deadline, self._clock())
                 sends.append(Send(prompt.request_id, handoff, outgoing.num_tokens, outgoing.hashes))
-            outgoing.block_ids.extend(prompt.new_block_ids)
-            completed = self._completed(prompt, outgoing)
-            if completed is not None:
-                written.append(completed)
-        claims = self._claims()
-        orders = Orders(stopped, tuple(sends), tuple(written), claims, tuple(self._loads), tuple(self._drops))
-        orders = dataclasses.replace(orders, warms=tuple(self._warms), look=self._look)
-        self._look = False
-        for load in self._loads:
-            incoming = self._incoming[load.request_id]
-            incoming.state = IncomingState.OVER if load.now else IncomingState.LOADING
-            if load.now:
-                # Its answer may be made before what this step brings back is heard.
-                incoming.outcome = ""
-        self._loads.clear()
-        self._drops.clear()
-        self._warms.clear()
-        return orders
+            if outgoing.state is SendState.SENDING:
+                outgoing.block_ids += prompt.new_block_ids
+                num_tokens = min(prompt.num_computed_tokens + prompt.num_scheduled_tokens, outgoing.num_tokens)
+                last = num_tokens == outgoing.num_tokens
+                end = -(-num_tokens // self._block_size) if last else num_tokens // self._block_size
+                first, outgoing.announced = outgoing.announced, end
+                # Else nothing is complete yet, or this is a later step of a request whose prompt is complete.
+                if first != end:
+                    written.append(Written(prompt.request_id, first, tuple(outgoing.block_ids[first:end]), last))
+        return tuple(sends), tuple(written)
 
-    def _completed(self, prompt: ScheduledPrompt, outgoing: Outgoing) -> Written | None:
-        num_tokens = min(prompt.num_computed_tokens + prompt.num_scheduled_tokens, outgoing.num_tokens)
-        last = num_tokens == outgoing.num_tokens
-        num_blocks = -(-num_tokens // self._block_size) if last else num_tokens // self._block_size
-        first, outgoing.announced = outgoing.announced, num_blocks
-        if first == num_blocks:
-            # Nothing yet, or a later step of a request whose prompt is complete.
-            return None
-        return Written(prompt.request_id, first, tuple(outgoing.block_ids[first:num_blocks]), last)
+    def _prefix_changes(self, scheduled: Iterable[ScheduledPrompt]) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+        if self.ledger is None:
+            return (), ()
+        for prompt in scheduled:
+            self.ledger.taken(prompt.new_block_ids)
+            incoming = self._incoming(prompt.request_id)
+            if incoming is not None and incoming.hashes:
+                # In a request's first step vLLM has just put what was loaded into its prefix cache.
+                self.ledger.holds(incoming.hashes, prompt.new_block_ids)
+                incoming.hashes = ()
+        return self.ledger.take_changes()
 
-    def _claims(self) -> tuple[Claim, ...]:
-        claims: list[Claim] = []
-        for request_id, incoming in self._incoming.items():
-            if incoming.state is not IncomingState.NEW:
-                continue
-            incoming.state = IncomingState.CLAIMED
-            remaining = max(incoming.deadline - self._clock(), 0.001)
-            handoff = msgspec.structs.replace(incoming.handoff, deadline_seconds=remaining)
-            claims.append(Claim(request_id, handoff))
-        return tuple(claims)
-
-    def _abandon(self, request_id: str) -> bool:
-        outgoing = self._outgoing.get(request_id)
-        if outgoing is None or outgoing.state is not OutgoingState.SENDING:
-            return False
-        # Its blocks are gone. The decode worker is told, and computes the prompt itself.
-        outgoing.state = OutgoingState.ABANDONED
-        outgoing.failure = "preempted"
-        return True
-
-    def on_news(self, news: News, finished_loading: Iterable[str]) -> None:
-        """What came back with a step's output."""
-        for request_id, reason in news.sent.items():
-            if reason and request_id in self._outgoing:
-                self._outgoing[request_id].failure = reason
-        for request_id, reason in news.received.items():
-            if request_id in self._incoming:
-                incoming = self._incoming[request_id]
+    def on_report(self, report: StepReport, ended_loads: Iterable[str]) -> None:
+        """A step's output has come back."""
+        for request_id, reason in report.sent.items():
+            outgoing = self._outgoing(request_id)
+            if outgoing is not None and reason:
+                outgoing.failure = reason
+        for request_id, reason in report.received.items():
+            if (incoming := self._incoming(request_id)) is not None:
                 # Ranks report one by one; what one of them lacks, the request lacks.
-                incoming.outcome = reason or incoming.outcome or ""
+                self._conclude(incoming, reason or incoming.outcome or "")
             if reason == "prefix_evicted" and self.ledger is not None:
-                self.ledger.look_at_all()
-        self._peers.update(news.peers)
-        self._looks.update(news.looks)
-        for request_id in finished_loading:
-            if request_id in self._incoming:
-                self._incoming[request_id].state = IncomingState.OVER
+                self.ledger.check_all()
+        self._peers.update(report.peers)
+        self._views.update(report.views)
+        for request_id in ended_loads:
+            if (incoming := self._incoming(request_id)) is not None:
+                incoming.on(LoadEvent.ENDED)
         if self.host is not None:
-            self.host.on_spoiled(news.spoiled)
+            self.host.index.forget(report.spoiled)
 
-    def on_computed(self, tokens: PromptTokens, block_ids: Sequence[int]) -> None:
-        """So many tokens, of a prompt and perhaps of its answer, have their KV in these blocks."""
-        if self.ledger is not None:
-            self.ledger.holds(block_hashes(tokens.token_ids, self._block_size, tokens.salt), block_ids)
+    def on_finished(
+        self, request_id: str, computed: PromptTokens | None = None, block_ids: Sequence[int] = ()
+    ) -> tuple[bool, Answer | None]:
+        """The request is over.
 
-    def on_finished(self, request_id: str) -> tuple[bool, dict[str, Any] | None]:
-        """The request is over: (its blocks are still read, what the answer's ``kv_transfer_params`` say)."""
-        held, loaded_tokens = self.host.on_finished(request_id) if self.host is not None else (False, 0)
-        if (answer := self._answers.pop(request_id, None)) is not None:
-            return held, answer
-        if request_id in self._describing:
-            self._describing.discard(request_id)
-            return held, self._describe(self._looks)
-        if (asked := self._warming.pop(request_id, None)) is not None:
-            return held, {"peers": [self._peer(engine_id) for engine_id in asked]}
-        if (outgoing := self._outgoing.pop(request_id, None)) is not None:
-            # An aborted one too: the worker cancels it, and says when it reads no more.
-            held = held or outgoing.state is OutgoingState.SENDING
-            state = HandoffState(
-                outgoing.handoff.transfer_id,
-                "failed" if outgoing.failure else "open",
-                outgoing.failure or None,
-                loaded_tokens,
-            )
-            return held, msgspec.to_builtins(state)
-        if (incoming := self._incoming.pop(request_id, None)) is not None:
-            return False, self._finish(request_id, incoming)
-        return held, None
+        Args:
+            request_id: of the request.
+            computed: the tokens, of the prompt and of the answer, whose KV lies in ``block_ids``, if it may be shared.
+            block_ids: of the request.
 
-    def _peer(self, engine_id: EngineId) -> dict[str, str]:
-        reason = self._peers.get(engine_id, "not_yet")
-        return {"engine_id": engine_id, "state": "failed" if reason else "ready", "reason": reason}
-
-    def _finish(self, request_id: str, incoming: Incoming) -> dict[str, Any]:
-        if incoming.state in (IncomingState.CLAIMED, IncomingState.LOADING):
-            self._drop(request_id)
-        transfer_id = incoming.handoff.transfer_id
-        if self._loader_of.get(transfer_id) == request_id:
-            del self._loader_of[transfer_id]
-        answer: dict[str, Any] = {"transfer_id": transfer_id}
-        if incoming.outcome is not None:
-            answer["kv"] = "recomputed" if incoming.outcome not in ("", "cached") else "received"
-            answer["reason"] = incoming.outcome or None
-        return answer
+        Returns:
+            Whether its blocks are still read, and the ``kv_transfer_params`` of its answer.
+        """
+        self.pacing.on_finished(request_id)
+        if self.ledger is not None and computed is not None:
+            self.ledger.holds(block_hashes(computed.token_ids, self._block_size, computed.salt), block_ids)
+        read, loaded_tokens = self.host.on_finished(request_id) if self.host is not None else (False, 0)
+        match request := self._requests.pop(request_id, None):
+            case BadHandoff():
+                return read, request
+            case Describe():
+                return read, self._describe(self._server, self._views, self.pacing.now())
+            case Warm():
+                reasons = {one.engine_id: self._peers.get(one.engine_id, "not_yet") for one in request.receivers}
+                states = [PeerState(name, "failed" if why else "ready", why) for name, why in reasons.items()]
+                return read, PeerStates(states)
+            case Outgoing(handoff, failure=failure):
+                read = request.on(SendEvent.FINISHED) is Effect.HOLD or read
+                state: Literal["failed", "open"] = "failed" if failure else "open"
+                return read, HandoffState(handoff.transfer_id, state, failure or None, loaded_tokens)
+            case Incoming():
+                if request.on(LoadEvent.FINISHED) is Effect.DROP:
+                    self._drop(request_id)
+                if self._loaders.get(request.handoff.transfer_id) is request:
+                    del self._loaders[request.handoff.transfer_id]
+                return False, request.told
+        return read, None

@@ -1,24 +1,29 @@
-"""What the scheduler's side tells the worker's side with a step, and what comes back with its output. Plain data."""
+"""What the scheduler's side and the worker's side tell each other: ``StepCommands`` down, ``StepReport`` back."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from kvbelt.vllm.about import BeltLook
-from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff, ReceiverAddress
+from kvbelt.belt_facts import BeltView
+from kvbelt.wire.handoff import DecodeHandoff, DecodeOutcome, PrefillHandoff, ReceiverAddress
 from kvbelt.wire.ids import EngineId
+from kvbelt.wire.steps import StepsNow
 
 Name = TypeVar("Name", bound=str)
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledPrompt:
-    """What one step does with one request, as the scheduler's side hears it."""
-
     request_id: str
     new_block_ids: Sequence[int]
     num_computed_tokens: int  #: before the step
     num_scheduled_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    num_tokens: int
+    first_block: int  #: of the prompt; those before it were not sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +48,6 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The KV of this transfer will be wanted."""
-
     request_id: str
     handoff: DecodeHandoff
 
@@ -57,12 +60,12 @@ class Load:
     first: int
     block_ids: tuple[int, ...]
     num_tokens: int
-    now: bool = False  #: before this step's forward pass, which reads them; not beside it
+    now: bool = False  #: before this step's forward pass, which reads the blocks; else beside the running batch
 
 
 @dataclass(frozen=True, slots=True)
-class Restore:
-    """Fill these blocks, all layers of them, from these places in host memory."""
+class HostCopy:
+    """A copy of all layers between these blocks and these places of host memory."""
 
     request_id: str
     block_ids: tuple[int, ...]
@@ -70,60 +73,46 @@ class Restore:
 
 
 @dataclass(frozen=True, slots=True)
-class Keep:
-    """After this step, copy these blocks, all layers of them, to these places in host memory."""
+class StepCommands:
+    """From the scheduler to every worker, with one step. A worker obeys them in the order of these fields."""
 
-    request_id: str
-    block_ids: tuple[int, ...]
-    places: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Orders:
-    """For one step. A worker takes them in the order of these fields."""
-
-    #: Requests whose blocks are being taken away: stop reading them, now.
-    preempted: tuple[str, ...] = ()
+    held: tuple[bytes, ...] = ()  #: hashes of prompt blocks that vLLM's prefix cache holds from now on
+    gone: tuple[bytes, ...] = ()  #: and of those that it holds no longer
+    preempted: tuple[str, ...] = ()  #: requests that lose their blocks: stop reading them at once
     sends: tuple[Send, ...] = ()
     written: tuple[Written, ...] = ()
     claims: tuple[Claim, ...] = ()
     loads: tuple[Load, ...] = ()
-    #: Requests whose KV is not wanted any more.
-    drops: tuple[str, ...] = ()
-    restores: tuple[Restore, ...] = ()
-    keeps: tuple[Keep, ...] = ()
-    #: Blocks of prompts, by hash, that vLLM's prefix cache now holds, and that it holds no more.
-    held: tuple[bytes, ...] = ()
-    gone: tuple[bytes, ...] = ()
-    #: Decode servers to connect to, before a request needs them.
-    warms: tuple[ReceiverAddress, ...] = ()
-    look: bool = False  #: somebody asks how the belt is
+    drops: tuple[str, ...] = ()  #: requests whose KV is not needed any more
+    warms: tuple[ReceiverAddress, ...] = ()  #: decode servers to connect to before a request needs them
+    view: bool = False  #: report a ``BeltView``
+    steps: StepsNow | None = None  #: tell the proxy
+    outcomes: tuple[DecodeOutcome, ...] = ()  #: likewise
+    restores: tuple[HostCopy, ...] = ()  #: places to blocks, beside this step
+    keeps: tuple[HostCopy, ...] = ()  #: blocks to places, after this step
 
 
 @dataclass(frozen=True, slots=True)
-class News:
-    """From the worker's side: how transfers have ended, request by request; empty means well."""
+class StepReport:
+    """From a worker to the scheduler, with the output of one step. A reason is empty where all went well."""
 
-    received: Mapping[str, str] = field(default_factory=dict)
-    sent: Mapping[str, str] = field(default_factory=dict)
-    spoiled: frozenset[int] = frozenset()  #: places in host memory that do not hold what was to be kept there
-    #: Decode servers that were to be connected to: empty, or why it failed.
-    peers: Mapping[EngineId, str] = field(default_factory=dict)
-    #: How the belt of each rank is, where that was asked.
-    looks: Mapping[int, BeltLook] = field(default_factory=dict)
+    received: Mapping[str, str] = field(default_factory=dict)  #: request to reason, of loads that have ended
+    sent: Mapping[str, str] = field(default_factory=dict)  #: request to reason, of sends that have ended
+    spoiled: frozenset[int] = frozenset()  #: places of host memory that were not written as commanded
+    peers: Mapping[EngineId, str] = field(default_factory=dict)  #: decode server to reason, of ``warms``
+    views: Mapping[int, BeltView] = field(default_factory=dict)  #: by rank
 
     def __bool__(self) -> bool:
-        """Whether there is any."""
-        return bool(self.received or self.sent or self.spoiled or self.peers or self.looks)
+        return bool(self.received or self.sent or self.spoiled or self.peers or self.views)
 
-    def plus(self, other: "News") -> "News":
-        """Of two ranks; a failure outweighs a success."""
-        return News(
+    def plus(self, other: "StepReport") -> "StepReport":
+        """The reports of two ranks in one; a failure outweighs a success."""
+        return StepReport(
             _worst(self.received, other.received),
             _worst(self.sent, other.sent),
             self.spoiled | other.spoiled,
             _worst(self.peers, other.peers),
-            {**self.looks, **other.looks},
+            {**self.views, **other.views},
         )
 
 
