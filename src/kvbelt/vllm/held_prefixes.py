@@ -1,11 +1,11 @@
-"""Which prompts' blocks a decode server holds, so that a prefill server need not send them again.
+"""Which prompt blocks a decode server holds, so that a prefill server need not send them again.
 
-vLLM knows its blocks by hashes of its own, in its scheduler's process; a prefill server asks by ours, in the worker's.
-``PrefixLedger`` keeps the two together on the scheduler's side: our hash of a block, and the block it was last seen in.
-What changes goes to the workers with the next step, where ``HeldPrefixes`` answers the belt.
+vLLM knows its blocks by its own hashes, in the scheduler's process; a prefill server asks by ours, in the worker's.
+``PrefixLedger``, on the scheduler's side, maps our hash of a block to the block in which it was last seen. Changes go
+to the workers with the next step, where ``HeldPrefixes`` answers the belt.
 
-It is a guess, and may be too good: a block may be evicted between the answer and its use. Then vLLM's own prefix cache
-finds less than the prefill server has left out, and the prompt is computed here (``prefix_evicted``).
+An answer may be out of date: a block may be evicted before it is used. Then vLLM's prefix cache finds less than the
+prefill server has left out, and the prompt is computed here (``prefix_evicted``).
 """
 
 import itertools
@@ -13,27 +13,26 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-#: Blocks looked at in every step. One that holds something else without having been given away says that the whole
-#: cache was emptied: then all are looked at.
+#: Blocks that every step checks. If one has other contents although it was not given away, the whole cache has been
+#: emptied, and all blocks are checked.
 _PROBES = 8
 
 
 class PrefixLedger:
-    """The scheduler's side. Pure but for ``content_of``: what vLLM has cached in a block; None: nothing."""
+    """The scheduler's side. Pure but for ``content_of``: what vLLM has cached in a block (None: nothing)."""
 
     def __init__(self, content_of: Callable[[int], Any]) -> None:
         self._content_of = content_of
-        # These two are each other's inverse, as far as hashes and blocks go.
+        # Of hashes and blocks, one is the inverse of the other.
         self._block_of: dict[bytes, int] = {}
         self._seen_in: dict[int, tuple[bytes, Any]] = {}
         self._changes: dict[bytes, bool] = {}
 
     def __len__(self) -> int:
-        """Blocks that are held."""
         return len(self._block_of)
 
     def holds(self, hashes: Sequence[bytes], block_ids: Sequence[int]) -> None:
-        """These blocks of a prompt lie in these blocks of vLLM's, as far as they are cached."""
+        """A prompt's blocks with these hashes lie in these blocks of vLLM's, as far as vLLM has cached them."""
         for block_hash, block_id in zip(hashes, block_ids, strict=False):
             content = self._content_of(block_id)
             if content is None or self._block_of.get(block_hash) == block_id:
@@ -46,26 +45,26 @@ class PrefixLedger:
             self._changes[block_hash] = True
 
     def taken(self, block_ids: Iterable[int]) -> None:
-        """A request has been given these blocks: what they held is gone, unless it is what the request wants."""
+        """A request was given these blocks, so their contents are gone, unless the request shares them."""
         for block_id in block_ids:
-            self._look(block_id)
+            self._check(block_id)
 
     def take_changes(self) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
-        """Since the last call: (what is held now, what is no more)."""
+        """Since the last call: (hashes that are held now, hashes that are held no longer)."""
         probes = list(itertools.islice(self._seen_in, _PROBES))
-        if not all(self._look(block_id) for block_id in probes):
-            self.look_at_all()
+        if not all(self._check(block_id) for block_id in probes):
+            self.check_all()
         changes, self._changes = self._changes, {}
         return (
             tuple(block_hash for block_hash, held in changes.items() if held),
             tuple(block_hash for block_hash, held in changes.items() if not held),
         )
 
-    def look_at_all(self) -> None:
-        """Something was not there that was thought to be."""
+    def check_all(self) -> None:
+        """Check every block, because one was found not to be held."""
         self.taken(list(self._seen_in))
 
-    def _look(self, block_id: int) -> bool:
+    def _check(self, block_id: int) -> bool:
         seen = self._seen_in.get(block_id)
         if seen is None or self._content_of(block_id) == seen[1]:
             return True
@@ -80,20 +79,19 @@ class PrefixLedger:
 
 
 class HeldPrefixes:
-    """The workers' side: ``PrefixIndex`` for the belt, whose thread asks while the model runner's tells."""
+    """The worker's side: the belt's ``PrefixIndex``. The belt's thread reads, and the model runner's writes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._hashes: set[bytes] = set()
 
     def update(self, held: Iterable[bytes], gone: Iterable[bytes]) -> None:
-        """What has changed."""
         with self._lock:
             self._hashes.difference_update(gone)
             self._hashes.update(held)
 
     def held(self, hashes: Sequence[bytes]) -> int:
-        """How many blocks, from the first on, are here."""
+        """How many blocks, from the first on, are held."""
         with self._lock:
             for number, block_hash in enumerate(hashes):
                 if block_hash not in self._hashes:
