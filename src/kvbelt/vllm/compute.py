@@ -1,4 +1,7 @@
-"""``Compute`` for the two kinds of device."""
+"""The device's queue of work, for the two kinds of device.
+
+``mark`` returns the end of the queue as it is now; ``after`` calls, on any thread, once the device has passed a mark.
+"""
 
 import threading
 from collections import deque
@@ -9,22 +12,20 @@ import torch
 
 
 class CpuCompute:
-    """Work is done when its call returns."""
+    """Work is done when its call returns, so there is no queue."""
 
     def mark(self) -> None:
-        """There is no queue."""
         return
 
-    def after(self, mark: None, call: Callable[[], None]) -> None:  # noqa: ARG002
-        """At once."""
+    def after(self, mark: Any, call: Callable[[], None]) -> None:  # noqa: ARG002
         call()
 
     def close(self) -> None:
-        """Nothing to end."""
+        return
 
 
 class CudaCompute:
-    """A mark is an event on the current stream. A thread of its own sleeps until one has happened."""
+    """A mark is an event on the current stream. One thread waits for the marks and calls."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -34,19 +35,17 @@ class CudaCompute:
         self._thread.start()
 
     def mark(self) -> torch.cuda.Event:
-        """The end of what is queued now."""
-        # blocking: who waits for it sleeps.
+        # A thread that waits for a blocking event sleeps.
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def after(self, mark: torch.cuda.Event, call: Callable[[], None]) -> None:
-        """In the order of the calls."""
+    def after(self, mark: Any, call: Callable[[], None]) -> None:
         self._queue.append((mark, call))
         self._filled.release()
 
     def close(self) -> None:
-        """End the thread; what still waits is not called."""
+        """End the thread. Calls that still wait are dropped."""
         self._queue.appendleft(None)
         self._filled.release()
         self._thread.join()

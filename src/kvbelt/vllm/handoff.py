@@ -1,60 +1,32 @@
-"""``kv_transfer_params`` of one request, parsed once.
-
-vLLM hands them through unread, so this is the wall: what is not one of the messages below is a refusal, which
-goes back in the answer, and the request is computed as if there were no transfer.
-"""
+"""``kv_transfer_params`` of one request, parsed once. vLLM hands them through unread, so this is the wall."""
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
-from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff, ReceiverAddress, prompt_transfer_id
-
-#: The key of a request to the server itself; its value is what is asked.
-QUESTION_KEY = "kvbelt"
+from kvbelt.wire.handoff import Describe, Handoff, Warm, handoff_of, prompt_transfer_id
 
 #: vLLM names the prompts of one completions request ``cmpl-<id>-<index>``, adds 8 random digits, and puts
 #: ``<choice>_`` in front where n > 1.
 _COMPLETION_ID = re.compile(r"^(?:\d+_)?cmpl-.*-(\d+)-[0-9a-f]{8}$")
 
 
-@dataclass(frozen=True, slots=True)
-class Describe:
-    """The proxy asks who this server is."""
-
-
-@dataclass(frozen=True, slots=True)
-class BadHandoff:
-    """Not a message of this protocol; ``detail`` says what is wrong with it."""
+class BadHandoff(msgspec.Struct, frozen=True):
+    """The parameters are no message of this protocol. The request's answer says so, and its prompt is computed here."""
 
     detail: str
+    state: Literal["failed"] = "failed"
+    reason: Literal["bad_handoff"] = "bad_handoff"
 
 
-class Warm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The proxy says which decode servers there are, before the first request names one."""
-
-    receivers: tuple[ReceiverAddress, ...]
-
-
-Handoff = PrefillHandoff | DecodeHandoff | Describe | Warm | BadHandoff
-
-
-def parse(params: Mapping[str, Any], request_id: str) -> Handoff:
+def parse(params: Mapping[str, Any], request_id: str) -> Handoff | Describe | Warm | BadHandoff:
     """What a request's parameters mean. Never raises."""
-    question = params.get(QUESTION_KEY)
-    if question == "describe":
-        return Describe()
-    if question == "warm":
-        try:
-            return msgspec.convert({key: params[key] for key in params if key != QUESTION_KEY}, Warm)
-        except msgspec.ValidationError as error:
-            return BadHandoff(f"kv_transfer_params: {error}")
-    kind: type[PrefillHandoff | DecodeHandoff] = PrefillHandoff if "receiver" in params else DecodeHandoff
     try:
-        handoff = msgspec.convert(dict(params), kind)
+        if "kvbelt" in params:
+            return msgspec.convert(dict(params), Describe | Warm)
+        handoff = handoff_of(params)
     except msgspec.ValidationError as error:
         return BadHandoff(f"kv_transfer_params: {error}")
     own = prompt_transfer_id(handoff.transfer_id, prompt_index(request_id))

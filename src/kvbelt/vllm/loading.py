@@ -1,8 +1,8 @@
 """Received KV on its way into vLLM's blocks.
 
-Threads: the model runner's calls everything that is public; the belt's calls ``_on_arrival``; loaders copy, so that
-neither of the others waits for it. ``_lock`` guards the records, and is never held while anything is copied or waited
-for.
+Threads: the model runner's thread calls everything that is public, the belt's thread calls ``_on_arrival``, and
+loaders copy, so that neither of the others waits for a copy. ``_lock`` guards the records; nothing is copied or waited
+for while it is held.
 """
 
 import logging
@@ -10,49 +10,34 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
 
 from kvbelt.errors import KVBeltError
+from kvbelt.transfer.belt import Belt
 from kvbelt.transfer.ports import Lost, ReceivedKV, SlotGoneError
-from kvbelt.vllm.orders import Claim, Load
-from kvbelt.wire.ids import TransferId
+from kvbelt.vllm.step_messages import Arrived, Claim, Load, StepCommands
 
 log = logging.getLogger(__name__)
 
-#: Threads that load. One fills blocks as fast as several; but a prompt larger than the buffer comes in parts, and the
-#: thread that loads it waits for each of them.
+#: Threads that load. One fills blocks as fast as several do. But a prompt larger than the buffer comes in parts, and
+#: the thread that loads it waits for each of them.
 _LOADERS = 4
-
-
-class Receiver(Protocol):
-    """What is needed of ``transfer.belt.Belt``."""
-
-    def receive(
-        self,
-        transfer_id: TransferId,
-        deadline_seconds: float,
-        on_arrival: Callable[[ReceivedKV | Lost], None],
-        on_look: Callable[[], None] | None = None,
-    ) -> Callable[[], None]:
-        """Wait for a transfer's KV."""
 
 
 @dataclass(slots=True, eq=False)
 class Incoming:
-    """A prompt that comes. Known from its claim until vLLM was told that it is there, or until nobody wants it."""
+    """One prompt whose KV comes, from its claim until the end of its load was reported or it was dropped."""
 
     cancel: Callable[[], None] = lambda: None
     load: Load | None = None
     arrival: ReceivedKV | Lost | None = None
     dropped: bool = False
-    loading: bool = False  #: the loader has it, or has had it
-    looked: threading.Event = field(default_factory=threading.Event)  #: what was there when it was claimed is known
+    loading: bool = False  #: a loader has it, or has had it
+    looked: threading.Event = field(default_factory=threading.Event)  #: the belt has said what was there at the claim
 
 
 class Loading:
-    """Every prompt that comes to one worker process."""
-
-    def __init__(self, belt: Receiver) -> None:
+    def __init__(self, belt: Belt) -> None:
         self._belt = belt
         self._lock = threading.Lock()
         self._incoming: dict[str, Incoming] = {}
@@ -62,21 +47,22 @@ class Loading:
         self._bad_blocks: set[int] = set()
         self._received: dict[str, str] = {}
 
-    def claim(self, claim: Claim) -> None:
-        """Wait for the KV of a transfer."""
-        incoming = Incoming()
-        self._incoming[claim.request_id] = incoming
+    def obey(self, commands: StepCommands) -> None:
+        for claim in commands.claims:
+            self._claim(claim)
+        for load in commands.loads:
+            if load.now:
+                self._load_now(load)
+            else:
+                with self._lock:
+                    incoming = self._incoming[load.request_id]
+                    incoming.load = load
+                self._go_on(load.request_id, incoming)
+        for request_id in commands.drops:
+            self._drop(request_id)
 
-        def on_arrival(arrival: ReceivedKV | Lost) -> None:
-            self._on_arrival(claim.request_id, incoming, arrival)
-
-        handoff = claim.handoff
-        incoming.cancel = self._belt.receive(
-            handoff.transfer_id, handoff.deadline_seconds, on_arrival, incoming.looked.set
-        )
-
-    def at_hand(self, request_id: str, seconds: float) -> ReceivedKV | None:
-        """What was claimed, if all of it is here; the belt has so long to look. It stays here until it is loaded."""
+    def arrived(self, request_id: str, seconds: float) -> Arrived | None:
+        """What was claimed, if it has arrived whole. Waits at most so long for the belt's first answer."""
         with self._lock:
             incoming = self._incoming.get(request_id)
         if incoming is None:
@@ -84,30 +70,9 @@ class Loading:
         incoming.looked.wait(seconds)
         with self._lock:
             arrival = incoming.arrival
-        return None if arrival is None or isinstance(arrival, Lost) or not arrival.whole else arrival
-
-    def load(self, load: Load) -> None:
-        """Put what has been claimed into these blocks, once it is there."""
-        if load.now:
-            self._load_now(load)
-            return
-        with self._lock:
-            incoming = self._incoming[load.request_id]
-            incoming.load = load
-        self._go_on(load.request_id, incoming)
-
-    def drop(self, request_id: str) -> None:
-        """Nobody wants it any more. A load that was ordered is still reported: vLLM waits for its blocks."""
-        with self._lock:
-            incoming = self._incoming.get(request_id)
-            if incoming is None:
-                return
-            incoming.dropped = True
-            if incoming.load is None:
-                # vLLM waits for nothing; what may still come is released as it comes.
-                del self._incoming[request_id]
-        incoming.cancel()
-        self._go_on(request_id, incoming)
+        if arrival is None or isinstance(arrival, Lost) or not arrival.whole:
+            return None
+        return Arrived(arrival.num_tokens, arrival.first_block)
 
     def take_loaded(self) -> tuple[set[str], set[int]]:
         """Requests whose loads have ended since the last call, and those of their blocks that were not filled."""
@@ -117,14 +82,35 @@ class Loading:
         return loaded, bad
 
     def take_received(self) -> dict[str, str]:
-        """How loads have ended since the last call, request by request; empty means well."""
+        """Request to reason, of loads that have ended since the last call; an empty reason means success."""
         with self._lock:
             received, self._received = self._received, {}
         return received
 
     def close(self) -> None:
-        """After the belt was closed."""
+        """Wait for the loaders. The belt must have been closed."""
         self._threads.shutdown(wait=True)
+
+    def _claim(self, claim: Claim) -> None:
+        handoff, incoming = claim.handoff, Incoming()
+        self._incoming[claim.request_id] = incoming
+        on_arrival = partial(self._on_arrival, claim.request_id, incoming)
+        incoming.cancel = self._belt.receive(
+            handoff.transfer_id, handoff.deadline_seconds, on_arrival, incoming.looked.set
+        )
+
+    def _drop(self, request_id: str) -> None:
+        """Give up a claim. The end of a load that was commanded is still reported: vLLM waits for its blocks."""
+        with self._lock:
+            incoming = self._incoming.get(request_id)
+            if incoming is None:
+                return
+            incoming.dropped = True
+            if incoming.load is None:
+                # vLLM waits for nothing. KV that still arrives is released then.
+                del self._incoming[request_id]
+        incoming.cancel()
+        self._go_on(request_id, incoming)
 
     def _on_arrival(self, request_id: str, incoming: Incoming, arrival: ReceivedKV | Lost) -> None:
         with self._lock:
@@ -132,7 +118,7 @@ class Loading:
         self._go_on(request_id, incoming)
 
     def _go_on(self, request_id: str, incoming: Incoming) -> None:
-        """Hand it to the loader once everything it needs is there."""
+        """Hand it to a loader once everything that the loader needs is there."""
         with self._lock:
             arrival, load = incoming.arrival, incoming.load
             if arrival is None or incoming.loading or (load is None and not incoming.dropped):
@@ -141,7 +127,7 @@ class Loading:
         self._threads.submit(self._finish_load, request_id, incoming, arrival, load)
 
     def _finish_load(self, request_id: str, incoming: Incoming, arrival: ReceivedKV | Lost, load: Load | None) -> None:
-        """The loader's thread: fill the blocks, release the slot, report."""
+        """Loader's thread: fill the blocks, release the slot, report."""
         reason = "dropped"
         try:
             if isinstance(arrival, Lost):
@@ -157,34 +143,34 @@ class Loading:
                 with self._lock:
                     del self._incoming[request_id]
                     self._loaded.add(request_id)
-                    self._received[request_id] = reason
-                    if reason and not incoming.dropped:
-                        self._bad_blocks.update(load.block_ids)
+                    self._report(load, reason, bad=bool(reason) and not incoming.dropped)
 
     def _load_now(self, load: Load) -> None:
-        """On the model runner's thread: what is at hand, for the forward pass that follows."""
+        """Model runner's thread: load what has arrived, for the forward pass that follows."""
         with self._lock:
-            incoming = self._incoming.pop(load.request_id)
-            arrival = incoming.arrival
+            arrival = self._incoming.pop(load.request_id).arrival
         assert arrival is not None
-        assert not isinstance(arrival, Lost)  # at_hand has said so, and what has arrived stays
+        assert not isinstance(arrival, Lost)  # ``arrived`` has said so, and KV that has arrived stays
         try:
             reason = self._fill(load.request_id, arrival, load)
         finally:
             arrival.release()
         with self._lock:
-            self._received[load.request_id] = reason
-            if reason:
-                self._bad_blocks.update(load.block_ids)
+            self._report(load, reason, bad=bool(reason))
+
+    def _report(self, load: Load, reason: str, *, bad: bool) -> None:
+        self._received[load.request_id] = reason
+        if bad:
+            self._bad_blocks.update(load.block_ids)
 
     @staticmethod
     def _fill(request_id: str, received: ReceivedKV, load: Load) -> str:
-        # One more token than is loaded where this server derives the first token itself.
+        # One token more than is loaded, where this server derives the first token itself.
         if received.num_tokens not in (load.num_tokens, load.num_tokens + 1):
             log.error("request %s: KV of %d tokens for %d", request_id, received.num_tokens, load.num_tokens)
             return "wrong_length"
         if load.first < received.first_block:
-            # What this server said it had, and the prefill server has left out, has been evicted since.
+            # This server said that it had these blocks, so they were not sent; they have been evicted since.
             log.warning("request %s: blocks %d to %d are gone", request_id, load.first, received.first_block)
             return "prefix_evicted"
         try:
@@ -192,7 +178,7 @@ class Loading:
         except SlotGoneError:
             return "slot_gone"
         except (KVBeltError, RuntimeError, ValueError):
-            # A device that fails fails vLLM too; this request is not the one to bring it down.
+            # A device that fails will fail vLLM as well; the failure of one load need not end the server.
             log.exception("request %s: its KV could not be copied", request_id)
             return "copy_failed"
         return ""
