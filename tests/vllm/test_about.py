@@ -1,87 +1,95 @@
-"""What a server says of itself to whoever looks for a fault: of real belts, and of several ranks together."""
+"""The facts that a vLLM server gives ``kvbelt doctor``, from real belts and from several ranks together."""
 
 import pytest
+from msgspec.structs import replace
 
+from kvbelt.about import of_this_process
+from kvbelt.belt_facts import BeltView, view_of, with_belt
 from kvbelt.channels.nixl import NixlChannel
-from kvbelt.vllm.about import BeltLook, Looks, about_rank, about_server, look_at
-from kvbelt.vllm.identity import RankIdentity, together
-from kvbelt.vllm.orders import News, Orders, Written
+from kvbelt.vllm.background import Background
+from kvbelt.vllm.identity import RankIdentity, ServerFacts, describe, together
 from kvbelt.vllm.settings import load_settings
-from kvbelt.wire.about import About, Link, Road
+from kvbelt.vllm.step_messages import StepCommands, StepReport, Written
+from kvbelt.wire.about import LinkTotals, TransportChoice
+from kvbelt.wire.health import Role
 from kvbelt.wire.ids import EngineId
-from tests.vllm.test_worker_side import Server, decode, network, prefill, send, until  # noqa: F401 -- fixtures
+from tests.vllm.belts import BeltServer, send, until
+from tests.wire.messages import STEPS
 
-HERE, THERE = Road("intra-node", "write", "host", "cma/memory"), Road("inter-node", "write", "host", "tcp/eth0")
-
-
-def looked(server: Server) -> BeltLook:
-    """Ask it with a step, and take what a later step brings."""
-    server.step(Orders(look=True))
-    return until(lambda: server.side.take_news().looks.get(0))
+HERE, THERE = (
+    TransportChoice("intra-node", "write", "host", "cma/memory"),
+    TransportChoice("inter-node", "write", "host", "tcp/eth0"),
+)
 
 
-def test_a_belt_is_looked_at_when_somebody_asks(prefill: Server, decode: Server) -> None:  # noqa: F811
-    """What has moved to each receiver comes with a step's output; without a question nothing does."""
-    assert looked(prefill).links == ()
-    prefill.step(Orders(sends=(send(decode, "a", 40),), written=(Written("a", 0, (7, 2, 11), True),)))
-    until(lambda: prefill.side.take_news().sent)
-    assert prefill.side.take_news() == News()
-    (link,) = looked(prefill).links
+def viewed(server: BeltServer) -> BeltView:
+    """Command a view with one step, and take it from the report of a later one."""
+    server.step(StepCommands(view=True))
+    return until(lambda: server.side.take_report().views.get(0))
+
+
+def test_a_belt_is_viewed_on_command(prefill: BeltServer, decode: BeltServer) -> None:
+    """The bytes moved to each receiver are in the report after a command, and in no other."""
+    assert viewed(prefill).links == ()
+    prefill.step(StepCommands(sends=(send(decode, "a", 40),), written=(Written("a", 0, (7, 2, 11), True),)))
+    until(lambda: prefill.side.take_report().sent)
+    assert prefill.side.take_report() == StepReport()
+    (link,) = viewed(prefill).links
     assert link.engine_id == decode.belt.identity.engine_id
     assert link.num_bytes > 0
     assert link.writes > 0
-    assert prefill.side.take_news() == News()
+    assert prefill.side.take_report() == StepReport()
 
 
-def test_questions_that_come_together_are_one_look() -> None:
-    """It is asked again only once the first has been answered."""
-    asked: list[None] = []
+def test_calls_that_come_together_are_one() -> None:
+    """A second call begins only once the result of the first has been taken."""
+    calls: list[None] = []
 
-    def look() -> BeltLook:
-        asked.append(None)
-        return BeltLook((HERE,))
+    def call() -> str:
+        calls.append(None)
+        return "result"
 
-    looks = Looks(look)
+    background = Background(call)
     try:
-        assert looks.take() is None
+        assert background.take() is None
         for _ in range(3):
-            looks.begin()
-        assert until(looks.take) == BeltLook((HERE,))
-        assert len(asked) == 1
-        looks.begin()
-        assert until(looks.take)
-        assert len(asked) == 2
+            background.begin()
+        assert until(background.take) == "result"
+        assert len(calls) == 1
+        background.begin()
+        assert until(background.take)
+        assert len(calls) == 2
     finally:
-        looks.close()
+        background.close()
 
 
-def test_a_look_that_fails_ends_no_step(caplog: pytest.LogCaptureFixture) -> None:
-    """It is logged, and the next one is as good as any."""
-    found = iter([None, BeltLook((HERE,))])
+def test_a_call_that_fails_ends_no_step(caplog: pytest.LogCaptureFixture) -> None:
+    """The failure is logged, and the next call is made as usual."""
+    found = iter(["", "result"])
 
-    def look() -> BeltLook:
-        one = next(found)
-        if one is None:
+    def call() -> str:
+        if not (one := next(found)):
             raise OSError("UCX's report cannot be read")
         return one
 
-    looks = Looks(look)
+    background = Background(call)
     try:
-        looks.begin()
-        until(lambda: looks.take() is None and "cannot be read" in caplog.text)
-        looks.begin()
-        assert until(looks.take) == BeltLook((HERE,))
+        background.begin()
+        until(lambda: background.take() is None and "cannot be read" in caplog.text)
+        background.begin()
+        assert until(background.take) == "result"
     finally:
-        looks.close()
+        background.close()
 
 
-def test_a_rank_says_what_the_handshake_compares(decode: Server, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    """And how large KV and its buffer are, what moves it, and what UCX was told."""
+def test_a_rank_says_what_the_handshake_compares(decode: BeltServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank reports what the handshake compares, sizes, backends and the UCX environment."""
     monkeypatch.setenv("UCX_TLS", "sm,tcp")
     settings = load_settings("kv_consumer", {"pd_buffer_size": 1 << 20}, "cpu", {})
     carrier = NixlChannel("nobody")
     carrier.backends, carrier.plugins = ("UCX",), ("GDS", "UCX")
-    said = about_rank(settings, decode.belt, carrier, "cpu")
+    process = of_this_process(settings.role, "vllm", device="cpu")
+    said = with_belt(process, decode.belt, carrier, settings.buffer_device, settings.buffer_bytes)
     assert (said.role, said.engine, said.device, said.buffer_device) == ("decode", "vllm", "cpu", "cpu")
     assert said.buffer_bytes == 1 << 20
     assert said.bytes_per_token == decode.belt.identity.layout.slot_bytes(10) // 160
@@ -89,16 +97,22 @@ def test_a_rank_says_what_the_handshake_compares(decode: Server, monkeypatch: py
     assert (said.backends, said.plugins) == (["UCX"], ["GDS", "UCX"])
     assert said.env["UCX_TLS"] == "sm,tcp"
     assert said.machine.pid
-    assert look_at(decode.belt, carrier).links == ()
+    assert view_of(decode.belt, carrier).links == ()
 
 
 def test_a_server_is_its_first_rank_with_what_all_have_seen() -> None:
-    """A road is named once; each rank has links of its own."""
-    ranks = [RankIdentity(EngineId(name), None, 0, About(role="prefill", device=name)) for name in ("a", "b")]
-    links = [Link(name, 1, 10, 0.1) for name in ("x", "y")]
-    looks = {1: BeltLook((HERE, THERE), (links[1],), ("w",)), 0: BeltLook((HERE,), (links[0],), ("v",))}
-    said = about_server(together(ranks).about, News(looks=looks).plus(News()).looks, 2048, 5.0)
-    assert (said.device, said.max_model_len, said.unix_time) == ("a", 2048, 5.0)
-    assert said.roads == [HERE, THERE]
+    """A server reports its first rank, each transport once, and every rank's links."""
+    ranks = [
+        RankIdentity(EngineId(name), None, 0, replace(of_this_process("prefill", device=name), unix_time=0.0))
+        for name in ("a", "b")
+    ]
+    links = [LinkTotals(name, 1, 10, 0.1) for name in ("x", "y")]
+    views = {1: BeltView((HERE, THERE), (links[1],), ("w",)), 0: BeltView((HERE,), (links[0],), ("v",))}
+    reported = StepReport(views=views).plus(StepReport()).views
+    said = describe(ServerFacts(Role.PREFILL, "m", 2048), together(ranks), reported, STEPS).about
+    assert said is not None
+    assert (said.device, said.max_model_len) == ("a", 2048)
+    assert said.unix_time > 0.0
+    assert said.transports == [HERE, THERE]
     assert said.links == links
     assert said.complaints == ["v", "w"]

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 @pytest.fixture
 def metrics() -> Iterator[Any]:
-    """What vLLM makes in its HTTP process, for one engine."""
+    """The metrics of one engine, as its HTTP process creates them."""
     from kvbelt.vllm.prometheus import BeltProm  # noqa: PLC0415 -- it imports vllm
 
     kinds = {Gauge: Gauge, Counter: Counter, Histogram: Histogram}
@@ -26,7 +26,7 @@ def metrics() -> Iterator[Any]:
 
 
 def report(source: str, sent: float, used: float) -> dict[str, Any]:
-    """As it comes from an engine."""
+    """The serialised report of an engine."""
     from kvbelt.vllm.prometheus import BeltStats  # noqa: PLC0415
 
     figures = [
@@ -37,7 +37,7 @@ def report(source: str, sent: float, used: float) -> dict[str, Any]:
 
 
 def shown(name: str, **labels: str) -> float | None:
-    """What a scrape would find."""
+    """The value that a scrape returns."""
     return REGISTRY.get_sample_value(name, {"model_name": "demo", "engine": "0", **labels})
 
 
@@ -50,14 +50,14 @@ def test_ranks_add_up(metrics: Any) -> None:
 
 
 def test_a_report_that_comes_twice_changes_nothing(metrics: Any) -> None:
-    """Totals travel, not differences."""
+    """Reports hold totals, not differences."""
     metrics.observe(report("rank 0", 100, 5), 0)
     metrics.observe(report("rank 0", 100, 5), 0)
     assert shown("test_sent_bytes_total", side="send") == 100
 
 
 def test_reports_of_a_step_are_put_together() -> None:
-    """As vLLM does it, over ranks and over steps; its log names what has been counted."""
+    """Reports are aggregated as in vLLM, over ranks and steps; vLLM's log line names the counters."""
     from kvbelt.vllm.prometheus import BeltStats  # noqa: PLC0415
 
     stats = BeltStats(data=report("rank 0", 100, 5)).aggregate(BeltStats(data=report("rank 1", 50, 7)))

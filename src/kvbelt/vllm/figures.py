@@ -1,25 +1,26 @@
-"""What the belt and host memory count, as plain values on their way from where they are counted to vLLM's ``/metrics``.
+"""The counts of the belt and of host memory, as plain values on their way to vLLM's ``/metrics``.
 
 Values are totals since the start, never differences: a report that is lost, or comes twice, changes nothing. Each
-*source* (a worker's rank, the scheduler) reports for itself, and the newest report of a source is the one that counts.
+*source* (a worker's rank, or the scheduler) reports for itself, and its newest report counts.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 
 import msgspec
 from prometheus_client.metrics_core import Metric
 
+from kvbelt.belt_facts import transports_of
+from kvbelt.belt_metrics import belt_families, link_families, transport_families
+from kvbelt.channels.factory import VendorChannel
 from kvbelt.metrics import counter, gauge
+from kvbelt.transfer.belt import Belt
 from kvbelt.vllm.host_scheduler import HostScheduler
 
-#: Seconds between two looks at a belt. A look waits for a turn of its thread.
-LOOK_SECONDS = 0.5
+#: Seconds between two reports of a belt, each of which waits for a turn of the belt's thread.
+REPORT_SECONDS = 0.5
 
 
 class Figure(msgspec.Struct, frozen=True, array_like=True):
-    """One value."""
-
     name: str  #: of the series, without the ``_total`` of a counter
     counter: bool
     help: str
@@ -27,8 +28,13 @@ class Figure(msgspec.Struct, frozen=True, array_like=True):
     value: float
 
 
+def families_of(belt: Belt, channel: VendorChannel) -> list[Metric]:
+    """A belt's metrics, as of now. Waits a turn of it."""
+    return [*belt_families(belt.snapshot()), *link_families(belt.links()), *transport_families(transports_of(channel))]
+
+
 def figures_of(families: Iterable[Metric]) -> list[Figure]:
-    """Every value of these families. A summary's count and sum become values by themselves: vLLM has no summaries."""
+    """Every value of these families. vLLM has no summaries, so a summary's count and sum become two values."""
     figures: list[Figure] = []
     for family in families:
         counter = family.type == "counter"
@@ -39,37 +45,9 @@ def figures_of(families: Iterable[Metric]) -> list[Figure]:
 
 
 def host_families(host: HostScheduler) -> Iterator[Metric]:
-    """Of mixed storage."""
-    counts = host.counts
     yield gauge("kvbelt_host_blocks", host.index.capacity)
     yield gauge("kvbelt_host_blocks_used", len(host.index))
-    yield counter("kvbelt_host_asked_tokens_total", counts.tokens_asked)
-    yield counter("kvbelt_host_loaded_tokens_total", counts.tokens_loaded)
-    yield counter("kvbelt_host_kept_blocks_total", counts.blocks_kept)
-    yield counter("kvbelt_host_evicted_blocks_total", counts.blocks_evicted)
-
-
-class BeltWatch:
-    """Looks at a belt now and then, on a thread of its own, so that the model runner never waits for the look."""
-
-    def __init__(self, families: Callable[[], Iterable[Metric]], clock: Callable[[], float]) -> None:
-        self._families = families
-        self._clock = clock
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvbelt-watch")
-        self._look: Future[list[Figure]] | None = None
-        self._next = clock()
-
-    def take(self) -> list[Figure] | None:
-        """The figures of a look that has ended since the last call; begins another one when it is time."""
-        figures = None
-        if self._look is not None and self._look.done():
-            look, self._look = self._look, None
-            figures = look.result()
-        if self._look is None and self._clock() >= self._next:
-            self._next = self._clock() + LOOK_SECONDS
-            self._look = self._thread.submit(lambda: figures_of(self._families()))
-        return figures
-
-    def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(wait=True)
+    yield counter("kvbelt_host_asked_tokens_total", host.tokens_asked)
+    yield counter("kvbelt_host_loaded_tokens_total", host.tokens_loaded)
+    yield counter("kvbelt_host_kept_blocks_total", host.blocks_kept)
+    yield counter("kvbelt_host_evicted_blocks_total", host.index.num_evicted)

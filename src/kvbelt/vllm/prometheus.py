@@ -1,4 +1,4 @@
-"""Our figures in vLLM's own ``/metrics``: what it carries from its workers to its HTTP process, and does there."""
+"""Our figures in vLLM's ``/metrics``: vLLM carries ``BeltStats`` to its HTTP process, which feeds ``BeltProm``."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,28 +10,25 @@ from kvbelt.vllm.figures import Figure
 
 
 class BeltStats(KVConnectorStats):
-    """The newest figures of each source; ``data`` is ``{source: [figure, ...]}``, ready to be serialised."""
+    """The newest figures of each source; ``data`` is ``{source: [figure, ...]}`` in plain types."""
 
     @classmethod
     def of(cls, source: str, figures: Sequence[Figure]) -> "BeltStats":
-        """One source's."""
         return cls(data={source: msgspec.to_builtins(figures)})
 
     def reset(self) -> None:
-        """Forget."""
         self.data: dict[str, Any] = {}
 
     def is_empty(self) -> bool:
-        """Whether no source has reported."""
         return not self.data
 
     def aggregate(self, other: KVConnectorStats) -> "BeltStats":
-        """Both; of a source that is in both, the other's."""
+        """Add the other's sources, whose figures are newer."""
         self.data = {**self.data, **other.data}
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        """For vLLM's log, which has a line for it: what has moved since the start."""
+        """The totals that are not zero, for a line of vLLM's log."""
         totals: dict[str, int | float] = {}
         for figures in self.data.values():
             for figure in msgspec.convert(figures, list[Figure]):
@@ -43,7 +40,7 @@ class BeltStats(KVConnectorStats):
 
 
 class BeltProm(KVConnectorPromMetrics):
-    """Makes a metric for each figure when it is first seen."""
+    """Creates a metric for each figure when it is first seen."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -51,7 +48,6 @@ class BeltProm(KVConnectorPromMetrics):
         self._seen: dict[tuple[int, str, str, tuple[str, ...]], float] = {}
 
     def observe(self, transfer_stats_data: Mapping[str, Any], engine_idx: int = 0) -> None:
-        """A step's report has come."""
         gauges: set[tuple[str, tuple[str, ...]]] = set()
         for source, raw in transfer_stats_data.items():
             for figure in msgspec.convert(raw, list[Figure]):
@@ -63,7 +59,7 @@ class BeltProm(KVConnectorPromMetrics):
                     metric.inc(max(figure.value - before, 0.0))
                 else:
                     gauges.add((figure.name, labels))
-        # A gauge is the sum over the sources, of which perhaps only some have reported now.
+        # A gauge is the sum over all sources, and not every source reports with every step.
         for name, labels in gauges:
             total = sum(
                 value
