@@ -10,8 +10,8 @@ import torch
 from kvbelt.errors import StartError
 from kvbelt.vllm.host_memory import CpuHostMemory, host_memory
 from kvbelt.vllm.host_worker import HostWorker
-from kvbelt.vllm.orders import Keep, Restore
-from tests.vllm.test_worker_side import until
+from kvbelt.vllm.step_messages import HostCopy
+from tests.vllm.belts import until
 
 LAYERS, BLOCKS, BYTES = 3, 8, 64
 PLACES = 5
@@ -24,7 +24,7 @@ def rows() -> list[torch.Tensor]:
 
 
 class Gated(CpuHostMemory):
-    """Copies into host memory wait until they are let go, and fail if they are told to."""
+    """Copies into host memory wait for the gate, and fail if the test says so."""
 
     def __init__(self, rows: Sequence[torch.Tensor], places: torch.Tensor) -> None:
         super().__init__(rows, places)
@@ -32,7 +32,7 @@ class Gated(CpuHostMemory):
         self.fails = False
 
     def keep(self, block_ids: Sequence[int], places: Sequence[int], ready: Any) -> None:
-        """After the gate has opened."""
+        """Copy once the gate is open."""
         self.gate.wait(60)
         if self.fails:
             raise RuntimeError("no copy today")
@@ -49,7 +49,7 @@ def memory(rows: list[torch.Tensor]) -> Gated:
 
 @pytest.fixture
 def host(memory: Gated) -> Iterator[HostWorker]:
-    """Over it."""
+    """A worker over this memory."""
     host = HostWorker(memory)
     yield host
     memory.gate.set()
@@ -57,7 +57,7 @@ def host(memory: Gated) -> Iterator[HostWorker]:
 
 
 def loaded(host: HostWorker) -> tuple[set[str], set[int]]:
-    """Poll, as a step does."""
+    """Poll as a step does."""
     found: tuple[set[str], set[int]] = (set(), set())
 
     def look() -> bool:
@@ -70,13 +70,13 @@ def loaded(host: HostWorker) -> tuple[set[str], set[int]]:
 
 
 def test_blocks_come_back_as_they_were(rows: list[torch.Tensor], host: HostWorker) -> None:
-    """All layers of them, into other blocks."""
+    """All layers of the blocks come back, into other blocks."""
     before = [row.clone() for row in rows]
-    host.keep(Keep("a", (6, 1), (4, 0)), None)
+    host.keep(HostCopy("a", (6, 1), (4, 0)), None)
     until(lambda: not host.reads("a"))
     for row in rows:
         row.zero_()
-    host.restore(Restore("b", (2, 3), (0, 4)))
+    host.restore(HostCopy("b", (2, 3), (0, 4)))
     assert loaded(host) == ({"b"}, set())
     for row, old in zip(rows, before, strict=True):
         assert torch.equal(row[[2, 3]], old[[1, 6]])
@@ -84,10 +84,10 @@ def test_blocks_come_back_as_they_were(rows: list[torch.Tensor], host: HostWorke
 
 
 def test_a_load_comes_after_the_copy_it_rests_on(rows: list[torch.Tensor], memory: Gated, host: HostWorker) -> None:
-    """Though it was ordered while the copy had not begun."""
+    """A restore waits for the copy into its place, though it was commanded before the copy began."""
     memory.gate.clear()
-    host.keep(Keep("a", (6,), (2,)), None)
-    host.restore(Restore("b", (3,), (2,)))
+    host.keep(HostCopy("a", (6,), (2,)), None)
+    host.restore(HostCopy("b", (3,), (2,)))
     assert host.reads("a")
     assert host.take_loaded() == (set(), set())
     memory.gate.set()
@@ -97,33 +97,33 @@ def test_a_load_comes_after_the_copy_it_rests_on(rows: list[torch.Tensor], memor
 
 
 def test_a_failed_copy_is_never_loaded(memory: Gated, host: HostWorker) -> None:
-    """Its place is reported, its block is reported as not loaded; the next copy makes the place good again."""
+    """The place is reported as spoiled and its block as not loaded, until another copy succeeds."""
     memory.fails = True
-    host.keep(Keep("a", (6, 5), (2, 3)), None)
-    host.restore(Restore("b", (0, 1), (1, 2)))
+    host.keep(HostCopy("a", (6, 5), (2, 3)), None)
+    host.restore(HostCopy("b", (0, 1), (1, 2)))
     assert loaded(host) == ({"b"}, {1})
     assert host.take_spoiled() == {2, 3}
     assert host.take_spoiled() == frozenset()
     memory.fails = False
-    host.keep(Keep("c", (6,), (2,)), None)
-    host.restore(Restore("d", (1,), (2,)))
+    host.keep(HostCopy("c", (6,), (2,)), None)
+    host.restore(HostCopy("d", (1,), (2,)))
     assert loaded(host) == ({"d"}, set())
 
 
 def test_blocks_taken_away_under_a_copy_are_never_loaded(memory: Gated, host: HostWorker) -> None:
-    """Giving up waits; what is given up all the same is spoiled."""
+    """Giving up waits for the copy; if it waits in vain, the place is spoiled."""
     memory.gate.clear()
-    host.keep(Keep("a", (6,), (2,)), None)
+    host.keep(HostCopy("a", (6,), (2,)), None)
     assert not host.give_up("a", 0.01)
     memory.gate.set()
     assert host.give_up("a", 10)
     assert host.take_spoiled() == {2}
-    host.restore(Restore("b", (1,), (2,)))
+    host.restore(HostCopy("b", (1,), (2,)))
     assert loaded(host) == ({"b"}, {1})
 
 
 def test_as_many_blocks_as_fit(rows: list[torch.Tensor]) -> None:
-    """The room is counted in whole blocks of every layer, and none at all is refused."""
+    """Room is counted in whole blocks of all layers; no room at all is refused."""
     assert host_memory(rows, LAYERS * BYTES * 4 + 7).num_places == 4
     with pytest.raises(StartError, match="max_local_cpu_size"):
         host_memory(rows, LAYERS * BYTES - 1)

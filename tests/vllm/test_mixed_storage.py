@@ -31,7 +31,7 @@ SEEDED = {"prompt": "Kept for a seed: " + long_text(120, start=23), "temperature
 
 
 def forget(deployment: Deployment) -> None:
-    """On every server, so that what is loaded crosses the belt, and is used."""
+    """Empty the prefix cache of every server, so that restored blocks are sent and used."""
     wait_until(lambda: all_free(deployment))
     for server in (*deployment.prefill, *deployment.decode):
         forget_prefixes(server)
@@ -39,12 +39,12 @@ def forget(deployment: Deployment) -> None:
 
 
 def hits(deployment: Deployment) -> float:
-    """Tokens that prefill servers have not computed because they had them in host memory."""
+    """Prompt tokens that the prefill servers restored from host memory."""
     return sum(server.metric(HITS) for server in deployment.prefill)
 
 
 def test_forgotten_prompts_are_loaded(deployment: Deployment) -> None:
-    """Each prompt three times: the third answer rests on host memory wherever it is computed, and equals the first."""
+    """Each prompt is asked three times: the third answer uses host memory, and equals the first."""
     prompts = [*PROMPTS, SEEDED]
     expected = [ask(deployment.plain, body)[2] for body in prompts]
     for body in prompts:
@@ -60,7 +60,7 @@ def test_forgotten_prompts_are_loaded(deployment: Deployment) -> None:
 
 
 def test_eight_at_a_time(deployment: Deployment) -> None:
-    """Loads and computations beside one another disturb nobody."""
+    """Loads and computations side by side give the same answers."""
     others = [{"prompt": f"New {number}: " + long_text(150, start=40 + number)} for number in range(4)]
     bodies = [body for pair in zip(PROMPTS, others, strict=True) for body in pair]
     expected = [ask(deployment.plain, body)[2] for body in bodies]
@@ -72,7 +72,7 @@ def test_eight_at_a_time(deployment: Deployment) -> None:
 
 
 def test_the_answer_says_what_was_loaded(deployment: Deployment) -> None:
-    """In a prefill server's ``kv_transfer_params``: whole blocks, and never the last token."""
+    """A prefill server's ``kv_transfer_params`` counts whole blocks, and never the last token."""
     prompt = "Told: " + long_text(200, start=77)
     first = prefill_leg(deployment, prompt, uuid.uuid4().hex)
     assert first["kv_transfer_params"]["loaded_tokens"] == 0

@@ -1,27 +1,113 @@
-"""Mixed storage, the scheduler's half: which blocks go to host memory with a step, and which come back from it.
+"""Mixed storage, the scheduler's half: which blocks a step copies to host memory, and which it copies back.
 
-Pure, as ``scheduler_side``, which asks this of every request whose prompt is computed here. A prompt's whole blocks are
-kept as soon as a step completes them. A prompt that comes looks for its blocks in vLLM's prefix cache, then here; what
-is found here is loaded beside the running batch, as KV from the belt is, and is sent over the belt like any other.
+Pure. ``scheduler_side`` asks it about every request whose prompt is computed here. A prompt's whole blocks are kept as
+soon as a step completes them. A new prompt looks for its blocks in vLLM's prefix cache first, and then here; what is
+found here is loaded beside the running batch, like KV from the belt, and is sent over the belt like any other.
+
+A *place* has room for one block of every layer. The index of places is here; the bytes are in each worker's process
+(``host_memory``), at the same places on every tensor-parallel rank.
+
+Rules:
+
+1. A worker copies in the order of the decisions made here. So a block can be found as soon as it has a place: the copy
+   out of the place comes after the copy into it.
+2. A prompt's last block is evicted before its first: without its head, a chain of hashes finds nothing.
+3. Every place is in ``_places`` or in ``_free``, once.
 """
 
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from kvbelt.vllm.host_store import HostCounts, HostIndex
-from kvbelt.vllm.orders import Keep, Restore, ScheduledPrompt
+from kvbelt.vllm.step_messages import HostCopy, ScheduledPrompt
+
+
+class HostIndex:
+    """Block hashes and the places of their blocks. The least recently used block is evicted first."""
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 1:
+            raise ValueError(f"room for {capacity} blocks")
+        self.capacity = capacity
+        self.num_evicted = 0  # since the start
+        self._places: OrderedDict[bytes, int] = OrderedDict()  # the least recently used first
+        self._free: deque[int] = deque(range(capacity))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def find(self, hashes: Sequence[bytes]) -> tuple[int, ...]:
+        """The places of a prompt's blocks, from the first on, up to the first that has none."""
+        places: list[int] = []
+        for block_hash in hashes:
+            place = self._places.get(block_hash)
+            if place is None:
+                break
+            places.append(place)
+        self._touch(hashes[: len(places)])
+        return tuple(places)
+
+    def keep(self, hashes: Sequence[bytes]) -> list[tuple[int, int]]:
+        """Give each of a prompt's blocks, from the first on, a place; if all places are too few, the head alone.
+
+        Returns:
+            (number of the block in the prompt, place) of the blocks that had none.
+        """
+        hashes = hashes[: self.capacity]
+        # First, so that no block of this prompt is evicted for another.
+        self._touch(hashes)
+        placed: list[tuple[int, int]] = []
+        for number, block_hash in enumerate(hashes):
+            if block_hash not in self._places:
+                place = self._free.popleft() if self._free else self._evict()
+                self._places[block_hash] = place
+                placed.append((number, place))
+        if placed:
+            self._touch(hashes)
+        return placed
+
+    def forget(self, places: Iterable[int]) -> None:
+        """Free places that were not written as commanded."""
+        spoiled = set(places)
+        for block_hash, place in list(self._places.items()):
+            if place in spoiled:
+                del self._places[block_hash]
+                self._free.append(place)
+
+    def clear(self) -> None:
+        self._places.clear()
+        self._free = deque(range(self.capacity))
+
+    def check(self) -> None:
+        """Assert rule 3."""
+        assert sorted([*self._places.values(), *self._free]) == list(range(self.capacity))
+
+    def _touch(self, hashes: Sequence[bytes]) -> None:
+        for block_hash in reversed(hashes):
+            if block_hash in self._places:
+                self._places.move_to_end(block_hash)
+
+    def _evict(self) -> int:
+        _, place = self._places.popitem(last=False)
+        self.num_evicted += 1
+        return place
 
 
 @dataclass(slots=True, eq=False)
 class _Prompt:
-    """One request's, from its coming to its end."""
-
     num_tokens: int
     hashes: tuple[bytes, ...]  #: of its whole blocks
     block_ids: list[int] = field(default_factory=list)
-    looked_at: int = 0  #: whole blocks that were kept, or found kept
+    num_kept: int = 0  #: whole blocks that have a place
     loaded_tokens: int = 0
-    read: bool = False  #: the worker was told to copy from its blocks, and has not yet said that it is done
+    read: bool = False  #: the worker was told to copy from its blocks, and may not have done so yet
+
+
+@dataclass(frozen=True, slots=True)
+class HostCommands:
+    stopped: tuple[str, ...] = ()  #: preempted requests whose blocks were being copied
+    restores: tuple[HostCopy, ...] = ()
+    keeps: tuple[HostCopy, ...] = ()
 
 
 class HostScheduler:
@@ -30,22 +116,22 @@ class HostScheduler:
     def __init__(self, block_size: int, capacity: int) -> None:
         self._block_size = block_size
         self.index = HostIndex(capacity)
-        self.counts = HostCounts()
+        # Totals since the start.
+        self.tokens_asked = 0  # in whole blocks of all prompts
+        self.tokens_loaded = 0  # from host memory, instead of being computed
+        self.blocks_kept = 0
         self._prompts: dict[str, _Prompt] = {}
-        self._restores: list[Restore] = []
+        self._restores: list[HostCopy] = []
 
-    @property
-    def num_requests(self) -> int:
-        """Requests that have not finished."""
+    def __len__(self) -> int:
         return len(self._prompts)
 
     def on_new_request(self, request_id: str, num_tokens: int, hashes: tuple[bytes, ...]) -> None:
-        """A request has come, with a prompt of so many tokens, whose whole blocks have these hashes."""
         self._prompts[request_id] = _Prompt(num_tokens, hashes)
-        self.counts.tokens_asked += len(hashes) * self._block_size
+        self.tokens_asked += len(hashes) * self._block_size
 
     def loadable_tokens(self, request_id: str, num_computed_tokens: int) -> int:
-        """How many tokens after the computed ones lie here; the prompt's last token is always left to compute."""
+        """How many tokens after the computed ones are here. The prompt's last token is always computed."""
         prompt = self._prompts.get(request_id)
         if prompt is None or num_computed_tokens % self._block_size:
             return 0
@@ -61,56 +147,46 @@ class HostScheduler:
             return
         places = self._found(prompt)
         first = len(places) - num_loaded_tokens // self._block_size
-        self._restores.append(Restore(request_id, tuple(block_ids[first : len(places)]), places[first:]))
+        self._restores.append(HostCopy(request_id, tuple(block_ids[first : len(places)]), places[first:]))
         prompt.loaded_tokens += num_loaded_tokens
-        self.counts.tokens_loaded += num_loaded_tokens
+        self.tokens_loaded += num_loaded_tokens
 
-    def orders(
-        self, scheduled: Iterable[ScheduledPrompt], preempted: Iterable[str]
-    ) -> tuple[tuple[str, ...], tuple[Restore, ...], tuple[Keep, ...]]:
-        """For the step that has just been scheduled: (requests whose blocks are taken away, loads, copies)."""
+    def take_step(self, scheduled: Iterable[ScheduledPrompt], preempted: Iterable[str]) -> HostCommands:
+        """The commands for the step that has just been scheduled."""
         stopped = tuple(request_id for request_id in preempted if self._stop(request_id))
-        # Loads first: they were decided before the copies of this step, which may take their places.
+        # Restores first: they were decided before this step's copies, which may take their places.
         restores = tuple(self._restores)
         self._restores.clear()
-        keeps: list[Keep] = []
+        keeps: list[HostCopy] = []
         for step in scheduled:
             prompt = self._prompts.get(step.request_id)
-            if prompt is not None and (keep := self._keep(step, prompt)) is not None:
-                keeps.append(keep)
-        return stopped, restores, tuple(keeps)
+            if prompt is not None and prompt.num_kept < len(prompt.hashes):
+                keeps += self._keep(step, prompt)
+        return HostCommands(stopped, restores, tuple(keeps))
 
-    def _keep(self, step: ScheduledPrompt, prompt: _Prompt) -> Keep | None:
-        if prompt.looked_at == len(prompt.hashes):
-            return None
+    def _keep(self, step: ScheduledPrompt, prompt: _Prompt) -> list[HostCopy]:
         prompt.block_ids.extend(step.new_block_ids)
         whole = min((step.num_computed_tokens + step.num_scheduled_tokens) // self._block_size, len(prompt.hashes))
-        if whole <= prompt.looked_at:
-            return None
-        prompt.looked_at = whole
-        evicted = self.index.evicted
+        if whole <= prompt.num_kept:
+            return []
+        prompt.num_kept = whole
         placed = self.index.keep(prompt.hashes[:whole])
-        self.counts.blocks_evicted += self.index.evicted - evicted
-        self.counts.blocks_kept += len(placed)
         if not placed:
-            return None
+            return []
+        self.blocks_kept += len(placed)
         prompt.read = True
-        blocks = tuple(prompt.block_ids[number] for number, _ in placed)
-        return Keep(step.request_id, blocks, tuple(place for _, place in placed))
+        numbers, places = zip(*placed, strict=True)
+        return [HostCopy(step.request_id, tuple(prompt.block_ids[number] for number in numbers), places)]
 
     def _stop(self, request_id: str) -> bool:
         prompt = self._prompts.get(request_id)
         if prompt is None:
             return False
-        # When it comes back, it says again which blocks it has, all of them.
+        # When the request is scheduled again, all its blocks are new.
         prompt.block_ids.clear()
-        prompt.looked_at = 0
+        prompt.num_kept = 0
         read, prompt.read = prompt.read, False
         return read
-
-    def on_spoiled(self, places: Iterable[int]) -> None:
-        """A worker could not copy into these."""
-        self.index.forget(places)
 
     def on_finished(self, request_id: str) -> tuple[bool, int]:
         """The request is over: (its blocks may still be read, tokens that were loaded for it)."""
