@@ -1,4 +1,4 @@
-"""An OpenTelemetry collector for tests: takes spans by OTLP over gRPC, which vLLM speaks by default, and over HTTP."""
+"""An OpenTelemetry collector for tests: takes spans by OTLP over gRPC, vLLM's default, and over HTTP."""
 
 import gzip
 import threading
@@ -23,19 +23,18 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """One span, and the process that has told of it."""
+    """A span and the process that sent it."""
 
     span: Span
     service: str  #: ``service.name``
 
     @property
     def trace(self) -> str:
-        """Its trace's id."""
+        """The trace's id."""
         return self.span.trace_id.hex()
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """Of the span."""
         return _attributes(self.span.attributes)
 
 
@@ -44,7 +43,7 @@ def _attributes(told: Any) -> dict[str, Any]:
 
 
 class Collector(TraceServiceServicer):
-    """Keeps what it is sent."""
+    """Keeps the spans that it receives."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -53,24 +52,24 @@ class Collector(TraceServiceServicer):
         self.http = ""  #: ... and over HTTP: a base, below which ``/v1/traces`` is
 
     def of(self, trace: str) -> list[Told]:
-        """A trace's spans so far."""
+        """The spans of a trace so far."""
         with self._lock:
             return [told for told in self._spans if told.trace == trace]
 
     def named(self, name: str) -> list[Told]:
-        """Every span of this name so far."""
+        """All spans of this name so far."""
         with self._lock:
             return [told for told in self._spans if told.span.name == name]
 
     def take(self, message: ExportTraceServiceRequest) -> None:
-        """One message has come."""
+        """Keep the spans of a message."""
         with self._lock:
             for of_resource in message.resource_spans:
                 service = _attributes(of_resource.resource.attributes).get("service.name", "")
                 self._spans += [Told(span, service) for scope in of_resource.scope_spans for span in scope.spans]
 
     def Export(self, request: ExportTraceServiceRequest, context: object) -> ExportTraceServiceResponse:  # noqa: N802
-        """By gRPC, which names this method."""
+        """The method that gRPC names."""
         self.take(request)
         return ExportTraceServiceResponse()
 
@@ -89,14 +88,14 @@ def _handler_of(collector: Collector) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
 
         def log_message(self, *arguments: object) -> None:
-            """Nowhere."""
+            """Nothing."""
 
     return Handler
 
 
 @contextmanager
 def collecting() -> Iterator[Collector]:
-    """One, on ports of its own."""
+    """A collector on free ports."""
     collector = Collector()
     by_grpc = grpc.server(ThreadPoolExecutor(2))
     add_TraceServiceServicer_to_server(collector, by_grpc)

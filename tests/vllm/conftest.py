@@ -22,8 +22,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from kvbelt.ops.processes import SPLIT_ALL
 from kvbelt.security.keys import secret_file, trusted_folder, write_new_keys
+from tests.channels.memory import MemoryNetwork
 from tests.http.support import free_port
+from tests.vllm.belts import BeltServer
 from tests.vllm.servers import Fleet, Server, Traces, kvbelt
 
 if TYPE_CHECKING:
@@ -45,10 +48,10 @@ class Deployment:
     decode: list[Server]
     proxy: Server
     collector: "Collector"
-    ready_ns: int  #: until then nobody but the proxy has asked its servers anything
+    ready_ns: int  #: until then only the proxy has asked the servers
 
     def workers(self) -> list[dict[str, object]]:
-        """As the proxy sees them."""
+        """The workers in the proxy's view."""
         try:
             answer = urllib.request.urlopen(self.proxy.url + "/health", timeout=60)  # noqa: S310 -- ours
         except urllib.error.HTTPError as unhealthy:
@@ -58,7 +61,7 @@ class Deployment:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whoever kills a server of the one deployment comes when the others have been."""
+    """Tests that kill a server of the deployment run last."""
     items.sort(key=lambda item: item.path.name == "test_serving_failures.py")
 
 
@@ -84,7 +87,8 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         collector = ending.enter_context(collecting())
         ending.callback(fleet.stop)
         plain = fleet.start("plain", None, *extra, core=0)
-        told: dict[str, object] = {"pd_proxy_host": "127.0.0.1", "pd_proxy_port": notify, **keys_for("prefill", keys)}
+        proxied: dict[str, object] = {"pd_proxy_host": "127.0.0.1", "pd_proxy_port": notify}
+        told = proxied | keys_for("prefill", keys)
         if host_gb := float(os.environ.get("KVBELT_VLLM_HOST_GB", "0")):
             told |= {"local_cpu": True, "max_local_cpu_size": host_gb}
         # Long prompts take several steps, so that one can be seen in vLLM's metrics while it is computed.
@@ -100,7 +104,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         decode = [
             fleet.start(
                 f"decode{i}",
-                kvbelt("kv_consumer", **keys_for("decode", keys)),
+                kvbelt("kv_consumer", **proxied, **keys_for("decode", keys)),
                 *extra,
                 core=(i + 1) % cores,
                 traces=by_http(collector),
@@ -116,27 +120,27 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
 
 
 def by_grpc(collector: "Collector") -> Traces:
-    """As vLLM sends them unless told otherwise."""
+    """Traces over gRPC, vLLM's default."""
     return Traces(collector.grpc, "grpc")
 
 
 def by_http(collector: "Collector") -> Traces:
-    """To the receiver that the proxy uses. vLLM wants the whole path."""
+    """Traces over HTTP. vLLM needs the whole path."""
     return Traces(collector.http + "/v1/traces", "http/protobuf")
 
 
 def keys_for(name: str, keys: Path) -> dict[str, str]:
-    """A server's settings that name its key, and whom it trusts."""
+    """A server's settings that name its key and its trusted keys."""
     return {"pd_key_file": str(secret_file(keys, name)), "pd_trusted_keys_dir": str(trusted_folder(keys))}
 
 
 def start_proxy(
     fleet: Fleet, prefill: list[Server], decode: list[Server], notify: int, keys: Path, *arguments: str
 ) -> Server:
-    """``kvbelt proxy`` as a process."""
     port = free_port()
     command = [sys.executable, "-m", "kvbelt", "proxy", "--port", str(port), "--notify-port", str(notify), *arguments]
     command += ["--key-file", str(secret_file(keys, "proxy")), "--trusted-keys-dir", str(trusted_folder(keys))]
+    command += SPLIT_ALL
     for kind, servers in (("prefill", prefill), ("decode", decode)):
         command += [f"--{kind}-host", "127.0.0.1", f"--{kind}-port", ",".join(str(server.port) for server in servers)]
     log = fleet.logs / "proxy.log"
@@ -159,9 +163,31 @@ def wait_until(condition, seconds: float = 120.0) -> None:
 
 @contextlib.contextmanager
 def stopped(server: Server) -> Iterator[None]:
-    """SIGSTOP its processes, and let them go on afterwards."""
+    """Stop its processes during the block."""
     server.signal(signal.SIGSTOP)
     try:
         yield
     finally:
         server.signal(signal.SIGCONT)
+
+
+@pytest.fixture
+def network() -> MemoryNetwork:
+    """The network of both ends."""
+    return MemoryNetwork()
+
+
+@pytest.fixture
+def prefill(network: MemoryNetwork) -> Iterator[BeltServer]:
+    """A prefill worker."""
+    server = BeltServer("prefill", network)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def decode(network: MemoryNetwork) -> Iterator[BeltServer]:
+    """A decode worker."""
+    server = BeltServer("decode", network)
+    yield server
+    server.close()

@@ -23,7 +23,7 @@ START_SECONDS = 300.0
 
 @dataclass(frozen=True, slots=True)
 class Traces:
-    """Where a server sends its spans."""
+    """The destination of a server's spans."""
 
     endpoint: str
     protocol: str
@@ -31,20 +31,20 @@ class Traces:
 
 @dataclass(slots=True)
 class Server:
-    """One vLLM server process group."""
+    """One vLLM server's process group."""
 
     name: str
     port: int
     process: subprocess.Popen[bytes]
     log: Path
+    host: str = "127.0.0.1"
 
     @property
     def url(self) -> str:
-        """Without a slash at its end."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def post(self, path: str, body: dict[str, Any], timeout: float = 120.0) -> dict[str, Any]:
-        """Ask, and parse the answer.
+        """Post, and parse the answer.
 
         Raises:
             urllib.error.HTTPError: a status other than 2xx.
@@ -55,14 +55,17 @@ class Server:
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             return json.loads(answer.read())
 
-    def metric(self, name: str) -> float:
-        """The sum of a metric over its labels."""
+    def metric(self, name: str, label: str = "") -> float:
+        """The sum of a metric over its labels, or over those with one given as ``name="value"``."""
         with urllib.request.urlopen(self.url + "/metrics", timeout=60) as answer:
             lines = answer.read().decode().splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((name + "{", name + " ")))
+        return sum(
+            float(line.rpartition(" ")[2])
+            for line in lines
+            if line.startswith((name + "{", name + " ")) and label in line
+        )
 
     def ready(self) -> bool:
-        """Whether it answers."""
         try:
             with urllib.request.urlopen(self.url + "/health", timeout=10):
                 return True
@@ -74,11 +77,10 @@ class Server:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def signal(self, number: int) -> None:
-        """To every process of the server."""
+        """Signal every process of the server."""
         os.killpg(self.process.pid, number)
 
     def stop(self) -> None:
-        """End it, whatever state it is in."""
         for number, seconds in ((signal.SIGCONT, 0.0), (signal.SIGTERM, 15.0), (signal.SIGKILL, 10.0)):
             try:
                 os.killpg(self.process.pid, number)
@@ -110,15 +112,27 @@ class Fleet:
         core: int = 0,
         traces: Traces | None = None,
         one_process: bool = False,
+        host: str = "127.0.0.1",
+        enter: tuple[str, ...] = (),
     ) -> Server:
         """Start one; ``wait`` waits for all.
 
         ``one_process``: scheduler and worker share one, as they do on a GPU. On a CPU vLLM parts them unless it is told
         that nothing is to be parted (its HTTP server is, all the same).
+        ``enter`` stands before the command, and leads to ``host``.
         """
         port = free_port()
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(self.model), "--port", str(port)]
-        command += ["--host", "127.0.0.1", "--served-model-name", "demo", *self.arguments, *arguments]
+        command = [
+            *enter,
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.cli.main",
+            "serve",
+            str(self.model),
+            "--port",
+            str(port),
+        ]
+        command += ["--host", host, "--served-model-name", "demo", *self.arguments, *arguments]
         if kv_transfer is not None:
             command += ["--kv-transfer-config", json.dumps(kv_transfer)]
         environment = os.environ | {
@@ -143,12 +157,12 @@ class Fleet:
         log = self.logs / f"{name}.log"
         with log.open("wb") as out:
             process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
-        server = Server(name, port, process, log)
+        server = Server(name, port, process, log, host)
         self.servers.append(server)
         return server
 
     def wait(self, seconds: float = START_SECONDS) -> None:
-        """Until every server answers.
+        """Wait until every server answers.
 
         Raises:
             RuntimeError: one has ended, or takes too long.
@@ -161,7 +175,6 @@ class Fleet:
                 time.sleep(0.5)
 
     def stop(self) -> None:
-        """End all."""
         for server in self.servers:
             server.stop()
         self.servers.clear()

@@ -18,7 +18,7 @@ PATIENCE = 6
 
 
 def doctor(deployment: Deployment) -> list[dict[str, Any]]:
-    """Its findings."""
+    """The findings of a doctor."""
     command = [sys.executable, "-m", "kvbelt", "doctor", "--json", "--url", deployment.proxy.url, "--seconds", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout, done.stderr
@@ -27,7 +27,7 @@ def doctor(deployment: Deployment) -> list[dict[str, Any]]:
 
 
 def test_every_pair_is_measured(deployment: Deployment) -> None:
-    """By a prompt of the doctor's own, as between workers of kvbelt's own; nothing is wrong."""
+    """Every pair is measured by the doctor's prompt, and nothing is wrong."""
     pairs = len(deployment.prefill) * len(deployment.decode)
     every = f"{pairs} of {pairs} pairs carry KV"
     # A server's first prompts take longer than the doctor waits, and than a lease lasts, where few cores have many
@@ -40,11 +40,13 @@ def test_every_pair_is_measured(deployment: Deployment) -> None:
             break
     assert links["what"] == every
     assert not errors
-    assert all("GB/s" in line and "while the doctor looked" in line and "probe" in line for line in links["evidence"])
+    assert all(
+        "GB/s" in line and "while the doctor looked" in line and "trial prompt" in line for line in links["evidence"]
+    )
 
 
 def test_a_server_tells_of_its_belt(deployment: Deployment) -> None:
-    """What the handshake compares, what moves its KV and over which road, how large things are."""
+    """A server reports what the handshake compares, its transports and its sizes."""
     doctor(deployment)  # something has moved since
     asked = {"model": "demo", "prompt": [1], "max_tokens": 4, "ignore_eos": True}
     asked["kv_transfer_params"] = {"kvbelt": "describe"}
@@ -62,7 +64,7 @@ def test_a_server_tells_of_its_belt(deployment: Deployment) -> None:
         assert said.buffer_bytes == 256 << 20
         assert said.compatibility is not None
         assert said.bytes_per_token == said.compatibility.layout.slot_bytes(1) // said.compatibility.layout.block_size
-    writes = [road.transport for road in prefill.roads if road.operation == "write"]
+    writes = [road.transport for road in prefill.transports if road.operation == "write"]
     assert writes
     assert all(transport.startswith("cma/") for transport in writes)
     ranks = decode.compatibility.tp_size if decode.compatibility is not None else 0

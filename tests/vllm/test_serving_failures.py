@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 def test_unknown_transfer_is_recomputed(deployment: Deployment) -> None:
-    """KV that nobody sends: the decode server computes the prompt itself, and says so."""
+    """If the KV is never sent, the decode server computes the prompt and says so."""
     prompt = "Nobody sends this: " + long_text(50, start=41)
     _, answer, (_, _, expected) = ask(deployment.plain, {"prompt": prompt, "max_tokens": TOKENS - 1})
     ids = answer["choices"][0]["prompt_token_ids"]
@@ -29,7 +29,7 @@ def test_unknown_transfer_is_recomputed(deployment: Deployment) -> None:
 
 
 def test_a_bad_handoff_is_refused_and_the_request_served(deployment: Deployment) -> None:
-    """What is not a handoff is named in the answer."""
+    """The answer says what is wrong with the handoff."""
     body = {"model": "demo", "prompt": "A", "max_tokens": 2, "kv_transfer_params": {"transfer_id": 7}}
     answer = deployment.decode[0].post("/v1/completions", body)
     assert answer["kv_transfer_params"]["reason"] == "bad_handoff"
@@ -63,7 +63,7 @@ def test_a_request_aborted_while_it_loads_frees_its_blocks(deployment: Deploymen
     wait_until(lambda: blocks_are_free(server))
 
 
-def test_a_stopped_prefill_server_hangs_nobody(deployment: Deployment) -> None:
+def test_a_stopped_prefill_server_delays_no_other_request(deployment: Deployment) -> None:
     """SIGSTOP in the middle of a prompt: the decode server's request is answered rightly within its deadline."""
     prompt, transfer_id = "Stopped: " + long_text(900, start=51), uuid.uuid4().hex
     _, answer, (_, _, expected) = ask(deployment.plain, {"prompt": prompt, "max_tokens": TOKENS - 1})
@@ -82,7 +82,7 @@ def test_a_stopped_prefill_server_hangs_nobody(deployment: Deployment) -> None:
     wait_until(lambda: all_free(deployment))
 
 
-def test_a_killed_prefill_server_hangs_nobody(deployment: Deployment) -> None:
+def test_a_killed_prefill_server_delays_no_other_request(deployment: Deployment) -> None:
     """With kill -9 in the middle of prompts: a waiting decode request is answered rightly in time, a client's too."""
     prompt, transfer_id = "Killed: " + long_text(900, start=61), uuid.uuid4().hex
     body = {"prompt": "Killed, too: " + long_text(900, start=67)}

@@ -17,7 +17,7 @@ VLLM = "llm_request"
 
 
 def ask(deployment: Deployment, body: dict[str, Any], flags: str = "01") -> tuple[str, str, str]:
-    """A client with a trace of its own; returns the trace's id, the client's span's, and the way."""
+    """A client with its own trace; returns the ids of the trace and of its span, and the path of the answer."""
     trace, span = os.urandom(16).hex(), os.urandom(8).hex()
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     data = json.dumps({"model": "demo", "temperature": 0, "max_tokens": 6, **body}).encode()
@@ -39,7 +39,7 @@ def ask(deployment: Deployment, body: dict[str, Any], flags: str = "01") -> tupl
     ids=["completion", "stream", "chat", "re-derive"],
 )
 def test_vllm_s_spans_stand_below_the_proxy_s_legs(deployment: Deployment, body: dict[str, Any]) -> None:
-    """One trace: the client's span, the request, its legs, and below each leg the span of the server that it asked."""
+    """One trace has the client's span, the request, its legs, and below each leg the server's span."""
     trace, client, way = ask(deployment, body)
     assert way.startswith(("first-token", "re-derive"))
     got = deployment.collector
@@ -61,7 +61,7 @@ def test_vllm_s_spans_stand_below_the_proxy_s_legs(deployment: Deployment, body:
 
 
 def test_vllm_keeps_no_trace_that_its_client_does_not_keep(deployment: Deployment) -> None:
-    """Nor one of its own in its place, nor of what the proxy asks for itself."""
+    """A server keeps no trace that the client does not sample, and none of the proxy's own requests."""
     unkept, _, _ = ask(deployment, {"prompt": "Not kept: " + long_text(30, start=45)}, flags="00")
     kept, _, _ = ask(deployment, {"prompt": "Kept: " + long_text(30, start=46)})
     got = deployment.collector

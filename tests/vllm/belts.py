@@ -1,0 +1,120 @@
+"""A belt as in a vLLM worker process, and a clock set by hand."""
+
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from kvbelt.about import of_this_process
+from kvbelt.belt_facts import view_of
+from kvbelt.channels.nixl import NixlChannel
+from kvbelt.paged_copy import TorchPagedCopy
+from kvbelt.transfer.belt import Belt
+from kvbelt.transfer.ports import Region
+from kvbelt.transfer.settings import BeltIdentity, BeltSettings
+from kvbelt.vllm.background import Background
+from kvbelt.vllm.compute import CpuCompute
+from kvbelt.vllm.held_prefixes import HeldPrefixes
+from kvbelt.vllm.host_memory import host_memory
+from kvbelt.vllm.host_worker import HostWorker
+from kvbelt.vllm.identity import Rank, RankIdentity
+from kvbelt.vllm.pacing import Pacing, StepLimits
+from kvbelt.vllm.pages import pages_of
+from kvbelt.vllm.step_messages import Claim, Send, StepCommands
+from kvbelt.vllm.worker_side import WorkerSide
+from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff
+from kvbelt.wire.ids import EngineId, TransferId
+from kvbelt.wire.layout import KVLayout
+from tests.channels.memory import MemoryChannel, MemoryNetwork
+
+LAYERS, BLOCKS, BLOCK, WIDTH = 3, 20, 16, 8
+
+
+def pacing() -> Pacing:
+    """Of a server that nothing is asked of in time."""
+    return Pacing(StepLimits(BLOCK, 512, 64, 100 * BLOCK), lambda: 0.0)
+
+
+class BeltServer:
+    """What one vLLM worker process has: KV, a belt, the worker's side."""
+
+    def __init__(self, role: str, network: MemoryNetwork, rank: Rank = Rank(), **settings: Any) -> None:  # noqa: B008
+        self.kv = {f"model.layers.{i}.attn": torch.randn(BLOCKS, 2, BLOCK, WIDTH) for i in range(LAYERS)}
+        block_bytes = 2 * BLOCK * WIDTH * 4
+        pages = pages_of(self.kv, BLOCKS, block_bytes, "test")
+        layout = KVLayout(LAYERS, 2, WIDTH // 2, BLOCK, "float32", pages.order, block_bytes)
+        staging = torch.zeros(LAYERS * BLOCKS * block_bytes, dtype=torch.uint8)
+        region = Region(staging.data_ptr(), staging.numel(), "cpu")
+        sends = role == "prefill"
+        copy = TorchPagedCopy(pages.rows, staging if sends else None, None if sends else staging)
+        engine_id = EngineId(uuid.uuid4().hex)
+        identity = BeltIdentity(engine_id, role, "m", "f", layout, tp_rank=rank.number, tp_size=rank.size)
+        channel = MemoryChannel(identity.engine_id, network)
+        held = HeldPrefixes()
+        send, receive = (region, None) if sends else (None, region)
+        self.belt = Belt(identity, BeltSettings(**settings), channel, copy, send, receive, prefix=held)
+        self.belt.start()
+        self.host = HostWorker(host_memory(pages.rows, LAYERS * block_bytes * 10)) if sends else None
+        views = Background(partial(view_of, self.belt, NixlChannel(engine_id)))
+        self.side = WorkerSide(self.belt, LAYERS, CpuCompute(), self.host, held, rank.number, views)
+        self.identity = RankIdentity(engine_id, self.belt.receiver_address(), 0, of_this_process(role))
+
+    def step(self, commands: StepCommands, *, hooks: bool = True) -> None:
+        """One step of the model runner."""
+        self.side.begin_step(commands)
+        if hooks:
+            for layer in range(LAYERS):
+                self.side.layer_written(layer)
+        self.side.end_step()
+
+    def close(self) -> None:
+        self.belt.close()
+        self.side.close()
+
+
+def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """Poll until the condition is true."""
+    give_up = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < give_up, "it never came"
+        threading.Event().wait(0.002)
+    return found
+
+
+def send(decode: BeltServer, name: str, num_tokens: int, seconds: float = 10.0) -> Send:
+    """The command to send to a decode worker."""
+    receiver = decode.belt.receiver_address()
+    assert receiver is not None
+    return Send(name, PrefillHandoff(TransferId(name), receiver, seconds), num_tokens)
+
+
+def claim(name: str, seconds: float = 10.0) -> Claim:
+    """The command to wait for KV."""
+    return Claim(name, DecodeHandoff(TransferId(name), seconds))
+
+
+def loaded(server: BeltServer) -> set[str]:
+    """Poll for ended loads, as vLLM does with each step."""
+    return until(lambda: server.side.finished(set())[1])
+
+
+RECEIVER = {"engine_id": "d", "host": "127.0.0.1", "init_port": 7300, "alloc_port": 7400}
+
+
+TO_SEND = {"transfer_id": "t", "receiver": RECEIVER, "deadline_seconds": 30.0}
+
+
+TO_LOAD = {"transfer_id": "t", "deadline_seconds": 30.0}
+
+
+class Clock:
+    """A clock set by hand."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
