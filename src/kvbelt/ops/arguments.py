@@ -1,29 +1,30 @@
-"""Kinds of command-line values: what is wrong with one is said with the value in it."""
+"""Types of command-line values, whose errors contain the value; and arguments that commands have in common."""
 
 import argparse
+from pathlib import Path
+from typing import Any
+
+from kvbelt.routing.placement import Mode
+from kvbelt.security.worker_api_key import load_worker_api_key
 
 
 def port(text: str) -> int:
-    """A port."""
     if not text.isdecimal() or not 0 < int(text) < 65536:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port; give a number between 1 and 65535")
     return int(text)
 
 
 def ports(text: str) -> list[int]:
-    """Ports, separated by commas."""
     return [port(item) for item in text.split(",")]
 
 
 def positive_int(text: str) -> int:
-    """A whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
 
 
 def positive_number(text: str) -> float:
-    """A finite number above 0."""
     try:
         value = float(text)
     except ValueError:
@@ -34,7 +35,6 @@ def positive_number(text: str) -> float:
 
 
 def hosts(text: str) -> list[str]:
-    """Host names, separated by commas."""
     names = [host.strip() for host in text.split(",")]
     if not all(names):
         raise argparse.ArgumentTypeError(f"{text!r} is not a host or a list of hosts")
@@ -42,7 +42,59 @@ def hosts(text: str) -> list[str]:
 
 
 def count(text: str) -> int:
-    """A whole number of at least 0."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of workers")
     return int(text)
+
+
+def level(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of milliseconds; 0 means no level")
+    return value
+
+
+def add_worker_key(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--worker-api-key-file", type=Path, metavar="FILE",
+        help="the --api-key of vLLM servers, for kvbelt's own questions to them",
+    )  # fmt: skip
+
+
+def worker_key_of(args: argparse.Namespace) -> str | None:
+    """The key that the arguments name; None without one. Raises SettingsError: the file holds no usable key."""
+    file: Path | None = args.worker_api_key_file
+    return load_worker_api_key(file) if file is not None else None
+
+
+_LEVELS: dict[str, dict[str, Any]] = {
+    "ttft": {"type": positive_number, "default": 500.0, "help": "level to first token (default: %(default)g)"},
+    "itl": {
+        "type": level, "default": 50.0,
+        "help": "level between two tokens, for 99 of 100: prompts beside running requests are cut to it "
+        "(default: %(default)g; 0: none)",
+    },
+    "tpot": {"type": level, "default": 0.0, "help": "level between tokens on average (default: none)"},
+}  # fmt: skip
+
+
+def add_placement(parser: argparse.ArgumentParser) -> None:
+    """How requests are placed: the arguments of ``kvbelt proxy`` that ``kvbelt up`` hands on."""
+    add = parser.add_argument
+    add(
+        "--placement", choices=[str(mode) for mode in Mode], default=str(Mode.ELASTIC),
+        help="elastic: whole or split, by load; split: whole only where it must be; whole: never split "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    for name, given in _LEVELS.items():
+        add(f"--slo-{name}-ms", metavar="MS", **given)
+    add("--min-prompt-tokens", type=count, default=0, metavar="N", help="shorter prompts are never split (default: 0)")
+
+
+def placement_arguments(args: argparse.Namespace) -> tuple[str, ...]:
+    """The command line of what ``add_placement`` has read."""
+    levels = [word for name in _LEVELS for word in (f"--slo-{name}-ms", f"{getattr(args, f'slo_{name}_ms'):g}")]
+    return ("--placement", args.placement, *levels, "--min-prompt-tokens", str(args.min_prompt_tokens))

@@ -1,13 +1,12 @@
-"""One child process: started in a session of its own, its output always drained, ended for certain.
+"""One child process: its output is always drained, and its end is certain.
 
-- Its own session: Ctrl-C in the terminal reaches the launcher alone, which then ends everyone in order.
+- It has its own session: Ctrl-C in the terminal reaches only the launcher, which then ends the children in order.
 - The kernel kills it when the launcher dies (PR_SET_PDEATHSIG), even by kill -9.
-- Its output is read from start to end, so that it never blocks on a full pipe; the last lines are kept,
-  because they say why it died.
-- Ending it: SIGTERM to its whole group, SIGKILL after a grace.
-- Its end is seen through a pidfd, and what is left of its group is killed before it is reaped: until then its
-  number belongs to nobody else. (asyncio's own subprocesses wait, in some releases, for the pipes as well,
-  which a descendant may hold open for ever.)
+- Its output is read continuously, so that it never blocks on a full pipe. The last lines are kept for error messages.
+- To end it, its process group gets SIGTERM, and SIGKILL after a grace period.
+- Its end is seen through a pidfd. The rest of its group is killed before it is reaped, because until then its pid
+  cannot be reused. (asyncio's subprocesses wait, in some releases, for the pipes as well, which a descendant may hold
+  open.)
 """
 
 import asyncio
@@ -21,23 +20,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvbelt.errors import StartError
-from kvbelt.ops.console import LineSplitter
 from kvbelt.ops.processes import ProcessSpec
+from kvbelt.ops.terminal import LineSplitter
 
 TAIL_LINES = 20
 
-#: Seconds between SIGTERM and SIGKILL. Everything must be gone 5 s after the launcher is told to end.
+#: Seconds between SIGTERM and SIGKILL. All children must be gone 5 s after the launcher is told to end.
 GRACE_SECONDS = 3.0
 
 _CHUNK = 65_536
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_libc = ctypes.CDLL(None, use_errno=True)  # loaded here: between fork and exec is no place for it
+_libc = ctypes.CDLL(None, use_errno=True)  # loaded here, because loading between fork and exec is unsafe
 
 
 def _die_with(parent: int) -> Callable[[], None]:
     def in_child() -> None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        # The launcher may have died before the line above; then nobody would ever send the signal.
+        # If the launcher died before the line above, no signal would ever come.
         if os.getppid() != parent:
             os._exit(1)
 
@@ -45,16 +44,16 @@ def _die_with(parent: int) -> Callable[[], None]:
 
 
 class Child:
-    """A running process. Made within a running event loop.
+    """A running process. Create it within a running event loop.
 
-    The thread that makes it must outlive it: the kernel ties the child's death to that thread.
+    The thread that creates it must outlive it: the kernel ties the child's life to that thread.
 
     Attributes:
         spec: what was started.
         tail: the last lines of its output.
 
     Raises:
-        StartError: its program does not exist or cannot be run.
+        StartError: the program does not exist or cannot be run.
     """
 
     def __init__(self, spec: ProcessSpec, on_line: Callable[[str, str], None], *, log_dir: Path | None = None) -> None:
@@ -86,7 +85,7 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """The process id, also after its end."""
+        """The process id; kept after the end."""
         return self._process.pid
 
     @property
@@ -96,19 +95,18 @@ class Child:
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended."""
         return not self._ended.done()
 
     async def wait(self) -> int:
-        """Wait for its end. Returns its exit status (negative: a signal)."""
+        """Wait for its end and return its exit status (negative: a signal)."""
         return await asyncio.shield(self._ended)
 
     async def stop(self, grace: float = GRACE_SECONDS) -> None:
-        """End it: SIGTERM, and SIGKILL after ``grace`` seconds. Returns when it and its group are gone."""
+        """Send SIGTERM, and SIGKILL after ``grace`` seconds. Returns when the process and its group are gone."""
         if not self.running:
             return
         self._signal_group(signal.SIGTERM)
-        self._signal_group(signal.SIGCONT)  # a stopped process would not see SIGTERM
+        self._signal_group(signal.SIGCONT)  # a stopped process does not handle SIGTERM
         try:
             await asyncio.wait_for(self.wait(), grace)
         except TimeoutError:
@@ -120,17 +118,17 @@ class Child:
             os.killpg(self.pid, number)
 
     def _on_end(self) -> None:
-        self._signal_group(signal.SIGKILL)  # descendants; itself it is dead, but not yet reaped
+        self._signal_group(signal.SIGKILL)  # descendants; the child itself is dead but not reaped
         status = self._process.wait()
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
-        while self._on_output():  # what is still in the pipe
+        while self._on_output():  # the rest of the pipe
             pass
         self._close_output()
         self._ended.set_result(status)
 
     def _on_output(self) -> bool:
-        # One chunk a call, so that a child that never stops writing leaves the loop to the others.
+        # One chunk per call, so that a child that writes without end does not block the loop.
         if self._output.closed:
             return False
         try:

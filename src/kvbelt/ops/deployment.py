@@ -1,10 +1,10 @@
-"""A whole deployment: what ``kvbelt up``, the demo, the benchmarks and the end-to-end tests all start.
+"""A whole deployment, as ``kvbelt up``, the demo, the benchmarks and the end-to-end tests start it.
 
 async with Deployment(spec) as deployment:
-    ... deployment.url ...
+... deployment.url ...
 
 with running(spec) as deployment:      # the same from synchronous code
-    ... deployment.url ...
+... deployment.url ...
 """
 
 import asyncio
@@ -21,19 +21,19 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from kvbelt.errors import StartError
-from kvbelt.ops.console import Console
+from kvbelt.ops.http_client import reachable
 from kvbelt.ops.ports import PROXY_PORT, Ports, check_free, free_ports, seed_ports
-from kvbelt.ops.probe import reachable
 from kvbelt.ops.processes import (
     DeploymentSpec,
     KeyFiles,
     admin_key_file,
-    plan,
+    process_specs,
     require_fast_gpus,
     write_configs,
     write_keys,
 )
 from kvbelt.ops.supervisor import Supervisor
+from kvbelt.ops.terminal import Terminal
 from kvbelt.security.admin_key import write_admin_key
 
 T = TypeVar("T")
@@ -41,8 +41,6 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class RunningProcess:
-    """One process of a deployment."""
-
     name: str
     role: str  #: ``prefill``, ``decode``, ``both`` or ``proxy``
     pid: int
@@ -52,42 +50,40 @@ class RunningProcess:
 
     @property
     def url(self) -> str:
-        """Where it serves HTTP."""
         return _url(self.host, self.port)
 
 
 class Deployment:
-    """Starts everything on entry, ends everything on exit.
+    """Starts all processes on entry and ends them on exit.
 
     Raises (on entry):
         StartError: a port is taken, the model folder does not exist, or a process died or was not ready in time.
     """
 
-    def __init__(self, spec: DeploymentSpec, console: Console | None = None) -> None:
+    def __init__(self, spec: DeploymentSpec, terminal: Terminal | None = None) -> None:
         self.spec = spec
-        self._console = console if console is not None else Console()
+        self._terminal = terminal if terminal is not None else Terminal()
         self._supervisor: Supervisor | None = None
         self._config_dir: Path | None = None
         self.ports: Ports | None = None
-        self.keys: KeyFiles | None = None  #: of this run, while it runs
+        self.keys: KeyFiles | None = None  #: while it runs
 
     @property
     def url(self) -> str:
-        """The proxy's address."""
         if self.ports is None:
             raise RuntimeError("not started")
         return _url(self.spec.host, self.ports.proxy)
 
     @property
     def admin_key_file(self) -> Path:
-        """The key to change the proxy's workers (``kvbelt workers``), for as long as it runs."""
+        """The admin key for ``kvbelt workers``, valid while the deployment runs."""
         if self._config_dir is None:
             raise RuntimeError("not started")
         return admin_key_file(self._config_dir)
 
     @property
     def processes(self) -> list[RunningProcess]:
-        """Every process, the proxy last; a restarted one with its new pid."""
+        """Every process, the proxy last; a restarted one has its new pid."""
         if self._supervisor is None:
             return []
         return [
@@ -97,22 +93,26 @@ class Deployment:
 
     @property
     def workers(self) -> list[RunningProcess]:
-        """The processes that hold a model."""
+        """All processes but the proxy."""
         return [process for process in self.processes if process.role != "proxy"]
 
     def process(self, name: str) -> RunningProcess:
-        """One process by name (``prefill-0``, ``proxy``); KeyError if there is none."""
+        """One process by name (``prefill-0``, ``proxy``).
+
+        Raises:
+            KeyError: there is none.
+        """
         for process in self.processes:
             if process.name == name:
                 return process
         raise KeyError(name)
 
     def log_tail(self, name: str) -> list[str]:
-        """The last lines that a process wrote."""
+        """The last lines of a process's log."""
         return list(self._supervisor.children[name].tail) if self._supervisor is not None else []
 
     async def start(self) -> None:
-        """Start every process and wait until a request would succeed. On failure nothing is left behind."""
+        """Start every process and wait until a request would succeed. On failure nothing is left running."""
         spec = self.spec
         if not spec.model.is_dir():
             raise StartError(f"--model {spec.model} is not a folder; give a local Hugging Face model folder, or 'demo'")
@@ -121,7 +121,7 @@ class Deployment:
             self.ports = free_ports(spec.topology, proxy=spec.port)
         else:
             self.ports = seed_ports(spec.topology, proxy=spec.port if spec.port is not None else PROXY_PORT)
-        check_free(list(self.ports.claims(spec.host, spec.notify_host, elsewhere=spec.places)))
+        check_free(list(self.ports.uses(spec.host, spec.notify_host, elsewhere=spec.places)))
         if spec.log_dir is not None:
             try:
                 spec.log_dir.mkdir(parents=True, exist_ok=True)
@@ -132,8 +132,8 @@ class Deployment:
             keys = self.keys = write_keys(spec, self._config_dir)
             admin_key = write_admin_key(admin_key_file(self._config_dir))
             configs = write_configs(spec, self.ports, self._config_dir, keys)
-            processes = plan(spec, self.ports, configs, keys, admin_key)
-            self._supervisor = Supervisor(processes, self._console, log_dir=spec.log_dir, restart=spec.restart)
+            processes = process_specs(spec, self.ports, configs, keys, admin_key)
+            self._supervisor = Supervisor(processes, self._terminal, log_dir=spec.log_dir, restart=spec.restart)
             self._supervisor.start()
             await self._supervisor.wait_ready(spec.start_timeout)
         except BaseException:
@@ -141,13 +141,13 @@ class Deployment:
             raise
 
     async def restart(self, name: str, *, alone: bool = False) -> None:
-        """End one process and start it again; returns when it is ready (``alone``: when it answers)."""
+        """Restart one process; returns when it is ready (``alone``: when it answers)."""
         if self._supervisor is None:
             raise RuntimeError("not started")
         await self._supervisor.restart(name, alone=alone)
 
     async def stop(self) -> None:
-        """End everything. Idempotent; leaves no process, no port and no file behind (logs in ``log_dir`` stay)."""
+        """End everything. Idempotent; leaves no process, port or file behind, except logs in ``log_dir``."""
         if self._supervisor is not None:
             await self._supervisor.stop()
         if self._config_dir is not None:
@@ -155,19 +155,17 @@ class Deployment:
             self._config_dir = None
 
     async def __aenter__(self) -> Self:
-        """``start``."""
         await self.start()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """``stop``."""
         await self.stop()
 
 
 class SyncDeployment:
-    """A deployment driven from synchronous code. ``running`` makes one."""
+    """A deployment for synchronous code, made by ``running``."""
 
     def __init__(self, deployment: Deployment, loop: asyncio.AbstractEventLoop) -> None:
         self._deployment = deployment
@@ -175,41 +173,33 @@ class SyncDeployment:
 
     @property
     def url(self) -> str:
-        """The proxy's address."""
         return self._deployment.url
 
     @property
     def ports(self) -> Ports:
-        """Every port."""
         if self._deployment.ports is None:
             raise RuntimeError("not started")
         return self._deployment.ports
 
     @property
     def admin_key_file(self) -> Path:
-        """The key to change the proxy's workers."""
         return self._deployment.admin_key_file
 
     @property
     def processes(self) -> list[RunningProcess]:
-        """Every process, the proxy last."""
         return self._call(_just(lambda: self._deployment.processes))
 
     @property
     def workers(self) -> list[RunningProcess]:
-        """The processes that hold a model."""
         return self._call(_just(lambda: self._deployment.workers))
 
     def process(self, name: str) -> RunningProcess:
-        """One process by name; KeyError if there is none."""
         return self._call(_just(lambda: self._deployment.process(name)))
 
     def log_tail(self, name: str) -> list[str]:
-        """The last lines that a process wrote."""
         return self._call(_just(lambda: self._deployment.log_tail(name)))
 
     def restart(self, name: str) -> None:
-        """End one process and start it again; returns when it is ready."""
         self._call(self._deployment.restart(name))
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
@@ -217,13 +207,13 @@ class SyncDeployment:
 
 
 async def _just(read: Callable[[], T]) -> T:
-    # Children belong to the loop's thread; what is read of them is read there.
+    # Children belong to the loop's thread and are read there.
     return read()
 
 
 @contextlib.contextmanager
-def running(spec: DeploymentSpec, console: Console | None = None) -> Iterator[SyncDeployment]:
-    """Run a deployment beside synchronous code, on a thread of its own.
+def running(spec: DeploymentSpec, terminal: Terminal | None = None) -> Iterator[SyncDeployment]:
+    """Run a deployment on a thread of its own.
 
     Raises:
         StartError: as ``Deployment``.
@@ -233,7 +223,7 @@ def running(spec: DeploymentSpec, console: Console | None = None) -> Iterator[Sy
 
     async def serve() -> None:
         finished.append(asyncio.Event())
-        async with Deployment(spec, console) as deployment:
+        async with Deployment(spec, terminal) as deployment:
             started.set_result(SyncDeployment(deployment, asyncio.get_running_loop()))
             await finished[0].wait()
 
@@ -244,14 +234,14 @@ def running(spec: DeploymentSpec, console: Console | None = None) -> Iterator[Sy
             if not started.done():
                 started.set_exception(error)
 
-    # The kernel ends the children with the thread that started them, so it lives exactly as long as they do.
+    # The kernel kills the children with the thread that started them, so the thread lives as long as they do.
     runner = threading.Thread(target=thread, name="kvbelt deployment", daemon=True)
     runner.start()
     deployment = started.result()
     try:
         yield deployment
     finally:
-        with contextlib.suppress(RuntimeError):  # the loop has closed already
+        with contextlib.suppress(RuntimeError):  # the loop is closed already
             deployment._loop.call_soon_threadsafe(finished[0].set)  # noqa: SLF001 -- the two halves of one thing
         runner.join()
 

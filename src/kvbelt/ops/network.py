@@ -1,14 +1,14 @@
-"""Hosts on one machine: a network namespace for each worker, joined by a bridge, to be cut off and slowed down.
+"""A network namespace for each worker on one machine, joined by a bridge, to cut off and slow down.
 
-with Network(["prefill-0", "decode-0"]) as network:
-    spec = dataclasses.replace(spec, places=network.places, notify_host=network.gateway)
-    with running(spec):
-        network.cut("prefill-0")  # from here on its packets vanish, as if somebody had pulled a cable of a switch
-        network.mend("prefill-0")
+    with Network(["prefill-0", "decode-0"]) as network:
+        spec = dataclasses.replace(spec, places=network.places, notify_host=network.gateway)
+        with running(spec):
+            network.cut("prefill-0")  # its packets vanish, as with an unplugged cable
+            network.mend("prefill-0")
 
-The bridge carries an address of this machine, so that the proxy and whoever asks are reached as ever. Everything is
-named after this process, so that runs do not meet, and what a killed run left is removed by the next one.
-Needs root and iproute2; the address range is the one that is set aside for tests of networks (RFC 2544).
+The bridge has an address of this machine, so the proxy and its clients need no namespace. All names contain this
+process's pid, so that runs do not collide; leftovers of a killed run are removed by the next one. Needs root and
+iproute2. The addresses are from the range for network tests (RFC 2544).
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from typing import Self
 from kvbelt.errors import StartError
 from kvbelt.ops.processes import Place
 
-#: Inside every namespace.
+#: The device inside every namespace.
 _DEVICE = "eth0"
 
 _PREFIX = "kvbelt-"
@@ -36,28 +36,28 @@ _NAMESPACE = re.compile(r"kvbelt-((\d+)[a-z])-.+")
 _SUBNETS = 512  # of /24 in 198.18.0.0/15
 _MAX_HOSTS = 200
 
-#: Tells the networks of one process apart.
+#: Distinguishes several networks of one process.
 _letters = itertools.cycle(string.ascii_lowercase)
 
-#: Longest that one call of ``ip`` or ``tc`` may take.
+#: Limit of one call of ``ip`` or ``tc``.
 _COMMAND_SECONDS = 20.0
 
 
 class NetworkRefusedError(StartError):
-    """This machine does not let us make hosts. The message says why."""
+    """Network namespaces cannot be made on this machine. The message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """One worker's namespace, and the end of its cable that this machine holds."""
+    """One worker's namespace, and this machine's end of its veth pair."""
 
     namespace: str
-    link: str
+    interface: str
     address: str
 
 
 def hosts_of(names: Sequence[str], tag: str, subnet: int) -> dict[str, Host]:
-    """A host for each worker. ``tag`` is a pid and a letter: interface names have at most 15 characters."""
+    """One host per worker. ``tag`` is a pid and a letter: interface names have at most 15 characters."""
     if len(names) > _MAX_HOSTS:
         raise NetworkRefusedError(f"{len(names)} workers; at most {_MAX_HOSTS} get a network namespace each")
     return {
@@ -67,7 +67,7 @@ def hosts_of(names: Sequence[str], tag: str, subnet: int) -> dict[str, Host]:
 
 
 def free_subnet(pid: int, taken: str) -> int:
-    """A /24 of the range that no address in ``taken`` (what ``ip addr`` says) lies in, by preference the pid's own."""
+    """A /24 of the range without an address in ``taken`` (the output of ``ip addr``), starting with the pid's own."""
     for offset in range(_SUBNETS):
         subnet = (pid + offset) % _SUBNETS
         if f" {_network(subnet)}." not in taken:
@@ -80,7 +80,7 @@ def _network(subnet: int) -> str:
 
 
 class Network:
-    """A bridge with a host for each worker. A context manager; its calls take some milliseconds and wait for nobody.
+    """A bridge with a host for each worker. Calls take some milliseconds.
 
     Raises (on entry):
         NetworkRefusedError: not root, no iproute2, or the kernel refuses. Nothing is left behind.
@@ -92,11 +92,11 @@ class Network:
         self._bridge = f"kvb{self._tag}"
         self._hosts: dict[str, Host] = {}
         self._netem = False
-        self.gateway = ""  #: this machine's address, as the hosts see it
+        self.gateway = ""  #: this machine's address in the network
 
     @property
     def places(self) -> Mapping[str, Place]:
-        """For ``DeploymentSpec.places``. UCX must go through the network: shared memory would not notice a cut."""
+        """For ``DeploymentSpec.places``. UCX must use the network: a cut does not affect shared memory."""
         env = {"UCX_TLS": "tcp", "UCX_NET_DEVICES": _DEVICE}
         return {
             name: Place(host.address, ("ip", "netns", "exec", host.namespace), env)
@@ -105,19 +105,18 @@ class Network:
 
     @property
     def slows_by(self) -> str:
-        """How a link is made slow here: ``netem`` (rate and delay) or, where the kernel lacks it, ``tbf`` (rate)."""
+        """How a link is slowed: ``netem`` (rate and delay) or, without it in the kernel, ``tbf`` (rate)."""
         return "netem" if self._netem else "tbf"
 
     def cut(self, name: str) -> None:
-        """From now on nothing reaches this host and nothing leaves it. No connection ends, no interface goes down."""
-        _ip("link", "set", self._hosts[name].link, "nomaster")
+        """Drop all packets from and to this host. Connections stay open, and no interface goes down."""
+        _ip("link", "set", self._hosts[name].interface, "nomaster")
 
     def mend(self, name: str) -> None:
-        """Undo ``cut``."""
-        _ip("link", "set", self._hosts[name].link, "master", self._bridge)
+        _ip("link", "set", self._hosts[name].interface, "master", self._bridge)
 
     def slow(self, name: str, *, kbit: int, delay_ms: int = 0) -> None:
-        """Let so many kbit/s through in each direction, ``delay_ms`` later where the kernel can do that."""
+        """Limit the rate in each direction, and add ``delay_ms`` where the kernel has netem."""
         shape = (
             ["netem", "rate", f"{kbit}kbit", "delay", f"{delay_ms}ms", "limit", "10000"]
             if self._netem
@@ -127,18 +126,17 @@ class Network:
             _run("tc", *where, *shape, verb="replace")
 
     def fast(self, name: str) -> None:
-        """Undo ``slow``. Nothing if it was not slow."""
+        """Undo ``slow``."""
         for where in self._ends(name):
             with contextlib.suppress(NetworkRefusedError):
                 _run("tc", *where, verb="del")
 
     def _ends(self, name: str) -> Iterator[tuple[str, ...]]:
         host = self._hosts[name]
-        yield ("qdisc", "VERB", "dev", host.link, "root")
+        yield ("qdisc", "VERB", "dev", host.interface, "root")
         yield ("-n", host.namespace, "qdisc", "VERB", "dev", _DEVICE, "root")
 
     def __enter__(self) -> Self:
-        """Make everything."""
         _check_rights()
         remove_leftovers()
         subnet = free_subnet(os.getpid(), _ip("-o", "-4", "addr"))
@@ -154,7 +152,6 @@ class Network:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Remove everything."""
         self._remove()
 
     def _make(self) -> None:
@@ -164,15 +161,15 @@ class Network:
         for host in self._hosts.values():
             inside = ("-n", host.namespace)
             _ip("netns", "add", host.namespace)
-            _ip("link", "add", host.link, "type", "veth", "peer", "name", _DEVICE, "netns", host.namespace)
-            _ip("link", "set", host.link, "master", self._bridge, "up")
+            _ip("link", "add", host.interface, "type", "veth", "peer", "name", _DEVICE, "netns", host.namespace)
+            _ip("link", "set", host.interface, "master", self._bridge, "up")
             _ip(*inside, "addr", "add", f"{host.address}/24", "dev", _DEVICE)
             _ip(*inside, "link", "set", "lo", "up")
             _ip(*inside, "link", "set", _DEVICE, "up")
         self._netem = self._has_netem()
 
     def _has_netem(self) -> bool:
-        link = next(iter(self._hosts.values())).link
+        link = next(iter(self._hosts.values())).interface
         try:
             _run("tc", "qdisc", "VERB", "dev", link, "root", "netem", "delay", "1ms", verb="replace")
             _run("tc", "qdisc", "VERB", "dev", link, "root", verb="del")
@@ -181,7 +178,7 @@ class Network:
         return True
 
     def _remove(self) -> None:
-        for host in self._hosts.values():  # a namespace takes its end of the cable with it, and that the other one
+        for host in self._hosts.values():  # a namespace is deleted with both ends of its veth pair
             with contextlib.suppress(NetworkRefusedError):
                 _ip("netns", "del", host.namespace)
         with contextlib.suppress(NetworkRefusedError):
@@ -189,7 +186,7 @@ class Network:
 
 
 def remove_leftovers() -> None:
-    """Remove what runs that were killed left: their process is gone, and nobody lives in their namespaces."""
+    """Remove what killed runs left: their process is gone, and no process is in their namespaces."""
     dead = set()
     for entry in json.loads(_ip("-j", "netns", "list") or "[]"):
         found = _NAMESPACE.fullmatch(entry["name"])
@@ -218,7 +215,7 @@ def _run(*command: str, verb: str = "") -> str:
     """Run ``ip`` or ``tc``; ``VERB`` stands for ``verb``.
 
     Raises:
-        NetworkRefusedError: it says no.
+        NetworkRefusedError: the command failed.
     """
     words = [verb if word == "VERB" else word for word in command]
     try:

@@ -1,8 +1,8 @@
-"""Which port everything listens on, and whether it is free.
+"""The ports of a deployment, and whether they are free.
 
 The seed's numbers: proxy 9100, prefill workers from 7100, decode workers from 7200, their init ports from 7300 and
-alloc ports from 7400, notifications 7500. Ports are checked before anything is started, because a worker
-finds out that its port is taken only after it has loaded its model.
+alloc ports from 7400, notifications 7500. Ports are checked before the start, because a worker binds its port only
+after it has loaded its model.
 """
 
 import contextlib
@@ -22,20 +22,21 @@ PREFILL_PORT = 7100
 DECODE_PORT = 7200
 INIT_PORT = 7300
 ALLOC_PORT = 7400
+LIVENESS_PORT = 7700  # in manifests; kvbelt up lets each worker take a free one
 
-#: Workers serve the proxy and each other; only the proxy is for the world.
+#: Only the proxy serves other hosts.
 WORKER_HOST = "127.0.0.1"
 
-#: Where free ports are looked for: above the well-known services, below what the kernel gives to outgoing
-#: connections. (A port of that range may be taken by any connection between the check and the worker's bind.)
+#: The range of free ports: above the well-known services and below the kernel's ephemeral ports, which any outgoing
+#: connection may take between the check and the bind.
 _LOWEST_FREE_PORT = 10_000
 _EPHEMERAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _USUAL_EPHEMERAL_START = 32_768
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
-    """One port, who will listen there, and the flag that moves it."""
+class PortUse:
+    """One port, the process that listens there, and the flag that changes it."""
 
     port: int
     owner: str
@@ -54,36 +55,34 @@ class Ports:
     init: tuple[int, ...]
     alloc: tuple[int, ...]
 
-    def claims(
+    def uses(
         self, proxy_host: str, notify_host: str = WORKER_HOST, elsewhere: Container[str] = ()
-    ) -> Iterator[Claim]:
-        """Every port of this host with its owner. Without prefill workers nobody listens for KV.
+    ) -> Iterator[PortUse]:
+        """Every port on this host. Without prefill workers there are no ports for KV.
 
         Args:
             proxy_host: where the proxy listens.
-            notify_host: where it takes notifications.
-            elsewhere: names of workers that listen on other hosts.
+            notify_host: where the proxy takes notifications.
+            elsewhere: names of workers on other hosts.
         """
-        yield Claim(self.proxy, "the proxy", "--port", proxy_host)
-        yield Claim(self.notify, "the proxy's notifications", "--auto-ports", notify_host)
+        yield PortUse(self.proxy, "the proxy", "--port", proxy_host)
+        yield PortUse(self.notify, "the proxy's notifications", "--auto-ports", notify_host)
         role = "decode" if self.prefill else "both"
         for name, port in [
             *((f"prefill-{index}", port) for index, port in enumerate(self.prefill)),
             *((f"{role}-{index}", port) for index, port in enumerate(self.decode)),
         ]:
             if name not in elsewhere:
-                yield Claim(port, name, "--auto-ports")
+                yield PortUse(port, name, "--auto-ports")
         if not self.prefill:
             return
         for index, (init, alloc) in enumerate(zip(self.init, self.alloc, strict=True)):
             if f"decode-{index}" not in elsewhere:
-                yield Claim(init, f"decode-{index}'s handshakes", "--auto-ports")
-                yield Claim(alloc, f"decode-{index}'s reservations", "--auto-ports")
+                yield PortUse(init, f"decode-{index}'s handshakes", "--auto-ports")
+                yield PortUse(alloc, f"decode-{index}'s reservations", "--auto-ports")
 
 
 def seed_ports(topology: Topology, *, proxy: int = PROXY_PORT) -> Ports:
-    """The well-known ports."""
-
     def consecutive(first: int, count: int) -> tuple[int, ...]:
         return tuple(range(first, first + count))
 
@@ -98,10 +97,10 @@ def seed_ports(topology: Topology, *, proxy: int = PROXY_PORT) -> Ports:
 
 
 def free_ports(topology: Topology, *, proxy: int | None = None) -> Ports:
-    """Ports that are free right now; ``proxy`` fixes the proxy's.
+    """Ports that are free now; ``proxy`` fixes the proxy's.
 
     Raises:
-        StartError: there are not enough free ports.
+        StartError: too few ports are free.
     """
     found = iter(find_free(2 + topology.prefill + 3 * topology.decode))
 
@@ -119,10 +118,10 @@ def free_ports(topology: Topology, *, proxy: int | None = None) -> Ports:
 
 
 def find_free(count: int, *, host: str = WORKER_HOST) -> list[int]:
-    """``count`` distinct free ports, from a random place, so that two launchers seldom pick the same.
+    """``count`` distinct free ports, at random, so that two launchers seldom pick the same.
 
     Raises:
-        StartError: there are not so many.
+        StartError: too few ports are free.
     """
     end = _ephemeral_start()
     candidates = list(range(_LOWEST_FREE_PORT, end))
@@ -131,7 +130,7 @@ def find_free(count: int, *, host: str = WORKER_HOST) -> list[int]:
     for port in candidates:
         if len(found) == count:
             break
-        if problem(host, port) is None:
+        if bind_problem(host, port) is None:
             found.append(port)
     if len(found) < count:
         raise StartError(
@@ -140,35 +139,31 @@ def find_free(count: int, *, host: str = WORKER_HOST) -> list[int]:
     return found
 
 
-def check_free(claims: Sequence[Claim]) -> None:
-    """See that every port can be bound and none is claimed twice.
+def check_free(uses: Sequence[PortUse]) -> None:
+    """Check that every port can be bound and none is used twice.
 
     Raises:
-        StartError: one line that names the port, its owner and the flag to change.
+        StartError: one line with the port, its owner and the flag to change.
     """
-    owners: dict[int, Claim] = {}
-    for claim in claims:
-        if (other := owners.get(claim.port)) is not None:
-            flag = "--port" if "--port" in (claim.flag, other.flag) else "--auto-ports"
-            raise StartError(
-                f"port {claim.port} is wanted by both {other.owner} and {claim.owner}; change it with {flag}"
-            )
-        owners[claim.port] = claim
-    for claim in claims:
-        if (reason := problem(claim.host, claim.port)) is not None:
-            remedy = "--port N or --auto-ports" if claim.flag == "--port" else "--auto-ports"
-            raise StartError(
-                f"port {claim.port} for {claim.owner} on {claim.host}: {reason}; choose another with {remedy}"
-            )
+    owners: dict[int, PortUse] = {}
+    for use in uses:
+        if (other := owners.get(use.port)) is not None:
+            flag = "--port" if "--port" in (use.flag, other.flag) else "--auto-ports"
+            raise StartError(f"port {use.port} is wanted by both {other.owner} and {use.owner}; change it with {flag}")
+        owners[use.port] = use
+    for use in uses:
+        if (reason := bind_problem(use.host, use.port)) is not None:
+            remedy = "--port N or --auto-ports" if use.flag == "--port" else "--auto-ports"
+            raise StartError(f"port {use.port} for {use.owner} on {use.host}: {reason}; choose another with {remedy}")
 
 
-def problem(host: str, port: int) -> str | None:
-    """Why ``port`` cannot be listened on, or None if it can."""
+def bind_problem(host: str, port: int) -> str | None:
+    """Why ``port`` cannot be bound; None if it can."""
     if not 0 < port < 65_536:
         return "a port lies between 1 and 65535"
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # As servers do: connections of an earlier life that linger in TIME_WAIT are no obstacle, a listener is.
+        # As servers do: old connections in TIME_WAIT do not matter, a listener does.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))

@@ -1,7 +1,7 @@
-"""From what is wanted (``DeploymentSpec``) to what is started (``ProcessSpec``): configuration files and command lines.
+"""Turns a ``DeploymentSpec`` into configuration files and the command lines of processes.
 
-Pure but for ``write_configs``. Every worker is its own process, whose command line shows its role
-(``kvbelt worker --role prefill …``), so that ``ps`` and ``pgrep`` tell who is who.
+Pure but for ``write_configs`` and ``write_keys``. Every worker is a process whose command line shows its role
+(``kvbelt worker --role prefill …``), for ``ps`` and ``pgrep``.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from kvbelt import about
+from kvbelt.channels.ucx_tls import ucx_tls_problem
 from kvbelt.errors import StartError
 from kvbelt.ops.ports import WORKER_HOST, Ports
 from kvbelt.ops.topology import Topology
@@ -26,10 +26,10 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a worker runs. Its own host, if ``enter`` leads into a network namespace (network.py)."""
+    """Where a worker runs. ``enter`` may lead into a network namespace (network.py)."""
 
-    host: str = WORKER_HOST  #: where it listens, and under which the others reach it
-    enter: tuple[str, ...] = ()  #: what stands before its command; it must end in an exec, so that pids stay true
+    host: str = WORKER_HOST  #: its address for binding and for the other processes
+    enter: tuple[str, ...] = ()  #: prefix of its command; must end in an exec, so that the pid is the worker's
     env: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -38,100 +38,98 @@ _HERE = Place()
 
 @dataclass(frozen=True, slots=True)
 class DeploymentSpec:
-    """What to start. Everything has the default of ``kvbelt up``."""
+    """What to start. The defaults are those of ``kvbelt up``."""
 
     topology: Topology
     model: Path  #: a local Hugging Face folder
     engine: Literal["embedded", "vllm"] = "embedded"
+    vllm_python: Path | None = None  #: the interpreter of vLLM's environment; None: this one
     dtype: str = "float32"
     device: str = "auto"
     host: str = "127.0.0.1"  #: the proxy's; workers listen on ``WORKER_HOST`` or in their place
-    places: Mapping[str, Place] = field(default_factory=dict)  #: of workers by name; the others run beside the proxy
-    notify_host: str = WORKER_HOST  #: where the proxy takes notifications, reachable from every place
+    places: Mapping[str, Place] = field(default_factory=dict)  #: by worker's name; other workers run beside the proxy
+    notify_host: str = WORKER_HOST  #: where the proxy takes notifications; reachable from every place
     port: int | None = None  #: the proxy's; None: 9100, or a free one with ``auto_ports``
     auto_ports: bool = False
-    threads: int | None = None  #: CPU threads of each worker; None: the cores shared out evenly
-    kv_gb: float | None = None  #: GB of KV memory of each worker's engine; None: the worker decides
+    threads: int | None = None  #: CPU threads per worker; None: the cores are shared evenly
+    kv_gb: float | None = None  #: KV memory per worker in GB; None: the worker decides
     transfer_channel: Literal["nixl", "mooncake"] = "nixl"
-    buffer_device: str | None = None  #: where the staging memory is: ``cpu`` or ``cuda``; None: where the engine is
-    buffer_gb: float = 1.0  #: GiB of staging memory on each side of the belt (touched only as it is used)
+    buffer_device: str | None = None  #: ``cpu`` or ``cuda``; None: where the engine is
+    buffer_gb: float = 1.0  #: staging memory on each side in GiB (touched only as it is used)
     max_model_len: int | None = None
-    prefix_caching: bool = True  #: workers compute the common beginnings of prompts once
-    log_dir: Path | None = None  #: where each process's log is written as well
-    restart: bool = False  #: start a worker again that dies after the deployment was ready
+    prefix_caching: bool = True  #: workers compute common prefixes of prompts once
+    log_dir: Path | None = None  #: also write each process's log here
+    restart: bool = False  #: restart a worker that dies after the deployment was ready
     start_timeout: float = 600.0  #: seconds until everything must be ready
     worker_args: tuple[str, ...] = ()  #: appended to every worker's command line
     proxy_args: tuple[str, ...] = ()
-    command: tuple[str, ...] | None = None  #: what stands before ``worker`` and ``proxy``; None: ``kvbelt_command``
+    worker_api_key: str | None = field(default=None, repr=False)  #: that vLLM servers are to ask for
+    command: tuple[str, ...] | None = None  #: prefix of ``worker`` and ``proxy``; None: ``kvbelt_command``
     env: Mapping[str, str] = field(default_factory=dict)  #: added to every process's environment
-    curve: bool = True  #: keys for the control sockets, made for this run
-    allow_slow_gpus: bool = False  #: start although UCX_TLS keeps KV between this host's GPUs from cuda_ipc
-    extra_keys: tuple[str, ...] = ()  #: names of further keys that every process trusts
-    belt: Mapping[str, Any] = field(default_factory=dict)  #: further keys of every worker's YAML file
+    curve: bool = True  #: make keys for the control sockets
+    allow_slow_gpus: bool = False  #: start although UCX_TLS excludes cuda_ipc between this host's GPUs
+    extra_keys: tuple[str, ...] = ()  #: names of more keys that every process trusts
+    belt: Mapping[str, Any] = field(default_factory=dict)  #: more keys of every worker's YAML file
 
     def place(self, name: str) -> Place:
-        """Where a worker runs."""
         return self.places.get(name, _HERE)
 
 
-#: What GPUs of one host need, and between hosts without RDMA.
+#: For a deployment that is there to show or to try the belt.
+SPLIT_ALL = ("--placement", "split")
+
+#: For GPUs of one host, and between hosts without RDMA.
 UCX_TLS_FOR_GPUS = "cuda_ipc,cuda_copy,tcp"
 
 
 @dataclass(frozen=True, slots=True)
 class KeyFiles:
-    """The keys of one run."""
-
     directory: Path
 
     def secret(self, name: str) -> Path:
-        """A process's own."""
+        """A process's secret key."""
         return secret_file(self.directory, name)
 
     @property
     def trusted(self) -> Path:
-        """The folder of everybody's public keys."""
+        """The folder of all public keys."""
         return trusted_folder(self.directory)
 
 
 def admin_key_file(directory: Path) -> Path:
-    """Where the key to change the proxy's workers is, of a run whose files are in ``directory``."""
     return directory / "admin.key"
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """One process."""
-
     name: str  #: ``prefill-0``, ``decode-0``, ``both-0``, ``proxy``
     role: str
     argv: tuple[str, ...]
-    env: Mapping[str, str]  #: added to the launcher's own
+    env: Mapping[str, str]  #: added to the launcher's
     host: str
     port: int
-    health_path: str | None = "/health"  #: None: it counts as ready as soon as it runs
+    health_path: str | None = "/health"  #: None: ready as soon as it runs
 
 
 def kvbelt_command() -> tuple[str, ...]:
-    """How to call this very installation: the console script beside the interpreter, else ``python -m kvbelt``."""
+    """The command of this installation: the console script beside the interpreter, else ``python -m kvbelt``."""
     script = Path(sys.executable).with_name("kvbelt")
     return (str(script),) if os.access(script, os.X_OK) else (sys.executable, "-m", "kvbelt")
 
 
 def cpu_cores() -> int:
-    """Cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def threads_per_worker(topology: Topology) -> int:
-    """The cores shared out evenly, at least one each. The proxy needs little and is not counted."""
+    """An even share of the cores, at least one. The proxy needs little and is not counted."""
     return max(1, cpu_cores() // topology.workers)
 
 
 def visible_gpus() -> list[str]:
-    """Names of the GPUs that workers may use, as ``CUDA_VISIBLE_DEVICES`` takes them.
+    """Names of the usable GPUs, as in ``CUDA_VISIBLE_DEVICES``.
 
-    Found without importing torch, which would cost the launcher seconds and hundreds of megabytes.
+    Does not import torch, which would cost the launcher seconds and hundreds of MB.
     """
     if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name.strip() for name in chosen.split(",") if name.strip() and name.strip() != "-1"]
@@ -139,34 +137,37 @@ def visible_gpus() -> list[str]:
     return sorted((name for name in found if name.isdigit()), key=int)
 
 
-def resolve_device(device: str) -> str:
-    """What ``auto`` means here: ``cuda`` where there is a GPU and a torch that can use it."""
+def resolve_device(device: str, torch: str | None = None) -> str:
+    """The device that ``auto`` means here: ``cuda`` with a GPU and a torch that can use it.
+
+    ``torch``: its version where the workers run; None: in this environment.
+    """
     if device != "auto":
         return device
     try:
-        torch_has_cuda = not metadata.version("torch").endswith("+cpu")
+        torch = torch or metadata.version("torch")
     except metadata.PackageNotFoundError:
-        torch_has_cuda = False
-    return "cuda" if torch_has_cuda and visible_gpus() else "cpu"
+        return "cpu"
+    return "cuda" if not torch.endswith("+cpu") and visible_gpus() else "cpu"
 
 
 def require_fast_gpus(spec: DeploymentSpec, ucx_tls: str | None) -> None:
-    """Refuse a setting with which KV between GPUs of this host would go through the CPU.
+    """Refuse a UCX_TLS that sends KV between GPUs of this host through the CPU.
 
-    UCX says nothing of it, and answers are right, only a thousand times later. What it falls back to without such a
-    setting is known to nobody before the workers are connected: ``kvbelt doctor`` says so.
+    UCX does this silently, and transfers take a thousand times longer. Other fallbacks only show once the workers are
+    connected; ``kvbelt doctor`` reports them.
 
     Args:
-        spec: what is to be started, all of it on this host.
-        ucx_tls: UCX_TLS as its workers will have it; None: UCX chooses.
+        spec: the deployment, all of it on this host.
+        ucx_tls: UCX_TLS of its workers; None: UCX chooses.
 
     Raises:
-        StartError: with what to set, and how to start all the same.
+        StartError: the message says what to set, and how to start anyway.
     """
-    buffers = spec.buffer_device or "cuda"  # where the engine is; on the CPU they are there, too
+    buffers = spec.buffer_device or "cuda"  # also with an engine on the CPU, to be strict
     if spec.allow_slow_gpus or spec.topology.aggregated or spec.transfer_channel != "nixl" or spec.places:
         return
-    problem = about.ucx_problem(ucx_tls, "cuda")
+    problem = ucx_tls_problem(ucx_tls, "cuda")
     if problem is not None and (buffers, resolve_device(spec.device)) == ("cuda", "cuda"):
         raise StartError(
             f"UCX_TLS is {ucx_tls}: {problem}; export UCX_TLS={UCX_TLS_FOR_GPUS}, or unset it (--allow-slow-gpus "
@@ -175,10 +176,10 @@ def require_fast_gpus(spec: DeploymentSpec, ucx_tls: str | None) -> None:
 
 
 def write_keys(spec: DeploymentSpec, directory: Path) -> KeyFiles | None:
-    """Make a key for every process of a deployment; None: it is to have none.
+    """Make a key for every process; None if the deployment has no keys.
 
     Raises:
-        StartError: this libzmq cannot do CURVE.
+        StartError: libzmq is built without CURVE.
     """
     if not spec.curve:
         return None
@@ -204,7 +205,6 @@ def sender_config(spec: DeploymentSpec, ports: Ports) -> dict[str, Any]:
 
 
 def receiver_config(spec: DeploymentSpec, ports: Ports, index: int) -> dict[str, Any]:
-    """Decode worker ``index``'s file."""
     return {
         "local_cpu": False,
         "enable_pd": True,
@@ -213,6 +213,8 @@ def receiver_config(spec: DeploymentSpec, ports: Ports, index: int) -> dict[str,
         "pd_peer_host": spec.place(f"decode-{index}").host,
         "pd_peer_init_port": ports.init[index],
         "pd_peer_alloc_port": ports.alloc[index],
+        "pd_proxy_host": spec.notify_host,
+        "pd_proxy_port": ports.notify,
         "pd_buffer_size": int(spec.buffer_gb * GIB),
         "pd_buffer_device": spec.buffer_device or resolve_device(spec.device),
         "nixl_backends": ["UCX"],
@@ -220,7 +222,7 @@ def receiver_config(spec: DeploymentSpec, ports: Ports, index: int) -> dict[str,
 
 
 def write_configs(spec: DeploymentSpec, ports: Ports, directory: Path, keys: KeyFiles | None = None) -> dict[str, Path]:
-    """Write each worker's YAML file; by name of the worker. Without prefill workers there is no belt, and none."""
+    """Write each worker's YAML file; returns paths by name, none without prefill workers, for then there is no belt."""
     if spec.topology.aggregated:
         return {}
     contents = {f"prefill-{i}": sender_config(spec, ports) for i in range(spec.topology.prefill)}
@@ -233,7 +235,7 @@ def write_configs(spec: DeploymentSpec, ports: Ports, directory: Path, keys: Key
     return files
 
 
-def plan(
+def process_specs(
     spec: DeploymentSpec,
     ports: Ports,
     configs: Mapping[str, Path],
@@ -264,7 +266,13 @@ def plan(
 def _worker_argv(spec: DeploymentSpec, role: str, host: str, port: int, config: Path | None) -> tuple[str, ...]:
     if spec.engine == "vllm":
         own = vllm_argv(
-            role, model=spec.model, host=host, port=port, dtype=spec.dtype, max_model_len=spec.max_model_len
+            role,
+            python=spec.vllm_python,
+            model=spec.model,
+            host=host,
+            port=port,
+            dtype=spec.dtype,
+            max_model_len=spec.max_model_len,
         )
         return (*own, *(() if spec.prefix_caching else ("--no-enable-prefix-caching",)), *spec.worker_args)
     argv = [*(spec.command or kvbelt_command()), "worker", "--role", role]
@@ -304,7 +312,7 @@ def _hosts_argument(hosts: Sequence[str]) -> str:
 
 
 def _ports_argument(ports: Sequence[int], hosts: Sequence[str]) -> str:
-    # The seed's form, the first of consecutive ports of one host, wherever it says the same; else a list.
+    # The seed's form, the first of consecutive ports of one host, where possible; else a list.
     if len(set(hosts)) == 1 and list(ports) == list(range(ports[0], ports[0] + len(ports))):
         return str(ports[0])
     return ",".join(map(str, ports))
@@ -315,7 +323,7 @@ def _threads(spec: DeploymentSpec) -> int:
 
 
 def _env(spec: DeploymentSpec, threads: int) -> dict[str, str]:
-    # Log lines must arrive as they are written, for the launcher names the last ones of a process that dies.
+    # Unbuffered, because the launcher shows a dead process's last log lines.
     return {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads), **spec.env}
 
 
@@ -323,12 +331,14 @@ def _engine_env(spec: DeploymentSpec, config: Path | None, place: int) -> dict[s
     if spec.engine != "vllm":
         return {}
     return vllm_env(
+        python=spec.vllm_python,
         config=config,
         device=resolve_device(spec.device),
         threads=_threads(spec),
         place=place,
         cores=cpu_cores(),
         kv_gb=spec.kv_gb,
+        api_key=spec.worker_api_key,
     )
 
 

@@ -1,11 +1,10 @@
-"""Many children as one: started together, waited for, watched, ended together.
+"""Starts, watches and ends child processes together.
 
-- A child that dies before everything is ready: ``wait_ready`` raises, naming it with the end of its log.
-- One that dies later is named in the same way; the others go on serving (the belt survives a lost worker), and it is
-  started again only with ``restart``.
-- ``stop`` ends all at once, so that all graces run side by side.
+- If a child dies before all are ready, ``wait_ready`` raises with its name and the end of its log.
+- A later death is logged in the same way. The others go on serving, and the child is restarted only with ``restart``.
+- ``stop`` ends all at once, so that their grace periods overlap.
 
-Nothing polls once everything is ready.
+Nothing polls once all are ready.
 """
 
 import asyncio
@@ -16,32 +15,34 @@ from pathlib import Path
 from typing import Any
 
 from kvbelt.errors import StartError
-from kvbelt.ops import probe
 from kvbelt.ops.child import GRACE_SECONDS, Child, describe_end
-from kvbelt.ops.console import Console
+from kvbelt.ops.http_client import Address, Reply, UnreadableReplyError, get
 from kvbelt.ops.processes import ProcessSpec
+from kvbelt.ops.terminal import Terminal
+from kvbelt.wire.health import PROXY_HEALTH, WORKER_HEALTH
 
 _POLL_SECONDS = 0.1
+_HEALTH_SECONDS = 2.0
 
-#: A progress line at least this often while nothing changes.
+#: Interval of progress lines while nothing changes.
 _PROGRESS_SECONDS = 5.0
 
-#: Before a process is started again: doubled with each death within ``_STEADY_SECONDS`` of its start.
+#: Pause before a restart; doubled with each death within ``_STEADY_SECONDS`` of a start.
 _RESTART_SECONDS = 1.0
 _MAX_RESTART_SECONDS = 30.0
 _STEADY_SECONDS = 60.0
 
 
 class NotReadyError(StartError):
-    """Everything was started, but did not become ready."""
+    """All processes were started, but not all became ready."""
 
 
 class ChildDiedError(NotReadyError):
-    """A process ended that should not have. The message names it and carries the end of its log."""
+    """A process died. The message has its name and the end of its log."""
 
 
 class Supervisor:
-    """Runs processes. One event loop, one thread.
+    """Supervises processes. One event loop, one thread.
 
     Attributes:
         children: the latest process of each name.
@@ -50,14 +51,14 @@ class Supervisor:
     def __init__(
         self,
         specs: Sequence[ProcessSpec],
-        console: Console,
+        terminal: Terminal,
         *,
         log_dir: Path | None = None,
         restart: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._specs = list(specs)
-        self._console = console
+        self._terminal = terminal
         self._log_dir = log_dir
         self._restart = restart
         self._clock = clock
@@ -65,8 +66,8 @@ class Supervisor:
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._ready = False
         self._stopping = False
-        self._death: asyncio.Future[ChildDiedError] | None = None  # of the first one before all were ready
-        console.know([spec.name for spec in specs])
+        self._death: asyncio.Future[ChildDiedError] | None = None  # the first one before all were ready
+        terminal.register([spec.name for spec in specs])
 
     def start(self) -> None:
         """Start every process; call ``wait_ready`` next.
@@ -79,11 +80,11 @@ class Supervisor:
             self._start_one(spec)
 
     async def wait_ready(self, timeout_seconds: float) -> None:
-        """Wait until every process says that it is ready, showing how far each is.
+        """Wait until every process is ready, and show the progress.
 
         Raises:
-            ChildDiedError: one ended.
-            NotReadyError: ``timeout_seconds`` went by.
+            ChildDiedError: one died.
+            NotReadyError: ``timeout_seconds`` passed.
         """
         if self._death is None:
             raise RuntimeError("start() comes first")
@@ -100,16 +101,16 @@ class Supervisor:
         self._ready = True
 
     async def restart(self, name: str, *, alone: bool = False) -> None:
-        """End one process, if it has not ended, start it again and wait until it is ready.
+        """End one process if it still runs, start it again, and wait until it is ready.
 
         A proxy is ready when all of its workers are; ``alone``: when it answers at all.
 
         Raises:
-            ChildDiedError: it ended again.
+            ChildDiedError: it died again.
             NotReadyError: it was not ready within a minute.
         """
         child = self.children[name]
-        await self._forget(name)
+        await self._stop_watching(name)
         await child.stop()
         self._start_one(child.spec)
         again = self.children[name]
@@ -122,18 +123,18 @@ class Supervisor:
             await asyncio.sleep(_POLL_SECONDS)
 
     async def stop(self, grace: float = GRACE_SECONDS) -> None:
-        """End everything. Idempotent; when it returns no child is left."""
+        """End everything. Idempotent; no child is left when it returns."""
         self._stopping = True
         for name in list(self._watchers):
-            await self._forget(name)
+            await self._stop_watching(name)
         await asyncio.gather(*(child.stop(grace) for child in self.children.values()))
 
     def _start_one(self, spec: ProcessSpec) -> None:
-        child = Child(spec, self._console.log, log_dir=self._log_dir)
+        child = Child(spec, self._terminal.log, log_dir=self._log_dir)
         self.children[spec.name] = child
         self._watchers[spec.name] = asyncio.create_task(self._watch(child), name=f"watch {spec.name}")
 
-    async def _forget(self, name: str) -> None:
+    async def _stop_watching(self, name: str) -> None:
         if (watcher := self._watchers.pop(name, None)) is not None:
             watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -149,15 +150,15 @@ class Supervisor:
                 if self._death is not None and not self._death.done():
                     self._death.set_result(death)
                 return
-            self._console.alarm(str(death))
+            self._terminal.error(str(death))
             if not self._restart:
-                self._console.alarm(f"the rest keeps serving without {child.spec.name} (--restart starts it again)")
+                self._terminal.error(f"the rest keeps serving without {child.spec.name} (--restart starts it again)")
                 return
             pause = _RESTART_SECONDS if self._clock() - started > _STEADY_SECONDS else pause
-            self._console.say(f"starting {child.spec.name} again in {pause:.0f} s")
+            self._terminal.info(f"starting {child.spec.name} again in {pause:.0f} s")
             await asyncio.sleep(pause)
             pause = min(2 * pause, _MAX_RESTART_SECONDS)
-            child = Child(child.spec, self._console.log, log_dir=self._log_dir)
+            child = Child(child.spec, self._terminal.log, log_dir=self._log_dir)
             self.children[child.spec.name] = child
 
     async def _poll_until_ready(self, timeout_seconds: float) -> None:
@@ -169,7 +170,7 @@ class Supervisor:
             elapsed = self._clock() - started
             line = [f"{spec.name} {state}" for spec, state in zip(self._specs, states, strict=True)]
             if line != shown or self._clock() - shown_at > _PROGRESS_SECONDS:
-                self._console.say(f"{elapsed:5.1f} s  " + ", ".join(line))
+                self._terminal.info(f"{elapsed:5.1f} s  " + ", ".join(line))
                 shown, shown_at = line, self._clock()
             if all(state == "ready" for state in states):
                 return
@@ -180,17 +181,35 @@ class Supervisor:
     async def _state(self, spec: ProcessSpec) -> str:
         if spec.health_path is None:
             return "ready"
-        answer = await probe.get(spec.host, spec.port, spec.health_path)
-        if answer is None:
-            return "starting"
-        if answer.ready:
-            return "ready"
-        # A proxy says that it is ready as soon as one worker is; here all must be.
-        return answer.state if answer.state not in (None, "ready") else "waiting"
+        health = await get(Address(spec.host, spec.port), spec.health_path, _HEALTH_SECONDS)
+        return "starting" if health is None else readiness(spec.role, health)
 
     async def _is_ready(self, spec: ProcessSpec, *, alone: bool) -> bool:
         state = await self._state(spec)
         return state == "ready" or (alone and state != "starting")
+
+
+def readiness(role: str, health: Reply) -> str:
+    """``ready``, the process's own state, ``waiting``, or why its ``/health`` cannot be read.
+
+    A proxy reports ready as soon as one of its workers is; the launcher waits for all of them.
+    """
+    try:
+        if role == "proxy":
+            proxy = health.read(PROXY_HEALTH, "the proxy")
+            states = [proxy.state, *(worker.state for worker in proxy.workers)]
+            for worker in proxy.workers:
+                if worker.state == "unready" and worker.detail:
+                    return f"waiting: {worker.worker}: {worker.detail}"
+        elif health.body:
+            states = [health.read(WORKER_HEALTH, "the worker").state]
+        else:  # a vLLM server
+            states = []
+    except UnreadableReplyError as error:
+        return str(error)
+    if health.status == 200 and all(state == "ready" for state in states):
+        return "ready"
+    return states[0] if states and states[0] != "ready" else "waiting"
 
 
 def _death(child: Child) -> ChildDiedError:

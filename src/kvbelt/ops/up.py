@@ -1,8 +1,8 @@
-"""``kvbelt up``: one command that starts a whole deployment and ends it without a trace.
+"""``kvbelt up``: starts a whole deployment with one command, and ends it cleanly.
 
-Standard output carries one line, ``ready URL``, once a request would succeed; logs and progress go to standard error.
-Exit status: 0 after Ctrl-C, SIGTERM or SIGHUP; 1 when a process died before everything was ready; 2 when the start was
-refused (bad topology, port taken, no such model).
+Standard output gets one line, ``ready URL``, once a request would succeed; logs and progress go to standard error.
+Exit status: 0 after Ctrl-C, SIGTERM or SIGHUP; 1 if a process died before all were ready; 2 if the start was refused
+(wrong topology, port taken, no such model).
 """
 
 import argparse
@@ -13,26 +13,34 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
-from kvbelt.errors import KVBeltError
-from kvbelt.ops.arguments import port, positive_int, positive_number
-from kvbelt.ops.console import Console
+from kvbelt.errors import KVBeltError, SettingsError
+from kvbelt.ops.arguments import (
+    add_placement,
+    add_worker_key,
+    placement_arguments,
+    port,
+    positive_int,
+    positive_number,
+    worker_key_of,
+)
 from kvbelt.ops.deployment import Deployment
+from kvbelt.ops.extras import require_engine, require_vllm_of
 from kvbelt.ops.model_dir import find_model
 from kvbelt.ops.ports import PROXY_PORT
-from kvbelt.ops.processes import DeploymentSpec
+from kvbelt.ops.processes import DeploymentSpec, resolve_device
 from kvbelt.ops.supervisor import NotReadyError
+from kvbelt.ops.terminal import Terminal
 from kvbelt.ops.topology import Topology
-from kvbelt.ops.vllm_server import require_vllm
 from kvbelt.routing.ratio import lopsided
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-#: What ``serve`` may take to end after a signal, out of the 5 s in which everything must be gone.
-LAST_WORDS_SECONDS = 0.5
+#: Time for ``serve`` to end after a signal, out of the 5 s in which everything must be gone.
+FINISH_SECONDS = 0.5
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that ``kvbelt up`` and ``kvbelt demo`` share."""
+    """The flags of ``kvbelt up`` and ``kvbelt demo``."""
     parser.add_argument(
         "--model",
         default="demo",
@@ -40,78 +48,95 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: float32")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: auto")
-    parser.add_argument("--threads", type=positive_int, help="CPU threads of each worker (default: cores / workers)")
+    parser.add_argument("--threads", type=positive_int, help="CPU threads per worker (default: cores / workers)")
     parser.add_argument("--log-dir", type=Path, help="also write each process's log to a file in this folder")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Everything that ``kvbelt up`` takes."""
     parser.add_argument("topology", help="XpYd, e.g. 1p1d or 2p2d; 0p1d is one aggregated server")
     add_model_arguments(parser)
     parser.add_argument(
-        "--engine", choices=["embedded", "vllm"], default="embedded", help="what the workers are (default: embedded)"
+        "--engine", choices=["embedded", "vllm"], default="embedded", help="the workers' engine (default: embedded)"
+    )
+    parser.add_argument(
+        "--vllm-python", type=Path, metavar="PATH", help="the Python of vLLM's environment (default: this one)"
     )
     parser.add_argument(
         "--worker-arg",
         action="append",
         default=[],
         metavar="ARG",
-        help="one more argument for every worker, e.g. --worker-arg=--enforce-eager; may be repeated",
+        help="one more argument for every worker, e.g. --worker-arg=--enforce-eager; repeatable",
     )
+    add_worker_key(parser)
+    add_placement(parser)
     parser.add_argument("--host", default="127.0.0.1", help="where the proxy listens (default: 127.0.0.1)")
     parser.add_argument("--port", type=port, help=f"the proxy's port (default: {PROXY_PORT})")
-    parser.add_argument("--auto-ports", action="store_true", help="take free ports instead of the well-known ones")
+    parser.add_argument("--auto-ports", action="store_true", help="use free ports instead of the well-known ones")
     parser.add_argument(
-        "--kv-gb", type=positive_number, help="KV memory of each worker in GB (default: the worker decides)"
+        "--kv-gb", type=positive_number, help="KV memory per worker in GB (default: the worker decides)"
     )
     parser.add_argument(
-        "--transfer-channel", choices=["nixl", "mooncake"], default="nixl", help="what carries the KV (default: nixl)"
+        "--transfer-channel",
+        choices=["nixl", "mooncake"],
+        default="nixl",
+        help="the library that transfers KV (default: nixl)",
     )
     parser.add_argument("--buffer-device", choices=["cpu", "cuda"], help="default: where the engine is")
     parser.add_argument(
-        "--buffer-gb", type=positive_number, default=1.0, help="staging memory a side in GiB (default: 1)"
+        "--buffer-gb", type=positive_number, default=1.0, help="staging memory on each side in GiB (default: 1)"
     )
-    parser.add_argument("--max-model-len", type=positive_int, help="longest prompt and answer together, in tokens")
+    parser.add_argument("--max-model-len", type=positive_int, help="longest prompt plus answer, in tokens")
     parser.add_argument(
-        "--no-prefix-caching", action="store_true", help="workers compute every prompt whole, whatever they have seen"
+        "--no-prefix-caching", action="store_true", help="compute every prompt in full; reuse no cached prefix"
     )
     parser.add_argument(
         "--allow-slow-gpus",
         action="store_true",
         help="start although UCX_TLS lacks cuda_ipc: KV between this host's GPUs then goes through the CPU",
     )
-    parser.add_argument("--restart", action="store_true", help="start a process again that dies")
+    parser.add_argument("--restart", action="store_true", help="restart a process that dies")
     parser.add_argument(
         "--start-timeout", type=positive_number, default=600.0, help="seconds until all are ready (default: 600)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """``kvbelt up`` with parsed arguments. Returns the exit status."""
-    console = Console()
+    terminal = Terminal()
 
     async def serve(deployment: Deployment, stop: asyncio.Event) -> int:
-        console.say(f"workers can be added and removed: kvbelt workers --proxy {deployment.url} "
+        terminal.info(f"add and remove workers: kvbelt workers --proxy {deployment.url} "
                     f"--admin-key-file {deployment.admin_key_file} list")  # fmt: skip
-        with contextlib.suppress(OSError):  # nobody reads: serving goes on
+        with contextlib.suppress(OSError):  # serve even if the reader is gone
             print(f"ready {deployment.url}", flush=True)
         await stop.wait()
-        console.say("stopping")
+        terminal.info("stopping")
         return 0
 
     try:
         topology = Topology.parse(args.topology)
         if (problem := lopsided(topology.prefill, topology.decode)) is not None:
-            console.alarm(problem)
-        if args.engine == "vllm":
-            require_vllm()
+            terminal.error(problem)
+        python, device = args.vllm_python, args.device
+        if python is None:
+            require_engine(f"kvbelt up --engine {args.engine}", args.engine)
+        elif args.engine != "vllm":
+            raise SettingsError("--vllm-python is for --engine vllm; embedded workers run in kvbelt's own environment")
+        else:
+            python = python.expanduser().absolute()  # a link in a virtual environment must stay one
+            device = resolve_device(device, require_vllm_of(python))
+        key = worker_key_of(args)
+        if key is not None and args.engine != "vllm":
+            raise SettingsError("--worker-api-key-file is for --engine vllm; embedded workers ask for no key")
+        key_arguments = () if key is None else ("--worker-api-key-file", str(args.worker_api_key_file))
         spec = DeploymentSpec(
             topology=topology,
-            model=prepare_model(args.model, console),
+            model=prepare_model(args.model, terminal),
             engine=args.engine,
+            vllm_python=python,
             worker_args=tuple(args.worker_arg),
             dtype=args.dtype,
-            device=args.device,
+            device=device,
             host=args.host,
             port=args.port,
             auto_ports=args.auto_ports,
@@ -126,18 +151,20 @@ def run(args: argparse.Namespace) -> int:
             log_dir=args.log_dir,
             restart=args.restart,
             start_timeout=args.start_timeout,
+            proxy_args=(*placement_arguments(args), *key_arguments),
+            worker_api_key=key,
         )
-        return asyncio.run(deploy(spec, console, serve))
-    except KeyboardInterrupt:  # a signal before the loop took the signals over
+        return asyncio.run(deploy(spec, terminal, serve))
+    except KeyboardInterrupt:  # a signal before the loop handles signals
         return 0
     except KVBeltError as error:
         return report(error)
 
 
-def prepare_model(name: str, console: Console) -> Path:
+def prepare_model(name: str, terminal: Terminal) -> Path:
     """The folder of ``--model``.
 
-    The demo model's first use takes seconds, in which every signal ends it as Ctrl-C does.
+    Making a model on first use takes seconds; every signal then ends it as Ctrl-C does.
 
     Raises:
         KVBeltError: there is no such model.
@@ -145,27 +172,27 @@ def prepare_model(name: str, console: Console) -> Path:
     """
     before = {number: signal.signal(number, signal.default_int_handler) for number in _SIGNALS}
     try:
-        return find_model(name, console.say)
+        return find_model(name, terminal.info)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def report(error: KVBeltError) -> int:
-    """Say on standard error why it could not start. Returns the exit status."""
+    """Print why the start failed, and return the exit status."""
     print(f"kvbelt: {error}", file=sys.stderr)
     return 1 if isinstance(error, NotReadyError) else 2
 
 
 async def deploy(
-    spec: DeploymentSpec, console: Console, serve: Callable[[Deployment, asyncio.Event], Awaitable[int]]
+    spec: DeploymentSpec, terminal: Terminal, serve: Callable[[Deployment, asyncio.Event], Awaitable[int]]
 ) -> int:
-    """Start, ``serve`` until it returns or a signal comes, stop. Returns ``serve``'s status; 0 after a signal.
+    """Start, ``serve`` until it returns or a signal comes, stop. Returns ``serve``'s status, or 0 after a signal.
 
     Raises:
-        StartError: as ``Deployment.start``; nothing is left behind.
+        StartError: as ``Deployment.start``; nothing is left running.
     """
-    deployment = Deployment(spec, console)
+    deployment = Deployment(spec, terminal)
 
     async def start_and_serve() -> int:
         await deployment.start()
@@ -177,8 +204,8 @@ async def deploy(
         try:
             await asyncio.wait([work, signalled], return_when=asyncio.FIRST_COMPLETED)
             if signalled.done() and not work.done():
-                # Served by now: let it say its last words. Still starting: it has nothing to say.
-                await asyncio.wait([work], timeout=LAST_WORDS_SECONDS)
+                # If it was serving, let it print its last lines.
+                await asyncio.wait([work], timeout=FINISH_SECONDS)
             if work.done():
                 return work.result()
             return 0

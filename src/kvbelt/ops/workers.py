@@ -1,20 +1,20 @@
-"""``kvbelt workers``: who serves behind a running proxy; workers join, are drained, and leave.
+"""``kvbelt workers``: list, add, drain and remove the workers of a running proxy.
 
-``remove`` and ``drain`` return once nobody needs the worker any more, so that it may be stopped then.
+``remove`` and ``drain`` return when no request needs the worker, so that it can be stopped.
 """
 
 import argparse
-import json
 from typing import Any
 
 from kvbelt.errors import SettingsError
 from kvbelt.ops import proxy_client
-from kvbelt.ops.admin_client import AdminClient
 from kvbelt.ops.arguments import positive_number
+from kvbelt.ops.proxy_client import ProxyClient
+from kvbelt.ops.tables import aligned
+from kvbelt.wire.workers import NewWorker
 
 
 def add_arguments(parser: argparse.ArgumentParser, make_parser: type[argparse.ArgumentParser]) -> None:
-    """Everything that ``kvbelt workers`` takes."""
     proxy_client.add_arguments(parser, "--proxy")
     verbs = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=make_parser)
 
@@ -23,78 +23,62 @@ def add_arguments(parser: argparse.ArgumentParser, make_parser: type[argparse.Ar
         made.set_defaults(run=run, parser=made)
         return made
 
-    shown = verb("list", "all workers, and pairs that cannot exchange KV", _list)
-    shown.add_argument("--json", action="store_true", help="as the proxy says it")
-    joins = verb("add", "a worker joins; it must be running", _add)
+    shown = verb("list", "list all workers, and pairs that cannot exchange KV", _list)
+    shown.add_argument("--json", action="store_true", help="print the proxy's JSON")
+    joins = verb("add", "add a running worker", _add)
     joins.add_argument("role", choices=["prefill", "decode"])
     joins.add_argument("worker", metavar="HOST:PORT")
     for name, what, run in (
-        ("remove", "a worker leaves, once nobody needs it", _remove),
-        ("drain", "a worker gets nothing new, and finishes what it has", _drain),
-        ("undrain", "a drained worker is used again", _undrain),
+        ("remove", "remove a worker once no request needs it", _remove),
+        ("drain", "give a worker no new requests and let it finish", _drain),
+        ("undrain", "use a drained worker again", _undrain),
     ):
         changed = verb(name, what, run)
         changed.add_argument("worker", metavar="HOST:PORT")
-        changed.add_argument("--role", choices=["prefill", "decode"], help="where one address is both")
+        changed.add_argument("--role", choices=["prefill", "decode"], help="needed if the address is in both roles")
         if name != "undrain":
             changed.add_argument("--wait", type=positive_number, default=600.0, metavar="SECONDS",
-                                 help="for requests that need it (default: 600)")  # fmt: skip
+                                 help="how long to wait for its requests (default: 600)")  # fmt: skip
             changed.add_argument("--no-wait", action="store_true", help="return at once")
 
 
-def _client(args: argparse.Namespace) -> AdminClient:
-    proxy = proxy_client.client_of(args)
-    return AdminClient(proxy.url, proxy.key)
-
-
 def _list(args: argparse.Namespace) -> int:
-    found = AdminClient(args.url).workers()
+    proxy = ProxyClient(args.url)
     if args.json:
-        print(json.dumps(found, indent=2))
+        print(proxy.pretty(proxy_client.WORKERS))
         return 0
+    found = proxy.workers()
     rows = [("WORKER", "ROLE", "STATE", "REQUESTS", "MODEL", "")]
-    rows += [
-        (w["worker"], w["role"], _state(w), str(w["in_flight"]), w["model"] or "-", w["detail"])
-        for w in found["workers"]
-    ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        print("  ".join([*cells, row[-1]]).rstrip())
-    for pair in found["pairs"]:
-        if pair["reason"]:
-            print(f"{pair['prefill']} cannot send to {pair['decode']}: {pair['reason']}: {pair['detail']}".rstrip(": "))
+    rows += [(w.worker, w.role, w.shown_state, str(w.in_flight), w.model or "-", w.detail) for w in found.workers]
+    print("\n".join(aligned(rows)))
+    for pair in found.pairs:
+        if pair.reason:
+            print(f"{pair.prefill} cannot send to {pair.decode}: {pair.reason}: {pair.detail}".rstrip(": "))
     return 0
-
-
-def _state(worker: dict[str, Any]) -> str:
-    if worker["standing"] != "active":
-        return str(worker["standing"])
-    return "warming" if worker["warming"] else str(worker["state"])
 
 
 def _add(args: argparse.Namespace) -> int:
     host, _, port = args.worker.rpartition(":")
     if not host or not port.isdecimal():
         raise SettingsError(f"{args.worker} is not a worker's address; say HOST:PORT")
-    added = _client(args).add(args.role, host.strip("[]"), int(port))
-    print(f"{added['worker']} has joined as a {added['role']} worker; it is {added['state']}")
+    added = ProxyClient.of(args).add(NewWorker(args.role, host.strip("[]"), int(port)))
+    print(f"{added.worker} is now a {added.role} worker; its state is {added.state}")
     return 0
 
 
 def _remove(args: argparse.Namespace) -> int:
-    client = _client(args)
+    client = ProxyClient.of(args)
     client.remove(args.worker, args.role)
     return _until_idle(client, args, "is gone", "is leaving")
 
 
 def _drain(args: argparse.Namespace) -> int:
-    client = _client(args)
+    client = ProxyClient.of(args)
     client.drain(args.worker, args.role)
     return _until_idle(client, args, "is drained", "is draining")
 
 
-def _until_idle(client: AdminClient, args: argparse.Namespace, done: str, under_way: str) -> int:
+def _until_idle(client: ProxyClient, args: argparse.Namespace, done: str, under_way: str) -> int:
     if args.no_wait:
         print(f"{args.worker} {under_way}")
         return 0
@@ -104,6 +88,6 @@ def _until_idle(client: AdminClient, args: argparse.Namespace, done: str, under_
 
 
 def _undrain(args: argparse.Namespace) -> int:
-    _client(args).undrain(args.worker, args.role)
+    ProxyClient.of(args).undrain(args.worker, args.role)
     print(f"{args.worker} takes requests again")
     return 0
