@@ -6,9 +6,9 @@ import tempfile
 from pathlib import Path
 
 from kvbelt.errors import KVBeltError
-from kvbelt.ops.console import Console
 from kvbelt.ops.deployment import Deployment
 from kvbelt.ops.processes import DeploymentSpec
+from kvbelt.ops.terminal import Terminal
 from kvbelt.ops.topology import Topology
 from kvbelt.ops.up import deploy, report
 
@@ -16,7 +16,7 @@ STANDIN = Path(__file__).with_name("standin.py")
 
 
 async def serve(deployment: Deployment, stop: asyncio.Event) -> int:
-    """Say who runs, and wait."""
+    """Log the process's name, and wait."""
     pids = " ".join(str(process.pid) for process in deployment.processes)
     sys.stdout.write(f"pids {pids}\nready {deployment.url}\n")
     sys.stdout.flush()
@@ -37,7 +37,7 @@ def main() -> int:
             command=(sys.executable, "-S", str(STANDIN)),
         )
         try:
-            return asyncio.run(deploy(spec, Console(), serve))
+            return asyncio.run(deploy(spec, Terminal(), serve))
         except KVBeltError as error:
             return report(error)
 

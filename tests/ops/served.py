@@ -18,7 +18,7 @@ class Served:
 
     @property
     def url(self):
-        """The proxy's."""
+        """The proxy's URL."""
         return f"http://127.0.0.1:{self.deployment.proxy.port}"
 
     def begin(self, work):
@@ -26,7 +26,7 @@ class Served:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def call(self, work):
-        """Run something on the loop, to its end."""
+        """Run a coroutine on the loop to its end."""
         return self.begin(work).result(120)
 
     def end(self):

@@ -5,6 +5,7 @@ STANDIN_LOADING (a file: it says ``loading`` until the file exists). What it ans
 record are files, too: STANDIN_STREAM, STANDIN_RECORD.
 """
 
+import json
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 
 def option(name: str) -> str:
-    """What follows ``name`` on the command line."""
+    """The value of ``name`` on the command line."""
     return sys.argv[sys.argv.index(name) + 1]
 
 
@@ -41,8 +42,16 @@ class Health(BaseHTTPRequestHandler):
             return
         waits_for = os.environ.get("STANDIN_LOADING")
         ready = waits_for is None or Path(waits_for).exists()
-        body = b'{"state": "ready"}' if ready else b'{"state": "loading"}'
-        self.answer(200 if ready else 503, body)
+        state = "ready" if ready else "loading"
+        if role == "proxy":
+            notifications = {"port": 7500, "mechanism": "NULL"}
+            body = {"status": "ok", "state": state, "notifications": notifications, "workers": []}
+        else:
+            load = {"running": 0, "waiting": 0, "blocks_total": 1, "blocks_free": 1, "blocks_cached": 0}
+            body = {"status": "ok", "state": state, "role": role, "model": "standin", "engine_id": role,
+                    "engine": "embedded", "hash_seed": "", "receiver": None, "max_model_len": 100,
+                    "load": load}  # fmt: skip
+        self.answer(200 if ready else 503, json.dumps(body).encode())
 
     def do_POST(self) -> None:
         """The stream of the file, or an error without one."""

@@ -18,12 +18,12 @@ import pytest
 
 from kvbelt.errors import StartError
 from kvbelt.ops.child import GRACE_SECONDS
-from kvbelt.ops.console import Console
 from kvbelt.ops.deployment import Deployment, running
 from kvbelt.ops.ports import find_free
 from kvbelt.ops.supervisor import ChildDiedError, NotReadyError
+from kvbelt.ops.terminal import Terminal
 from kvbelt.ops.topology import Topology
-from kvbelt.ops.up import LAST_WORDS_SECONDS
+from kvbelt.ops.up import FINISH_SECONDS
 
 HERE = Path(__file__).parent
 
@@ -38,7 +38,7 @@ def eventually(condition, seconds=60.0):
 
 
 def gone(pid):
-    """Whether no process has this id (a zombie counts as gone: its parent is dead and init will reap it)."""
+    """Whether no process has this id. A zombie counts as gone: its parent is dead, and init will reap it."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
@@ -47,14 +47,14 @@ def gone(pid):
 
 
 def listening(port):
-    """Whether somebody accepts connections."""
+    """Whether a process accepts connections."""
     with socket.socket() as client:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture
 def shown():
-    """What the console shows."""
+    """What the terminal shows."""
     return io.StringIO()
 
 
@@ -91,7 +91,7 @@ def evolve(spec, **changes):
 
 def test_everything_starts_and_leaves_no_trace(spec, shown):
     """2p2d is five processes with their roles on the command line; afterwards no process, port or file is left."""
-    with running(evolve(spec, topology=Topology(2, 2)), Console(shown)) as deployment:
+    with running(evolve(spec, topology=Topology(2, 2)), Terminal(shown)) as deployment:
         assert [process.name for process in deployment.processes] == [
             "prefill-0",
             "prefill-1",
@@ -115,21 +115,21 @@ def test_everything_starts_and_leaves_no_trace(spec, shown):
 
 
 def test_children_live_in_sessions_of_their_own(spec, shown):
-    """Ctrl-C in the terminal reaches the launcher alone."""
-    with running(spec, Console(shown)) as deployment:
+    """Every child is in its own session, so Ctrl-C in the terminal reaches only the launcher."""
+    with running(spec, Terminal(shown)) as deployment:
         assert all(os.getsid(process.pid) == process.pid for process in deployment.processes)
 
 
 def test_logs_are_prefixed_and_kept(spec, shown, tmp_path):
     """Every line of a child appears under its name, and in its file when a folder is given."""
-    with running(evolve(spec, log_dir=tmp_path / "logs"), Console(shown)) as deployment:
+    with running(evolve(spec, log_dir=tmp_path / "logs"), Terminal(shown)) as deployment:
         eventually(lambda: "decode-0  | I am decode" in shown.getvalue())
         eventually(lambda: deployment.log_tail("proxy") == ["I am proxy"])
     assert (tmp_path / "logs" / "prefill-0.log").read_text() == "I am prefill\n"
 
 
 def test_progress_shows_the_state_of_each_worker(spec, shown, tmp_path):
-    """While workers load, the launcher says who is where; ready comes only when all are."""
+    """While workers load, the launcher prints each one's state; the ready line comes when all are ready."""
     gate = tmp_path / "gate"
 
     class Opening(io.StringIO):
@@ -141,13 +141,13 @@ def test_progress_shows_the_state_of_each_worker(spec, shown, tmp_path):
             return super().write(text)
 
     stream = Opening()
-    with running(evolve(spec, env={"STANDIN_LOADING": str(gate)}), Console(stream)):
+    with running(evolve(spec, env={"STANDIN_LOADING": str(gate)}), Terminal(stream)):
         assert gate.exists()
     assert "prefill-0 ready, decode-0 ready, proxy ready" in stream.getvalue()
 
 
-def test_never_ready_is_said_with_each_state(spec, shown, tmp_path):
-    """After the start's time limit the states are named, and nothing is left running."""
+def test_a_start_that_times_out_names_every_state(spec, shown, tmp_path):
+    """After the start's time limit the error names every state, and nothing is left running."""
     late = evolve(spec, start_timeout=0.5, env={"STANDIN_LOADING": str(tmp_path / "never")})
     with (
         pytest.raises(NotReadyError, match=r"not ready after 0\.5 s: prefill-0 \w+, decode-0 \w+, proxy"),
@@ -157,10 +157,10 @@ def test_never_ready_is_said_with_each_state(spec, shown, tmp_path):
 
 
 def test_child_that_dies_before_ready_is_named_with_its_logs_end(spec, shown):
-    """The error carries the name, the exit status and the last 20 lines; everybody else is ended."""
+    """The error has the child's name, exit status and last 20 lines; all others are ended."""
     with (
         pytest.raises(ChildDiedError) as caught,
-        running(evolve(spec, env={"STANDIN_DIE": "decode"}), Console(shown)),
+        running(evolve(spec, env={"STANDIN_DIE": "decode"}), Terminal(shown)),
     ):
         pass
     message = str(caught.value)
@@ -172,8 +172,8 @@ def test_child_that_dies_before_ready_is_named_with_its_logs_end(spec, shown):
 
 
 def test_child_that_dies_later_is_named_and_the_rest_serves_on(spec, shown):
-    """A lost worker is said aloud; the proxy stays."""
-    with running(spec, Console(shown)) as deployment:
+    """A lost worker is reported; the proxy keeps serving."""
+    with running(spec, Terminal(shown)) as deployment:
         os.kill(deployment.process("prefill-0").pid, signal.SIGKILL)
         eventually(lambda: "died: killed by SIGKILL" in shown.getvalue())
         eventually(lambda: "the rest keeps serving without prefill-0" in shown.getvalue())
@@ -182,8 +182,8 @@ def test_child_that_dies_later_is_named_and_the_rest_serves_on(spec, shown):
 
 
 def test_restart_starts_a_dead_child_again(spec, shown):
-    """With --restart another process takes the dead one's place and port."""
-    with running(evolve(spec, restart=True), Console(shown)) as deployment:
+    """With --restart a new process takes the dead one's place and port."""
+    with running(evolve(spec, restart=True), Terminal(shown)) as deployment:
         before = deployment.process("decode-0")
         os.kill(before.pid, signal.SIGKILL)
         eventually(lambda: deployment.process("decode-0").pid != before.pid)
@@ -192,8 +192,8 @@ def test_restart_starts_a_dead_child_again(spec, shown):
 
 
 def test_restart_on_demand_waits_for_readiness(spec, shown):
-    """restart() ends one process and returns when its successor is ready."""
-    with running(spec, Console(shown)) as deployment:
+    """restart() ends one process and returns when the new one is ready."""
+    with running(spec, Terminal(shown)) as deployment:
         before = deployment.process("decode-0")
         deployment.restart("decode-0")
         after = deployment.process("decode-0")
@@ -203,13 +203,13 @@ def test_restart_on_demand_waits_for_readiness(spec, shown):
     assert "died" not in shown.getvalue()
 
 
-def test_restart_alone_waits_for_nobody_else(spec, shown, tmp_path):
-    """A proxy that answers is enough then, whether or not its workers are ready."""
+def test_restart_alone_does_not_wait_for_workers(spec, shown, tmp_path):
+    """With ``alone`` a proxy only has to answer; its workers need not be ready."""
     ready = tmp_path / "ready"
     ready.touch()
 
     async def restart():
-        async with Deployment(evolve(spec, env={"STANDIN_LOADING": str(ready)}), Console(shown)) as deployment:
+        async with Deployment(evolve(spec, env={"STANDIN_LOADING": str(ready)}), Terminal(shown)) as deployment:
             before = deployment.process("proxy")
             ready.unlink()
             await deployment.restart("proxy", alone=True)
@@ -221,7 +221,7 @@ def test_restart_alone_waits_for_nobody_else(spec, shown, tmp_path):
 
 def test_frozen_child_is_ended_too(spec, shown):
     """A child stopped by SIGSTOP does not survive the launcher."""
-    with running(spec, Console(shown)) as deployment:
+    with running(spec, Terminal(shown)) as deployment:
         pid = deployment.process("prefill-0").pid
         os.kill(pid, signal.SIGSTOP)
     assert gone(pid)
@@ -232,7 +232,7 @@ def test_busy_port_starts_nothing(spec, shown):
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
         pytest.raises(StartError, match=f"port {taken.getsockname()[1]} for the proxy"),
-        running(evolve(spec, port=taken.getsockname()[1]), Console(shown)),
+        running(evolve(spec, port=taken.getsockname()[1]), Terminal(shown)),
     ):
         pass
     assert "I am" not in shown.getvalue()
@@ -242,7 +242,7 @@ def test_unknown_program_is_one_line(spec, shown):
     """A program that does not exist is named."""
     with (
         pytest.raises(StartError, match=r"prefill-0: cannot run /no/such/kvbelt: No such file"),
-        running(evolve(spec, command=("/no/such/kvbelt",)), Console(shown)),
+        running(evolve(spec, command=("/no/such/kvbelt",)), Terminal(shown)),
     ):
         pass
 
@@ -261,8 +261,8 @@ def test_signal_ends_everything(number, stubborn):
 
 
 def test_what_is_waited_for_leaves_room_within_five_seconds():
-    """The waits of an ending add up to less than the 5 s in which everything must be gone."""
-    assert GRACE_SECONDS + LAST_WORDS_SECONDS <= 4.0
+    """The waits of a shutdown add up to less than 5 s, the time in which everything must be gone."""
+    assert GRACE_SECONDS + FINISH_SECONDS <= 4.0
 
 
 def test_signal_while_starting_ends_everything(tmp_path):

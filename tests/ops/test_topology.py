@@ -1,4 +1,4 @@
-"""Topologies: what is understood and what is refused."""
+"""Topologies that are accepted, and those that are refused."""
 
 import pytest
 

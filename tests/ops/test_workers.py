@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
 from kvbelt.cli import main
 from kvbelt.errors import SettingsError
-from kvbelt.ops.admin_client import AdminClient
+from kvbelt.ops.proxy_client import ProxyClient
 from kvbelt.proxy import Address, ProxySettings
 from kvbelt.security.admin_key import load_admin_key, write_admin_key
 from tests.ops.served import serving
@@ -33,7 +35,7 @@ def key_file(tmp_path):
 
 
 def test_the_life_of_a_worker(served, key_file, capsys):
-    """It joins, is drained and used again, and leaves; the list shows it all."""
+    """A worker is added, drained, undrained and removed; the list shows each state."""
     standin = served.call(Standin("decode", engine_id="new").start())
     name = f"127.0.0.1:{standin.port}"
     assert workers(served, key_file, "add", "decode", name) == 0
@@ -52,7 +54,7 @@ def test_the_life_of_a_worker(served, key_file, capsys):
 
 
 def test_remove_waits_for_what_needs_the_worker(served, key_file, capsys):
-    """Whoever stops it then stops nothing; with a limit, and not at all where that is asked for."""
+    """Remove and drain return when no request needs the worker, or after --wait, or at once with --no-wait."""
     leaving = served.deployment.decode[0]
     name = f"127.0.0.1:{leaving.port}"
     held = leaving.script.before_head = asyncio.Event()
@@ -71,7 +73,7 @@ def test_remove_waits_for_what_needs_the_worker(served, key_file, capsys):
 
 
 def test_a_pair_that_does_not_fit_is_listed(served, key_file, capsys):
-    """With the two values."""
+    """The list shows the refusal with both values."""
     prefill = served.deployment.prefill[0]
     refusal = {"state": "failed", "reason": "refused_dtype", "detail": "dtype is float32 here and bfloat16 there"}
     prefill.script.peers_refusal = refusal
@@ -85,36 +87,55 @@ def test_a_pair_that_does_not_fit_is_listed(served, key_file, capsys):
 
 
 def test_a_refusal_is_the_proxys_own_words(served, key_file, capsys):
-    """On one line, with exit status 2."""
+    """The error is the proxy's message on one line, with exit status 2."""
     assert workers(served, key_file, "drain", "127.0.0.1:1") == 2
     assert "there is no worker '127.0.0.1:1'" in capsys.readouterr().err
 
 
-def test_a_wrong_address_is_refused_before_anybody_is_asked(key_file, capsys):
-    """As is a wrong URL."""
+def test_a_wrong_address_is_refused_before_a_request_is_sent(key_file, capsys):
+    """A wrong address or URL is refused without a request."""
     assert main(["workers", "--admin-key-file", str(key_file), "add", "decode", "nowhere"]) == 2
     assert "HOST:PORT" in capsys.readouterr().err
     assert main(["workers", "--proxy", "nowhere", "list"]) == 2
     assert "not a URL of a proxy" in capsys.readouterr().err
 
 
-def test_nobody_there_is_told(capsys):
-    """Which proxy was asked."""
+def test_a_missing_proxy_is_reported(capsys):
+    """The error names the proxy's URL."""
     assert main(["workers", "--proxy", "http://127.0.0.1:1", "list"]) == 2
     assert "no answer from the proxy at http://127.0.0.1:1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_another_server_is_an_error(capsys, flags):
+    """A web page instead of JSON is one line, with exit status 2."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>")
+
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        serving = threading.Thread(target=server.handle_request)
+        serving.start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert main(["workers", "--proxy", url, "list", *flags]) == 2
+        serving.join()
+    assert url in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_the_key_file_may_be_named_by_the_environment(served, key_file, monkeypatch):
-    """So that it need not be typed."""
+    """The variable replaces the flag."""
     monkeypatch.setenv("KVBELT_ADMIN_KEY_FILE", str(key_file))
     name = f"127.0.0.1:{served.deployment.decode[0].port}"
     assert main(["workers", "--proxy", served.url, "drain", name]) == 0
-    assert AdminClient(served.url).worker(name)["standing"] == "draining"
+    assert ProxyClient(served.url).worker(name).standing == "draining"
 
 
 @pytest.mark.parametrize("text", ["", "short", "with space" * 3, "ä" * 20, "x" * 300])
-def test_a_key_that_is_none_is_refused(tmp_path, text):
-    """With how to make one."""
+def test_a_file_without_a_key_is_refused(tmp_path, text):
+    """The error says how to make a key."""
     file = tmp_path / "admin.key"
     file.write_text(text, encoding="utf-8")
     file.chmod(0o600)
@@ -123,7 +144,7 @@ def test_a_key_that_is_none_is_refused(tmp_path, text):
 
 
 def test_a_key_that_others_may_read_is_refused(key_file):
-    """With the chmod to run; and a key is never written over."""
+    """The error has the chmod command; and a key is never overwritten."""
     key_file.chmod(0o644)
     with pytest.raises(SettingsError, match="chmod 600"):
         load_admin_key(key_file)
@@ -132,5 +153,5 @@ def test_a_key_that_others_may_read_is_refused(key_file):
 
 
 def test_the_key_is_not_shown():
-    """Settings may be logged."""
+    """The settings' repr does not contain the key."""
     assert "k" * 20 not in repr(ProxySettings(decode=(Address("a", 1),), admin_key="k" * 20))
