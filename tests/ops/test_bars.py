@@ -46,7 +46,6 @@ def test_lines_are_aligned_and_carry_notes():
 
 
 def test_nothing_to_show_is_no_line():
-    """No spans, no lines."""
     assert chart([]) == []
 
 

@@ -6,10 +6,10 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbelt.ops.console import MAX_LINE_BYTES, Console, LineSplitter, wants_colour
+from kvbelt.ops.terminal import MAX_LINE_BYTES, LineSplitter, Terminal, wants_colour
 
 
-class Terminal(io.StringIO):
+class TtyStream(io.StringIO):
     """A stream that says it is a terminal."""
 
     def isatty(self):
@@ -32,7 +32,7 @@ def test_lines_do_not_depend_on_how_bytes_arrive(data, cuts):
 
 
 def test_endless_line_is_handed_on_in_pieces():
-    """A child that never ends its line does not make the launcher hold it all."""
+    """A child that never ends its line does not make the launcher buffer all of it."""
     splitter = LineSplitter()
     pieces = list(splitter.feed(b"x" * (3 * MAX_LINE_BYTES + 5)))
     assert [len(piece) for piece in pieces] == [MAX_LINE_BYTES] * 3
@@ -42,11 +42,11 @@ def test_endless_line_is_handed_on_in_pieces():
 def test_prefixes_are_aligned_and_plain_without_a_terminal():
     """Every line starts with its process's name, padded to the longest, and no escape codes."""
     stream = io.StringIO()
-    console = Console(stream)
-    console.know(["prefill-0", "proxy"])
-    console.log("prefill-0", "hello")
-    console.log("proxy", "world")
-    console.alarm("oh")
+    terminal = Terminal(stream)
+    terminal.register(["prefill-0", "proxy"])
+    terminal.log("prefill-0", "hello")
+    terminal.log("proxy", "world")
+    terminal.error("oh")
     assert stream.getvalue() == "prefill-0 | hello\nproxy     | world\nup        | oh\n"
 
 
@@ -54,9 +54,9 @@ def test_names_have_colours_of_their_own_on_a_terminal(monkeypatch):
     """On a terminal two processes differ in colour."""
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    console = Console(Terminal())
-    console.know(["a", "b"])
-    first, second = console.prefixed("a", "x"), console.prefixed("b", "x")
+    terminal = Terminal(TtyStream())
+    terminal.register(["a", "b"])
+    first, second = terminal.prefixed("a", "x"), terminal.prefixed("b", "x")
     assert first.startswith("\033[")
     assert first.split("m")[0] != second.split("m")[0]
 
@@ -65,22 +65,22 @@ def test_no_color_is_obeyed(monkeypatch):
     """NO_COLOR switches colours off on a terminal."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not wants_colour(Terminal())
+    assert not wants_colour(TtyStream())
 
 
 def test_closed_terminal_ends_the_showing_and_nothing_else():
-    """Writing to a stream that has gone raises nothing."""
+    """Writing to a closed stream raises nothing."""
     stream = io.StringIO()
-    console = Console(stream)
+    terminal = Terminal(stream)
     stream.close()
-    console.say("nobody hears")
-    console.say("this either")
+    terminal.info("nobody hears")
+    terminal.info("this either")
 
 
 def test_quiet_console_shows_the_launchers_lines_only():
     """With logs off, the launcher's own lines remain."""
     stream = io.StringIO()
-    console = Console(stream, show_logs=False)
-    console.log("proxy", "chatter")
-    console.say("news")
+    terminal = Terminal(stream, show_logs=False)
+    terminal.log("proxy", "chatter")
+    terminal.info("news")
     assert stream.getvalue() == "up | news\n"

@@ -2,17 +2,23 @@
 
 import pytest
 
-from kvbelt.ops.waterfall import bars, lines, parse
+from kvbelt.ops.waterfall import bars, lines
+from kvbelt.wire.request_record import REQUEST_RECORD
+
+
+def parse(body):
+    """The proxy's message."""
+    return REQUEST_RECORD.convert(body, "the proxy")
 
 
 @pytest.fixture
 def body(record):
-    """The record, to be changed."""
+    """The record, to be changed by a test."""
     return record
 
 
 def test_spans_stand_where_they_happened(body):
-    """As the proxy says; what comes behind the second token is left out."""
+    """Bars are at the record's times; what comes after the second token is left out."""
     assert [(bar.label, bar.start, bar.duration) for bar in bars(parse(body))] == [
         ("proxy", 0.0, 1.0),
         ("queue", 1.0, 2.0),
@@ -25,21 +31,21 @@ def test_spans_stand_where_they_happened(body):
 
 
 def test_a_failed_leg_is_a_bar_with_its_reason(body):
-    """And with its worker, so that it is seen who was asked in vain."""
+    """The bar's note names the reason and the worker."""
     body["spans"].insert(1, {"name": "prefill leg", "start_ms": 1.0, "duration_ms": 5.0, "worker": "w", "failed": "x"})
     (bar,) = [bar for bar in bars(parse(body)) if bar.note.startswith("x")]
     assert (bar.label, bar.note) == ("prefill leg failed", "x, w")
 
 
-def test_time_between_tokens_is_told_where_it_is_known(body):
-    """With the number of tokens that it is the average of."""
+def test_time_between_tokens_is_shown_where_it_is_known(body):
+    """The average is shown with its number of tokens."""
     body["timings_ms"]["between_tokens"] = 13.8
     body["tokens"] = 60
-    assert lines(parse(body))[-1].endswith("whole answer after 900 ms: 60 tokens, 13.8 ms between two")
+    assert lines(parse(body))[-1].endswith("whole answer after 900 ms: 60 tokens, 13.8 ms per token")
 
 
 def test_lines_name_bytes_rate_and_times(body):
-    """The title names path and workers; the transfer its bytes, rate and what was not hidden."""
+    """The title has path and workers; the transfer has bytes, rate and the time after the prefill."""
     shown = lines(parse(body), width=120)
     text = "\n".join(shown)
     assert shown[0] == "request r1: first-token, 127.0.0.1:7100 → 127.0.0.1:7200"
@@ -49,14 +55,15 @@ def test_lines_name_bytes_rate_and_times(body):
 
 
 def test_plain_lines_are_ascii(body):
-    """Without Unicode the waterfall is readable all the same."""
+    """The plain waterfall is readable without Unicode."""
     assert all(line.isascii() for line in lines(parse(body), plain=True))
 
 
 def test_failed_transfer_says_why(body):
     """A transfer that failed is shown with its reason, and the record is not one that went over the belt."""
-    body["transfer"] = {"state": "failed", "bytes": 10, "seconds": 0.001, "milliseconds": 1.0, "reason": "peer_lost"}
-    body["decision"] = {"path": "local", "reason": "peer_lost"}
+    body["transfer"] = {"state": "failed", "bytes": 10, "seconds": 0.001, "milliseconds": 1.0, "gb_per_second": None,
+                        "reason": "peer_lost"}  # fmt: skip
+    body["decision"] = {"path": "local", "reason": "peer_lost", "meaning": None}
     body["errors"] = ["decode worker lost"]
     record = parse(body)
     text = "\n".join(lines(record))
@@ -67,7 +74,7 @@ def test_failed_transfer_says_why(body):
 
 
 def test_aggregated_request_is_complete_without_a_transfer(body):
-    """Without a prefill worker there is nothing to hand over."""
+    """Without a prefill worker there is no transfer to wait for."""
     body["workers"]["prefill"] = None
     body["transfer"] = body["transfer_id"] = None
     record = parse(body)
@@ -75,13 +82,7 @@ def test_aggregated_request_is_complete_without_a_transfer(body):
     assert not record.over_belt
 
 
-def test_record_is_incomplete_until_the_transfer_is_told(body):
-    """The notification may come after the answer's end."""
+def test_record_is_incomplete_until_the_transfer_is_notified(body):
+    """The transfer's notification may come after the answer's end."""
     body["transfer"] = None
     assert not parse(body).complete
-
-
-def test_what_is_no_record_is_refused():
-    """Another document raises instead of drawing nonsense."""
-    with pytest.raises(ValueError, match="request_id"):
-        parse({"error": {"message": "not found"}})

@@ -38,8 +38,8 @@ def why(served, *words):
     return main(["why", "--url", served.url, *words])
 
 
-def test_a_request_is_told_with_its_waterfall(served, capsys):
-    """Way, workers, transfer with bytes, rate and channel, times, time between tokens."""
+def test_a_request_is_shown_with_its_waterfall(served, capsys):
+    """It shows path, workers, transfer with bytes, rate and channel, times, and time per token."""
     assert why(served, "good") == 0
     said = capsys.readouterr().out
     names = [f"127.0.0.1:{one.port}" for one in (served.deployment.prefill[0], served.deployment.decode[0])]
@@ -50,17 +50,17 @@ def test_a_request_is_told_with_its_waterfall(served, capsys):
     for part in ("queue", "prefill", "transfer", "KV wait", "KV load", "first decode step"):
         assert f"\n  {part} " in said
     assert " tokens, " in said
-    assert said.rstrip().endswith("ms between two")
+    assert said.rstrip().endswith("ms per token")
 
 
 def test_the_answers_own_id_is_as_good(served, capsys):
-    """As it stands in what the client got."""
+    """The id in the client's answer finds the request, too."""
     assert why(served, "cmpl-good") == 0
     assert capsys.readouterr().out.startswith("request good:")
 
 
-def test_failed_attempts_are_told_in_order(served, capsys):
-    """Who was asked in vain, for how long, and why."""
+def test_failed_attempts_are_shown_in_order(served, capsys):
+    """Each failed attempt is listed with worker, duration and reason."""
     assert why(served, "retried") == 0
     said = capsys.readouterr().out
     name = f"127.0.0.1:{served.deployment.prefill[1].port}"
@@ -70,19 +70,19 @@ def test_failed_attempts_are_told_in_order(served, capsys):
 
 
 def test_without_an_id_it_is_the_last_request(served, capsys):
-    """Or all of them in a list, the newest first."""
+    """Without an id it shows the last request, with --list all of them, newest first."""
     assert why(served) == 0
     assert capsys.readouterr().out.startswith("request retried:")
     assert why(served, "--list") == 0
     head, _, first, second = capsys.readouterr().out.splitlines()
-    assert [column.strip() for column in head.split("|")[1:5]] == ["UTC", "request", "status", "way"]
+    assert [column.strip() for column in head.split("|")[1:5]] == ["UTC", "request", "status", "path"]
     assert ("retried" in first, "good" in second) == (True, True)
     assert why(served, "--list", "--limit", "1") == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 def test_json_is_the_proxys_own(served, capsys):
-    """For scripts."""
+    """--json prints the proxy's record."""
     assert why(served, "good", "--json") == 0
     record = json.loads(capsys.readouterr().out)
     assert (record["request_id"], record["transfer"]["channel"], record["tokens"]) == ("good", "nixl", 6)
@@ -90,7 +90,7 @@ def test_json_is_the_proxys_own(served, capsys):
 
 
 def test_a_prompts_beginning_is_there_where_it_was_asked_for(served, capsys):
-    """And no more of it."""
+    """The prompt's start is shown if the proxy records it, and no more of it."""
     assert why(served, "good") == 0
     said = capsys.readouterr().out
     assert 'prompt: "secret ' in said
@@ -98,7 +98,7 @@ def test_a_prompts_beginning_is_there_where_it_was_asked_for(served, capsys):
 
 
 def test_an_unknown_id_is_an_error_that_says_how_many_are_kept(served, capsys):
-    """On one line, with exit status 2."""
+    """The error is one line, with exit status 2."""
     assert why(served, "nobody") == 2
     said = capsys.readouterr().err
     assert said == (
@@ -106,10 +106,10 @@ def test_an_unknown_id_is_an_error_that_says_how_many_are_kept(served, capsys):
     )
 
 
-def test_nothing_asked_yet_is_said(capsys):
-    """Rather than an empty picture."""
+def test_without_a_request_there_is_an_error(capsys):
+    """Before the first request an error says so."""
     with serving() as fresh:
         assert why(fresh) == 2
-        assert "has had no request yet" in capsys.readouterr().err
+        assert "has no request yet" in capsys.readouterr().err
         assert why(fresh, "--list") == 0
         assert capsys.readouterr().out == "no request yet\n"

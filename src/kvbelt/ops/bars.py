@@ -1,7 +1,6 @@
-"""Bars on a common time axis, in text. Pure.
+"""Bars on a common time axis, as text. Pure.
 
-A bar is drawn from where its span starts to where it ends, to an eighth of a character; a span too short for
-that still gets the thinnest mark, so that nothing that happened is invisible.
+A bar has a resolution of an eighth of a character. A shorter span gets the thinnest mark, so that none is invisible.
 """
 
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ class Bar:
 
 
 def milliseconds(value: float) -> str:
-    """Three significant digits below a second, whole milliseconds above: ``0.413``, ``4.13``, ``41.3``, ``4,130``."""
+    """Three significant digits below 100, whole milliseconds above: ``0.413``, ``4.13``, ``41.3``, ``4,130``."""
     if value >= 100:
         return f"{value:,.0f}"
     if value >= 10:
@@ -30,8 +29,16 @@ def milliseconds(value: float) -> str:
     return f"{value:.2f}" if value >= 1 else f"{value:.3f}"
 
 
+def bytes_of(count: float) -> str:
+    """Three significant digits, with a decimal unit: ``46.1 MB``."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
 def drawn(bar: Bar, total: float, width: int, *, plain: bool = False) -> str:
-    """One bar as ``width`` characters, for an axis of ``total`` milliseconds."""
+    """One bar as ``width`` characters, on an axis of ``total`` milliseconds."""
     if total <= 0:
         return " " * width
     cells = width * 8
@@ -40,18 +47,18 @@ def drawn(bar: Bar, total: float, width: int, *, plain: bool = False) -> str:
     first, last = start // 8, (end - 1) // 8
     if plain:
         return (" " * first + "#" * (last - first + 1)).ljust(width)
-    # Terminals have blocks that grow from the left only, so a bar starts on a whole character and ends on an eighth.
+    # Block characters grow from the left only, so a bar starts at a whole character and ends at an eighth.
     filled = max(1, end - 8 * first)
     text = " " * first + "█" * (filled // 8) + (_EIGHTHS[filled % 8 - 1] if filled % 8 else "")
     return text.ljust(width)[:width]
 
 
 def chart(bars: Sequence[Bar], *, width: int = 80, plain: bool = False) -> list[str]:
-    """One line a bar: label, milliseconds, the bar, a note.
+    """One line per bar: label, milliseconds, bar, note.
 
     Args:
-        bars: what to show, in the order to show it.
-        width: characters a line should take; notes that do not fit go on a line of their own.
+        bars: in the order to show.
+        width: characters per line; a note that does not fit goes on the next line.
         plain: ASCII only.
     """
     if not bars:

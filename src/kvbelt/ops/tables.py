@@ -1,10 +1,10 @@
-"""Tables that people read in a terminal and that Markdown understands. Pure."""
+"""Tables for terminals; ``table`` is also valid Markdown. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """Lines of a table; columns whose cells are all numbers, or empty, stand to the right."""
+    """The lines of a table. Columns with only numbers and empty cells are right-aligned."""
     cells = [[_text(cell) for cell in row] for row in rows]
     right = [
         bool(rows) and all(isinstance(row[column], int | float) or row[column] in ("", None) for row in rows)
@@ -16,6 +16,18 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
         "|" + "|".join("-" * (width + 1) + (":" if r else "-") for width, r in zip(widths, right, strict=True)) + "|"
     )
     return lines + [_line(row, widths, right) for row in cells]
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """Rows in aligned columns without borders; those in ``right`` are right-aligned."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(wide) if column in right else cell.ljust(wide)
+            for column, (cell, wide) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> str:

@@ -1,7 +1,6 @@
-"""What the launcher shows, on standard error: log lines prefixed with their process's name, and progress.
+"""The launcher's output on standard error: log lines prefixed with the process's name, and progress.
 
-A terminal that has gone away must never stop the launcher from cleaning up, so a failed write ends the
-showing and nothing else.
+The launcher must clean up even if the terminal is gone, so a failed write only ends the output.
 """
 
 import os
@@ -13,18 +12,17 @@ _COLOURS = ("36", "33", "32", "35", "34", "96", "93", "92", "95", "94")
 _RED = "31"
 _BOLD = "1"
 
-#: A process that writes no newline must not make the launcher hold its output for ever.
+#: A process that never writes a newline must not make the launcher buffer its output without limit.
 MAX_LINE_BYTES = 16_384
 
 
 class LineSplitter:
-    """Turns chunks of bytes into lines; a longer line than ``MAX_LINE_BYTES`` is handed on in pieces."""
+    """Splits chunks of bytes into lines; lines over ``MAX_LINE_BYTES`` are passed on in pieces."""
 
     def __init__(self) -> None:
         self._rest = b""
 
     def feed(self, chunk: bytes) -> Iterator[str]:
-        """The lines that ``chunk`` completes."""
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         for line in lines:
             yield _text(line)
@@ -33,7 +31,6 @@ class LineSplitter:
             self._rest = self._rest[MAX_LINE_BYTES:]
 
     def close(self) -> Iterator[str]:
-        """What is left without a newline."""
         if self._rest:
             yield _text(self._rest)
         self._rest = b""
@@ -44,12 +41,12 @@ def _text(line: bytes) -> str:
 
 
 def wants_colour(stream: TextIO) -> bool:
-    """Whether to colour: on a terminal, unless NO_COLOR (no-color.org) or a dumb terminal says not to."""
+    """Whether to colour: on a terminal, unless NO_COLOR (no-color.org) is set or the terminal is dumb."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-class Console:
-    """Writes prefixed lines to one stream (standard error unless told otherwise)."""
+class Terminal:
+    """Writes prefixed lines to one stream, by default standard error."""
 
     def __init__(self, stream: TextIO | None = None, *, colour: bool | None = None, show_logs: bool = True) -> None:
         self._stream = stream if stream is not None else sys.stderr
@@ -59,31 +56,26 @@ class Console:
         self._colours: dict[str, str] = {}
         self._gone = False
 
-    def know(self, names: list[str]) -> None:
-        """Align and colour for these processes."""
+    def register(self, names: list[str]) -> None:
+        """Align and colour the lines of these processes."""
         self._width = max([self._width, *map(len, names)])
         for name in names:
             self._colours.setdefault(name, _COLOURS[len(self._colours) % len(_COLOURS)])
 
     def prefixed(self, name: str, line: str) -> str:
-        """``line`` as it is shown."""
         return f"{self.paint(f'{name:<{self._width}} |', self._colours.get(name, _BOLD))} {line}"
 
     def paint(self, text: str, code: str) -> str:
-        """``text`` in an ANSI colour, where colours are shown."""
         return f"\033[{code}m{text}\033[0m" if self._colour else text
 
     def log(self, name: str, line: str) -> None:
-        """One line of a process."""
         if self._show_logs:
             self._write(self.prefixed(name, line))
 
-    def say(self, line: str) -> None:
-        """One line of the launcher itself."""
+    def info(self, line: str) -> None:
         self._write(self.prefixed("up", line))
 
-    def alarm(self, line: str) -> None:
-        """One line of the launcher about something that went wrong."""
+    def error(self, line: str) -> None:
         self._write(self.prefixed("up", self.paint(line, _RED)))
 
     def _write(self, line: str) -> None:

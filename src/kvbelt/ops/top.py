@@ -1,12 +1,11 @@
-"""``kvbelt top``: a deployment live in a terminal; workers, rates, times, last errors.
+"""``kvbelt top``: workers, rates, times and last errors of a deployment, live in a terminal.
 
-It redraws in place once a second and whenever the terminal's size changes; q, or Ctrl-C, quits. ``--once`` prints one
-frame, ``--json`` what the proxy says.
+It redraws once per interval and when the terminal is resized; q or Ctrl-C quits. ``--once`` prints one frame,
+``--json`` the proxy's JSON.
 """
 
 import argparse
 import contextlib
-import json
 import os
 import select
 import shutil
@@ -17,42 +16,37 @@ import time
 import tty
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from kvbelt.errors import KVBeltError, SettingsError
 from kvbelt.ops import proxy_client
 from kvbelt.ops.arguments import positive_int, positive_number
 from kvbelt.ops.top_frame import frame
+from kvbelt.wire.console import CONSOLE_STATE, ConsoleState
 
-#: A proxy that does not answer must not keep a key from being heard for long.
+#: Keys are read between two requests, so a request must not take long.
 _ANSWER_SECONDS = 2.0
-_ENTER, _LEAVE = "\033[?1049h\033[?25l", "\033[?25h\033[?1049l"  # another screen, without a cursor; and back
+_ENTER, _LEAVE = "\033[?1049h\033[?25l", "\033[?25h\033[?1049l"  # the alternate screen without a cursor, and back
 _HOME, _END_OF_LINE, _REST = "\033[H", "\033[K\n", "\033[J"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Everything that ``kvbelt top`` takes."""
     proxy_client.add_arguments(parser)
-    parser.add_argument("--once", action="store_true", help="print one frame and end")
-    parser.add_argument("--json", action="store_true", help="print what the proxy says, and end")
-    parser.add_argument("--window", type=positive_int, default=10, metavar="SECONDS", help="of rates (default: 10)")
+    parser.add_argument("--once", action="store_true", help="print one frame and exit")
+    parser.add_argument("--json", action="store_true", help="print the proxy's JSON and exit")
+    parser.add_argument("--window", type=positive_int, default=10, metavar="SECONDS", help="for rates (default: 10)")
     parser.add_argument("--interval", type=positive_number, default=1.0, metavar="SECONDS", help="default: 1")
 
 
 def run(args: argparse.Namespace) -> int:
-    """``kvbelt top`` with parsed arguments. Returns the exit status.
-
-    Raises:
-        KVBeltError: no answer to the first question; or no terminal.
-    """
-    proxy = replace(proxy_client.client_of(args), answer_seconds=_ANSWER_SECONDS)
+    proxy = replace(proxy_client.ProxyClient.of(args), answer_seconds=_ANSWER_SECONDS)
     place = f"/kvbelt/console.json?window={args.window}"
     if not (args.once or args.json or (sys.stdin.isatty() and sys.stdout.isatty())):
-        raise SettingsError("kvbelt top draws in a terminal, and this is none; say --once or --json")
-    state = proxy.get(place)
+        raise SettingsError("kvbelt top needs a terminal, and this is not one; use --once or --json")
     if args.json:
-        print(json.dumps(state, indent=2))
-    elif args.once:
+        print(proxy.pretty(place))
+        return 0
+    state = proxy.get(place, CONSOLE_STATE)
+    if args.once:
         width = shutil.get_terminal_size((100, 24)).columns
         print("\n".join(frame(state, url=proxy.url, width=width)))
     else:
@@ -60,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _live(proxy: proxy_client.ProxyClient, place: str, state: dict[str, Any], interval: float) -> None:
-    """Draw until somebody quits."""
+def _live(proxy: proxy_client.ProxyClient, place: str, state: ConsoleState, interval: float) -> None:
+    """Redraw until the user quits."""
     gone, since = "", 0.0
     with _screen() as resized:
         asked = time.monotonic()
@@ -77,20 +71,20 @@ def _live(proxy: proxy_client.ProxyClient, place: str, state: dict[str, Any], in
                 continue
             asked = time.monotonic()
             try:
-                state, gone = proxy.get(place), ""
+                state, gone = proxy.get(place, CONSOLE_STATE), ""
             except KVBeltError as error:
                 since = since if gone else asked
-                gone = f"gone for {asked - since:.0f} s, below is from before: {error}"
+                gone = f"no answer for {asked - since:.0f} s, older values below: {error}"
 
 
 def _quits(keys: bytes) -> bool:
-    """Whether one of them is q, Ctrl-C or Ctrl-D; nothing to read means that the terminal is gone."""
+    """Whether a key is q, Ctrl-C or Ctrl-D. No bytes mean that the terminal is gone."""
     return not keys or bool({b"q", b"Q", b"\x03", b"\x04"} & {keys[i : i + 1] for i in range(len(keys))})
 
 
-def _draw(state: dict[str, Any], url: str, gone: str) -> None:
-    size = os.get_terminal_size(sys.stdout.fileno())  # not COLUMNS of the environment, which does not follow it
-    # The last line stays free: writing into its end would scroll.
+def _draw(state: ConsoleState, url: str, gone: str) -> None:
+    size = os.get_terminal_size(sys.stdout.fileno())  # the COLUMNS variable does not follow a resize
+    # The last line stays empty: a character at its end would scroll.
     lines = frame(state, url=url, width=size.columns - 1, height=size.lines - 1, gone=gone)
     sys.stdout.write(_HOME + "".join(line + _END_OF_LINE for line in lines) + _REST)
     sys.stdout.flush()
@@ -98,7 +92,7 @@ def _draw(state: dict[str, Any], url: str, gone: str) -> None:
 
 @contextlib.contextmanager
 def _screen() -> Iterator[int]:
-    """The terminal as this command wants it, given back as it was. Yields what is readable after a change of size."""
+    """Prepare the terminal and restore it at the end. Yields a file descriptor that is readable after a resize."""
     terminal = sys.stdin.fileno()
     before = termios.tcgetattr(terminal)
     reading, writing = os.pipe()

@@ -1,16 +1,14 @@
-"""``kvbelt why REQUEST_ID``: where one request's time went, which way it took, and why that one.
+"""``kvbelt why REQUEST_ID``: where one request's time went, which path it took, and why.
 
-Without an id it tells of the last request, with ``--list`` of the last ones in a line each. The proxy keeps the records
+Without an id it shows the last request; with ``--list`` the last ones, one per line. The proxy keeps the records
 (``--keep-requests``).
 """
 
 import argparse
-import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 from urllib.parse import quote
 
 from kvbelt.errors import KVBeltError
@@ -19,66 +17,56 @@ from kvbelt.ops.arguments import positive_int
 from kvbelt.ops.bars import milliseconds
 from kvbelt.ops.tables import table
 from kvbelt.wire import reasons
+from kvbelt.wire.request_record import REQUEST_LIST, REQUEST_RECORD, RequestRecord
 
-#: What each way means.
-WAYS = {
-    "first-token": "the client got the prefill worker's first token, and the decode worker went on after it",
-    "re-derive": "the decode worker made the first token itself, from the KV that had come",
+#: What each path means.
+PATHS = {
+    "first-token": "the client got the prefill worker's first token; the decode worker continued after it",
+    "re-derive": "the decode worker produced the first token itself, from the transferred KV",
     "prefill-only": "the prefill worker's token was the whole answer",
-    "local": "the decode worker computed the prompt itself",
+    "local": "one worker computed the prompt and generated; no KV was used",
+    "passed-on": "the proxy splits no request of this route; one worker answered it",
 }
 
-_UNKNOWN = "a word that this version does not know"
+_REQUESTS = "/kvbelt/requests"
+_UNKNOWN = "not known to this version"
 _MAX_WIDTH = 120
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Everything that ``kvbelt why`` takes."""
     parser.add_argument("request_id", nargs="?", metavar="REQUEST_ID",
                         help="an answer's x-request-id or id (default: the last request's)")  # fmt: skip
     proxy_client.add_arguments(parser)
-    parser.add_argument("--list", action="store_true", help="the last requests, a line each")
-    parser.add_argument("--limit", type=positive_int, default=20, metavar="N", help="of --list (default: 20)")
-    parser.add_argument("--json", action="store_true", help="as the proxy says it")
+    parser.add_argument("--list", action="store_true", help="list the last requests, one per line")
+    parser.add_argument("--limit", type=positive_int, default=20, metavar="N", help="how many to list (default: 20)")
+    parser.add_argument("--json", action="store_true", help="print the proxy's JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """``kvbelt why`` with parsed arguments. Returns the exit status.
-
-    Raises:
-        KVBeltError: no such request, or no answer.
-    """
-    proxy = proxy_client.client_of(args)
-    if args.request_id is not None:
-        _show(proxy.get(f"/kvbelt/requests/{quote(args.request_id, safe='')}"), as_json=args.json)
-        return 0
-    limit = args.limit if args.list else 1
-    answer = proxy.get(f"/kvbelt/requests?limit={limit}")
-    requests = answer.get("requests") or []
+    proxy = proxy_client.ProxyClient.of(args)
     if args.list:
-        print(json.dumps(answer, indent=2) if args.json else "\n".join(listed(requests)))
+        path = f"{_REQUESTS}?limit={args.limit}"
+        print(proxy.pretty(path) if args.json else "\n".join(list_lines(proxy.get(path, REQUEST_LIST).requests)))
         return 0
-    if not requests:
-        raise KVBeltError(f"the proxy at {proxy.url} has had no request yet")
-    _show(requests[0], as_json=args.json)
+    path = f"{_REQUESTS}/{quote(args.request_id or _last(proxy), safe='')}"
+    if args.json:
+        print(proxy.pretty(path))
+        return 0
+    width = min(shutil.get_terminal_size((100, 24)).columns, _MAX_WIDTH)
+    plain = not (sys.stdout.encoding or "").lower().startswith("utf")
+    print("\n".join(describe(proxy.get(path, REQUEST_RECORD), width=width, plain=plain)))
     return 0
 
 
-def _show(body: Mapping[str, Any], *, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(body, indent=2))
-        return
-    width = min(shutil.get_terminal_size((100, 24)).columns, _MAX_WIDTH)
-    plain = not (sys.stdout.encoding or "").lower().startswith("utf")
-    try:
-        record = waterfall.parse(body)
-    except ValueError as error:
-        raise KVBeltError(f"the proxy's record of the request is none that this version reads: {error}") from None
-    print("\n".join(told(record, width=width, plain=plain)))
+def _last(proxy: proxy_client.ProxyClient) -> str:
+    requests = proxy.get(f"{_REQUESTS}?limit=1", REQUEST_LIST).requests
+    if not requests:
+        raise KVBeltError(f"the proxy at {proxy.url} has no request yet")
+    return requests[0].request_id
 
 
-def told(record: waterfall.RequestRecord, *, width: int = 100, plain: bool = False) -> list[str]:
-    """Everything that is known of one request, in lines."""
+def describe(record: RequestRecord, *, width: int = 100, plain: bool = False) -> list[str]:
+    """Everything that is known of one request."""
     title, *chart = waterfall.lines(record, width=width, plain=plain)
     came = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(record.time)) if record.time else ""
     status = "under way" if not record.status else f"status {record.status}"
@@ -92,17 +80,31 @@ def told(record: waterfall.RequestRecord, *, width: int = 100, plain: bool = Fal
     return [*lines, *chart]
 
 
-def _decision(record: waterfall.RequestRecord) -> list[str]:
-    way, reason = record.decision.path, record.decision.reason
-    if not way:
-        return ["no way was chosen yet" if not record.status else "refused before a way was chosen"]
-    lines = [f"{way}: {WAYS.get(way, 'a way that this version does not know')}"]
+def _decision(record: RequestRecord) -> list[str]:
+    path, reason = record.decision.path, record.decision.reason
+    if not path:
+        return ["no path chosen yet" if not record.status else "refused before a path was chosen"]
+    lines = [f"{path}: {PATHS.get(path, 'a way that this version does not know')}"]
     if reason:
         lines.append(f"because of {reason}: {record.decision.meaning or _UNKNOWN}")
-    return lines
+    return lines + _placing(record)
 
 
-def _failed_attempts(record: waterfall.RequestRecord) -> list[str]:
+def _placing(record: RequestRecord) -> list[str]:
+    placing = record.placing
+    if placing is None:
+        return []
+    line = f"placed: {placing.action}"
+    if placing.reason and placing.reason != record.decision.reason:
+        line += f" ({placing.reason}: {placing.meaning or _UNKNOWN})"
+    if placing.waited_ms:
+        line += f", after a wait of {milliseconds(placing.waited_ms)} ms"
+    if placing.predicted_first_token_ms is not None:
+        line += f", first token expected after {milliseconds(placing.predicted_first_token_ms)} ms"
+    return [line]
+
+
+def _failed_attempts(record: RequestRecord) -> list[str]:
     lines = []
     for number, attempt in enumerate(record.attempts, 1):
         if attempt.reason is None:
@@ -118,13 +120,12 @@ def _meaning(reason: str) -> str:
     return _UNKNOWN if known is None else known.meaning
 
 
-def listed(requests: list[Mapping[str, Any]]) -> list[str]:
-    """The last requests, a line each, the newest first."""
+def list_lines(requests: Sequence[RequestRecord]) -> list[str]:
+    """One line per request, newest first."""
     if not requests:
         return ["no request yet"]
     rows = []
-    for body in requests:
-        record = waterfall.parse(body)
+    for record in requests:
         timings, transfer = record.timings_ms, record.transfer
         rows.append(
             (
@@ -141,5 +142,5 @@ def listed(requests: list[Mapping[str, Any]]) -> list[str]:
                 sum(attempt.reason is not None for attempt in record.attempts) or None,
             )
         )
-    head = ("UTC", "request", "status", "way", "prefill", "decode", "first ms", "next ms", "KV ms", "all ms", "failed")
+    head = ("UTC", "request", "status", "path", "prefill", "decode", "first ms", "next ms", "KV ms", "all ms", "failed")
     return table(head, rows)
