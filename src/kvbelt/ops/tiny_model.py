@@ -1,8 +1,8 @@
-"""The tiny model: random weights of a few hundred kilobytes, a token a character, a chat template.
+"""The tiny model: random weights of some hundred kilobytes, one token per character, a chat template.
 
-It is what ``kvbelt chaos`` serves by default: a prompt of a thousand tokens takes a core some tens of milliseconds,
-so that a short run on a laptop holds thousands of requests. Its weights are wide enough that every answer hangs on
-every token of its prompt: a byte of KV that is wrong shows as another text.
+``kvbelt chaos`` serves it by default: a prompt of a thousand tokens takes one core some tens of ms, so that a short
+run on a laptop has thousands of requests. Its weights are wide enough that every answer depends on every token of its
+prompt: one wrong byte of KV changes the text.
 """
 
 import string
@@ -10,14 +10,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from kvbelt.ops.extras import require
 from kvbelt.ops.model_cache import cache_dir, make_once
 
-#: Raised with every change to what is written.
+#: Raise it with every change to the output.
 VERSION = 1
 
 CONTEXT = 4096
 
-#: Of the weights of each matrix. Much less, and answers repeat one token; much more, and attention looks at one only.
+#: Standard deviation of each weight matrix. With much less, answers repeat one token; with much more, attention sees
+#: only one token.
 _SPREAD = 0.25
 
 _CHAT_TEMPLATE = (
@@ -33,6 +35,8 @@ def tiny_model_dir(progress: Callable[[str], None]) -> Path:
         StartError: it could not be made.
     """
     target = cache_dir() / f"tiny-v{VERSION}"
+    if not target.is_dir():
+        require("the tiny model", "embedded", "torch", "transformers", "tokenizers")
     command = [sys.executable, "-m", "kvbelt.ops.tiny_model"]
     return make_once(target, command, "the tiny random model (once, some seconds)", progress)
 
@@ -43,7 +47,7 @@ def _write(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models  # noqa: PLC0415
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast  # noqa: PLC0415
 
-    # Printable characters only: a token that is half a character would keep answers from the fast path.
+    # Printable characters only: a token that is half a character would keep answers off the fast path.
     vocabulary = {character: number for number, character in enumerate(string.printable)}
     end, unknown = len(vocabulary), len(vocabulary) + 1
     vocabulary |= {"<end>": end, "<unknown>": unknown}
