@@ -1,1 +1,1 @@
-"""``kvbelt deploy``: manifests for somewhere else than this machine."""
+"""``kvbelt deploy``: manifests for other machines."""

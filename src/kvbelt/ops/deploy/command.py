@@ -1,4 +1,4 @@
-"""``kvbelt deploy k8s``: its command line."""
+"""The command line of ``kvbelt deploy k8s``."""
 
 import argparse
 import sys
@@ -6,39 +6,37 @@ from pathlib import Path
 
 from kvbelt.ops.arguments import positive_int, positive_number
 from kvbelt.ops.deploy.gpus import gpu_named
-from kvbelt.ops.deploy.kubernetes import GIB, Plan, write_overlay
+from kvbelt.ops.deploy.kubernetes import GIB, OverlaySpec, write_overlay
 from kvbelt.ops.topology import Topology
 
 
 def add_arguments(parser: argparse.ArgumentParser, make_parser: type[argparse.ArgumentParser]) -> None:
-    """Everything that ``kvbelt deploy`` takes."""
     kinds = parser.add_subparsers(required=True, metavar="WHERE", parser_class=make_parser)
-    k8s = kinds.add_parser("k8s", help="a kustomize overlay for Kubernetes, in a folder")
+    k8s = kinds.add_parser("k8s", help="write a kustomize overlay for Kubernetes into a folder")
     k8s.set_defaults(run=run, parser=k8s)
     k8s.add_argument("--topology", required=True, help="XpYd, e.g. 4p8d")
-    k8s.add_argument("--model", required=True, help="a name of a model hub, or a path inside the workers")
+    k8s.add_argument("--model", required=True, help="a model hub's name, or a path inside the workers")
     k8s.add_argument("--gpu", required=True, help="a100, b200, h100, h200, l4, l40s, or any")
     k8s.add_argument("--gpus-per-worker", type=positive_int, default=1, metavar="N", help="tensor parallelism")
     k8s.add_argument("--namespace", default="inference", help="default: %(default)s")
     k8s.add_argument("--max-model-len", type=positive_int, default=8192, help="in tokens (default: %(default)s)")
-    k8s.add_argument("--send-buffer-gb", type=positive_number, default=1.0, help="GiB a prefill worker (default: 1)")
-    k8s.add_argument("--receive-buffer-gb", type=positive_number, default=2.0, help="GiB a decode worker (default: 2)")
+    k8s.add_argument(
+        "--send-buffer-gb", type=positive_number, default=1.0, help="per prefill worker, in GiB (default: 1)"
+    )
+    k8s.add_argument(
+        "--receive-buffer-gb", type=positive_number, default=2.0, help="per decode worker, in GiB (default: 2)"
+    )
     k8s.add_argument("--model-claim", metavar="PVC", help="a PersistentVolumeClaim to mount at /models")
     k8s.add_argument("--rdma", metavar="RESOURCE", help="KV over RDMA; the device plugin's resource, e.g. rdma/ib")
-    k8s.add_argument("--autoscale", choices=["keda", "hpa"], help="from the topology up to four times as many")
-    k8s.add_argument("--no-monitoring", action="store_true", help="no ServiceMonitor and PodMonitor")
-    k8s.add_argument("--worker-image", default="kvbelt/kvbelt-vllm:0.1.0", help="default: %(default)s")
-    k8s.add_argument("--proxy-image", default="kvbelt/kvbelt-proxy:0.1.0", help="default: %(default)s")
-    k8s.add_argument("--output", type=Path, metavar="DIR", help="default: kvbelt-XpYd; it must not be there yet")
+    k8s.add_argument("--autoscale", choices=["keda", "hpa"], help="between the topology and four times its size")
+    k8s.add_argument("--no-monitoring", action="store_true", help="write no ServiceMonitor and PodMonitor")
+    k8s.add_argument("--worker-image", default="kvbelt/kvbelt-vllm:0.2.0", help="default: %(default)s")
+    k8s.add_argument("--proxy-image", default="kvbelt/kvbelt-proxy:0.2.0", help="default: %(default)s")
+    k8s.add_argument("--output", type=Path, metavar="DIR", help="a new folder (default: kvbelt-XpYd)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """``kvbelt deploy k8s`` with parsed arguments. Returns the exit status.
-
-    Raises:
-        SettingsError: a value is wrong, or the folder is there already.
-    """
-    plan = Plan(
+    plan = OverlaySpec(
         topology=Topology.parse(args.topology),
         model=args.model,
         gpu=gpu_named(args.gpu),
@@ -64,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def warnings(plan: Plan) -> list[str]:
-    """What can be deployed, but is hardly meant."""
+def warnings(plan: OverlaySpec) -> list[str]:
+    """Warnings about settings that are valid but unusual."""
     found = []
     if plan.topology.prefill > plan.topology.decode:
         found.append(f"{plan.topology} has more prefill than decode workers: answers will queue. Usual are 1:1 and 1:2")

@@ -1,20 +1,18 @@
-"""GPUs by the names that people give them, and by those that their nodes have."""
+"""GPUs by their short names, and by the label of their nodes."""
 
 from dataclasses import dataclass
 
 from kvbelt.errors import SettingsError
 from kvbelt.settings import resembling
 
-#: The label of a node that NVIDIA's GPU feature discovery writes.
+#: The node label that NVIDIA's GPU feature discovery writes.
 PRODUCT_LABEL = "nvidia.com/gpu.product"
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One kind of GPU."""
-
     name: str
-    products: tuple[str, ...]  #: values of ``PRODUCT_LABEL``; empty: whatever a node has
+    products: tuple[str, ...]  #: values of ``PRODUCT_LABEL``; empty: any
 
 
 _KINDS = {
@@ -32,10 +30,10 @@ _KINDS = {
 
 
 def gpu_named(name: str) -> Gpu:
-    """The GPU that ``--gpu`` means.
+    """The GPU that ``--gpu`` names.
 
     Raises:
-        SettingsError: nobody knows it.
+        SettingsError: the name is unknown.
     """
     gpu = _KINDS.get(name.lower())
     if gpu is None:

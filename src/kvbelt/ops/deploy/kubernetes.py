@@ -1,7 +1,6 @@
-"""A kustomize overlay for one deployment: base, keys and the components that it needs, beside what makes it its own.
+"""A kustomize overlay for one deployment: base, keys, components, and this deployment's changes.
 
-Deterministic: the same request gives the same bytes. Keys are not made here, for they must not lie where manifests do
-before somebody has decided where that is.
+The output is deterministic. It contains no keys, because manifests may be stored where secrets must not be.
 """
 
 import re
@@ -19,24 +18,24 @@ from kvbelt.settings import parse_belt_file
 
 GIB = 1 << 30
 
-#: Of RFC 1123: what Kubernetes takes for a namespace.
+#: A namespace of Kubernetes (RFC 1123).
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _MODEL = re.compile(r"[A-Za-z0-9._/-]+")
 _RESOURCE = re.compile(r"[a-z0-9.-]+/[A-Za-z0-9._-]+")
 _IMAGE = re.compile(r"[a-z0-9][A-Za-z0-9._/:-]*")
 
-#: Where the names that a namespace is part of stand in the files.
+#: The places in the files that contain the namespace.
 _NAMESPACE = re.compile(r'(?m)(namespace: |namespace="|^  name: |^      name: )inference\b')
 
 _WORKERS = ("vllm-prefill", "vllm-decode")
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What is to be deployed."""
+class OverlaySpec:
+    """The deployment to write."""
 
     topology: Topology
-    model: str  #: of a hub, or a path inside the workers
+    model: str  #: a model hub's name, or a path inside the workers
     gpu: Gpu
     gpus_per_worker: int = 1
     namespace: str = "inference"
@@ -44,17 +43,17 @@ class Plan:
     send_buffer_bytes: int = GIB
     receive_buffer_bytes: int = 2 * GIB
     model_claim: str | None = None  #: a PersistentVolumeClaim with the weights, mounted at /models
-    rdma: str | None = None  #: the resource of a network card
+    rdma: str | None = None  #: a network card's resource
     autoscale: Literal["keda", "hpa"] | None = None
     monitoring: bool = True
-    worker_image: str = "kvbelt/kvbelt-vllm:0.1.0"
-    proxy_image: str = "kvbelt/kvbelt-proxy:0.1.0"
+    worker_image: str = "kvbelt/kvbelt-vllm:0.2.0"
+    proxy_image: str = "kvbelt/kvbelt-proxy:0.2.0"
 
     def __post_init__(self) -> None:
-        """Check.
+        """Check the values.
 
         Raises:
-            SettingsError: a value cannot be right.
+            SettingsError: a value is invalid.
         """
         if self.topology.aggregated:
             raise SettingsError(f"--topology {self.topology} has no prefill worker; say for example 1p1d")
@@ -63,21 +62,21 @@ class Plan:
             ("--model", self.model, _MODEL, "a name of a model hub, or a path inside the workers"),
             ("--model-claim", self.model_claim, _LABEL, "lower-case letters, digits and '-', at most 63"),
             ("--rdma", self.rdma, _RESOURCE, "a resource of a device plugin, such as rdma/ib"),
-            ("--worker-image", self.worker_image, _IMAGE, "an image, such as kvbelt/kvbelt-vllm:0.1.0"),
-            ("--proxy-image", self.proxy_image, _IMAGE, "an image, such as kvbelt/kvbelt-proxy:0.1.0"),
+            ("--worker-image", self.worker_image, _IMAGE, "an image, such as kvbelt/kvbelt-vllm:0.2.0"),
+            ("--proxy-image", self.proxy_image, _IMAGE, "an image, such as kvbelt/kvbelt-proxy:0.2.0"),
         ):
             if value is not None and not form.fullmatch(value):
                 raise SettingsError(f"{option} is {value!r}; it must be {what}")
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Of ``deploy/kubernetes/components``, in the order in which they apply."""
+        """Names below ``deploy/kubernetes/components``, in the order in which they apply."""
         wanted = (("rdma", self.rdma), ("monitoring", self.monitoring), (self.autoscale, self.autoscale))
         return tuple(name for name, on in wanted if name is not None and on)
 
 
 def templates() -> Path:
-    """``deploy/kubernetes``: of the repository, or as the wheel carries it."""
+    """``deploy/kubernetes`` of the repository, or as the wheel contains it."""
     here = Path(__file__)
     for place in (here.parents[4] / "deploy" / "kubernetes", here.parent / "kubernetes"):
         if (place / "base" / "kustomization.yaml").is_file():
@@ -85,7 +84,7 @@ def templates() -> Path:
     raise SettingsError(f"deploy/kubernetes is missing beside {here}; install kvbelt again")
 
 
-def overlay_files(plan: Plan, source: Path) -> dict[str, str]:
+def overlay_files(plan: OverlaySpec, source: Path) -> dict[str, str]:
     """The files of an overlay, by their path in it."""
     files = {}
     for part in ("base", "keys", *(f"components/{name}" for name in plan.components)):
@@ -102,14 +101,14 @@ def overlay_files(plan: Plan, source: Path) -> dict[str, str]:
     return files
 
 
-def write_overlay(plan: Plan, folder: Path) -> list[Path]:
-    """Write an overlay into a new or empty folder. Returns its files.
+def write_overlay(plan: OverlaySpec, folder: Path) -> list[Path]:
+    """Write an overlay into a new or empty folder and return its files.
 
     Raises:
-        SettingsError: something is there already, or nothing can be written there.
+        SettingsError: the folder is not empty or not writable.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SettingsError(f"--output {folder} is there already; remove it, or choose another")
+        raise SettingsError(f"--output {folder} exists already; remove it, or choose another")
     written = []
     try:
         for name, text in overlay_files(plan, templates()).items():
@@ -122,18 +121,18 @@ def write_overlay(plan: Plan, folder: Path) -> list[Path]:
     return written
 
 
-def _belt_file(plan: Plan, role: str, base: str) -> str:
-    """A role's YAML file: the base's, with this deployment's buffer, and a port a tensor-parallel rank."""
+def _belt_file(plan: OverlaySpec, role: str, base: str) -> str:
+    """A role's YAML file: the base's, with this deployment's buffer size, and one port per tensor-parallel rank."""
     content: dict[str, Any] = yaml.safe_load(base)
     content["pd_buffer_size"] = plan.send_buffer_bytes if role == "prefill" else plan.receive_buffer_bytes
     if role == "decode" and plan.gpus_per_worker > 1:
-        for key in ("pd_peer_init_port", "pd_peer_alloc_port"):
+        for key in ("pd_peer_init_port", "pd_peer_alloc_port", "pd_peer_liveness_port"):
             content[key] = [content[key] + rank for rank in range(plan.gpus_per_worker)]
     parse_belt_file(content, source=f"the {role} workers' file", environ={"POD_IP": "127.0.0.1"})
     return yaml.safe_dump(content, sort_keys=False)
 
 
-def _kustomization(plan: Plan) -> str:
+def _kustomization(plan: OverlaySpec) -> str:
     content: dict[str, Any] = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
@@ -170,12 +169,12 @@ def _kustomization(plan: Plan) -> str:
 
 def _image(name: str, wanted: str) -> dict[str, str]:
     repository, colon, tag = wanted.rpartition(":")
-    if not colon or "/" in tag:  # a port of a registry is no tag
+    if not colon or "/" in tag:  # the colon may be a registry's port
         return {"name": name, "newName": wanted}
     return {"name": name, "newName": repository, "newTag": tag}
 
 
-def _patches(plan: Plan) -> Iterator[dict[str, Any]]:
+def _patches(plan: OverlaySpec) -> Iterator[dict[str, Any]]:
     for name in _WORKERS:
         operations = [*_gpu_operations(plan)]
         if operations:
@@ -190,7 +189,7 @@ def _patches(plan: Plan) -> Iterator[dict[str, Any]]:
         last = plan.gpus_per_worker - 1
         for name, rule in (("vllm-decode", "ingress/1"), ("vllm-prefill", "egress/0")):
             operations = []
-            for index, first in enumerate((7300, 7400)):
+            for index, first in enumerate((7300, 7400, 7700)):
                 place = f"/spec/{rule}/ports/{index}"
                 operations += [
                     {"op": "test", "path": f"{place}/port", "value": first},
@@ -199,7 +198,7 @@ def _patches(plan: Plan) -> Iterator[dict[str, Any]]:
             yield {"target": {"kind": "NetworkPolicy", "name": name}, "patch": _dump(operations)}
 
 
-def _gpu_operations(plan: Plan) -> Iterator[dict[str, Any]]:
+def _gpu_operations(plan: OverlaySpec) -> Iterator[dict[str, Any]]:
     pod = "/spec/template/spec"
     if plan.gpus_per_worker > 1:
         limits = f"{pod}/containers/0/resources/limits"
@@ -216,8 +215,8 @@ def _gpu_operations(plan: Plan) -> Iterator[dict[str, Any]]:
         }
 
 
-def _limits(plan: Plan) -> Iterator[dict[str, Any]]:
-    """The topology is the least; four times as many the most."""
+def _limits(plan: OverlaySpec) -> Iterator[dict[str, Any]]:
+    """Between the topology and four times its size."""
     kind, least, most = {
         "keda": ("ScaledObject", "minReplicaCount", "maxReplicaCount"),
         "hpa": ("HorizontalPodAutoscaler", "minReplicas", "maxReplicas"),
@@ -244,10 +243,10 @@ def _dump(content: object) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Texts of several lines as blocks, so that people can read a patch; nothing by reference."""
+    """Writes texts of several lines as blocks, and no references, so that patches are readable."""
 
     def ignore_aliases(self, _: Any) -> bool:
-        """Write everything out."""
+        """Write aliases out."""
         return True
 
 
