@@ -1,14 +1,14 @@
-"""What the doctor has seen of a running deployment. Frozen; the checks see nothing else."""
+"""What the doctor observed of a running deployment. Frozen; the only input of the checks."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
 
-import msgspec
-
-from kvbelt.wire.about import About, Link
-from kvbelt.wire.probe import Probed
+from kvbelt.wire.about import About, LinkTotals
+from kvbelt.wire.health import PlacementNow, WorkerHealth
+from kvbelt.wire.load import NO_LOAD
+from kvbelt.wire.probe import ProbeResult
+from kvbelt.wire.request_record import RequestRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,83 +20,73 @@ class Sample:
     blocks_total: int = 0
     blocks_free: int = 0
     receive_bytes: int = 0  #: size of the receive buffer
-    bytes_held: int = 0  #: of it in use, whatever for
+    bytes_held: int = 0  #: used bytes of it
     bytes_quarantined: int = 0
-    queued: int = 0  #: transfers that wait for room in it
-    sends_waiting: int = 0  #: transfers of a prefill worker's that were told to wait
+    queued: int = 0  #: transfers that wait for space in it
+    sends_waiting: int = 0  #: a prefill worker's transfers that were told to wait
 
     @classmethod
-    def of(cls, health: Mapping[str, Any]) -> "Sample":
-        """From the body of ``/health``; what is missing counts as 0."""
-        load, belt = _mapping(health.get("load")), _mapping(health.get("belt"))
-        states, sends = _mapping(belt.get("arrivals")), _mapping(belt.get("sends"))
-        held = sum(_number(belt.get(f"bytes_{state}")) for state in ("reserved", "committed", "quarantined"))
-        return cls(
-            running=_number(load.get("running")),
-            waiting=_number(load.get("waiting")),
-            blocks_total=_number(load.get("blocks_total")),
-            blocks_free=_number(load.get("blocks_free")),
-            receive_bytes=_number(belt.get("receive_bytes")),
-            bytes_held=held - _number(belt.get("overflow_bytes_used")),
-            bytes_quarantined=_number(belt.get("bytes_quarantined")),
-            queued=_number(states.get("queued")),
-            sends_waiting=_number(sends.get("waiting")),
+    def of(cls, health: WorkerHealth) -> "Sample":
+        """From ``/health`` of an embedded worker."""
+        load, belt = health.load or NO_LOAD, health.belt
+        sample = cls(load.running, load.waiting, load.blocks_total, load.blocks_free)
+        if belt is None:
+            return sample
+        return replace(
+            sample,
+            receive_bytes=belt.receive_bytes,
+            bytes_held=belt.bytes_reserved + belt.bytes_committed + belt.bytes_quarantined - belt.overflow_bytes_used,
+            bytes_quarantined=belt.bytes_quarantined,
+            queued=belt.arrivals.get("queued", 0),
+            sends_waiting=belt.sends.get("waiting", 0),
         )
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _number(value: object) -> int:
-    return int(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSeen:
-    """One worker: what the proxy says of it, and what it says itself."""
+    """One worker: what the proxy reports of it, and what it reports itself."""
 
     name: str  #: ``host:port``
     role: str
-    state: str  #: the proxy's word: ``ready``, ``unready``, ``lost``, ``unknown``
+    state: str  #: the proxy's view: ``ready``, ``unready``, ``lost``, ``unknown``
     detail: str = ""  #: the proxy's
     standing: str = "active"
     model: str = ""
     in_flight: int = 0
-    answer: str = ""  #: why it has not answered the doctor; empty: it has
-    seconds: float | None = None  #: that it took to answer ``/health``, the median
+    answer: str = ""  #: why it did not answer the doctor; empty: it answered
+    seconds: float | None = None  #: median time to answer ``/health``
     status: int | None = None
     engine_id: str = ""
-    about: About | None = None  #: None: it does not say (a vLLM server without us, or an older kvbelt)
+    about: About | None = None  #: None: not reported (a vLLM server without the connector)
     samples: tuple[Sample, ...] = ()
-    skew_seconds: float | None = None  #: its clock ahead of the doctor's
-    skew_within: float = 0.0  #: how far that may be wrong
+    skew_seconds: float | None = None  #: its clock minus the doctor's
+    skew_within: float = 0.0  #: uncertainty of that
+    needs_key: bool = False  #: it refused the doctor's question for its key, or for the lack of one
 
     @property
     def answers(self) -> bool:
-        """Whether it answered the doctor at all."""
         return not self.answer
 
     @property
     def waiting(self) -> float:
-        """Requests that wait in it, the median of the samples."""
+        """Waiting requests, the median of the samples."""
         return median(sample.waiting for sample in self.samples) if self.samples else 0.0
 
     @property
     def running(self) -> float:
-        """Requests that run in it, likewise."""
+        """Running requests, the median of the samples."""
         return median(sample.running for sample in self.samples) if self.samples else 0.0
 
-    def share(self, hit: "Any") -> float:
-        """Of the samples, how many are so; 0 without any."""
-        return sum(bool(hit(sample)) for sample in self.samples) / len(self.samples) if self.samples else 0.0
+    def share(self, hit: Callable[[Sample], bool]) -> float:
+        """Share of the samples with a condition; 0 without samples."""
+        return sum(hit(sample) for sample in self.samples) / len(self.samples) if self.samples else 0.0
 
 
 @dataclass(frozen=True, slots=True)
-class ProbeSeen:
-    """One prompt that the doctor has sent through a pair."""
+class TrialResult:
+    """One prompt that the doctor sent through a pair."""
 
-    ok: bool  #: the KV came and was used
+    ok: bool  #: the decode worker used the transferred KV
     detail: str  #: for people
     seconds: float = 0.0
 
@@ -107,96 +97,57 @@ class PairSeen:
 
     prefill: str
     decode: str
-    state: str  #: the proxy's: ``warm``, ``unwarmed``, ``failed``, ``refused``; empty: it does not say
+    state: str  #: the proxy's view: ``warm``, ``unwarmed``, ``failed``, ``refused``; empty: not reported
     reason: str = ""
     detail: str = ""
-    link: Link | None = None  #: what has moved while the doctor looked, or, where nothing has, ever
-    recent: bool = False  #: it is of the time in which the doctor looked
-    probe: ProbeSeen | None = None
-    probed: Probed | None = None  #: what the prefill worker has measured of it just now; None: it was not asked
-
-
-class _Decision(msgspec.Struct, frozen=True):
-    path: str | None = None
-    reason: str | None = None
-
-
-class _Workers(msgspec.Struct, frozen=True):
-    prefill: str | None = None
-    decode: str | None = None
-
-
-class AttemptSeen(msgspec.Struct, frozen=True):
-    """One leg of a request."""
-
-    leg: str = ""
-    worker: str = ""
-    reason: str | None = None
-    detail: str = ""
-
-
-class TransferSeen(msgspec.Struct, frozen=True):
-    """How a request's transfer ended."""
-
-    state: str = ""
-    bytes: int = 0
-    seconds: float = 0.0
-    exposed_ms: float | None = None
-    reason: str | None = None
-
-
-class RecordSeen(msgspec.Struct, frozen=True):
-    """One request, as ``/kvbelt/requests`` tells of it."""
-
-    request_id: str
-    time: float = 0.0
-    status: int = 0
-    decision: _Decision = _Decision()
-    workers: _Workers = _Workers()
-    kv: str | None = None
-    timings_ms: dict[str, float | None] = {}
-    transfer: TransferSeen | None = None
-    attempts: list[AttemptSeen] = []
-    errors: list[str] = []
+    link: LinkTotals | None = None  #: what moved during the observation or, if nothing did, since the start
+    recent: bool = False  #: ``link`` is from the observation
+    trial: TrialResult | None = None
+    probed: ProbeResult | None = None  #: the prefill worker's measurement; None: not measured
 
 
 @dataclass(frozen=True, slots=True)
 class GpuSeen:
-    """One GPU of the doctor's own host."""
+    """One GPU of the doctor's host."""
 
     index: int
     uuid: str
     name: str
-    utilisation: float  #: percent, the mean while the doctor looked
-    memory_used: float  #: of 1
+    utilisation: float  #: percent, the mean of the samples
+    memory_used: float  #: as a share
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Everything."""
+    """All observations."""
 
     url: str
-    proxy_answer: str = ""  #: why the proxy has not answered; empty: it has
+    proxy_answer: str = ""  #: why the proxy did not answer; empty: it answered
     proxy_about: About | None = None
     proxy_state: str = ""
+    placement: PlacementNow | None = None  #: None: the proxy does not say
     workers: tuple[WorkerSeen, ...] = ()
     pairs: tuple[PairSeen, ...] = ()
-    records: tuple[RecordSeen, ...] = ()  #: of the last minutes
-    records_shown: bool = True  #: the proxy may show them to nobody without its key
+    records: tuple[RequestRecord, ...] = ()  #: of the last minutes
+    records_shown: bool = True  #: the proxy may require its key for them
+    unreadable: tuple[str, ...] = ()  #: messages that this version cannot read: sender and field
     gpus: tuple[GpuSeen, ...] | None = None  #: None: no GPU here, or no nvidia-smi
-    seconds: float = 0.0  #: for how long it was looked
+    seconds: float = 0.0  #: length of the observation
 
     def of(self, role: str) -> Iterator[WorkerSeen]:
-        """Workers that do this."""
+        """The workers of one role."""
         return (worker for worker in self.workers if worker.role == role)
 
     def worker(self, name: str) -> WorkerSeen | None:
-        """One of them."""
         return next((worker for worker in self.workers if worker.name == name), None)
+
+    def within_host(self, pair: PairSeen) -> bool:
+        prefill, decode = self.worker(pair.prefill), self.worker(pair.decode)
+        return prefill is not None and decode is not None and same_host(prefill.about, decode.about)
 
 
 def same_host(one: About | None, other: About | None) -> bool:
-    """Whether two processes reach each other within one machine and network namespace."""
+    """Whether two processes share a machine and a network namespace."""
     if one is None or other is None or not one.machine.boot_id:
         return False
     return (one.machine.boot_id, one.machine.network) == (other.machine.boot_id, other.machine.network)

@@ -1,300 +1,312 @@
-"""Looks at a running deployment: the proxy, each worker for some seconds, a probe through each pair, its link."""
+"""Observes a running deployment: the proxy, each worker for some seconds, a trial prompt and a link probe per pair."""
 
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Any
+from typing import TypeVar
 
 import msgspec
 
-from kvbelt.ops.doctor import gpus, measuring, probing, vllm_metrics
-from kvbelt.ops.doctor.asking import Asker, NoAnswerError, Reply
-from kvbelt.ops.doctor.evidence import Evidence, PairSeen, ProbeSeen, RecordSeen, Sample, WorkerSeen
-from kvbelt.proxy import description
-from kvbelt.wire import about as wire
-from kvbelt.wire.about import About, Link
-from kvbelt.wire.probe import Probed
+from kvbelt.ops.doctor import gpus, link_probe, trial, vllm_metrics
+from kvbelt.ops.doctor.evidence import Evidence, PairSeen, Sample, TrialResult, WorkerSeen
+from kvbelt.ops.http_client import Address, Client, NoAnswerError, Reply, UnreadableReplyError
+from kvbelt.wire.about import ABOUT, About, LinkTotals
+from kvbelt.wire.handoff import ReceiverAddress
+from kvbelt.wire.health import PROXY_HEALTH, WORKER_HEALTH, ServerDescription
+from kvbelt.wire.json_body import JsonMessage
+from kvbelt.wire.probe import ProbeResult
+from kvbelt.wire.request_record import REQUEST_LIST
+from kvbelt.wire.workers import WORKER_LIST, PairRow, WorkerRow
 
-#: Between two looks at a worker's load.
+T = TypeVar("T")
+
+_REQUESTS = "/kvbelt/requests"
+
+#: Between two samples of a worker's load.
 PAUSE_SECONDS = 0.25
 
-#: Requests of the last minutes count.
+#: How far back requests count.
 RECENT_SECONDS = 300.0
 
-#: What a vLLM server is asked, which has no route of ours. Its belt is looked at with the first step, and what is seen
-#: comes with the output of a later one: of four tokens the last two are to spare.
+#: Asks a vLLM server, which has no routes of ours, to describe itself. Its belt is read at the first step, and the
+#: answer comes with a later one: of four tokens the last two are a margin.
 _DESCRIBE = {
     "prompt": [0], "max_tokens": 4, "ignore_eos": True, "temperature": 0, "kv_transfer_params": {"kvbelt": "describe"},
 }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class Looking:
-    """How it is looked."""
-
+class GatherOptions:
     seconds: float = 3.0
     probe: bool = True
     recent_seconds: float = RECENT_SECONDS
-    admin_key: str | None = None  #: of the proxy, which may show its records to nobody else
+    admin_key: str | None = None  #: the proxy may require it for its records
+    worker_api_key: str | None = None  #: vLLM servers may require it
 
 
-async def look(url: str, host: str, port: int, how: Looking) -> Evidence:
-    """Everything that can be seen of the deployment behind a proxy. Never raises."""
+async def gather_evidence(url: str, address: Address, options: GatherOptions) -> Evidence:
+    """Collect everything. Never raises."""
     began = time.monotonic()
-    proxy = Asker(host, port, how.admin_key)
-    try:
+    unreadable: list[str] = []
+    with Client(address, options.admin_key) as proxy:
         try:
-            health = await proxy.get("/health")
-        except NoAnswerError as error:
+            health = (await proxy.get("/health")).read(PROXY_HEALTH, url)
+        except (NoAnswerError, UnreadableReplyError) as error:
             return Evidence(url, proxy_answer=str(error))
-        if "workers" not in health.json:
-            return Evidence(url, proxy_answer=f"/health answered {health.status} and says nothing of workers")
-        about, listed, requests = await asyncio.gather(
-            _ask(proxy, "/kvbelt/about"), _ask(proxy, "/kvbelt/workers"), _ask(proxy, "/kvbelt/requests")
-        )
-        watches = [_Watch(entry) for entry in health.json["workers"] if _is_worker(entry)]
+        about = await _read(proxy, "/kvbelt/about", ABOUT, unreadable)
+        listed = await _read(proxy, "/kvbelt/workers", WORKER_LIST, unreadable)
+        requests = await _read(proxy, _REQUESTS, REQUEST_LIST, unreadable)
+        observers = [_WorkerObserver(row, unreadable, options.worker_api_key) for row in health.workers]
+        known = {(pair.prefill, pair.decode): pair for pair in listed.pairs} if listed is not None else {}
         try:
             pairs, graphics = await asyncio.gather(
-                _look_at_workers(watches, _pairs(listed), how), gpus.look(3, how.seconds / 3)
+                _observe_workers(observers, known, options), gpus.sample(3, options.seconds / 3)
             )
         finally:
-            for watch in watches:
-                watch.asker.close()
-        # What went wrong while it was looked is of interest, too.
-        later = await _ask(proxy, "/kvbelt/requests")
+            for observer in observers:
+                observer.client.close()
+        await _see_again(proxy, observers, unreadable)
+        # Failures during the observation count, too.
+        later = await _read(proxy, _REQUESTS, REQUEST_LIST, unreadable) or requests
+        since = time.time() - options.recent_seconds
         return Evidence(
             url,
-            proxy_about=_about(about),
-            proxy_state=str(health.json.get("state", "")),
-            workers=tuple(watch.seen() for watch in watches),
+            proxy_about=about,
+            proxy_state=health.state,
+            placement=health.placement,
+            workers=tuple(observer.result() for observer in observers),
             pairs=tuple(pairs),
-            records=tuple(_records(later or requests, how.recent_seconds)),
+            records=tuple(one for one in later.requests if one.time >= since) if later is not None else (),
             records_shown=requests is not None,
+            unreadable=tuple(dict.fromkeys(unreadable)),
             gpus=graphics,
             seconds=time.monotonic() - began,
         )
-    finally:
-        proxy.close()
 
 
-async def _ask(asker: Asker, path: str) -> Reply | None:
+async def _read(client: Client, path: str, message: JsonMessage[T], unreadable: list[str]) -> T | None:
+    """The message at ``path``; None if there is no such route, no answer, or another message."""
     try:
-        reply = await asker.get(path)
+        reply = await client.get(path)
+        return reply.read(message, client.pool.name) if reply.status == 200 else None
     except NoAnswerError:
         return None
-    return reply if reply.status == 200 else None
-
-
-def _about(reply: Reply | None) -> About | None:
-    if reply is None:
-        return None
-    try:
-        return wire.parse(reply.body)
-    except ValueError:
+    except UnreadableReplyError as error:
+        unreadable.append(str(error))
         return None
 
 
-def _is_worker(entry: object) -> bool:
-    """Whether a proxy's entry names a worker that can be asked."""
-    name = entry.get("worker") if isinstance(entry, dict) else None
-    return isinstance(name, str) and name.rpartition(":")[2].isdecimal()
+async def _see_again(proxy: Client, observers: "Sequence[_WorkerObserver]", unreadable: list[str]) -> None:
+    """A worker that the proxy had lost and sees again was only late: its state is then the later one."""
+    health = await _read(proxy, "/health", PROXY_HEALTH, unreadable)
+    again = {row.worker: row for row in health.workers if row.state == "ready"} if health is not None else {}
+    for observer in observers:
+        observer.row = again.get(observer.name, observer.row)
 
 
-def _pairs(reply: Reply | None) -> dict[tuple[str, str], dict[str, Any]]:
-    listed = reply.json.get("pairs", []) if reply is not None else []
-    return {(str(pair.get("prefill")), str(pair.get("decode"))): pair for pair in listed if isinstance(pair, dict)}
+class _Describing(msgspec.Struct, frozen=True):
+    """The part of a vLLM server's completion that describes it."""
+
+    kv_transfer_params: ServerDescription | None = None
 
 
-def _records(reply: Reply | None, recent_seconds: float) -> Iterable[RecordSeen]:
-    if reply is None:
-        return
-    since = time.time() - recent_seconds
-    for raw in reply.json.get("requests", []):
-        with contextlib.suppress(msgspec.ValidationError):  # of another version
-            record = msgspec.convert(raw, RecordSeen)
-            if record.time >= since:
-                yield record
+_DESCRIBING = JsonMessage(_Describing, "the description")
 
 
 @dataclass(slots=True)
-class _Watch:
-    """One worker while it is looked at."""
+class _WorkerObserver:
+    """Observes one worker over some seconds."""
 
-    entry: dict[str, Any]
-    asker: Asker = field(init=False)
+    row: WorkerRow
+    unreadable: list[str]
+    api_key: str | None = None
+    client: Client = field(init=False)
     answer: str = "it was not asked"
     times: list[float] = field(default_factory=list)
     status: int | None = None
-    health: dict[str, Any] = field(default_factory=dict)
+    engine_id: str | None = None
+    model: str = ""
     about: About | None = None
-    before: list[Link] = field(default_factory=list)
+    before: list[LinkTotals] = field(default_factory=list)
     skew: tuple[float, float] | None = None
     samples: list[Sample] = field(default_factory=list)
-    receiver: dict[str, Any] | None = None
-    is_vllm: bool = False  #: its health has no body, and it answers questions in kv_transfer_params
+    receiver: ReceiverAddress | None = None
+    needs_key: bool = False  #: it refused the doctor's question for its key, or for the lack of one
+    is_vllm: bool = False  #: its /health has no body, and it describes itself in kv_transfer_params
 
     def __post_init__(self) -> None:
-        self.asker = Asker.at(self.name)
+        self.client = Client(Address.of_worker(self.row.worker), self.api_key)
 
     @property
     def name(self) -> str:
-        return str(self.entry.get("worker", ""))
+        return self.row.worker
 
-    @property
-    def role(self) -> str:
-        return str(self.entry.get("role", ""))
-
-    async def begin(self) -> None:
-        """Whether it answers, who it is."""
+    async def identify(self) -> None:
+        """Ask whether the worker answers, and what it is."""
         try:
-            reply = await self.asker.get("/health")
+            reply = await self._first_answer()
         except NoAnswerError as error:
             self.answer = str(error)
             return
         self.answer = ""
-        self._take(reply)
-        said = await _ask(self.asker, "/kvbelt/about")
-        self.is_vllm = said is None and self.status == 200 and not self.health
-        self.receiver = self.health.get("receiver")
-        if self.is_vllm:
-            said = await self._describe()
-        else:
-            self.about = _about(said)
-            self.samples.append(Sample.of(self.health))
-        if self.about is not None and said is not None:
+        self.is_vllm = reply.status == 200 and not reply.body
+        self._take_health(reply)
+        asked = time.time()
+        await (self._describe() if self.is_vllm else self._ask_about())
+        if self.about is not None:
             self.before = self.about.links
-            self.skew = self.about.unix_time - (said.began + said.ended) / 2, said.seconds / 2
+            self.skew = self.about.unix_time - (asked + time.time()) / 2, (time.time() - asked) / 2
 
-    async def _describe(self) -> Reply | None:
-        """What a vLLM server says of itself; what it does not say in time stays as it was."""
+    async def _first_answer(self) -> Reply:
         try:
-            reply = await self.asker.post(description.PATH, _DESCRIBE, probing.SECONDS)
+            return await self.client.get("/health")
         except NoAnswerError:
-            return None
-        told = reply.json.get("kv_transfer_params")
-        if isinstance(told, dict):
-            self.receiver = told.get("receiver")
-            with contextlib.suppress(msgspec.ValidationError):  # of another version
-                self.about = msgspec.convert(told["about"], About) if told.get("about") else None
-        return reply
+            if self.row.state != "ready":
+                raise
+            return await self.client.get("/health")  # the proxy gets answers, so this one may only be late
 
-    async def watch(self, until: float) -> None:
-        """Its load, again and again."""
+    def _take_health(self, reply: Reply) -> None:
+        self.times.append(reply.seconds)
+        self.status = reply.status
+        if not reply.body:
+            return
+        try:
+            health = reply.read(WORKER_HEALTH, self.name)
+        except UnreadableReplyError as error:
+            self.unreadable.append(str(error))
+            return
+        self.engine_id, self.model, self.receiver = health.engine_id, health.model, health.receiver
+        self.samples.append(Sample.of(health))
+
+    async def _ask_about(self) -> None:
+        self.about = await _read(self.client, "/kvbelt/about", ABOUT, self.unreadable) or self.about
+
+    async def _describe(self) -> None:
+        """Ask a vLLM server; what it does not answer in time stays as it was."""
+        try:
+            reply = await self.client.post("/v1/completions", _DESCRIBE, trial.SECONDS)
+            self.needs_key = reply.status in (401, 403)
+            said = reply.read(_DESCRIBING, self.name).kv_transfer_params if reply.status == 200 else None
+        except NoAnswerError:
+            return
+        except UnreadableReplyError as error:
+            self.unreadable.append(str(error))
+            return
+        if said is not None:
+            self.receiver, self.about = said.receiver, said.about
+
+    async def observe(self, until: float) -> None:
+        """Sample the load until a moment of the monotonic clock."""
         while time.monotonic() < until:
             await asyncio.sleep(PAUSE_SECONDS)
             with contextlib.suppress(NoAnswerError):
-                self._take(await self.asker.get("/health"))
+                self._take_health(await self.client.get("/health"))
                 if self.is_vllm:
-                    reply = await self.asker.get("/metrics")
+                    reply = await self.client.get("/metrics")
                     self.samples.append(vllm_metrics.sample_of(reply.body.decode(errors="replace")))
-                else:
-                    self.samples.append(Sample.of(self.health))
 
-    async def end(self) -> None:
-        """What has moved meanwhile."""
-        if self.is_vllm:
-            await self._describe()
-            return
-        again = _about(await _ask(self.asker, "/kvbelt/about"))
-        if again is not None:
-            self.about = again
-
-    def _take(self, reply: Reply) -> None:
-        self.times.append(reply.seconds)
-        self.status, self.health = reply.status, reply.json
+    async def finish(self) -> None:
+        """Ask again what has moved."""
+        await (self._describe() if self.is_vllm else self._ask_about())
 
     def engine_ids(self) -> list[str]:
-        """Of its ranks; all others than a vLLM server have one."""
-        ranks = (self.receiver or {}).get("ranks") or ()
-        first = self.entry.get("engine_id")
-        return [str(first)] * bool(first) + [str(rank.get("engine_id")) for rank in ranks if isinstance(rank, dict)]
+        """The engine ids of all tensor-parallel ranks."""
+        first = [self.row.engine_id] if self.row.engine_id else []
+        return [*first, *(rank.engine_id for rank in (self.receiver.ranks if self.receiver is not None else ()))]
 
-    def seen(self) -> WorkerSeen:
-        entry = self.entry
+    def result(self) -> WorkerSeen:
+        row = self.row
         skew, within = self.skew or (None, 0.0)
         return WorkerSeen(
-            name=self.name,
-            role=self.role,
-            state=str(entry.get("state", "")),
-            detail=str(entry.get("detail", "")),
-            standing=str(entry.get("standing", "active")),
-            model=str(entry.get("model") or self.health.get("model") or ""),
-            in_flight=int(entry.get("in_flight", 0)),
+            name=row.worker,
+            role=row.role,
+            state=row.state,
+            detail=row.detail,
+            standing=row.standing,
+            model=row.model or self.model,
+            in_flight=row.in_flight,
             answer=self.answer,
             seconds=median(self.times) if self.times else None,
             status=self.status,
-            engine_id=str(self.health.get("engine_id") or entry.get("engine_id") or ""),
+            engine_id=self.engine_id or row.engine_id or "",
             about=self.about,
             samples=tuple(self.samples),
             skew_seconds=skew,
             skew_within=within,
+            needs_key=self.needs_key,
         )
 
 
-async def _look_at_workers(
-    watches: Sequence[_Watch], known: dict[tuple[str, str], dict[str, Any]], how: Looking
+Pairs = Mapping[tuple[str, str], PairRow]
+
+
+async def _observe_workers(
+    observers: Sequence[_WorkerObserver], known: Pairs, options: GatherOptions
 ) -> list[PairSeen]:
-    await asyncio.gather(*(watch.begin() for watch in watches))
-    alive = [watch for watch in watches if not watch.answer]
-    until = time.monotonic() + how.seconds
-    prefill = [watch for watch in watches if watch.role == "prefill"]
-    decode = [watch for watch in watches if watch.role == "decode"]
-    probes: dict[tuple[str, str], ProbeSeen] = {}
-    sending = [_probe_from(one, decode, known, probes) for one in prefill if how.probe and not one.answer]
-    await asyncio.gather(*(watch.watch(until) for watch in alive), *sending)
-    probed = await _measure(prefill, decode) if how.probe else {}
-    await asyncio.gather(*(watch.end() for watch in alive))
+    await asyncio.gather(*(observer.identify() for observer in observers))
+    alive = [observer for observer in observers if not observer.answer]
+    until = time.monotonic() + options.seconds
+    prefill = [observer for observer in observers if observer.row.role == "prefill"]
+    decode = [observer for observer in observers if observer.row.role == "decode"]
+    trials: dict[tuple[str, str], TrialResult] = {}
+    sending = [_run_trials(one, decode, known, trials) for one in prefill if options.probe and not one.answer]
+    await asyncio.gather(*(observer.observe(until) for observer in alive), *sending)
+    probed = await _measure(prefill, decode) if options.probe else {}
+    await asyncio.gather(*(observer.finish() for observer in alive))
     pairs = []
     for sender in prefill:
         for receiver in decode:
-            said = known.get((sender.name, receiver.name), {})
+            names = sender.name, receiver.name
+            row = known.get(names)
             pair = PairSeen(
-                sender.name,
-                receiver.name,
-                state=str(said.get("state", "")),
-                reason=str(said.get("reason") or ""),
-                detail=str(said.get("detail") or ""),
-                probe=probes.get((sender.name, receiver.name)),
-                probed=probed.get((sender.name, receiver.name)),
+                *names,
+                state=row.state if row is not None else "",
+                reason=(row.reason or "") if row is not None else "",
+                detail=row.detail if row is not None else "",
+                trial=trials.get(names),
+                probed=probed.get(names),
             )
             pairs.append(_with_link(pair, sender, receiver.engine_ids()))
     return pairs
 
 
-async def _probe_from(
-    sender: _Watch,
-    receivers: Sequence[_Watch],
-    known: dict[tuple[str, str], dict[str, Any]],
-    probes: dict[tuple[str, str], ProbeSeen],
+async def _run_trials(
+    sender: _WorkerObserver,
+    receivers: Sequence[_WorkerObserver],
+    known: Pairs,
+    trials: dict[tuple[str, str], TrialResult],
 ) -> None:
-    """One pair after the other; a worker that has no time for one has none for the next."""
+    """One pair after the other; a worker without time for one has none for the next."""
     for receiver in receivers:
-        refused = known.get((sender.name, receiver.name), {}).get("state") == "refused"
-        if receiver.answer or receiver.receiver is None or refused:
+        row = known.get((sender.name, receiver.name))
+        if receiver.answer or receiver.receiver is None or (row is not None and row.state == "refused"):
             continue
-        seen = await probing.probe(sender.asker, receiver.asker, receiver.receiver)
-        probes[sender.name, receiver.name] = seen
-        if seen.seconds >= probing.SECONDS:
+        seen = await trial.run_trial(sender.client, receiver.client, receiver.receiver)
+        trials[sender.name, receiver.name] = seen
+        if seen.seconds >= trial.SECONDS:
             return
 
 
-async def _measure(senders: Sequence[_Watch], receivers: Sequence[_Watch]) -> dict[tuple[str, str], Probed]:
-    """Every link that can be measured, one after the other: side by side each would be measured at a share."""
-    found: dict[tuple[str, str], Probed] = {}
-    patient_until = time.monotonic() + measuring.BUSY_SECONDS
+async def _measure(
+    senders: Sequence[_WorkerObserver], receivers: Sequence[_WorkerObserver]
+) -> dict[tuple[str, str], ProbeResult]:
+    """Measure every possible link one by one: in parallel each would get a share of the bandwidth."""
+    found: dict[tuple[str, str], ProbeResult] = {}
+    patient_until = time.monotonic() + link_probe.BUSY_SECONDS
     for sender in senders:
         for receiver in receivers:
-            engine_id = str((receiver.receiver or {}).get("engine_id", ""))
-            if not (sender.answer or receiver.answer) and engine_id:
-                found[sender.name, receiver.name] = await measuring.measure(sender.asker, engine_id, patient_until)
+            if sender.answer or receiver.answer or receiver.receiver is None:
+                continue
+            engine_id = receiver.receiver.engine_id
+            found[sender.name, receiver.name] = await link_probe.measure(sender.client, engine_id, patient_until)
     return found
 
 
-def _with_link(pair: PairSeen, sender: _Watch, engine_ids: Sequence[str]) -> PairSeen:
-    """What has moved since the doctor began to look, or, if nothing has, ever; of several ranks the slowest."""
+def _with_link(pair: PairSeen, sender: _WorkerObserver, engine_ids: Sequence[str]) -> PairSeen:
+    """With what moved during the observation or, if nothing did, since the start; of several ranks the slowest."""
     for since, recent in ((sender.before, True), ([], False)):
         moved = [link for one in engine_ids if (link := _moved(one, since, sender)).busy_seconds > 0]
         if moved:
@@ -302,12 +314,12 @@ def _with_link(pair: PairSeen, sender: _Watch, engine_ids: Sequence[str]) -> Pai
     return pair
 
 
-def _moved(engine_id: str, since: Sequence[Link], sender: _Watch) -> Link:
-    """To this receiver. Nothing, if they are not connected."""
-    none = Link(engine_id, 0, 0, 0.0)
+def _moved(engine_id: str, since: Sequence[LinkTotals], sender: _WorkerObserver) -> LinkTotals:
+    """What moved to one receiver after ``since``; zeros if they are not connected."""
+    none = LinkTotals(engine_id, 0, 0, 0.0)
     now = next((link for link in (sender.about.links if sender.about else []) if link.engine_id == engine_id), none)
     before = next((link for link in since if link.engine_id == engine_id), none)
-    return Link(
+    return LinkTotals(
         engine_id,
         now.writes - before.writes,
         now.num_bytes - before.num_bytes,

@@ -1,4 +1,4 @@
-"""A vLLM server's load, from its ``/metrics``: its ``/health`` has no body."""
+"""A vLLM server's load from its ``/metrics``, because its ``/health`` has no body."""
 
 from collections import defaultdict
 
@@ -6,12 +6,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvbelt.ops.doctor.evidence import Sample
 
-#: Blocks are counted as a share there.
+#: vLLM reports blocks as a share.
 _WHOLE = 10_000
 
 
 def sample_of(text: str) -> Sample:
-    """What it says of itself; what it does not say counts as 0."""
+    """Missing values count as 0."""
     values: dict[str, float] = defaultdict(float)
     try:
         for family in text_string_to_metric_families(text):
