@@ -11,14 +11,14 @@ import msgspec
 import pytest
 import yaml
 
-from kvbelt.about import ucx_problem
+from kvbelt.channels.ucx_tls import ucx_tls_problem
 from kvbelt.cli import main
-from kvbelt.ops.doctor.before import Before, Wanted, look
-from kvbelt.ops.doctor.checks.before import diagnose
+from kvbelt.ops.doctor.checks.preflight import diagnose
 from kvbelt.ops.doctor.finding import Finding, Severity
-from kvbelt.ops.doctor.measured import Measured
+from kvbelt.ops.doctor.nixl_measurement import NixlMeasurement
+from kvbelt.ops.doctor.preflight import Preflight, PreflightOptions, inspect
 from kvbelt.ops.topology import Topology
-from kvbelt.wire.about import Road
+from kvbelt.wire.about import TransportChoice
 
 SENDER = {
     "enable_pd": True, "transfer_channel": "nixl", "pd_role": "sender", "pd_proxy_host": "127.0.0.1",
@@ -32,31 +32,31 @@ RECEIVER = {
 
 @pytest.fixture
 def seen(tmp_path: Path):
-    """Looks at files with these contents."""
+    """Run the preflight on files with these contents."""
 
-    def look_at(*contents, **wanted) -> Before:
+    def look_at(*contents, **options) -> Preflight:
         files = []
         for number, content in enumerate(contents):
             files.append(tmp_path / f"{number}.yaml")
             files[-1].write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
-        return asyncio.run(look(Wanted(files=files, measure=False, device="cpu", **wanted)))
+        return asyncio.run(inspect(PreflightOptions(files=files, measure=False, device="cpu", **options)))
 
     return look_at
 
 
-def wrong(before: Before) -> dict[str, Finding]:
-    """Findings that are no notes, by name."""
+def wrong(before: Preflight) -> dict[str, Finding]:
+    """Findings that are not notes, by name."""
     return {one.name: one for one in diagnose(before) if one.severity is not Severity.NOTE}
 
 
 def test_a_pair_of_files_that_fit_has_notes_only(seen, monkeypatch) -> None:
-    """As ``kvbelt up 1p1d`` writes them."""
+    """Files as ``kvbelt up 1p1d`` writes them are right."""
     monkeypatch.delenv("UCX_TLS", raising=False)
     assert wrong(seen(SENDER, RECEIVER)) == {}
 
 
 def test_what_is_not_installed_has_no_needs(seen, monkeypatch) -> None:
-    """Run from a folder on the path, it says what it finds."""
+    """Run from a folder on the path, it compares no requirements."""
 
     def requires(name: str) -> None:
         raise metadata.PackageNotFoundError(name)
@@ -66,13 +66,13 @@ def test_what_is_not_installed_has_no_needs(seen, monkeypatch) -> None:
 
 
 def test_a_file_that_cannot_be_used_is_quoted_with_its_remedy(seen) -> None:
-    """The error that the worker would give."""
+    """The evidence is the worker's own error."""
     found = wrong(seen("enable_pd: True\npd_bufer_size: 5\n"))["bad_file"]
     assert "did you mean 'pd_buffer_size'" in found.evidence[0]
 
 
 def test_files_that_contradict_each_other(seen) -> None:
-    """Two carriers, one port twice, two proxies: each has its line."""
+    """Two channels, a port used twice and two proxies each have a finding."""
     mooncake = {**RECEIVER, "transfer_channel": "mooncake"}
     found = wrong(seen(SENDER, {**SENDER, "pd_proxy_port": 7501}, mooncake, {**RECEIVER, "pd_peer_init_port": 17301}))
     assert {"files_differ", "ports_clash", "proxies_differ"} <= found.keys()
@@ -81,37 +81,38 @@ def test_files_that_contradict_each_other(seen) -> None:
 
 
 def test_files_of_one_side_only(seen) -> None:
-    """KV needs both."""
+    """A transfer needs both sides."""
     assert "receiver" in wrong(seen(SENDER, SENDER))["one_side"].what
 
 
-def test_a_port_that_is_taken_is_named_with_its_owner(seen) -> None:
-    """Before a model is loaded for nothing."""
+@pytest.mark.parametrize("key", ["pd_peer_init_port", "pd_peer_alloc_port", "pd_peer_liveness_port"])
+def test_a_port_that_is_taken_is_named_with_its_owner(seen, key) -> None:
+    """Each receiver's port is tried before a model is loaded for nothing."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         number = taken.getsockname()[1]
-        found = wrong(seen({**RECEIVER, "pd_peer_alloc_port": number}))["port_taken"]
+        found = wrong(seen({**RECEIVER, key: number}))["port_taken"]
     assert str(number) in found.what
-    assert "pd_peer_alloc_port" in found.what
+    assert key in found.what
     assert "ss -ltnp" in found.change
 
 
 def test_a_topology_with_many_more_prefill_workers(seen) -> None:
-    """The seed's third anti-pattern, before the start."""
+    """The seed's third anti-pattern is a warning."""
     found = wrong(seen(topology=Topology(5, 2)))
     assert found["ratio"].severity is Severity.WARNING
     assert "2p5d" in found["ratio"].change
 
 
 def test_kvbelt_up_warns_of_such_a_topology(capsys) -> None:
-    """Before it loads any model."""
+    """Kvbelt up warns before it loads a model."""
     assert main(["up", "3p1d", "--model", "/nowhere"]) == 2
-    assert "3 prefill workers stand against 1 decode worker" in capsys.readouterr().err
+    assert "3 prefill workers feed 1 decode worker" in capsys.readouterr().err
     assert main(["up", "2p1d", "--model", "/nowhere"]) == 2
-    assert "stand against" not in capsys.readouterr().err
+    assert "prefill workers feed" not in capsys.readouterr().err
 
 
 def test_a_buffer_is_reckoned_against_the_model(seen, tmp_path: Path) -> None:
-    """From config.json alone: Llama-3.1-8B takes 128 KiB a token in bfloat16."""
+    """config.json suffices: Llama-3.1-8B takes 128 KiB per token in bfloat16."""
     config = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096,
               "max_position_embeddings": 131072, "torch_dtype": "bfloat16"}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -136,25 +137,25 @@ def test_a_buffer_is_reckoned_against_the_model(seen, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_settings_of_ucx(tls: str | None, device: str, wrong: bool) -> None:
-    """Which of them keep two workers of one host from the fast way."""
-    assert (ucx_problem(tls, device) is not None) is wrong
+    """Some settings exclude the fast transport within a host."""
+    assert (ucx_tls_problem(tls, device) is not None) is wrong
 
 
 def test_what_was_measured_says_when_ucx_fell_back(seen, monkeypatch) -> None:
-    """No setting is wrong, and yet it is TCP."""
+    """No setting is wrong, but UCX uses TCP."""
     monkeypatch.delenv("UCX_TLS", raising=False)
-    measured = Measured(
+    measured = NixlMeasurement(
         device="cpu",
         num_bytes=8 << 20,
         write_gb_per_second=0.9,
         read_gb_per_second=0.8,
         backends=["UCX"],
         plugins=["UCX", "POSIX"],
-        roads=[Road("intra-node", "write", "host", "tcp/eth0")],
+        transports=[TransportChoice("intra-node", "write", "host", "tcp/eth0")],
     )
     before = replace(seen(), measured=measured)
     assert "tcp/eth0" in " ".join(wrong(before)["tcp_fallback"].evidence)
-    fast = msgspec.structs.replace(measured, roads=[Road("intra-node", "write", "host", "cma/memory")])
+    fast = msgspec.structs.replace(measured, transports=[TransportChoice("intra-node", "write", "host", "cma/memory")])
     assert wrong(replace(before, measured=fast)) == {}
     said = next(one for one in diagnose(replace(before, measured=fast)) if one.name == "nixl")
     assert "WRITE 0.9 GB/s, READ 0.8 GB/s" in said.what
@@ -162,7 +163,7 @@ def test_what_was_measured_says_when_ucx_fell_back(seen, monkeypatch) -> None:
 
 
 def test_a_carrier_that_moves_nothing_is_an_error(seen) -> None:
-    """With its own words."""
-    found = wrong(replace(seen(), measured=Measured(device="cpu", error="nixl could not start")))["nixl"]
+    """The evidence is the library's own error."""
+    found = wrong(replace(seen(), measured=NixlMeasurement(device="cpu", error="nixl could not start")))["nixl"]
     assert found.severity is Severity.ERROR
     assert found.evidence == ("nixl could not start",)

@@ -1,4 +1,4 @@
-"""How busy this host's GPUs are: what ``nvidia-smi`` says."""
+"""The utilisation of this host's GPUs, from ``nvidia-smi``."""
 
 import asyncio
 import contextlib
@@ -12,16 +12,16 @@ _QUERY = "index,uuid,name,utilization.gpu,memory.used,memory.total"
 _SECONDS = 10.0
 
 
-async def look(times: int, pause: float) -> tuple[GpuSeen, ...] | None:
-    """Each GPU, its use the mean of so many looks. None: there is none, or no nvidia-smi."""
+async def sample(times: int, pause: float) -> tuple[GpuSeen, ...] | None:
+    """The mean of ``times`` samples of each GPU; None without a GPU or nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return None
-    looks = []
+    samples = []
     for number in range(times):
         if number:
             await asyncio.sleep(pause)
-        looks.append(parse(await _run()))
-    return together(looks)
+        samples.append(parse(await _run()))
+    return mean_of(samples)
 
 
 async def _run() -> str:
@@ -47,7 +47,7 @@ async def _run() -> str:
 
 
 def parse(text: str) -> list[GpuSeen]:
-    """One look. Lines that are none are left out."""
+    """One sample. Other lines are ignored."""
     found = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split(",")]
@@ -59,10 +59,10 @@ def parse(text: str) -> list[GpuSeen]:
     return found
 
 
-def together(looks: Sequence[Sequence[GpuSeen]]) -> tuple[GpuSeen, ...] | None:
-    """The mean of several looks, by GPU."""
+def mean_of(samples: Sequence[Sequence[GpuSeen]]) -> tuple[GpuSeen, ...] | None:
+    """The mean of several samples, by GPU."""
     by_uuid: dict[str, list[GpuSeen]] = defaultdict(list)
-    for one in looks:
+    for one in samples:
         for gpu in one:
             by_uuid[gpu.uuid].append(gpu)
     if not by_uuid:

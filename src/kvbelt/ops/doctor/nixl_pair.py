@@ -1,14 +1,13 @@
-"""Measures NIXL between two short-lived processes, with this environment: ``python -m kvbelt.ops.doctor.pair cpu``.
+"""Measures NIXL between two processes with this environment: ``python -m kvbelt.ops.doctor.nixl_pair cpu``.
 
-Says a ``Measured`` as JSON on standard output. The other process is this module, too: it registers memory, and helps
-until its standard input closes. On GPUs the two take different ones where there are two.
+It prints a ``NixlMeasurement`` as JSON. The second process runs this module, too: it registers memory and makes
+progress until its standard input closes. With two GPUs each process uses its own.
 """
 
 import contextlib
 import ctypes
 import os
 import select
-import statistics
 import subprocess
 import sys
 import time
@@ -20,15 +19,15 @@ import msgspec
 from kvbelt.channels.nixl import NixlChannel
 from kvbelt.channels.ucx_resources import resources
 from kvbelt.errors import ChannelError
-from kvbelt.ops.doctor.measured import Measured
+from kvbelt.ops.doctor.nixl_measurement import NixlMeasurement
 from kvbelt.transfer.ports import Region
-from kvbelt.wire.about import Road
+from kvbelt.wire.about import TransportChoice
 
 LARGE = 8 << 20
 SMALL = 4096
 LARGE_ROUNDS, SMALL_ROUNDS = 8, 50
 
-#: One transfer may take so long: 8 MB at a megabyte a second.
+#: Limit of one transfer: 8 MB at one MB/s.
 PATIENCE_SECONDS = 10.0
 
 
@@ -57,23 +56,23 @@ def _end(device: str) -> tuple[NixlChannel, Region, _Memory]:
 
 
 def help_out(device: str) -> None:
-    """The other process."""
+    """Run the second process."""
     channel, region, _memory = _end(device)
     sys.stdout.write(f"{channel.local_metadata().hex()} {region.address}\n")
     sys.stdout.flush()
     while not select.select([sys.stdin], [], [], 0)[0]:
         channel.progress()
-    os._exit(0)  # nobody waits for a vendor's farewells
+    os._exit(0)  # skip native atexit handlers
 
 
-def measure(here: str, there: str) -> Measured:
-    """Everything.
+def measure(here: str, there: str) -> NixlMeasurement:
+    """Measure in both directions.
 
     Raises:
         ChannelError: NIXL cannot be loaded, or moves nothing.
     """
     channel, region, _memory = _end(here)
-    command = [sys.executable, "-m", "kvbelt.ops.doctor.pair", "help", there]
+    command = [sys.executable, "-m", "kvbelt.ops.doctor.nixl_pair", "help", there]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as peer:
         try:
             assert peer.stdout is not None
@@ -93,22 +92,24 @@ def measure(here: str, there: str) -> Measured:
                 moving.release()
                 return seconds
 
-            def typical(post: Callable[..., Any], num_bytes: int, rounds: int) -> float:
+            def fastest(post: Callable[..., Any], num_bytes: int, rounds: int) -> float:
                 once(post, num_bytes)
-                return statistics.median(once(post, num_bytes) for _ in range(rounds))
+                return min(once(post, num_bytes) for _ in range(rounds))
 
-            write, read = typical(channel.write, LARGE, LARGE_ROUNDS), typical(channel.read, LARGE, LARGE_ROUNDS)
-            return Measured(
+            write, read = fastest(channel.write, LARGE, LARGE_ROUNDS), fastest(channel.read, LARGE, LARGE_ROUNDS)
+            return NixlMeasurement(
                 device=here if here == there else f"{here} to {there}",
                 num_bytes=LARGE,
                 write_gb_per_second=LARGE / write / 1e9,
                 read_gb_per_second=LARGE / read / 1e9,
-                write_us=typical(channel.write, SMALL, SMALL_ROUNDS) * 1e6,
-                read_us=typical(channel.read, SMALL, SMALL_ROUNDS) * 1e6,
+                write_us=fastest(channel.write, SMALL, SMALL_ROUNDS) * 1e6,
+                read_us=fastest(channel.read, SMALL, SMALL_ROUNDS) * 1e6,
                 backends=list(channel.backends),
                 plugins=list(channel.plugins),
                 resources=_resources(),
-                roads=[Road(one.scope, one.operation, one.memory, one.transport) for one in channel.choices()],
+                transports=[
+                    TransportChoice(one.scope, one.operation, one.memory, one.transport) for one in channel.choices()
+                ],
                 complaints=channel.complaints(),
             )
         finally:
@@ -124,12 +125,12 @@ def measure(here: str, there: str) -> Measured:
 def _resources() -> list[str]:
     try:
         return resources()
-    except (OSError, AttributeError):  # another UCX than this was written for
+    except (OSError, AttributeError):  # an unknown version of UCX
         return []
 
 
 def main() -> None:
-    """``pair DEVICE [DEVICE]``, or ``pair help DEVICE``."""
+    """``nixl_pair DEVICE [DEVICE]``, or ``nixl_pair help DEVICE``."""
     if sys.argv[1] == "help":
         help_out(sys.argv[2])
         return
@@ -137,7 +138,7 @@ def main() -> None:
     try:
         found = measure(here, there)
     except ChannelError as error:
-        found = Measured(device=here, error=str(error))
+        found = NixlMeasurement(device=here, error=str(error))
     sys.stdout.write(msgspec.json.encode(found).decode() + "\n")
     sys.stdout.flush()
     os._exit(0)

@@ -1,4 +1,4 @@
-"""Looks before a start: this machine, the files, the ports, the model."""
+"""Observations before a start: this machine, the files, the ports, the model."""
 
 import asyncio
 import contextlib
@@ -15,39 +15,39 @@ from kvbelt import about
 from kvbelt.errors import SettingsError
 from kvbelt.ops.doctor import gpus
 from kvbelt.ops.doctor.evidence import GpuSeen
-from kvbelt.ops.doctor.measured import Measured
-from kvbelt.ops.ports import PROXY_PORT, Claim, Ports, problem, seed_ports
+from kvbelt.ops.doctor.nixl_measurement import NixlMeasurement
+from kvbelt.ops.ports import PROXY_PORT, Ports, PortUse, bind_problem, seed_ports
 from kvbelt.ops.processes import resolve_device, visible_gpus
 from kvbelt.ops.topology import Topology
 from kvbelt.settings import BeltFile, load_belt_file
 from kvbelt.wire.about import About
 
-#: NIXL loads for some seconds where it is cold, and measures for less than one.
+#: Loading NIXL may take many seconds on a cold disk; measuring takes less than one.
 _PAIR_SECONDS = 90.0
+
+RECEIVER_PORTS = ("pd_peer_init_port", "pd_peer_alloc_port", "pd_peer_liveness_port")
 
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
 
 
 @dataclass(frozen=True, slots=True)
 class FileSeen:
-    """One worker's YAML file."""
-
     path: Path
     belt: BeltFile | None
-    problem: str = ""  #: why it cannot be used
+    problem: str = ""  #: why it is unusable
 
 
 @dataclass(frozen=True, slots=True)
 class PortSeen:
-    """One port that will be needed."""
+    """A port of the planned deployment."""
 
-    claim: Claim
-    problem: str  #: why nobody can listen there; empty: it is free
+    use: PortUse
+    problem: str  #: why it cannot be bound; empty: it is free
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSeen:
-    """What a model's config.json says of its KV."""
+    """The size of a model's KV, from its config.json."""
 
     path: Path
     problem: str = ""
@@ -56,21 +56,21 @@ class ModelSeen:
 
 
 @dataclass(frozen=True, slots=True)
-class Before:
-    """Everything."""
+class Preflight:
+    """All observations."""
 
     here: About
-    device: str  #: what ``auto`` means here
+    device: str  #: the device that ``auto`` selects here
     topology: Topology | None = None
     files: tuple[FileSeen, ...] = ()
     ports: tuple[PortSeen, ...] = ()
     model: ModelSeen | None = None
-    measured: Measured | None = None  #: None: not asked for
+    measured: NixlMeasurement | None = None  #: None: not asked for, or NIXL is not installed
     gpus: tuple[GpuSeen, ...] | None = None
     max_model_len: int | None = None
 
     def sides(self) -> tuple[int, int]:
-        """How many prefill and decode workers are meant."""
+        """The planned numbers of prefill and decode workers."""
         if self.topology is not None:
             return self.topology.prefill, self.topology.decode
         roles = [file.belt.pd_role for file in self.files if file.belt is not None]
@@ -78,8 +78,8 @@ class Before:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """What is to be looked at."""
+class PreflightOptions:
+    """What to observe."""
 
     topology: Topology | None = None
     files: Sequence[Path] = ()
@@ -91,21 +91,22 @@ class Wanted:
     measure: bool = True
 
 
-async def look(wanted: Wanted) -> Before:
-    """Everything. Never raises."""
-    device = resolve_device(wanted.device)
-    files = tuple(_file(path) for path in wanted.files)
-    graphics, measured = await asyncio.gather(gpus.look(1, 0.0), _measure(device) if wanted.measure else _nothing())
-    return Before(
+async def inspect(options: PreflightOptions) -> Preflight:
+    """Observe everything. Never raises."""
+    device = resolve_device(options.device)
+    files = tuple(_file(path) for path in options.files)
+    measure = options.measure and "nixl" in about.versions()
+    graphics, measured = await asyncio.gather(gpus.sample(1, 0.0), _measure(device) if measure else _nothing())
+    return Preflight(
         here=about.of_this_process("doctor"),
         device=device,
-        topology=wanted.topology,
+        topology=options.topology,
         files=files,
-        ports=tuple(_ports(wanted, files)),
-        model=_model(wanted.model, wanted.dtype, device) if wanted.model is not None else None,
+        ports=tuple(_ports(options, files)),
+        model=_model(options.model, options.dtype, device) if options.model is not None else None,
         measured=measured,
         gpus=graphics,
-        max_model_len=wanted.max_model_len,
+        max_model_len=options.max_model_len,
     )
 
 
@@ -120,23 +121,23 @@ def _file(path: Path) -> FileSeen:
         return FileSeen(path, None, str(error))
 
 
-def _ports(wanted: Wanted, files: Sequence[FileSeen]) -> list[PortSeen]:
-    claims: list[Claim] = []
-    if wanted.topology is not None:
-        ports: Ports = seed_ports(wanted.topology, proxy=wanted.port)
-        claims += ports.claims("127.0.0.1")
+def _ports(options: PreflightOptions, files: Sequence[FileSeen]) -> list[PortSeen]:
+    uses: list[PortUse] = []
+    if options.topology is not None:
+        ports: Ports = seed_ports(options.topology, proxy=options.port)
+        uses += ports.uses("127.0.0.1")
     for file in files:
         belt = file.belt
         if belt is None or belt.pd_role != "receiver" or belt.pd_peer_host is None:
             continue
-        for key in ("pd_peer_init_port", "pd_peer_alloc_port"):
+        for key in RECEIVER_PORTS:
             given = getattr(belt, key)
-            claims += [
-                Claim(port, f"{file.path}: {key}", key, belt.pd_peer_host)
+            uses += [
+                PortUse(port, f"{file.path}: {key}", key, belt.pd_peer_host)
                 for port in (given if isinstance(given, list) else [given])
                 if port is not None
             ]
-    return [PortSeen(claim, problem(claim.host, claim.port) or "") for claim in claims]
+    return [PortSeen(use, bind_problem(use.host, use.port) or "") for use in uses]
 
 
 def _model(path: Path, dtype: str, device: str) -> ModelSeen:
@@ -153,16 +154,16 @@ def _model(path: Path, dtype: str, device: str) -> ModelSeen:
         per_token = int(config["num_hidden_layers"]) * kv_heads * head_dim * 2 * size
         return ModelSeen(path, "", per_token, int(config.get("max_position_embeddings") or 0))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        return ModelSeen(path, f"config.json says nothing of its KV: {error!r}")
+        return ModelSeen(path, f"config.json does not describe its KV: {error!r}")
 
 
-async def _measure(device: str) -> Measured:
-    """A pair of processes with this environment."""
+async def _measure(device: str) -> NixlMeasurement:
+    """Measure with two processes in this environment."""
     ends = [device]
     if device == "cuda":
         count = len(visible_gpus())
         ends = ["cuda:0", "cuda:1"] if count > 1 else ["cuda:0"]
-    command = [sys.executable, "-m", "kvbelt.ops.doctor.pair", *ends]
+    command = [sys.executable, "-m", "kvbelt.ops.doctor.nixl_pair", *ends]
     process = await asyncio.create_subprocess_exec(
         *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=dict(os.environ)
     )
@@ -173,12 +174,12 @@ async def _measure(device: str) -> Measured:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         await process.wait()
-        return Measured(device=device, error=f"nothing was measured within {_PAIR_SECONDS:g} s")
+        return NixlMeasurement(device=device, error=f"nothing was measured within {_PAIR_SECONDS:g} s")
     try:
-        # NIXL may have said something before.
-        return msgspec.json.decode(out.strip().rpartition(b"\n")[2], type=Measured)
+        # NIXL may have printed something before.
+        return msgspec.json.decode(out.strip().rpartition(b"\n")[2], type=NixlMeasurement)
     except msgspec.MsgspecError:
-        said = err.decode(errors="replace").strip().splitlines() or ["it said nothing"]
-        return Measured(
+        said = err.decode(errors="replace").strip().splitlines() or ["no output"]
+        return NixlMeasurement(
             device=device, error=f"the measuring process ended with status {process.returncode}: {said[-1]}"
         )

@@ -1,38 +1,38 @@
-"""Do the GPUs work, and not too much?"""
+"""GPU utilisation against the prefill queue."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from kvbelt.ops.doctor.checks.capacity import QUEUE
 from kvbelt.ops.doctor.evidence import Evidence, GpuSeen
 from kvbelt.ops.doctor.finding import Finding, Severity
 
-#: The seed's thresholds, for prompts that wait.
+#: The seed's thresholds, while prompts wait.
 IDLE_PERCENT = 50.0
 FULL_PERCENT = 90.0
 
 
 def utilisation(evidence: Evidence) -> Iterator[Finding]:
-    """GPU utilisation on the doctor's own host, against the prefill queue."""
+    """The GPUs of the doctor's host."""
     if evidence.proxy_answer:
         return
     on_cuda = [w for w in evidence.workers if w.about is not None and w.about.device.startswith("cuda")]
     if evidence.gpus is None:
         where = (
-            "the workers compute on GPUs of other hosts: run kvbelt doctor, or nvidia-smi, there"
+            "the workers' GPUs are on other hosts: run kvbelt doctor or nvidia-smi there"
             if on_cuda
             else "the workers compute on CPUs"
         )
-        yield Finding("no_gpu", Severity.NOTE, "no GPU", f"nvidia-smi is not here, or shows none; {where}", "")
+        yield no_gpu(where)
         return
     waiting = sum(worker.waiting for worker in evidence.of("prefill"))
-    lines = tuple(_line(gpu) for gpu in evidence.gpus)
+    lines = lines_of(evidence.gpus)
     busiest = max(gpu.utilisation for gpu in evidence.gpus)
     if waiting > QUEUE and busiest < IDLE_PERCENT:
         yield Finding(
             "gpu_idle",
             Severity.WARNING,
             f"{waiting:g} prompts wait while no GPU of this host is busy for more than {IDLE_PERCENT:g} % of the time",
-            "prompts wait for something else than computing",
+            "something other than computing limits prefill",
             "add prefill workers (kvbelt workers add prefill HOST:7100), or let each take more tokens a step: "
             "--max-batch-tokens (vLLM: --max-num-batched-tokens)",
             lines,
@@ -49,9 +49,14 @@ def utilisation(evidence: Evidence) -> Iterator[Finding]:
         )
     else:
         yield Finding(
-            "gpus", Severity.NOTE, f"{len(evidence.gpus)} GPUs on this host", "nothing waits because of them", "", lines
+            "gpus", Severity.NOTE, f"{len(evidence.gpus)} GPUs on this host", "they are not the bottleneck", "", lines
         )
 
 
-def _line(gpu: GpuSeen) -> str:
-    return f"GPU {gpu.index} {gpu.name}: busy {gpu.utilisation:.0f} %, memory {gpu.memory_used:.0%}"
+def no_gpu(consequence: str) -> Finding:
+    why = f"nvidia-smi is missing or shows none; {consequence}"
+    return Finding("no_gpu", Severity.NOTE, "no GPU", why, "")
+
+
+def lines_of(gpus: Iterable[GpuSeen]) -> tuple[str, ...]:
+    return tuple(f"GPU {g.index} {g.name}: busy {g.utilisation:.0f} %, memory {g.memory_used:.0%}" for g in gpus)
