@@ -1,4 +1,4 @@
-"""Findings for people and for programs, and the command's status."""
+"""Findings as text and as JSON, and the exit status."""
 
 import json
 
@@ -6,31 +6,31 @@ import pytest
 
 from kvbelt.cli import main
 from kvbelt.ops.doctor import gpus, report, vllm_metrics
-from kvbelt.ops.doctor.finding import Finding, Kind, Severity, in_order
+from kvbelt.ops.doctor.finding import Finding, FindingKind, Severity, in_order
 from tests.http.support import free_port
 
 CAUSE = Finding("dead_worker", Severity.ERROR, "it is dead", "others do its work", "start it", ("refused",))
-SYMPTOM = Finding("failures", Severity.ERROR, "requests failed", "see above", "", (), Kind.SYMPTOM)
+SYMPTOM = Finding("failures", Severity.ERROR, "requests failed", "see above", "", (), FindingKind.SYMPTOM)
 NOTE = Finding("no_gpu", Severity.NOTE, "no GPU", "CPUs", "")
 
 
 def test_causes_come_first_then_symptoms_then_notes() -> None:
-    """Whatever the order in which they were found."""
+    """The order does not depend on the order of discovery."""
     assert in_order([NOTE, SYMPTOM, CAUSE]) == [CAUSE, SYMPTOM, NOTE]
 
 
 def test_people_read_what_was_seen_why_and_what_to_change() -> None:
-    """And which finding to look at first."""
+    """The text also says which finding to look at first."""
     text = "\n".join(report.lines([CAUSE, SYMPTOM, NOTE], "http://x"))
     assert "error, look here first: it is dead  [dead_worker]" in text
     assert "  seen:     refused" in text
     assert "  why:      others do its work" in text
     assert "  change:   start it" in text
-    assert text.endswith("2 errors, 0 warnings; the first finding is the cause, as far as can be told")
+    assert text.endswith("2 errors, 0 warnings; the first finding is the most likely cause")
 
 
 def test_programs_read_json_with_the_status() -> None:
-    """Every field, in the same order."""
+    """The JSON has every field, in the same order."""
     said = json.loads(report.as_json([CAUSE, NOTE], "http://x"))
     assert said["status"] == 2
     assert [one["name"] for one in said["findings"]] == ["dead_worker", "no_gpu"]
@@ -38,7 +38,7 @@ def test_programs_read_json_with_the_status() -> None:
 
 
 def test_a_proxy_that_is_not_there_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
-    """In scripts an error is an error, found or met."""
+    """A missing proxy is an error for scripts, too."""
     assert main(["doctor", "--url", f"http://127.0.0.1:{free_port()}", "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["findings"][0]["name"] == "no_proxy"
 
@@ -47,24 +47,24 @@ def test_a_proxy_that_is_not_there_is_status_2(capsys: pytest.CaptureFixture[str
     "arguments", [["--url", "https://x:1"], ["--url", "http://x:99999"], ["2p2d", "--url", "http://x:1"], ["two"]]
 )
 def test_bad_command_lines(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """One line, status 2."""
+    """A wrong command line gives one line and status 2."""
     assert main(["doctor", *arguments]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_what_nvidia_smi_says() -> None:
-    """The mean of several looks; lines that are none are left out."""
+    """Samples are averaged; other lines are ignored."""
     looks = [
         gpus.parse("0, GPU-1, NVIDIA H100, 80, 40, 80\nnonsense\n"),
         gpus.parse("0, GPU-1, NVIDIA H100, 40, 60, 80\n"),
     ]
-    (gpu,) = gpus.together(looks)
+    (gpu,) = gpus.mean_of(looks)
     assert (gpu.index, gpu.utilisation, gpu.memory_used) == (0, 60.0, 0.625)
-    assert gpus.together([[], []]) is None
+    assert gpus.mean_of([[], []]) is None
 
 
 def test_a_vllm_servers_load_is_read_from_its_metrics() -> None:
-    """Its health has no body."""
+    """A vLLM server's /health has no body."""
     text = (
         'vllm:num_requests_running{engine="0"} 3.0\nvllm:num_requests_waiting{engine="0"} 12.0\n'
         'vllm:kv_cache_usage_perc{engine="0"} 0.75\nkvbelt_receive_buffer_bytes{engine="0"} 1000.0\n'

@@ -1,7 +1,7 @@
-"""``kvbelt doctor``: what is wrong with a deployment, its cause first, and the line to change.
+"""``kvbelt doctor``: finds what is wrong with a deployment, causes first, and names the line to change.
 
-- ``evidence``: what was seen of a running deployment, as frozen values; ``gather`` sees it. ``before`` has and sees
-  what there is before a start.
-- ``checks``: each a pure function from evidence to findings; ``CHECKS`` is the table, in the order of causes.
-- ``report``: findings for people, and as JSON.
+- ``evidence``: frozen observations of a running deployment, collected by ``gather``.
+- ``preflight``: observations before a start.
+- ``checks``: pure functions from evidence to findings; the tables ``CHECKS`` are in the order of causes.
+- ``report``: findings as text and as JSON.
 """

@@ -1,53 +1,49 @@
-"""One thing that the doctor has found."""
+"""One finding of the doctor."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 
 class Severity(StrEnum):
-    """How bad it is."""
-
     ERROR = "error"  #: requests fail, or take many times as long as they should
-    WARNING = "warning"  #: it costs something, or will
-    NOTE = "note"  #: worth knowing, nothing to do
+    WARNING = "warning"  #: it has a cost, now or later
+    NOTE = "note"  #: for information
 
     @property
     def status(self) -> int:
-        """What it makes of the exit status."""
         return {Severity.ERROR: 2, Severity.WARNING: 1, Severity.NOTE: 0}[self]
 
 
-class Kind(StrEnum):
-    """What it is in the chain of causes."""
+class FindingKind(StrEnum):
+    """Its place in the chain of causes."""
 
     CAUSE = "cause"
-    SYMPTOM = "symptom"  #: it follows from something; shown after every cause
+    SYMPTOM = "symptom"  #: follows from a cause; shown after all causes
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What, what was seen, why it matters, what to change."""
+    """What is wrong, the evidence, why it matters, and what to change."""
 
-    name: str  #: one word, for scripts: ``dead_worker``
+    name: str  #: an identifier for scripts: ``dead_worker``
     severity: Severity
     what: str  #: one line
     why: str  #: why it matters
-    change: str  #: the exact line, command or flag to change; empty: nothing
-    evidence: tuple[str, ...] = ()  #: the values seen
-    kind: Kind = Kind.CAUSE
+    change: str  #: the exact line, command or flag; empty: nothing to change
+    evidence: tuple[str, ...] = ()  #: the observed values
+    kind: FindingKind = FindingKind.CAUSE
 
 
 def in_order(findings: list[Finding]) -> list[Finding]:
-    """Causes as they came (the table of checks is in the order of causes), then symptoms, then notes."""
+    """Causes in the given order, then symptoms, then notes."""
 
     def place(finding: Finding) -> int:
         if finding.severity is Severity.NOTE:
             return 2
-        return int(finding.kind is Kind.SYMPTOM)
+        return int(finding.kind is FindingKind.SYMPTOM)
 
     return sorted(findings, key=place)
 
 
 def status_of(findings: list[Finding]) -> int:
-    """The exit status: 0 nothing wrong, 1 warnings, 2 errors."""
     return max((finding.severity.status for finding in findings), default=0)

@@ -1,10 +1,10 @@
-"""Findings for people, and for programs."""
+"""Findings as text and as JSON."""
 
 import json
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from kvbelt.ops.doctor.finding import Finding, Kind, Severity, status_of
+from kvbelt.ops.doctor.finding import Finding, FindingKind, Severity, status_of
 
 _COLOURS = {Severity.ERROR: "31", Severity.WARNING: "33", Severity.NOTE: "2"}
 _BOLD = "1"
@@ -13,12 +13,11 @@ _HANG = 12
 
 
 def lines(findings: Sequence[Finding], about: str, *, colour: bool = False) -> Iterator[str]:
-    """For a terminal."""
     yield about
     first = True
     for finding in findings:
         head = finding.severity.value
-        if first and finding.kind is Kind.CAUSE and finding.severity is not Severity.NOTE:
+        if first and finding.kind is FindingKind.CAUSE and finding.severity is not Severity.NOTE:
             head = f"{head}, look here first"
         first = False
         yield ""
@@ -29,21 +28,19 @@ def lines(findings: Sequence[Finding], about: str, *, colour: bool = False) -> I
         if finding.change:
             yield from _wrapped("change", finding.change)
     yield ""
-    yield _paint(verdict(findings), _BOLD, colour=colour)
+    yield _paint(summary(findings), _BOLD, colour=colour)
 
 
-def verdict(findings: Sequence[Finding]) -> str:
-    """In one line."""
+def summary(findings: Sequence[Finding]) -> str:
     errors = sum(finding.severity is Severity.ERROR for finding in findings)
     warnings = sum(finding.severity is Severity.WARNING for finding in findings)
     if not errors and not warnings:
-        return "nothing is wrong that could be seen from here"
+        return "no problem found"
     found = f"{_count(errors, 'error')}, {_count(warnings, 'warning')}"
-    return f"{found}; the first finding is the cause, as far as can be told"
+    return f"{found}; the first finding is the most likely cause"
 
 
 def as_json(findings: Sequence[Finding], about: str) -> str:
-    """For programs."""
     body = {
         "about": about,
         "status": status_of(list(findings)),

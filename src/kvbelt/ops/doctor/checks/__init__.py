@@ -1,12 +1,22 @@
-"""The checks of a running deployment, in the order of causes: what stands above explains what stands below.
+"""The checks of a running deployment, in the order of causes: earlier findings explain later ones.
 
-A worker that is dead overloads the others, a slow link fills buffers, a full buffer holds prompts back: so the first
-finding is what to look at first, whatever its severity. Symptoms and notes come last (``finding.in_order``).
+A dead worker overloads the others, a slow link fills buffers, a full buffer holds prompts back. So the first finding
+is the one to look at first, whatever its severity. Symptoms and notes come last (``finding.in_order``).
 """
 
 from collections.abc import Callable, Iterator
 
-from kvbelt.ops.doctor.checks import capacity, failures, graphics, identity, links, presence, transport, versions
+from kvbelt.ops.doctor.checks import (
+    capacity,
+    failures,
+    graphics,
+    identity,
+    levels,
+    links,
+    presence,
+    transport,
+    versions,
+)
 from kvbelt.ops.doctor.evidence import Evidence
 from kvbelt.ops.doctor.finding import Finding, in_order
 
@@ -17,9 +27,10 @@ CHECKS: tuple[Check, ...] = (
     presence.workers_alive,
     identity.models_equal,
     versions.kvbelt_equal,
+    versions.messages_readable,
     versions.carriers_equal,
     transport.ucx_tls,
-    transport.roads,
+    transport.choices,
     links.slow,
     identity.pairs_connected,
     capacity.decode_overloaded,
@@ -37,10 +48,12 @@ CHECKS: tuple[Check, ...] = (
     versions.hash_seeds,
     transport.complaints,
     failures.recent,
+    levels.splitting_off,
+    levels.missed,
     failures.where_time_goes,
 )
 
 
 def diagnose(evidence: Evidence) -> list[Finding]:
-    """Every finding, the cause first."""
+    """All findings, causes first."""
     return in_order([finding for check in CHECKS for finding in check(evidence)])

@@ -1,31 +1,32 @@
-"""Who has too much to do, and what has too little room?"""
+"""Overloaded workers and full buffers."""
 
 from collections.abc import Iterator, Sequence
 from statistics import median
 
-from kvbelt.ops.doctor.evidence import Evidence, RecordSeen, WorkerSeen
+from kvbelt.ops.doctor.evidence import Evidence, WorkerSeen
 from kvbelt.ops.doctor.finding import Finding, Severity
 from kvbelt.routing.ratio import MOST_PREFILL_PER_DECODE
+from kvbelt.wire.request_record import FailedTransfer, RequestRecord
 
-#: The seed's: more requests than this in a worker's queue, and there are too few workers of its kind.
+#: The seed's threshold: with more waiting requests, there are too few workers of this role.
 QUEUE = 10
 
-#: Requests wait for longer than this before they are admitted (the median), and there are too few as well.
+#: With a longer median wait before admission, there are too few workers, too.
 WAIT_MS = 1000.0
 
-#: Prompts of full length that a receive buffer should hold.
+#: How many prompts of full length a receive buffer should hold.
 PROMPTS_IN_BUFFER = 2.0
 
-#: Of the looks at a worker, in so many a thing must be seen to be more than chance.
+#: A condition must hold in this share of the samples to be more than chance.
 OFTEN = 0.2
 
 
-def _waited(records: Sequence[RecordSeen], timing: str, role: str, worker: str) -> float | None:
-    """Milliseconds that this worker's requests have waited in its queue, the median; None: too few to say."""
+def _waited(records: Sequence[RequestRecord], timing: str, role: str, worker: str) -> float | None:
+    """Median time in ms that a worker's requests waited in its queue; None: too few requests."""
     found = [
         value
         for record in records
-        if getattr(record.workers, role) == worker and (value := record.timings_ms.get(timing)) is not None
+        if getattr(record.workers, role) == worker and (value := getattr(record.timings_ms, timing)) is not None
     ]
     return median(found) if len(found) >= 5 else None
 
@@ -35,7 +36,7 @@ def _many(worker: WorkerSeen) -> bool:
 
 
 def _long(worker: WorkerSeen, waited: float | None) -> bool:
-    # A queue that has been worked off is history; requests that waited count while others still do.
+    # Earlier waits only matter while requests still wait.
     return waited is not None and waited > WAIT_MS and worker.waiting >= 1
 
 
@@ -58,14 +59,14 @@ def _others(evidence: Evidence, role: str, records_timing: str) -> tuple[str, ..
 
 
 def decode_overloaded(evidence: Evidence) -> Iterator[Finding]:
-    """The decode workers' queues: many requests wait."""
+    """Many requests wait in the decode workers."""
     found = [worker for worker in evidence.of("decode") if _many(worker)]
     if found:
         yield _decode(evidence, found)
 
 
 def decode_slow(evidence: Evidence) -> Iterator[Finding]:
-    """Few wait, and for long. Where the receive buffer is full as well, that comes first: it holds fewer than wait."""
+    """Few requests wait, but for long. A full receive buffer comes first, because it limits how many can wait."""
     if any(_many(worker) for worker in evidence.of("decode")):
         return
     records = evidence.records
@@ -87,8 +88,7 @@ def _decode(evidence: Evidence, found: Sequence[WorkerSeen]) -> Finding:
         "decode_overloaded",
         Severity.WARNING,
         f"{len(found)} of {decode} decode workers have more requests than they can run",
-        "answers wait for their second token, and the KV that waits with them fills the receive buffers until "
-        "prefill stands still, too",
+        "requests wait before their second token, and their KV fills the receive buffers until prefill stops, too",
         f"add a decode worker: kvbelt up {prefill}p{decode + 1}d, or kvbelt workers add decode HOST:7200; {instead}"
         + (
             "give them more KV memory: --kv-gb (vLLM: --gpu-memory-utilization)"
@@ -101,11 +101,11 @@ def _decode(evidence: Evidence, found: Sequence[WorkerSeen]) -> Finding:
 
 
 def buffer_full(evidence: Evidence) -> Iterator[Finding]:
-    """Transfers that wait for room in a receive buffer."""
+    """Transfers that wait for space in a receive buffer."""
     refused = [
         record.request_id
         for record in evidence.records
-        if (record.transfer is not None and record.transfer.reason == "receiver_full")
+        if (isinstance(record.transfer, FailedTransfer) and record.transfer.reason == "receiver_full")
         or any(attempt.reason == "transfer_receiver_full" for attempt in record.attempts)
         or any("receiver_full" in error for error in record.errors)
     ]
@@ -121,18 +121,18 @@ def buffer_full(evidence: Evidence) -> Iterator[Finding]:
     yield Finding(
         "buffer_full",
         Severity.ERROR if refused else Severity.WARNING,
-        f"no room in the receive buffer of {' and '.join(one.name for one in found)}: transfers wait for it",
-        "a prefill worker keeps a prompt's blocks until its KV has room on the other side, and in the end cannot "
-        "take new prompts",
+        f"the receive buffer is full at {' and '.join(one.name for one in found)}: transfers wait for space",
+        "a prefill worker keeps a prompt's blocks until its KV has space on the other side, and finally cannot take "
+        "new prompts",
         f"{_where(worker)}: {_set(worker, 'pd_buffer_size', wanted)} (or {_set(worker, 'pd_overflow_size', wanted)} "
         "in host memory)",
         tuple(
-            f"{one.name}: {max(sample.queued for sample in one.samples)} transfers wait for room, seen in "
-            f"{one.share(lambda sample: sample.queued > 0):.0%} of {len(one.samples)} looks"
+            f"{one.name}: {max(sample.queued for sample in one.samples)} transfers wait for space, in "
+            f"{one.share(lambda sample: sample.queued > 0):.0%} of {len(one.samples)} samples"
             for one in found
         )
         + (f"{worker.name}: {held / 1e6:,.1f} of {size / 1e6:,.1f} MB in use",)
-        + ((f"{len(refused)} requests found no room until their deadline, such as {refused[0]}",) if refused else ())
+        + ((f"{len(refused)} requests got no space before their deadline, such as {refused[0]}",) if refused else ())
         + tuple(
             f"prefill worker {p.name}: {max(sample.sends_waiting for sample in p.samples)} transfers told to wait"
             for p in evidence.of("prefill")
@@ -146,17 +146,17 @@ def _is_vllm(worker: WorkerSeen) -> bool:
 
 
 def _where(worker: WorkerSeen) -> str:
-    """Where a decode worker's settings stand."""
+    """Where a decode worker's settings are."""
     return f"in the decode worker's {'kv_connector_extra_config' if _is_vllm(worker) else 'file'}"
 
 
 def _set(worker: WorkerSeen, setting: str, num_bytes: float) -> str:
-    """One setting, as it is written there: JSON or YAML."""
+    """A setting in that place's syntax, JSON or YAML."""
     return f'"{setting}": {_round_up(num_bytes)}' if _is_vllm(worker) else f"{setting}: {_round_up(num_bytes)}"
 
 
 def _prompt_bytes(evidence: Evidence, worker: WorkerSeen, size: int) -> float:
-    """Of a prompt that goes to this worker, as the last ones were; 0: not known."""
+    """Median KV size of the last prompts for this worker; half of the buffer if unknown."""
     moved = [
         record.transfer.bytes
         for record in evidence.records
@@ -166,12 +166,12 @@ def _prompt_bytes(evidence: Evidence, worker: WorkerSeen, size: int) -> float:
 
 
 def _round_up(num_bytes: float) -> int:
-    """To a power of two: what people write."""
+    """Round up to a power of two, of at least 1 MiB."""
     return 1 << max(20, int(num_bytes - 1).bit_length())
 
 
 def prefill_overloaded(evidence: Evidence) -> Iterator[Finding]:
-    """The prefill workers' queues."""
+    """Many prompts wait, or wait for long, in the prefill workers."""
     waited = {w.name: _waited(evidence.records, "queue", "prefill", w.name) for w in evidence.of("prefill")}
     found = [w for w in evidence.of("prefill") if _many(w) or _long(w, waited[w.name])]
     if not found:
@@ -181,7 +181,7 @@ def prefill_overloaded(evidence: Evidence) -> Iterator[Finding]:
         "prefill_overloaded",
         Severity.WARNING,
         f"{len(found)} of {prefill} prefill workers have more prompts than they can compute",
-        "the first token waits for its prompt's turn: this is what TTFT is made of now",
+        "prompts wait before they are computed, and this wait is most of TTFT",
         f"add a prefill worker: kvbelt up {prefill + 1}p{decode}d, or kvbelt workers add prefill HOST:7100; where "
         "prompts begin alike, leave prefix caching on; "
         "short prompts may stay on the decode workers: kvbelt proxy --min-prompt-tokens 1000",
@@ -191,28 +191,27 @@ def prefill_overloaded(evidence: Evidence) -> Iterator[Finding]:
 
 
 def ratio(evidence: Evidence) -> Iterator[Finding]:
-    """Prefill workers far more than decode workers (the seed's anti-pattern 3)."""
-    prefill = [worker for worker in evidence.of("prefill") if worker.state == "ready"]
-    decode = [worker for worker in evidence.of("decode") if worker.state == "ready"]
-    if decode and len(prefill) > MOST_PREFILL_PER_DECODE * len(decode):
+    prefill, decode = ([w for w in evidence.of(role) if w.state == "ready"] for role in ("prefill", "decode"))
+    waiting = [sum(worker.waiting for worker in workers) for workers in (prefill, decode)]
+    seen = f"requests that wait: {waiting[0]:g} in prefill workers, {waiting[1]:g} in decode workers"
+    yield from lopsided(len(prefill), len(decode), seen)
+
+
+def lopsided(prefill: int, decode: int, *seen: str) -> Iterator[Finding]:
+    """Many more prefill than decode workers (the seed's anti-pattern 3)."""
+    if decode and prefill > MOST_PREFILL_PER_DECODE * decode:
         yield Finding(
             "ratio",
             Severity.WARNING,
-            f"{len(prefill)} prefill workers stand against {len(decode)} decode workers",
-            "first tokens come soon, and then answers wait in the decode workers' queues: decode is the bottleneck",
-            f"1:1 or 1:2 is usual: kvbelt up {len(decode)}p{len(prefill)}d has as many workers",
-            (
-                f"{len(prefill)}:{len(decode)}; more than {MOST_PREFILL_PER_DECODE} to 1",
-                (
-                    f"requests that wait: {sum(w.waiting for w in prefill):g} in prefill workers, "
-                    f"{sum(w.waiting for w in decode):g} in decode workers"
-                ),
-            ),
+            f"{prefill} prefill workers for {decode} decode workers",
+            "first tokens come soon, then requests wait in the decode workers' queues: decode is the bottleneck",
+            f"1:1 or 1:2 is usual: kvbelt up {decode}p{prefill}d has as many workers",
+            (f"{prefill}:{decode}; more than {MOST_PREFILL_PER_DECODE} to 1", *seen),
         )
 
 
 def buffer_small(evidence: Evidence) -> Iterator[Finding]:
-    """What a receive buffer holds, in prompts of full length."""
+    """Receive buffers that hold too few prompts of full length."""
     for worker in evidence.of("decode"):
         said = worker.about
         if said is not None and said.buffer_bytes and said.bytes_per_token and said.max_model_len:
@@ -225,7 +224,7 @@ def buffer_small(evidence: Evidence) -> Iterator[Finding]:
 def small_buffer(
     whose: str, num_bytes: int, bytes_per_token: int, tokens: int, change: str = "in its file: pd_buffer_size: {bytes}"
 ) -> Iterator[Finding]:
-    """One buffer and the longest prompt. ``change`` says how it is set, with ``{bytes}`` or ``{gib}`` in it."""
+    """One buffer against the longest prompt. ``change`` may contain ``{bytes}`` or ``{gib}``."""
     longest = bytes_per_token * tokens
     fits = num_bytes / longest
     if fits >= PROMPTS_IN_BUFFER:
@@ -235,17 +234,17 @@ def small_buffer(
         "buffer_small",
         Severity.WARNING if fits < 1 else Severity.NOTE,
         f"the receive buffer of {whose} holds {fits:.2g} prompts of {tokens:,} tokens",
-        "a prompt that is larger than it comes in parts, more slowly; two that do not fit wait for each other",
+        "a prompt larger than the buffer is sent in parts, which is slower; prompts that do not fit together wait",
         change.format(bytes=wanted, gib=f"{wanted / (1 << 30):g}") + ", or a lower --max-model-len",
         (
             f"pd_buffer_size {num_bytes:,}",
-            f"{bytes_per_token:,} bytes a token, times {tokens:,} tokens = {longest:,}",
+            f"{bytes_per_token:,} bytes per token, times {tokens:,} tokens = {longest:,}",
         ),
     )
 
 
 def quarantine(evidence: Evidence) -> Iterator[Finding]:
-    """Slots that nobody may use, because their writer is alive and silent."""
+    """Slots that cannot be reused, because their sender is silent but not known dead."""
     for worker in evidence.of("decode"):
         held = worker.samples[-1].bytes_quarantined if worker.samples else 0
         if held:
@@ -253,8 +252,9 @@ def quarantine(evidence: Evidence) -> Iterator[Finding]:
                 "quarantine",
                 Severity.WARNING,
                 f"{held / 1e6:,.1f} MB of the receive buffer of {worker.name} are in quarantine",
-                "a prefill worker that was stopped or cut off in the middle of a write may still write there; until "
-                "it says that it has stopped, or is known dead, nobody else may",
-                "let that prefill worker go on (kill -CONT), bring back its network, or end it",
+                "a prefill worker that was stopped or cut off during a write may still write there; the memory is not "
+                "reused until that worker confirms or is known to be dead",
+                "continue that prefill worker (kill -CONT), restore its network, or end it; if it has ended already, "
+                "open the decode worker's pd_peer_liveness_port to the prefill workers, or restart the decode worker",
                 (f'kvbelt_receive_bytes{{state="quarantined"}} {held}',),
             )

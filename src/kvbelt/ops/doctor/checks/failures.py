@@ -1,30 +1,31 @@
-"""What clients have felt of it: failures of the last minutes by reason, and where the time goes."""
+"""Failures of the last minutes by reason, and where the time to first token goes."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from statistics import median, quantiles
 
-from kvbelt.ops.doctor.evidence import Evidence, RecordSeen
-from kvbelt.ops.doctor.finding import Finding, Kind, Severity
+from kvbelt.ops.doctor.evidence import Evidence
+from kvbelt.ops.doctor.finding import Finding, FindingKind, Severity
 from kvbelt.wire.reasons import Where, find
+from kvbelt.wire.request_record import RequestRecord
 
-#: Ways that a request takes by choice, with nothing wrong.
+#: Paths that are chosen without a fault.
 _CHOSEN = {"first-token", "re-derive", "prefill-only"}
 
-#: The parts of a first token's time, in the order in which they pass.
+#: The parts of the time to first token, in their order.
 _PARTS = ("proxy", "queue", "prefill", "kv_wait", "load", "decode_queue", "first_decode_step")
 
 _MOST_REASONS = 6
 
 
 def recent(evidence: Evidence) -> Iterator[Finding]:
-    """Requests that failed, or took another way because something failed."""
+    """Requests that failed, or took another path because of a fault."""
     if not evidence.records_shown and not evidence.proxy_answer:
         yield Finding(
             "no_records",
             Severity.NOTE,
-            "the proxy does not show its records here",
-            "what became of the last requests is not known; queues, links and workers were looked at all the same",
+            "the proxy does not show its records without its key",
+            "the last requests are unknown; queues, links and workers were checked",
             "give its key: --admin-key-file FILE, or export KVBELT_ADMIN_KEY_FILE=FILE",
         )
     errors = [record for record in evidence.records if record.status >= 500]
@@ -47,21 +48,21 @@ def recent(evidence: Evidence) -> Iterator[Finding]:
         lines.append(f"{count} times {reason}{meaning}{f' at {workers}' if workers else ''}, such as {example[reason]}")
     total = len(evidence.records)
     said = f"{len(errors)} of {total} requests of the last minutes got an error" if errors else (
-        f"{len(troubled)} of {total} requests of the last minutes were answered another way than was meant"
+        f"{len(troubled)} of {total} requests of the last minutes took another path because of a fault"
     )  # fmt: skip
     yield Finding(
         "failures",
         Severity.ERROR if errors else Severity.WARNING,
-        said + (f", {len(troubled)} more took another way" if errors and troubled else ""),
-        "each has its reason; what stands above explains them, or else docs/failures.md has every reason",
+        said + (f", {len(troubled)} more took another path" if errors and troubled else ""),
+        "the findings above explain them; docs/failures.md explains every reason",
         f"kvbelt why {next(iter(example.values()), 'REQUEST_ID')}",
         tuple(lines),
-        Kind.SYMPTOM,
+        FindingKind.SYMPTOM,
     )
 
 
-def _reasons(record: RecordSeen) -> list[tuple[str, str]]:
-    """What went wrong with it: reasons and the worker concerned."""
+def _reasons(record: RequestRecord) -> list[tuple[str, str]]:
+    """Reasons, each with the worker concerned."""
     found = [(attempt.reason, attempt.worker) for attempt in record.attempts if attempt.reason]
     chosen = record.decision.reason
     known = find(chosen) if chosen else None
@@ -81,21 +82,21 @@ def _reasons(record: RecordSeen) -> list[tuple[str, str]]:
 
 
 def where_time_goes(evidence: Evidence) -> Iterator[Finding]:
-    """Of the first token's time, and the second's."""
-    first = [value for record in evidence.records if (value := record.timings_ms.get("first_token")) is not None]
+    """Medians of the parts of the time to first token."""
+    first = [value for record in evidence.records if (value := record.timings_ms.first_token) is not None]
     if len(first) < 5:
         return
     last = quantiles(first, n=100)[98] if len(first) > 1 else first[0]
     parts = []
     for name in _PARTS:
-        values = [value for record in evidence.records if (value := record.timings_ms.get(name)) is not None]
+        values = [value for record in evidence.records if (value := getattr(record.timings_ms, name)) is not None]
         if values:
             parts.append(f"{name} {median(values):,.1f}")
     yield Finding(
         "ttft",
         Severity.NOTE,
         f"time to first token: median {median(first):,.0f} ms, p99 {last:,.0f} ms, of {len(first)} requests",
-        "where it goes, of single requests: kvbelt why REQUEST_ID",
+        "for a single request: kvbelt why REQUEST_ID",
         "",
         ("medians in ms: " + ", ".join(parts),),
     )

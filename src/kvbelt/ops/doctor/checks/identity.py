@@ -1,4 +1,4 @@
-"""Do the workers fit each other?"""
+"""Whether the workers can exchange KV."""
 
 from collections.abc import Iterator, Mapping
 
@@ -7,12 +7,12 @@ from kvbelt.ops.doctor.finding import Finding, Severity
 from kvbelt.wire.handshake import first_difference
 from kvbelt.wire.reasons import find
 
-#: Refusals that are about the model or how its KV lies.
+#: Refusals because of keys; all others are about the model or its KV layout.
 _KEYS = {"no_key", "untrusted_key", "another_key"}
 
 
 def models_equal(evidence: Evidence) -> Iterator[Finding]:
-    """One model, one revision, one layout everywhere (the seed's anti-pattern 1)."""
+    """One model, revision and layout on all workers (the seed's anti-pattern 1)."""
     found = {(pair.prefill, pair.decode): said for pair in evidence.pairs if (said := _misfit(pair, evidence))}
     if found:
         yield _mixed(found, evidence)
@@ -22,14 +22,14 @@ def models_equal(evidence: Evidence) -> Iterator[Finding]:
             "mixed_names",
             Severity.WARNING,
             f"the workers call their model by {len(names)} names: {', '.join(sorted(names))}",
-            "a client that names the model is refused by some of them",
+            "some of them refuse a client that names the model",
             "start every worker with the same --model, or with the same --served-model-name",
             tuple(f"{worker.role} {worker.name}: {worker.model}" for worker in evidence.workers),
         )
 
 
 def _misfit(pair: PairSeen, evidence: Evidence) -> str:
-    """How two workers do not fit: what their handshake has said, or would say; empty: they do, as far as is known."""
+    """The difference that their handshake found or would find; empty if none is known."""
     if pair.state == "refused":
         return "" if pair.reason in _KEYS else f"{pair.reason}: {pair.detail}".rstrip(": ")
     both = [evidence.worker(pair.prefill), evidence.worker(pair.decode)]
@@ -49,8 +49,8 @@ def _mixed(found: Mapping[tuple[str, str], str], evidence: Evidence) -> Finding:
         "mixed_models",
         Severity.ERROR,
         f"{whom} do not serve the same model in the same form",
-        "KV of one means nothing to the other: such a pair is refused before any memory is shared, and the decode "
-        "worker computes prompts itself",
+        "neither can use the other's KV: the pair is refused before any memory is shared, and the decode worker "
+        "computes prompts itself",
         "start all with the same --model, --dtype and --block-size (vLLM: and attention backend and "
         "--tensor-parallel-size)"
         + (
@@ -67,20 +67,19 @@ def _workers(names: set[str]) -> str:
 
 
 def pairs_connected(evidence: Evidence) -> Iterator[Finding]:
-    """Every prefill worker has reached every decode worker."""
+    """Pairs that could not connect, and did not carry the doctor's own prompt either."""
     for pair in evidence.pairs:
         if pair.state == "refused" and pair.reason in _KEYS:
             yield _unkeyed(pair)
-        elif pair.state == "failed":
+        elif pair.state == "failed" and not (pair.trial is not None and pair.trial.ok):
             known = find(pair.reason)
             yield Finding(
                 "pair_failed",
                 Severity.ERROR,
                 f"prefill worker {pair.prefill} cannot reach decode worker {pair.decode}",
-                "prompts of this pair are sent another way, or computed by the decode worker",
-                "open the decode worker's init and alloc ports (7300, 7400; kvbelt doctor --config FILE says which) "
-                "to the prefill worker, and set pd_peer_host to an "
-                "address that it can reach",
+                "requests avoid this pair, or the decode worker computes their prompts itself",
+                "open the decode worker's init, alloc and liveness ports (pd_peer_init_port, pd_peer_alloc_port, "
+                "pd_peer_liveness_port) to the prefill worker, and set pd_peer_host to an address that it can reach",
                 (f"{pair.reason}: {pair.detail}".rstrip(": "), *((f"that is: {known.meaning}",) if known else ())),
             )
 

@@ -1,38 +1,49 @@
-"""Is what is sent there soon?"""
+"""The speed of the links between workers."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from kvbelt.ops.doctor.evidence import Evidence, PairSeen, same_host
+from kvbelt.ops.doctor.evidence import Evidence, PairSeen
 from kvbelt.ops.doctor.finding import Finding, Severity
-from kvbelt.wire.about import Link
-from kvbelt.wire.probe import Figures
+from kvbelt.wire.about import LinkTotals
+from kvbelt.wire.probe import ENOUGH_OPERATIONS, LinkSpeed
 
-#: Below this a link is slow whatever it is: a quarter of a gigabit network.
+#: A slower link is always slow: a quarter of gigabit Ethernet.
 SLOW_GB_PER_SECOND = 0.03
-#: Below this it is slow if it has no pause either.
+#: A slower link is slow if it is busy as well.
 MODEST_GB_PER_SECOND = 0.3
 BUSY_SHARE = 0.5
-#: Between GPUs of one host: NVLink has hundreds, PCIe tens.
+#: Between GPUs of one host: NVLink has hundreds of GB/s, PCIe tens.
 NVLINK_GB_PER_SECOND = 5.0
 
-#: Less than this in flight measures nothing.
+#: A shorter busy time measures nothing.
 _LEAST_BUSY_SECONDS = 0.2
-#: A write of any size may take so long because a process did not run, or its connection was being made.
+#: A write may take this long because a process was not scheduled or a connection was being made.
 _WRITE_SECONDS = 0.02
+#: A process may have no CPU for this long while a write of it is in flight.
+_STALL_SECONDS = 1.0
 _LEAST_GPU_BYTES = 64 << 20
-#: Of a single operation, between GPUs: with fewer bytes its latency is what is measured.
+#: A smaller operation between GPUs measures latency.
 _LEAST_GPU_WRITE = 4 << 20
+
+_CHECK_NETWORK = (
+    "check that link: ethtool DEVICE (speed, duplex), tc qdisc show, iperf3 -c HOST; on several networks name the fast "
+    "one: export UCX_NET_DEVICES=mlx5_0:1 (or eth1), and pd_peer_host as its address"
+)
+_MORE_CPU = (
+    "the bytes do not leave this host, so the workers lack CPU: see top, and nr_throttled in the cpu.stat of their "
+    "cgroup; give them more, or each fewer --threads"
+)
 
 
 def measured(pair: PairSeen) -> str:
-    """What has moved, in one line."""
+    """One line about what a link has moved."""
     link = pair.link
     if link is None:
         return f"{pair.prefill} → {pair.decode}: no figures of transfers"
     rate = link.gb_per_second
     speed = f"{rate:.3g} GB/s" if rate is not None else "no rate"
     stuck = f", {link.bytes_in_flight / 1e6:.1f} MB in flight" if link.bytes_in_flight else ""
-    when = "while the doctor looked" if pair.recent else "since they are connected"
+    when = "while the doctor looked" if pair.recent else "since they connected"
     return (
         f"{pair.prefill} → {pair.decode}: {speed} ({link.num_bytes / 1e6:.1f} MB in {link.writes} writes, "
         f"{link.busy_seconds * 1e3:.0f} ms in flight{stuck}; {when})"
@@ -40,7 +51,7 @@ def measured(pair: PairSeen) -> str:
 
 
 def figures(pair: PairSeen) -> str:
-    """What the prefill worker has measured just now, in one line."""
+    """One line about the prefill worker's measurement."""
     said = pair.probed
     name = f"{pair.prefill} → {pair.decode}"
     if said is None:
@@ -59,17 +70,17 @@ def figures(pair: PairSeen) -> str:
     return f"{name}: {rates} ({said.write.num_bytes / 1e6:.2g} MB each); 4 KiB: {small}{read}"
 
 
-def _microseconds(one: Figures) -> str:
+def _microseconds(one: LinkSpeed) -> str:
     return f"{one.small_seconds * 1e6:,.0f}"
 
 
 def all_figures(pairs: Iterable[PairSeen]) -> tuple[str, ...]:
-    """Of those that were measured."""
+    """Of the measured pairs."""
     return tuple(figures(pair) for pair in pairs if pair.probed is not None and pair.probed.write is not None)
 
 
 def measured_links(evidence: Evidence) -> Iterator[Finding]:
-    """What each link can do, whether or not anything was sent over it."""
+    """The measured speed of each link, used or not."""
     asked = [pair for pair in evidence.pairs if pair.probed is not None]
     known = [(pair, pair.probed.write) for pair in asked if pair.probed is not None and pair.probed.write is not None]
     if not asked:
@@ -83,10 +94,10 @@ def measured_links(evidence: Evidence) -> Iterator[Finding]:
         "links_measured",
         Severity.NOTE,
         what,
-        "measured just now by the prefill workers, over the connections and in the buffers that transfers use, from "
-        "posted to done, one operation at a time; within a host from the processor's cache"
+        "measured by the prefill workers with the connections and buffers of their transfers, one operation at a "
+        "time, from posted to done; within a host from the CPU's cache"
         if known
-        else "requests come first: prefill workers measure only while they have none",
+        else "prefill workers measure only while they have no requests",
         "",
         tuple(figures(pair) for pair in asked),
     )
@@ -98,7 +109,7 @@ def _span(values: Sequence[float], form: str) -> str:
 
 
 def slow(evidence: Evidence) -> Iterator[Finding]:
-    """Each pair's own figures: bytes over the time in which any were in flight."""
+    """Links whose bytes per busy time are too few."""
     found = [(pair, severity) for pair in evidence.pairs if (severity := _how_slow(pair, evidence)) is not None]
     if not found:
         return
@@ -111,56 +122,67 @@ def slow(evidence: Evidence) -> Iterator[Finding]:
     yield Finding(
         "slow_link",
         worst,
-        f"KV crosses slowly {whom}",
-        "a prompt's KV that is not there when its first token is makes the client wait for the second one, and fills "
-        "the receive buffer for the others",
-        "look at that link: ethtool DEVICE (speed, duplex), tc qdisc show, iperf3 -c HOST; on several networks name "
-        "the fast one: "
-        "export UCX_NET_DEVICES=mlx5_0:1 (or eth1), and pd_peer_host as its address",
+        f"KV transfers are slow {whom}",
+        "if a prompt's KV comes later than its first token, the client waits for the second token, and other "
+        "prompts wait for the receive buffer",
+        _MORE_CPU if all(_carried_by_cpu(pair, evidence) for pair, _ in found) else _CHECK_NETWORK,
         seen + tuple(f"to compare: {measured(pair)}" for pair in others[:2]),
     )
 
 
 def _how_slow(pair: PairSeen, evidence: Evidence) -> Severity | None:
-    if pair.probed is not None and pair.probed.write is not None:
-        write = pair.probed.write
-        if write.seconds > _WRITE_SECONDS + write.num_bytes / 1e9 / SLOW_GB_PER_SECOND:
-            return Severity.ERROR
-        if _between_gpus(pair, evidence) and write.num_bytes >= _LEAST_GPU_WRITE:
-            # What UCX's own report would say; but it can be switched off.
-            return Severity.ERROR if write.gb_per_second < NVLINK_GB_PER_SECOND else None
+    """An error needs what a machine that is short of CPU cannot cause."""
+    sure = not _carried_by_cpu(pair, evidence)
+    write = pair.probed.write if pair.probed is not None else None
+    if write is not None:
+        # UCX's own report would say so of GPUs, but it can be switched off.
+        of_gpus = _between_gpus(pair, evidence) and write.num_bytes >= _LEAST_GPU_WRITE
+        if _late(1, write.num_bytes, write.seconds) > 0 or (of_gpus and write.gb_per_second < NVLINK_GB_PER_SECOND):
+            return Severity.ERROR if sure and write.operations >= ENOUGH_OPERATIONS else Severity.WARNING
+        if of_gpus:
+            return None
     link = pair.link
     if link is None or not pair.recent or link.busy_seconds < _LEAST_BUSY_SECONDS:
         return None
     rate = link.gb_per_second or 0.0
-    if link.busy_seconds > max(1, link.writes) * _WRITE_SECONDS + link.num_bytes / 1e9 / SLOW_GB_PER_SECOND:
-        return Severity.ERROR
+    if (late := _late(link.writes, link.num_bytes, link.busy_seconds)) > 0:
+        # A link that was fast when it was measured has carried these bytes while a process did not run.
+        return Severity.ERROR if sure and write is None and late > _STALL_SECONDS else Severity.WARNING
     if rate < MODEST_GB_PER_SECOND and link.busy_seconds > BUSY_SHARE * evidence.seconds > 0:
         return Severity.WARNING
     return Severity.WARNING if _slow_nvlink(pair, link, evidence) else None
 
 
-def _slow_nvlink(pair: PairSeen, link: Link, evidence: Evidence) -> bool:
+def _late(writes: int, num_bytes: int, seconds: float) -> float:
+    """Seconds beyond those that these writes may take."""
+    return seconds - max(1, writes) * _WRITE_SECONDS - num_bytes / 1e9 / SLOW_GB_PER_SECOND
+
+
+def _slow_nvlink(pair: PairSeen, link: LinkTotals, evidence: Evidence) -> bool:
     enough = link.num_bytes >= _LEAST_GPU_BYTES
     return enough and _between_gpus(pair, evidence) and (link.gb_per_second or 0.0) < NVLINK_GB_PER_SECOND
 
 
 def _between_gpus(pair: PairSeen, evidence: Evidence) -> bool:
-    """Whether both buffers are in GPU memory, of one host."""
-    prefill, decode = evidence.worker(pair.prefill), evidence.worker(pair.decode)
-    if prefill is None or decode is None or not same_host(prefill.about, decode.about):
-        return False
-    return all(one.about is not None and one.about.buffer_device.startswith("cuda") for one in (prefill, decode))
+    """Whether both buffers are in GPU memory of one host."""
+    both = [evidence.worker(pair.prefill), evidence.worker(pair.decode)]
+    on_gpus = all(one is not None and one.about and one.about.buffer_device.startswith("cuda") for one in both)
+    return on_gpus and evidence.within_host(pair)
+
+
+def _carried_by_cpu(pair: PairSeen, evidence: Evidence) -> bool:
+    """Whether the bytes cross no network and no GPU link, so that only a lack of CPU can make them slow."""
+    return evidence.within_host(pair) and not _between_gpus(pair, evidence)
 
 
 def _shared(slow_pairs: list[PairSeen], evidence: Evidence) -> str:
-    """Whose link it is, if the slow pairs have one worker in common that the others do not."""
+    """The worker that all slow pairs have in common, or the pairs."""
     for role in ("prefill", "decode"):
         names = {getattr(pair, role) for pair in slow_pairs}
         if len(names) == 1 and len(list(evidence.of(role))) > 1:
             verb = "from" if role == "prefill" else "to"
             return (
-                f"{verb} {role} worker {names.pop()}, whoever is at the other end"
+                f"{verb} {role} worker {names.pop()}to all others"
                 if len(slow_pairs) > 1
                 else (f"from {slow_pairs[0].prefill} to {slow_pairs[0].decode}")
             )
@@ -168,31 +190,32 @@ def _shared(slow_pairs: list[PairSeen], evidence: Evidence) -> str:
 
 
 def probed(evidence: Evidence) -> Iterator[Finding]:
-    """A prompt of the doctor's own came through."""
-    failed = [pair for pair in evidence.pairs if pair.probe is not None and not pair.probe.ok]
+    """The doctor's own prompts."""
+    failed = [pair for pair in evidence.pairs if pair.trial is not None and not pair.trial.ok]
     for pair in failed:
-        assert pair.probe is not None
-        # In time or not is a matter of how much others ask for, which has findings of its own.
-        late = "no answer" in pair.probe.detail or "more than" in pair.probe.detail
+        assert pair.trial is not None
+        # A late one depends on the other load, which has its own findings.
+        late = "no answer" in pair.trial.detail or "more than" in pair.trial.detail
         yield Finding(
             "probe_failed",
             Severity.NOTE if late else Severity.WARNING,
-            f"a probe from {pair.prefill} to {pair.decode} did not come through",
-            "it waited behind the others' requests, or on the way"
+            f"a trial prompt from {pair.prefill} to {pair.decode} failed",
+            "it waited behind other requests, or in the transfer"
             if late
-            else "as this one, prompts of this pair are computed by the decode worker",
+            else "the decode worker computes prompts of this pair itself, as it did this one",
             "" if late else "look for the reason in docs/failures.md",
-            (pair.probe.detail,),
+            (pair.trial.detail,),
         )
-    rest = [pair for pair in evidence.pairs if pair not in failed and (pair.link is not None or pair.probe is not None)]
+    rest = [pair for pair in evidence.pairs if pair not in failed and (pair.link is not None or pair.trial is not None)]
     if rest:
         yield Finding(
             "links",
             Severity.NOTE,
             f"{len(rest)} of {len(evidence.pairs)} pairs carry KV",
-            "measured from what the prefill workers have sent",
+            "computed from what the prefill workers have sent",
             "",
             tuple(
-                measured(pair) + (f"; probe {pair.probe.seconds * 1e3:.0f} ms" if pair.probe else "") for pair in rest
+                measured(pair) + (f"; trial prompt {pair.trial.seconds * 1e3:.0f} ms" if pair.trial else "")
+                for pair in rest
             ),
         )

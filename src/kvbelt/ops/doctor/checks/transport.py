@@ -1,24 +1,24 @@
-"""Does KV take the road that it could?
+"""Whether KV uses the fastest transport.
 
-UCX chooses, and says nothing: without cuda_ipc in UCX_TLS, KV between two GPUs of one host goes through the CPU and
-TCP, and takes 2.9 s instead of 2.7 ms (docs/performance.md).
+UCX chooses silently. Without cuda_ipc in UCX_TLS, KV between two GPUs of one host goes through the CPU and TCP, and
+takes 2.9 s instead of 2.7 ms (docs/performance.md).
 """
 
 from collections.abc import Collection, Iterator
 
-from kvbelt import about
+from kvbelt.channels.ucx_tls import ucx_tls_problem
 from kvbelt.ops.doctor.checks.links import all_figures
-from kvbelt.ops.doctor.evidence import Evidence, PairSeen, WorkerSeen, same_host
+from kvbelt.ops.doctor.evidence import Evidence, WorkerSeen, same_host
 from kvbelt.ops.doctor.finding import Finding, Severity
 from kvbelt.ops.processes import UCX_TLS_FOR_GPUS
-from kvbelt.wire.about import Road
+from kvbelt.wire.about import TransportChoice
 
-#: What to set where UCX_TLS is set at all.
+#: The value to set where UCX_TLS is set at all.
 FOR_CUDA = f"UCX_TLS={UCX_TLS_FOR_GPUS}"
-_FOR_CPU = "unset UCX_TLS (or UCX_TLS=all): UCX then takes shared memory within a host"
+_FOR_CPU = "unset UCX_TLS (or UCX_TLS=all): UCX then uses shared memory within a host"
 
 
-#: Of links, to show what a setting costs; every link stands in ``links_measured``.
+#: Links to show with a setting's cost; ``links_measured`` has all of them.
 _MOST_FIGURES = 2
 
 
@@ -29,26 +29,19 @@ def _near(evidence: Evidence, worker: WorkerSeen) -> list[str]:
 
 
 def _figures(evidence: Evidence, names: Collection[str]) -> tuple[str, ...]:
-    """What was measured of the links within a host that begin or end at these workers."""
-    near = [
-        pair for pair in evidence.pairs if {pair.prefill, pair.decode} & set(names) and _within_host(evidence, pair)
-    ]
+    """Measured links within a host from or to these workers."""
+    near = [pair for pair in evidence.pairs if {pair.prefill, pair.decode} & set(names) and evidence.within_host(pair)]
     return all_figures(near[:_MOST_FIGURES])
 
 
-def _within_host(evidence: Evidence, pair: PairSeen) -> bool:
-    prefill, decode = evidence.worker(pair.prefill), evidence.worker(pair.decode)
-    return prefill is not None and decode is not None and same_host(prefill.about, decode.about)
-
-
 def ucx_tls(evidence: Evidence) -> Iterator[Finding]:
-    """What is set allows the fast way between workers of one host; and is the same everywhere."""
+    """Whether UCX_TLS allows the fast transport within a host, and is the same everywhere."""
     bad: list[tuple[WorkerSeen, str]] = []
     for worker in evidence.workers:
         said = worker.about
         if said is None or (said.compatibility is not None and said.compatibility.channel != "nixl"):
             continue
-        problem = about.ucx_problem(said.env.get("UCX_TLS"), said.buffer_device)
+        problem = ucx_tls_problem(said.env.get("UCX_TLS"), said.buffer_device)
         if problem is not None and _near(evidence, worker):
             bad.append((worker, problem))
     if bad:
@@ -56,7 +49,7 @@ def ucx_tls(evidence: Evidence) -> Iterator[Finding]:
         yield Finding(
             "ucx_tls",
             Severity.ERROR if gpu else Severity.WARNING,
-            f"UCX_TLS keeps {len(bad)} of {len(evidence.workers)} workers from the fast way within their host",
+            f"UCX_TLS keeps {len(bad)} of {len(evidence.workers)} workers from the fast transport within their host",
             bad[0][1],
             f"export {FOR_CUDA} before the workers' start" if gpu else _FOR_CPU,
             tuple(f"{w.role} {w.name}: UCX_TLS={w.about.env['UCX_TLS']}" for w, _ in bad if w.about is not None)
@@ -71,7 +64,7 @@ def ucx_tls(evidence: Evidence) -> Iterator[Finding]:
             "ucx_tls_differs",
             Severity.WARNING,
             "UCX_TLS differs between the workers",
-            "two workers can use only what both allow",
+            "two workers can only use what both allow",
             f"set the same everywhere, for GPUs: export {FOR_CUDA}",
             tuple(
                 f"{w.role} {w.name}: UCX_TLS={w.about.env.get('UCX_TLS', '(unset)')}"
@@ -81,27 +74,27 @@ def ucx_tls(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def roads(evidence: Evidence) -> Iterator[Finding]:
-    """What UCX has really chosen."""
+def choices(evidence: Evidence) -> Iterator[Finding]:
+    """The transports that UCX has chosen."""
     for worker in evidence.of("prefill"):
         said, near = worker.about, _near(evidence, worker)
-        if said is None or not near or about.ucx_problem(said.env.get("UCX_TLS"), said.buffer_device) is not None:
-            continue  # far away, or said already with its cause
-        for road in said.roads:
-            if road.operation == "write" and _falls_back(road):
+        if said is None or not near or ucx_tls_problem(said.env.get("UCX_TLS"), said.buffer_device) is not None:
+            continue  # another host, or reported already with its cause
+        for choice in said.transports:
+            if choice.operation == "write" and _falls_back(choice):
                 yield fallback(
-                    f"prefill worker {worker.name} sends KV within its host over {road.transport}",
+                    f"prefill worker {worker.name} sends KV within its host over {choice.transport}",
                     (
-                        f"UCX: {road.scope} {road.operation} of {road.memory} memory by {road.transport}",
+                        f"UCX: {choice.scope} {choice.operation} of {choice.memory} memory by {choice.transport}",
                         f"on the same host: {', '.join(near)}",
                         *_figures(evidence, {worker.name}),
                     ),
-                    gpu=road.memory == "cuda",
+                    gpu=choice.memory == "cuda",
                 )
 
 
 def complaints(evidence: Evidence) -> Iterator[Finding]:
-    """What UCX itself has warned of."""
+    """UCX's own warnings."""
     lines = tuple(
         f"{worker.role} {worker.name}: {line}"
         for worker in evidence.workers
@@ -112,15 +105,15 @@ def complaints(evidence: Evidence) -> Iterator[Finding]:
         yield Finding(
             "carrier_complaints",
             Severity.NOTE,
-            "UCX has warned of something",
-            "it may be long ago: a peer that was ended is an error to it, too",
+            "UCX has logged warnings",
+            "they may be old; UCX also warns when a peer exits",
             "",
             lines,
         )
 
 
 def fallback(what: str, evidence: tuple[str, ...], *, gpu: bool) -> Finding:
-    """UCX takes TCP although nothing was set wrongly."""
+    """UCX uses TCP although no setting is wrong."""
     if gpu:
         why = "UCX fell back: between GPUs of one host that is 2.9 s instead of 2.7 ms for a prompt of 7,500 tokens"
         change = (
@@ -136,8 +129,8 @@ def fallback(what: str, evidence: tuple[str, ...], *, gpu: bool) -> Finding:
     return Finding("tcp_fallback", Severity.ERROR if gpu else Severity.WARNING, what, why, change, evidence)
 
 
-def _falls_back(road: Road) -> bool:
-    """Whether this is not what workers of one host should use."""
-    if road.scope != "intra-node":
+def _falls_back(choice: TransportChoice) -> bool:
+    """Whether workers of one host should use another transport."""
+    if choice.scope != "intra-node":
         return False
-    return "cuda_ipc" not in road.transport if road.memory == "cuda" else road.over_tcp
+    return "cuda_ipc" not in choice.transport if choice.memory == "cuda" else choice.over_tcp
