@@ -1,7 +1,7 @@
-"""``kvbelt chaos``: load on a deployment, faults in it, and a verdict on what users were told meanwhile.
+"""``kvbelt chaos``: puts load and faults on a deployment and judges what clients got.
 
-Whatever decides is pure: the schedule of a seed (schedule.py), the questions (questions.py), what a client was given
-(reading.py), what to think of it (verdict.py), how long a fault was felt (recovery.py), what is held at the end
-(holdings.py), the report (report.py). What touches processes, sockets and the network stands in files of its own
-(client.py, load.py, inject.py, rubbish_io.py, watch.py) and is put together by run.py.
+The decisions are pure: the schedule of faults (schedule.py), the questions (questions.py), parsing responses
+(completion.py), judging them (verdict.py), recovery times (recovery.py), what workers hold at the end (holdings.py),
+and the report (report.py). Processes, sockets and the network are in client.py, load.py, inject.py, rubbish_sender.py
+and monitor.py; experiment.py and run.py put everything together.
 """

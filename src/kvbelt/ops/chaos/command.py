@@ -1,8 +1,8 @@
-"""``kvbelt chaos``: faults in a deployment under load, and whether anybody was told anything wrong.
+"""``kvbelt chaos``: puts faults in a deployment under load and checks what clients got.
 
-Standard output carries the report; progress goes to standard error. The first Ctrl-C ends the load and reports what was
-found by then, the second one ends everything. Exit status: 0 if every invariant held; 1 if one did not, or the run was
-interrupted; 2 when it could not be started.
+The report goes to standard output, progress to standard error. The first Ctrl-C ends the load and reports what was
+found so far; the second ends everything. Exit status: 0 if every invariant held; 1 if one did not, or the run was
+interrupted; 2 if it could not be started.
 """
 
 import argparse
@@ -12,99 +12,107 @@ import random
 import signal
 import sys
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from kvbelt.errors import KVBeltError, SettingsError
 from kvbelt.ops.arguments import positive_int, positive_number
 from kvbelt.ops.chaos import report
-from kvbelt.ops.chaos.client import Address
-from kvbelt.ops.chaos.faults import BY_NAME, KINDS, Kind
-from kvbelt.ops.chaos.plan import Plan
+from kvbelt.ops.chaos.config import ChaosConfig
+from kvbelt.ops.chaos.faults import BY_NAME, KINDS, FaultKind
 from kvbelt.ops.chaos.result import Result
 from kvbelt.ops.chaos.run import StoppedError
-from kvbelt.ops.chaos.run import run as run_plan
-from kvbelt.ops.console import Console
+from kvbelt.ops.chaos.run import run as run_config
+from kvbelt.ops.extras import require_engine
+from kvbelt.ops.http_client import Address
 from kvbelt.ops.processes import resolve_device
 from kvbelt.ops.proxy_client import add_key_argument, key_of
+from kvbelt.ops.terminal import Terminal
 from kvbelt.ops.topology import Topology
 from kvbelt.ops.up import prepare_model
+from kvbelt.routing.placement import Mode
 from kvbelt.settings import resembling
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Everything that ``kvbelt chaos`` takes."""
-    default = Plan()
+    default = ChaosConfig()
     parser.add_argument("topology", nargs="?", help="what to start: XpYd, e.g. 2p2d; left out with --url")
+    parser.add_argument("--url", type=_address, help="a running proxy; faults that need its processes are left out")
     parser.add_argument(
-        "--url", type=_address, help="a proxy that runs already; faults that need its processes are out"
-    )
-    parser.add_argument(
-        "--reference", type=_address, metavar="URL", help="with --url: an aggregated server that says what is right"
+        "--reference", type=_address, metavar="URL", help="with --url: an aggregated server for the reference answers"
     )
     add_key_argument(parser)
     parser.add_argument("--model", default="tiny", help="tiny, demo, or a Hugging Face folder (default: tiny)")
-    parser.add_argument("--minutes", type=positive_number, default=default.seconds / 60, help="of load (default: 15)")
-    parser.add_argument("--seed", type=int, help="of faults and questions (default: a new one, which is said)")
+    parser.add_argument(
+        "--minutes", type=positive_number, default=default.seconds / 60, help="duration of the load (default: 15)"
+    )
+    parser.add_argument("--seed", type=int, help="for faults and questions (default: a new one, which is printed)")
     parser.add_argument(
         "--every", type=positive_number, default=default.every, help="seconds between faults (default: 2.2)"
     )
-    parser.add_argument("--rate", type=positive_number, help="requests a second (default: what the machine bears)")
+    parser.add_argument("--rate", type=positive_number, help="requests a second (default: by the machine's speed)")
     parser.add_argument("--faults", type=_kinds, default=KINDS, metavar="KIND,…", help="only these kinds; see --list")
-    parser.add_argument("--list", action="store_true", help="say which kinds of faults there are, and end")
+    parser.add_argument("--list", action="store_true", help="list the kinds of faults and exit")
     parser.add_argument(
-        "--questions", type=positive_int, default=default.questions, help="different ones (default: 120)"
+        "--questions", type=positive_int, default=default.questions, help="number of different questions (default: 120)"
     )
     parser.add_argument(
-        "--longest", type=positive_int, default=default.longest, help="tokens of the longest prompts (default: 700)"
+        "--longest", type=positive_int, default=default.longest, help="longest prompts, in tokens (default: 700)"
     )
     parser.add_argument(
-        "--max-model-len", type=positive_int, default=default.max_model_len, help="of the workers (default: 2048)"
+        "--max-model-len", type=positive_int, default=default.max_model_len, help="the workers' (default: 2048)"
     )
-    parser.add_argument("--no-namespaces", action="store_true", help="workers on this host: no cut and slow networks")
+    parser.add_argument(
+        "--placement",
+        type=Mode,
+        choices=list(Mode),
+        default=default.placement,
+        help="default: split, so that KV crosses",
+    )
+    parser.add_argument("--no-namespaces", action="store_true", help="run workers on this host, without network faults")
     parser.add_argument(
         "--verify",
         choices=["off", "sample", "always"],
-        help="the workers' pd_verify; off shows what only they would see",
+        help="the workers' pd_verify; off shows corruption that they would catch",
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=default.dtype, help="default: float32")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: auto")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was found there, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all results to FILE")
     parser.add_argument("--log-dir", type=Path, help="write each process's log to a file in this folder")
     parser.add_argument("--verbose", action="store_true", help="show the processes' logs")
 
 
 def run(args: argparse.Namespace) -> int:
-    """``kvbelt chaos`` with parsed arguments. Returns the exit status."""
     if args.list:
         for kind in KINDS:
             print(f"{kind.name:22} {kind.what}" + (f" (needs {kind.needs})" if kind.needs else ""))
         return 0
     if (args.topology is None) == (args.url is None):
         raise SettingsError("give either a topology to start, such as 2p2d, or --url of a proxy that runs")
+    if args.topology is not None:
+        require_engine("kvbelt chaos without --url", "embedded")
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(1 << 16)
     try:
-        plan = _plan(args, seed)
-        _say(f"seed {seed}")
+        config = _config(args, seed)
+        _log(f"seed {seed}")
         with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
-            console = Console() if args.verbose else Console(nowhere)
-            result = asyncio.run(_until_signalled(plan, console))
+            terminal = Terminal() if args.verbose else Terminal(nowhere)
+            result = asyncio.run(_until_signalled(config, terminal))
     except (KeyboardInterrupt, asyncio.CancelledError, StoppedError):
         return 1
     except KVBeltError as error:
         print(f"kvbelt: {error}", file=sys.stderr)
         return 2
-    return tell(result, args.json)
+    return print_report(result, args.json)
 
 
-def _plan(args: argparse.Namespace, seed: int) -> Plan:
-    return Plan(
+def _config(args: argparse.Namespace, seed: int) -> ChaosConfig:
+    return ChaosConfig(
         topology=Topology.parse(args.topology) if args.topology is not None else None,
         url=args.url,
         admin_key=key_of(args) if args.url is not None else None,
         reference_url=args.reference,
-        model=prepare_model(args.model, Console()) if args.url is None else Path(),
+        model=prepare_model(args.model, Terminal()) if args.url is None else Path(),
         seconds=args.minutes * 60,
         seed=seed,
         every=args.every,
@@ -112,6 +120,7 @@ def _plan(args: argparse.Namespace, seed: int) -> Plan:
         questions=args.questions,
         longest=args.longest,
         kinds=args.faults,
+        placement=args.placement,
         namespaces=not args.no_namespaces,
         device=resolve_device(args.device),
         dtype=args.dtype,
@@ -121,8 +130,7 @@ def _plan(args: argparse.Namespace, seed: int) -> Plan:
     )
 
 
-def tell(result: Result, json_file: Path | None) -> int:
-    """Print the report, write the file. Returns the exit status."""
+def print_report(result: Result, json_file: Path | None) -> int:
     print("\n".join(report.lines(result)), flush=True)
     if json_file is not None:
         try:
@@ -133,11 +141,11 @@ def tell(result: Result, json_file: Path | None) -> int:
     return 0 if report.held(result) and not result.interrupted else 1
 
 
-async def _until_signalled(plan: Plan, console: Console) -> Result:
-    """The run; the first signal ends its load, the next one all of it."""
+async def _until_signalled(config: ChaosConfig, terminal: Terminal) -> Result:
+    """Run; the first signal ends the load, the second everything."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    work = asyncio.create_task(run_plan(plan, console, _say, stop), name="chaos")
+    work = asyncio.create_task(run_config(config, terminal, _log, stop), name="chaos")
 
     def signalled() -> None:
         if stop.is_set():
@@ -153,22 +161,18 @@ async def _until_signalled(plan: Plan, console: Console) -> Result:
             loop.remove_signal_handler(number)
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(f"chaos | {line}", file=sys.stderr, flush=True)
 
 
 def _address(text: str) -> Address:
-    parts = urlsplit(text if "//" in text else f"//{text}")
     try:
-        host, port = parts.hostname, parts.port
+        return Address.of_plain_url(text)
     except ValueError:
-        host, port = None, None
-    if parts.scheme not in ("", "http") or not host:
-        raise argparse.ArgumentTypeError(f"{text!r} is not the address of a server; say http://HOST:PORT")
-    return Address(host, port or 80)
+        raise argparse.ArgumentTypeError(f"{text!r} is not the address of a server; say http://HOST:PORT") from None
 
 
-def _kinds(text: str) -> tuple[Kind, ...]:
+def _kinds(text: str) -> tuple[FaultKind, ...]:
     names = text.split(",")
     for name in names:
         if name not in BY_NAME:

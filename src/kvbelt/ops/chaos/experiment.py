@@ -1,100 +1,104 @@
 """The phases of a run.
 
-Load alone; load with one decode worker stopped; load under faults; load until every worker serves again; no load, until
-nothing is held any more.
+1. Load alone. 2. Load with one decode worker stopped. 3. Load under faults. 4. Load until every worker serves again.
+5. No load, until nothing is held any more.
 """
 
 import asyncio
 import time
 from collections.abc import Callable, Mapping
 
+from kvbelt.ops.chaos.config import ChaosConfig
 from kvbelt.ops.chaos.effect import Effect, seconds_to_first_token
-from kvbelt.ops.chaos.faults import Need
+from kvbelt.ops.chaos.endpoints import Endpoints
+from kvbelt.ops.chaos.faults import Requirement
 from kvbelt.ops.chaos.holdings import Holdings
 from kvbelt.ops.chaos.inject import Injector
 from kvbelt.ops.chaos.ledger import Ledger
-from kvbelt.ops.chaos.load import Load
+from kvbelt.ops.chaos.load import LoadGenerator
 from kvbelt.ops.chaos.memory import growths
-from kvbelt.ops.chaos.plan import Plan
-from kvbelt.ops.chaos.recovery import Good, Injected, Skipped, recoveries
+from kvbelt.ops.chaos.monitor import Monitor
+from kvbelt.ops.chaos.recovery import Injected, RightAnswer, Skipped, recoveries
 from kvbelt.ops.chaos.reference import Reference
 from kvbelt.ops.chaos.result import HOLD_SECONDS, Result
-from kvbelt.ops.chaos.rubbish_io import Thrower
+from kvbelt.ops.chaos.rubbish_sender import RubbishSender
 from kvbelt.ops.chaos.schedule import Injection, schedule
-from kvbelt.ops.chaos.site import Site
-from kvbelt.ops.chaos.verdict import FAILURES, Seen, Word
-from kvbelt.ops.chaos.watch import Watch
+from kvbelt.ops.chaos.verdict import FAILURES, Observation, Outcome
 from kvbelt.ops.deployment import Deployment
 from kvbelt.ops.network import Network
 
-#: Share of what one undisturbed server answers in a second: workers that start again need cores, too.
+#: Share of the requests/s that one undisturbed server answers; restarting workers need cores, too.
 _RATE_SHARE = 0.35
 _RATES = (0.3, 12.0)
 
-#: Of each half of the phase before the faults, as a share of the whole, and in seconds.
+#: Length of phases 1 and 2 each: as a share of the whole, and limits in seconds.
 _EFFECT_SHARE = 0.05
 _EFFECT_SECONDS = (3.0, 45.0)
 
-#: Before that: first requests fill caches.
+#: Before phase 1, because the first requests fill caches.
 _WARM_UP_SECONDS = 3.0
 
-#: After the last fault, every worker must have had a part in a right answer by then.
+#: Every worker must have taken part in a right answer this long after the last fault.
 _AGAIN_SECONDS = 30.0
 
 _PROGRESS_SECONDS = 5.0
-_LOOK_SECONDS = 0.25
+_POLL_SECONDS = 0.25
 
 
-class Attack:
-    """One deployment under load and faults. ``run`` once."""
+class Experiment:
+    """One deployment under load and faults. Call ``run`` once."""
 
     def __init__(
         self,
-        plan: Plan,
-        site: Site,
+        config: ChaosConfig,
+        endpoints: Endpoints,
         reference: Reference,
         *,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         stop: asyncio.Event,
         deployment: Deployment | None = None,
         network: Network | None = None,
-        thrower: Thrower | None = None,
+        rubbish: RubbishSender | None = None,
         no_network: str = "",
     ) -> None:
-        self._plan = plan
-        self._site = site
+        self._config = config
+        self._endpoints = endpoints
         self._reference = reference
-        self._say = say
+        self._log = log
         self._stop = stop
         self._deployment = deployment
         self._no_network = no_network
         self._start = time.monotonic()
-        self._rate = plan.rate or min(max(_RATE_SHARE * reference.per_second, _RATES[0]), _RATES[1])
-        self._ledger = Ledger(reference.answers, self._was_away, self._evidence, self._start)
-        self._load = Load(
-            site.proxy, reference.questions, self._rate, plan.seed, manners=plan.manners, on_seen=self._ledger.take
+        self._rate = config.rate or min(max(_RATE_SHARE * reference.per_second, _RATES[0]), _RATES[1])
+        self._ledger = Ledger(reference.answers, self._was_away, self._failure_context, self._start)
+        self._load = LoadGenerator(
+            endpoints.proxy,
+            reference.questions,
+            self._rate,
+            config.seed,
+            mix=config.mix,
+            on_observation=self._ledger.on_observation,
         )
-        self._injector = Injector(site, self._load, deployment=deployment, network=network, thrower=thrower)
-        self._watch = Watch(site, deployment, self._injector)
+        self._injector = Injector(endpoints, self._load, deployment=deployment, network=network, rubbish=rubbish)
+        self._monitor = Monitor(endpoints, deployment, self._injector)
         self._under_way: dict[int, Injection] = {}
         self._injected: list[Injected] = []
         self._skipped: list[Skipped] = []
 
     async def run(self) -> Result:
-        """All phases."""
-        self._say(f"{self._rate:.1f} requests a second, {len(self._reference.questions)} different ones")
+        self._log(f"{self._rate:.1f} requests a second, {len(self._reference.questions)} different ones")
         async with asyncio.TaskGroup() as group:
-            watching = [group.create_task(self._watch.run()), group.create_task(self._progress())]
+            watching = [group.create_task(self._monitor.run()), group.create_task(self._progress())]
             load = group.create_task(self._load.run())
             windows = await self._stop_one()
             await self._faults()
             idle = await self._until_all_serve()
             self._load.stop()
-            self._say("the load has ended; waiting for what is under way")
+            self._log("the load has ended; waiting for what is under way")
             await load
             ended = time.monotonic()
             holdings, held_seconds = await self._until_nothing_is_held(ended)
-            await self._watch.look_at_records()
+            await self._monitor.read_records()
             for task in watching:
                 task.cancel()
         return self._result(windows, idle, ended, holdings, held_seconds)
@@ -102,12 +106,12 @@ class Attack:
     # Phases
 
     async def _stop_one(self) -> tuple[str, float, float, float] | None:
-        """Load alone, then with the last decode worker stopped. Returns its name and when the two began and ended."""
-        decode = [name for name in self._site.workers if not name.startswith("prefill")]
+        """Phases 1 and 2. Returns the stopped worker's name, when the two began, and when they ended."""
+        decode = [name for name in self._endpoints.workers if not name.startswith("prefill")]
         if self._deployment is None or len(decode) < 2:
             return None
-        half = min(max(self._plan.seconds * _EFFECT_SHARE, _EFFECT_SECONDS[0]), _EFFECT_SECONDS[1])
-        self._say(f"{half:.0f} s without faults, then {half:.0f} s with {decode[-1]} stopped")
+        half = min(max(self._config.seconds * _EFFECT_SHARE, _EFFECT_SECONDS[0]), _EFFECT_SECONDS[1])
+        self._log(f"{half:.0f} s without faults, then {half:.0f} s with {decode[-1]} stopped")
         await self._pause(_WARM_UP_SECONDS)
         before = time.monotonic()
         await self._pause(half)
@@ -117,19 +121,19 @@ class Attack:
         return decode[-1], before, stopped, time.monotonic()
 
     async def _faults(self) -> None:
-        """Every fault of the schedule, each as a task of its own; returns when all are healed."""
-        plan = self._plan
+        """Phase 3: every fault of the schedule as a task; returns when all are healed."""
+        config = self._config
         begin = time.monotonic()
-        kinds = [kind for kind in plan.kinds if self._injector.why_not(kind) is None]
-        faults = schedule(plan.seed, plan.seconds - (begin - self._start), kinds, plan.every)
-        self._say(f"{len(faults)} faults of {len(kinds)} kinds, one every {plan.every:g} s")
+        kinds = [kind for kind in config.kinds if self._injector.why_not(kind) is None]
+        faults = schedule(config.seed, config.seconds - (begin - self._start), kinds, config.every)
+        self._log(f"{len(faults)} faults of {len(kinds)} kinds, one every {config.every:g} s")
         async with asyncio.TaskGroup() as group:
             for fault in faults:
                 if await self._pause(begin + fault.at - time.monotonic()):
                     break
                 group.create_task(self._one(fault), name=fault.kind.name)
             else:
-                await self._pause(self._start + plan.seconds - time.monotonic())
+                await self._pause(self._start + config.seconds - time.monotonic())
 
     async def _one(self, fault: Injection) -> None:
         self._under_way[fault.number] = fault
@@ -143,25 +147,25 @@ class Attack:
             self._skipped.append(outcome)
 
     async def _until_all_serve(self) -> tuple[str, ...]:
-        """Load goes on until each worker has had a part in a right answer. Returns those that have not in time."""
+        """Phase 4. Returns the workers that did not take part in a right answer in time."""
         healed = time.monotonic()
-        idle = set(self._site.workers)
+        idle = set(self._endpoints.workers)
         while idle and time.monotonic() < healed + _AGAIN_SECONDS and not self._stop.is_set():
-            await self._pause(_LOOK_SECONDS)
+            await self._pause(_POLL_SECONDS)
             used = {address for good in self._good() if good.ended >= healed for address in good.used}
-            idle = {name for name in idle if str(self._site.workers[name]) not in used}
+            idle = {name for name in idle if str(self._endpoints.workers[name]) not in used}
         return () if self._stop.is_set() else tuple(sorted(idle))
 
     async def _until_nothing_is_held(self, ended: float) -> tuple[Mapping[str, Holdings], float]:
         while True:
-            holdings = await self._watch.holdings()
+            holdings = await self._monitor.holdings()
             seconds = time.monotonic() - ended
             if seconds > HOLD_SECONDS or all(held.nothing for held in holdings.values()):
                 return holdings, seconds
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(_POLL_SECONDS)
 
     async def _pause(self, seconds: float) -> bool:
-        """Wait; True at once if the run is to end."""
+        """Sleep. Returns True at once if the run is to end."""
         try:
             async with asyncio.timeout(max(0.0, seconds)):
                 await self._stop.wait()
@@ -169,21 +173,21 @@ class Attack:
             return False
         return True
 
-    # What was found
+    # Results
 
-    def _good(self) -> list[Good]:
-        traces = self._watch.traces
+    def _good(self) -> list[RightAnswer]:
+        participants = self._monitor.participants
         return [
-            Good(one.ended, traces[one.request_id].used)
+            RightAnswer(one.ended, participants[one.request_id].used)
             for one in self._ledger.judged
-            if one.word is Word.RIGHT and one.request_id in traces
+            if one.outcome is Outcome.RIGHT and one.request_id in participants
         ]
 
     def _was_away(self, begin: float, end: float) -> bool:
         return self._injector.was_away(begin, end)
 
-    async def _evidence(self, seen: Seen) -> tuple[str, tuple[str, ...], Mapping[str, str]]:
-        self._say(f"request {seen.request_id} got what it must not get; the report will tell")
+    async def _failure_context(self, seen: Observation) -> tuple[str, tuple[str, ...], Mapping[str, str]]:
+        self._log(f"request {seen.request_id} broke an invariant; the report has the details")
         faults = [f"{fault.kind.name} (under way)" for fault in self._under_way.values()]
         faults += [
             f"{fault.injection.kind.name} of {fault.target or 'clients'}"
@@ -194,17 +198,21 @@ class Attack:
         if self._deployment is not None:
             logs = {process.name: "\n".join(self._deployment.log_tail(process.name)) for process in
                     self._deployment.processes}  # fmt: skip
-        return await self._watch.record(seen.request_id), tuple(faults), logs
+        return await self._monitor.record(seen.request_id), tuple(faults), logs
 
     def _effect(self, windows: tuple[str, float, float, float] | None) -> Effect | None:
         if windows is None:
             return None
         name, before, stopped, end = windows
-        judged, traces, address = self._ledger.judged, self._watch.traces, str(self._site.workers[name])
+        judged, participants, address = (
+            self._ledger.judged,
+            self._monitor.participants,
+            str(self._endpoints.workers[name]),
+        )
         return Effect(
             name,
-            seconds_to_first_token(judged, traces, before, stopped, without=address),
-            seconds_to_first_token(judged, traces, stopped, end, without=address),
+            seconds_to_first_token(judged, participants, before, stopped, without=address),
+            seconds_to_first_token(judged, participants, stopped, end, without=address),
         )
 
     def _result(
@@ -215,18 +223,18 @@ class Attack:
         holdings: Mapping[str, Holdings],
         held_seconds: float,
     ) -> Result:
-        plan, ledger, watch = self._plan, self._ledger, self._watch
-        impossible = {kind.name: why for kind in plan.kinds if (why := self._injector.why_not(kind)) is not None}
+        config, ledger, monitor = self._config, self._ledger, self._monitor
+        impossible = {kind.name: why for kind in config.kinds if (why := self._injector.why_not(kind)) is not None}
         if self._no_network:
             impossible |= {
                 kind.name: self._no_network
-                for kind in plan.kinds
-                if kind.needs is Need.NETWORK and kind.name in impossible
+                for kind in config.kinds
+                if kind.needs is Requirement.NETWORK and kind.name in impossible
             }
         return Result(
-            deployment=plan.name,
-            model=plan.model.name if plan.topology is not None else "of the deployment",
-            seed=plan.seed,
+            deployment=config.name,
+            model=config.model.name if config.topology is not None else "of the deployment",
+            seed=config.seed,
             seconds=ended - self._start,
             rate=self._rate,
             reference=self._reference.by,
@@ -235,34 +243,34 @@ class Attack:
             impossible=impossible,
             injected=tuple(self._injected),
             skipped=tuple(self._skipped),
-            recovered=recoveries(self._injected, self._good(), self._site.workers),
-            words=ledger.words,
+            recovered=recoveries(self._injected, self._good(), self._endpoints.workers),
+            outcomes=ledger.outcomes,
             errors=ledger.errors,
             paths=ledger.paths,
             not_sent=self._load.not_sent,
             failures=tuple(ledger.failures),
             holdings=holdings,
             held_seconds=held_seconds,
-            quarantined_most=watch.quarantined_most,
-            queued=watch.queued,
-            growths=tuple(growths(watch.lives)),
-            deaths=tuple(watch.deaths),
+            quarantined_most=monitor.quarantined_most,
+            queued=monitor.queued,
+            growths=tuple(growths(monitor.lives)),
+            deaths=tuple(monitor.deaths),
             idle=idle,
             not_back=dict(self._injector.not_back),
             effect=self._effect(windows),
-            lag=watch.lag,
+            lag=monitor.lag,
             interrupted=self._stop.is_set(),
         )
 
     async def _progress(self) -> None:
-        """A line every few seconds, for people."""
+        """Print a line every few seconds."""
         while True:
             await asyncio.sleep(_PROGRESS_SECONDS)
-            words = self._ledger.words
-            failed = sum(words[word] for word in FAILURES)
+            outcomes = self._ledger.outcomes
+            failed = sum(outcomes[outcome] for outcome in FAILURES)
             now = ", ".join(sorted(fault.kind.name for fault in self._under_way.values()))
-            self._say(
-                f"{time.monotonic() - self._start:5.0f} s  {words[Word.RIGHT]:,} right, {words[Word.ERROR]} errors, "
-                f"{failed} failures, {self._load.under_way} under way; {len(self._injected)} faults"
-                + (f", now {now}" if now else "")
+            self._log(
+                f"{time.monotonic() - self._start:5.0f} s  {outcomes[Outcome.RIGHT]:,} right, "
+                f"{outcomes[Outcome.ERROR]} errors, {failed} failures, "
+                f"{self._load.under_way} under way; {len(self._injected)} faults" + (f", now {now}" if now else "")
             )
