@@ -1,11 +1,11 @@
-"""What is asked, and what is thrown."""
+"""Questions, and rubbish."""
 
 import random
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbelt.ops.chaos.questions import Manners, Sizes, make_questions
+from kvbelt.ops.chaos.questions import RequestMix, Sizes, make_questions
 from kvbelt.ops.chaos.rubbish import frame_rubbish, http_rubbish, real_frames, zmtp_rubbish
 from kvbelt.wire import codec, notification
 from kvbelt.wire.ids import EngineId
@@ -14,7 +14,7 @@ SIZES = Sizes(longest=600, characters=1.0)
 
 
 def test_questions_are_of_every_kind():
-    """Chats and completions, greedy and seeded, short, long, with shared beginnings, with one token and with many."""
+    """There are chats and completions, greedy and seeded, short and long ones, shared prefixes, and single tokens."""
     questions = make_questions(3, 80, SIZES, model="m", chats=True)
     bodies = [question.body for question in questions]
     assert {question.route for question in questions} == {"/v1/completions", "/v1/chat/completions"}
@@ -31,27 +31,27 @@ def test_questions_are_of_every_kind():
 
 
 def test_a_model_that_cannot_chat_is_not_asked_to():
-    """Everything is a completion then; a seed makes one set of questions."""
+    """Then every question is a completion; a seed always gives the same questions."""
     assert not any(question.chat for question in make_questions(3, 40, SIZES, model="m", chats=False))
     assert make_questions(3, 9, SIZES, model="m", chats=True) == make_questions(3, 9, SIZES, model="m", chats=True)
 
 
 def test_manners_vary():
-    """Streamed and whole; some in a hurry; some leave, where clients leave."""
+    """Requests are streamed and whole; some have short deadlines; some clients disconnect."""
     chance = random.Random(1)
     question = make_questions(3, 1, SIZES, model="m", chats=False)[0]
-    manners = Manners(hasty=0.2)
-    patient = [manners.ask(chance, question, "r") for _ in range(200)]
-    assert {asking.stream for asking in patient} == {True, False}
-    assert any(asking.deadline < 2 for asking in patient)
-    assert all(asking.leave_after is None for asking in patient)
-    assert any(manners.ask(chance, question, "r", leaving=True).leave_after is not None for _ in range(50))
-    assert "stream_options" in next(asking for asking in patient if asking.stream).body()
+    mix = RequestMix(hasty=0.2)
+    patient = [mix.request(chance, question, "r") for _ in range(200)]
+    assert {request.stream for request in patient} == {True, False}
+    assert any(request.deadline < 2 for request in patient)
+    assert all(request.leave_after is None for request in patient)
+    assert any(mix.request(chance, question, "r", leaving=True).leave_after is not None for _ in range(50))
+    assert "stream_options" in next(request for request in patient if request.stream).body()
 
 
 @given(seed=st.integers(0, 1 << 32))
 def test_rubbish_takes_no_longer_than_it_may(seed):
-    """And is never empty."""
+    """It also is never empty."""
     for make in (http_rubbish, zmtp_rubbish):
         rubbish = make(random.Random(seed), 2.0)
         assert rubbish.pieces
@@ -59,7 +59,7 @@ def test_rubbish_takes_no_longer_than_it_may(seed):
 
 
 def test_frames_are_made_from_real_ones():
-    """Which the parsers take; among what is made of them are some that they take and some that they do not."""
+    """Parsers accept the real frames, and some but not all frames made from them."""
     me, there = EngineId("me"), EngineId("there")
     for frame in real_frames("init", me, there):
         codec.handshakes().decode(frame)

@@ -1,38 +1,26 @@
-"""One request, as a client of its own makes it: a connection, a question, everything that comes back, and when."""
+"""One request on a connection of its own; records everything that comes back, and when."""
 
 import asyncio
 import json
 import re
 import time
-from dataclasses import dataclass
 
 from kvbelt.http import ConnectError, HttpError, Pool, Response
-from kvbelt.ops.chaos.questions import Asking
-from kvbelt.ops.chaos.verdict import Ending, Seen
+from kvbelt.ops.chaos.questions import ClientRequest
+from kvbelt.ops.chaos.verdict import Ending, Observation
+from kvbelt.ops.http_client import Address
 
-#: What a client waits longer than its deadline before it calls the silence a hang.
+#: Silence for this long after the deadline counts as a hang.
 PATIENCE_SECONDS = 2.0
 
 _MAX_BYTES = 1 << 24
 
-#: The first event that carries a token.
+#: The first event with a token.
 _TOKEN = re.compile(rb'"token_ids": ?\[ ?\d')
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where somebody listens."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        """As the proxy names workers."""
-        return f"{self.host}:{self.port}"
-
-
 class _Progress:
-    """What has come so far, whatever ends it."""
+    """What has come so far."""
 
     def __init__(self) -> None:
         self.status = 0
@@ -41,33 +29,34 @@ class _Progress:
         self.first_token: float | None = None
 
 
-async def ask(address: Address, asking: Asking) -> Seen:
-    """Ask, and tell what was seen. Never raises for what the server does, and ends two seconds after the deadline.
+async def send_request(address: Address, request: ClientRequest) -> Observation:
+    """Send a request and return what was observed.
 
-    The connection is made for this request and closed with it: that is how a client leaves.
+    It ends at most two seconds after its deadline, and never raises for what the server does. The
+    connection is closed with the request, which is how a client that hangs up looks to the server.
     """
     pool = Pool(address.host, address.port)
     progress = _Progress()
     began = time.monotonic()
-    patience = asking.deadline + PATIENCE_SECONDS
+    patience = request.deadline + PATIENCE_SECONDS
     detail = ""
     try:
-        async with asyncio.timeout(patience if asking.leave_after is None else min(asking.leave_after, patience)):
-            await _converse(pool, asking, progress)
+        async with asyncio.timeout(patience if request.leave_after is None else min(request.leave_after, patience)):
+            await _converse(pool, request, progress)
         ending = Ending.COMPLETE
     except TimeoutError:
-        ending = Ending.SILENT if asking.leave_after is None else Ending.LEFT
+        ending = Ending.SILENT if request.leave_after is None else Ending.LEFT
     except ConnectError as error:
         ending, detail = Ending.REFUSED, str(error)
     except HttpError as error:
         ending, detail = Ending.CLOSED, str(error)
     finally:
         pool.close()
-    return Seen(
-        asking.request_id,
-        asking.question.number,
-        asking.stream,
-        asking.deadline,
+    return Observation(
+        request.request_id,
+        request.question.number,
+        request.stream,
+        request.deadline,
         began,
         time.monotonic(),
         ending,
@@ -79,16 +68,16 @@ async def ask(address: Address, asking: Asking) -> Seen:
     )
 
 
-async def _converse(pool: Pool, asking: Asking, progress: _Progress) -> None:
+async def _converse(pool: Pool, request: ClientRequest, progress: _Progress) -> None:
     headers = (
         (b"content-type", b"application/json"),
-        (b"x-request-id", asking.request_id.encode()),
-        (b"x-kvbelt-deadline-seconds", b"%.3f" % asking.deadline),
+        (b"x-request-id", request.request_id.encode()),
+        (b"x-kvbelt-deadline-seconds", b"%.3f" % request.deadline),
     )
-    response = await pool.request("POST", asking.question.route, headers, json.dumps(asking.body()).encode())
+    response = await pool.request("POST", request.question.route, headers, json.dumps(request.body()).encode())
     progress.status = response.status
     progress.path = response.headers.get(b"x-kvbelt-path", b"").decode("latin-1")
-    if response.status == 200 and asking.stream:
+    if response.status == 200 and request.stream:
         await _take_stream(response, progress)
     else:
         progress.body = await response.read(_MAX_BYTES)
@@ -99,18 +88,3 @@ async def _take_stream(response: Response, progress: _Progress) -> None:
         progress.body += chunk
         if progress.first_token is None and _TOKEN.search(progress.body):
             progress.first_token = time.monotonic()
-
-
-async def get(address: Address, path: str, seconds: float = 3.0, *, key: str | None = None) -> bytes | None:
-    """The body of a GET that was answered with 200 or 503; None: it was not, or not in time."""
-    headers = ((b"authorization", f"Bearer {key}".encode()),) if key is not None else ()
-    pool = Pool(address.host, address.port)
-    try:
-        async with asyncio.timeout(seconds):
-            response = await pool.request("GET", path, headers)
-            body = await response.read(_MAX_BYTES)
-    except (HttpError, TimeoutError):
-        return None
-    finally:
-        pool.close()
-    return body if response.status in (200, 503) else None

@@ -1,7 +1,7 @@
-"""From the bytes that a client got to an answer, an error, or the finding that they are neither. Pure.
+"""Parses the bytes that a client got into a completion or an error. Pure.
 
-Nothing is excused here: an event that is no JSON, an error without OpenAI's body or a choice that never ended is
-told as what it is.
+The parser is strict: an event that is not JSON, an error without OpenAI's body, or a choice that ends twice is
+malformed.
 """
 
 import json
@@ -10,12 +10,12 @@ from typing import Any
 
 
 class MalformedError(ValueError):
-    """What came is not in OpenAI's shape. The message says what is wrong, and with which bytes."""
+    """A response is not in OpenAI's format. The message says what is wrong, and quotes the bytes."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What must be the same, whoever answers: texts, ids and ends of every choice, and the usage."""
+class Completion:
+    """What must be equal on every path: texts, token ids and finish reasons of all choices, and the usage."""
 
     texts: tuple[str, ...]
     token_ids: tuple[tuple[int, ...], ...]
@@ -24,20 +24,20 @@ class Answer:
 
 
 @dataclass(slots=True)
-class Streamed:
-    """What a stream has told, to its end or not."""
+class StreamedCompletion:
+    """What a stream has delivered so far."""
 
     texts: dict[int, str] = field(default_factory=dict)
     token_ids: dict[int, list[int]] = field(default_factory=dict)
     ends: dict[int, str] = field(default_factory=dict)
     usage: tuple[int, int] | None = None
-    error: str | None = None  #: of an error event
+    error: str | None = None  #: from an error event
     done: bool = False  #: ``[DONE]`` came
 
-    def answer(self) -> Answer:
-        """As a whole answer would tell it; of a stream that broke off, as far as it came."""
+    def answer(self) -> Completion:
+        """As a whole completion; of a broken stream, the part that came."""
         order = range(max([*self.texts, *self.token_ids, *self.ends], default=-1) + 1)
-        return Answer(
+        return Completion(
             tuple(self.texts.get(i, "") for i in order),
             tuple(tuple(self.token_ids.get(i, ())) for i in order),
             tuple(self.ends.get(i) for i in order),
@@ -45,16 +45,16 @@ class Streamed:
         )
 
 
-def read_whole(raw: bytes) -> Answer:
-    """An answer with status 200 that was not streamed.
+def read_whole(raw: bytes) -> Completion:
+    """Parse a response with status 200 that was not streamed.
 
     Raises:
-        MalformedError: it is none.
+        MalformedError: it is not a completion.
     """
     body = _json(raw)
     try:
         choices = body["choices"]
-        return Answer(
+        return Completion(
             tuple(c["message"]["content"] if "message" in c else c["text"] for c in choices),
             tuple(tuple(c["token_ids"]) for c in choices),
             tuple(c["finish_reason"] for c in choices),
@@ -65,52 +65,52 @@ def read_whole(raw: bytes) -> Answer:
 
 
 def read_error(raw: bytes) -> str:
-    """What an error with another status says: its type, and why if it says so.
+    """The type of an error response, and its reason if there is one.
 
     Raises:
-        MalformedError: it has not OpenAI's body.
+        MalformedError: it lacks OpenAI's error body.
     """
     return _error_of(_json(raw), raw)
 
 
-def read_stream(raw: bytes) -> Streamed:
-    """Everything that came of a stream with status 200. An event that was cut off in the middle is left out.
+def read_stream(raw: bytes) -> StreamedCompletion:
+    """Parse what came of a stream with status 200. A cut-off last event is ignored.
 
     Raises:
-        MalformedError: an event is not what OpenAI's are, something follows ``[DONE]``, or a choice ends twice.
+        MalformedError: an event is not in OpenAI's format, something follows ``[DONE]``, or a choice ends twice.
     """
-    told = Streamed()
+    stream = StreamedCompletion()
     for event in raw.split(b"\n\n")[:-1]:
-        if event.startswith(b":"):  # a comment
+        if event.startswith(b":"):
             continue
-        if told.done:
+        if stream.done:
             raise MalformedError(f"something follows [DONE]: {event[:300]!r}")
         if event == b"data: [DONE]":
-            told.done = True
+            stream.done = True
         elif event.startswith(b"data: "):
-            _take(told, event)
+            _add_event(stream, event)
         else:
             raise MalformedError(f"not an event: {event[:300]!r}")
-    return told
+    return stream
 
 
-def _take(told: Streamed, event: bytes) -> None:
+def _add_event(stream: StreamedCompletion, event: bytes) -> None:
     body = _json(event.removeprefix(b"data: "))
     if "error" in body:
-        told.error = _error_of(body, event)
+        stream.error = _error_of(body, event)
         return
     try:
         if body.get("usage"):
-            told.usage = _usage(body["usage"])
+            stream.usage = _usage(body["usage"])
         for choice in body["choices"]:
             index = choice["index"]
             text = choice["delta"].get("content") if "delta" in choice else choice["text"]
-            told.texts[index] = told.texts.get(index, "") + (text or "")
-            told.token_ids.setdefault(index, []).extend(choice.get("token_ids") or ())
+            stream.texts[index] = stream.texts.get(index, "") + (text or "")
+            stream.token_ids.setdefault(index, []).extend(choice.get("token_ids") or ())
             if choice["finish_reason"] is not None:
-                if index in told.ends:
+                if index in stream.ends:
                     raise MalformedError(f"choice {index} ends twice: {event[:300]!r}")
-                told.ends[index] = choice["finish_reason"]
+                stream.ends[index] = choice["finish_reason"]
     except (KeyError, TypeError) as error:
         raise MalformedError(f"not a chunk ({error!r}): {event[:300]!r}") from None
 

@@ -1,16 +1,16 @@
-"""What became of every request of a run, and everything that is needed to look into those that failed."""
+"""The outcome of every request of a run, with the context of those that failed."""
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvbelt.ops.chaos.questions import Asking
-from kvbelt.ops.chaos.reading import Answer
-from kvbelt.ops.chaos.verdict import Seen, Verdict, Word, judge
+from kvbelt.ops.chaos.completion import Completion
+from kvbelt.ops.chaos.questions import ClientRequest
+from kvbelt.ops.chaos.verdict import Observation, Outcome, Verdict, judge
 
-#: Failures that are told in full; of more, only the number.
-MOST_TOLD = 10
+#: Failures with full context; of more, only the number is kept.
+MOST_FAILURES = 10
 
 _MOST_BODY = 20_000
 
@@ -20,15 +20,15 @@ class Judged:
     """One request. Moments are seconds of one clock."""
 
     request_id: str
-    word: Word
+    outcome: Outcome
     began: float
     ended: float
-    first_token: float | None  #: only of streams
+    first_token: float | None  #: of streams only
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One request that got what it must never get, and what tells why."""
+    """A request that broke an invariant, with its context."""
 
     verdict: Verdict
     request_id: str
@@ -37,45 +37,45 @@ class Failure:
     stream: bool
     deadline: float
     route: str
-    body: Mapping[str, Any]  #: what was asked
-    given: str  #: what came, as it came
-    right: Answer
+    body: Mapping[str, Any]  #: the request
+    given: str  #: the response as it came
+    right: Completion
     path: str
     record: str  #: from /kvbelt/requests
-    faults: tuple[str, ...]  #: that were there meanwhile
+    faults: tuple[str, ...]  #: during the request
     logs: Mapping[str, str]  #: the ends of the logs at that moment, by process
 
 
-#: Gathers record, faults and logs for a failure.
-Evidence = Callable[[Seen], Awaitable[tuple[str, tuple[str, ...], Mapping[str, str]]]]
+#: Gathers record, faults and logs of a failure.
+FailureContext = Callable[[Observation], Awaitable[tuple[str, tuple[str, ...], Mapping[str, str]]]]
 
 
 class Ledger:
     """Judges requests as they end.
 
     Args:
-        right: answers by number of question.
-        was_away: whether the proxy was being started again at some moment of a span.
-        evidence: asked for each of the first failures.
-        start: of the run, on the clock of ``Seen``.
+        right: reference answers by question number.
+        was_away: whether the proxy was restarting at some moment of a span.
+        evidence: gathers the context of a failure.
+        start: of the run, on the clock of ``Observation``.
 
     Attributes:
         judged: every request.
-        errors: honest errors by what they said.
-        paths: right answers by the way that they took.
-        failures: the first ``MOST_TOLD`` of them.
+        errors: honest errors by their text.
+        paths: right answers by path.
+        failures: the first ``MOST_FAILURES`` of them.
     """
 
     def __init__(
         self,
-        right: Mapping[int, Answer],
+        right: Mapping[int, Completion],
         was_away: Callable[[float, float], bool],
-        evidence: Evidence,
+        evidence: FailureContext,
         start: float,
     ) -> None:
         self._right = right
         self._was_away = was_away
-        self._evidence = evidence
+        self._failure_context = evidence
         self._start = start
         self.judged: list[Judged] = []
         self.errors: Counter[str] = Counter()
@@ -83,24 +83,26 @@ class Ledger:
         self.failures: list[Failure] = []
 
     @property
-    def words(self) -> Counter[Word]:
-        """How many requests got which verdict."""
-        return Counter(judged.word for judged in self.judged)
+    def outcomes(self) -> Counter[Outcome]:
+        """How many requests had each outcome."""
+        return Counter(judged.outcome for judged in self.judged)
 
-    async def take(self, asking: Asking, seen: Seen) -> None:
-        """One request has ended."""
-        right = self._right[asking.question.number]
+    async def on_observation(self, request: ClientRequest, seen: Observation) -> None:
+        """Judge a request that has ended."""
+        right = self._right[request.question.number]
         verdict = judge(seen, right, proxy_away=self._was_away(seen.began, seen.ended))
-        self.judged.append(Judged(seen.request_id, verdict.word, seen.began, seen.ended, seen.first_token))
-        if verdict.word is Word.ERROR:
+        self.judged.append(Judged(seen.request_id, verdict.outcome, seen.began, seen.ended, seen.first_token))
+        if verdict.outcome is Outcome.ERROR:
             self.errors[verdict.reason] += 1
-        elif verdict.word is Word.RIGHT:
+        elif verdict.outcome is Outcome.RIGHT:
             self.paths[seen.path.partition(";")[0] or "unknown"] += 1
-        elif verdict.failed and len(self.failures) < MOST_TOLD:
-            await self._tell(asking, seen, verdict, right)
+        elif verdict.failed and len(self.failures) < MOST_FAILURES:
+            await self._add_failure(request, seen, verdict, right)
 
-    async def _tell(self, asking: Asking, seen: Seen, verdict: Verdict, right: Answer) -> None:
-        record, faults, logs = await self._evidence(seen)
+    async def _add_failure(
+        self, request: ClientRequest, seen: Observation, verdict: Verdict, right: Completion
+    ) -> None:
+        record, faults, logs = await self._failure_context(seen)
         self.failures.append(
             Failure(
                 verdict,
@@ -109,8 +111,8 @@ class Ledger:
                 seconds=seen.ended - seen.began,
                 stream=seen.stream,
                 deadline=seen.deadline,
-                route=asking.question.route,
-                body=asking.body(),
+                route=request.question.route,
+                body=request.body(),
                 given=seen.body[:_MOST_BODY].decode(errors="replace") or seen.detail,
                 right=right,
                 path=seen.path,

@@ -1,7 +1,7 @@
-"""Resident memory of processes over their lives, and whether it grows without bound.
+"""Whether the resident memory of processes grows without bound.
 
-A worker touches its KV memory and buffers little by little, so that growth is looked for late in a life: between the
-end of its first third and its end.
+A worker touches its KV memory and buffers gradually, so growth is measured from the end of the first third of a
+process's lifetime to its end.
 """
 
 import os
@@ -11,10 +11,10 @@ from pathlib import Path
 
 MIB = 1 << 20
 
-#: A life shorter than this shows nothing.
+#: A shorter lifetime shows nothing.
 _LEAST_SECONDS = 60.0
 
-#: Growth in the last two thirds of a life that is still nobody's leak: fragmentation, caches that fill.
+#: Growth in the last two thirds that is not counted as a leak: fragmentation, caches that fill.
 _ALLOWED_BYTES = 48 * MIB
 _ALLOWED_SHARE = 0.15
 
@@ -23,28 +23,28 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """One life of one process. Bytes of resident memory."""
+    """Resident bytes over the lifetime of one process."""
 
     process: str
     pid: int
     seconds: float
     first: int
-    settled: int  #: after a third of its life
+    settled: int  #: after a third of the lifetime
     last: int
 
     @property
     def unbounded(self) -> bool:
-        """Whether it has grown more than is explained."""
+        """Whether it grew more than is allowed."""
         allowed = max(_ALLOWED_BYTES, self.settled * _ALLOWED_SHARE)
         return self.seconds >= _LEAST_SECONDS and self.last - self.settled > allowed
 
 
-#: Moments and bytes of one life.
+#: Moments and bytes of one process.
 Samples = Sequence[tuple[float, int]]
 
 
 def growths(lives: Mapping[tuple[str, int], Samples]) -> list[Growth]:
-    """Of every life, by process and pid, that was looked at more than once."""
+    """Growth of every process, by name and pid, that has at least two samples."""
     found = []
     for (process, pid), samples in lives.items():
         if len(samples) < 2:
@@ -57,7 +57,7 @@ def growths(lives: Mapping[tuple[str, int], Samples]) -> list[Growth]:
 
 
 def resident_bytes(pid: int) -> int | None:
-    """Of a process, now; None: it is gone."""
+    """Of a process, now; None if it is gone."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * _PAGE
     except (OSError, IndexError, ValueError):

@@ -1,4 +1,4 @@
-"""What is asked: prompts of every length, shared prefixes, greedy and sampled, whole and streamed. Pure.
+"""The questions of a run: prompts of every length, shared prefixes, greedy and sampled. Pure.
 
 Each question has one right answer (temperature 0, or a seed), which is compared token for token.
 """
@@ -13,19 +13,19 @@ _TEXT = (
 )
 _WORDS = _TEXT.split()
 
-#: Lengths of answers, in tokens: many short ones, some long enough to be interrupted.
+#: Lengths of answers, in tokens: mostly short, some long enough to be interrupted.
 _MAX_TOKENS = (1, 2, 3, 5, 8, 8, 13, 21, 34, 48)
 
-#: After which a client hangs up that does so, on average.
+#: A disconnecting client leaves after this time, on average.
 _LEAVE_SECONDS = 0.08
 
-#: Shares of kinds of questions.
+#: Shares of the kinds of questions.
 _CHAT, _SAMPLED, _SHARED, _TWO, _STOPS = 0.35, 0.3, 0.4, 0.06, 0.6
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How long prompts are, in tokens, and how many characters of text make a token."""
+    """Prompt lengths in tokens, and characters of text per token."""
 
     short: int = 12
     longest: int = 600
@@ -34,7 +34,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One request without its manner: streamed or whole, and how long it may take, are decided when it is asked."""
+    """A question. Streaming and deadline are chosen for each request."""
 
     number: int
     chat: bool
@@ -43,12 +43,11 @@ class Question:
 
     @property
     def route(self) -> str:
-        """Where it is posted to."""
         return "/v1/chat/completions" if self.chat else "/v1/completions"
 
 
 def make_questions(seed: int, count: int, sizes: Sizes, *, model: str, chats: bool) -> list[Question]:
-    """``count`` questions; ``chats``: whether the model can chat. At least a quarter of them are long."""
+    """Make ``count`` questions, at least a quarter of them long. ``chats``: the model can chat."""
     chance = random.Random(seed)
     prefixes = [_text(chance, sizes, sizes.longest * share) for share in (0.2, 0.4, 0.6)]
     return [_question(chance, number, sizes, prefixes, model, chats=chats) for number in range(count)]
@@ -68,7 +67,7 @@ def _question(
         body |= {"temperature": 0.8, "top_p": 0.95, "seed": chance.getrandbits(31)}
         if chance.random() < _TWO / _SAMPLED:
             body["n"] = 2
-    # Most answers go on to their limit, the others end where the model wants.
+    # Most answers run to their limit; the others end where the model ends them.
     if chance.random() < _STOPS:
         body["ignore_eos"] = True
     asked = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
@@ -84,32 +83,33 @@ def _text(chance: random.Random, sizes: Sizes, tokens: float) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Asking:
-    """One question as it is asked."""
+class ClientRequest:
+    """One request for a question."""
 
     question: Question
     request_id: str
     stream: bool
     deadline: float  #: seconds
-    leave_after: float | None = None  #: seconds after which the client hangs up; None: it waits
+    leave_after: float | None = None  #: seconds until the client disconnects; None: it stays
 
     def body(self) -> dict[str, Any]:
-        """For the wire."""
         body = {**self.question.body, "return_token_ids": True, "stream": self.stream}
         return body | {"stream_options": {"include_usage": True}} if self.stream else body
 
 
 @dataclass(frozen=True, slots=True)
-class Manners:
-    """How questions are asked, at random."""
+class RequestMix:
+    """The random mix of requests."""
 
-    deadline: float = 20.0  #: seconds; of most
-    hasty: float = 0.12  #: share of those with a small deadline
+    deadline: float = 20.0  #: seconds; of most requests
+    hasty: float = 0.12  #: share with a short deadline
     hasty_seconds: tuple[float, float] = (0.3, 2.0)
     streamed: float = 0.6  #: share
 
-    def ask(self, chance: random.Random, question: Question, request_id: str, *, leaving: bool = False) -> Asking:
-        """``leaving``: half of the clients hang up, mostly within a tenth of a second."""
+    def request(
+        self, chance: random.Random, question: Question, request_id: str, *, leaving: bool = False
+    ) -> ClientRequest:
+        """``leaving``: half of the clients disconnect, mostly within a tenth of a second."""
         deadline = chance.uniform(*self.hasty_seconds) if chance.random() < self.hasty else self.deadline
         leave = chance.expovariate(1 / _LEAVE_SECONDS) if leaving and chance.random() < 0.5 else None
-        return Asking(question, request_id, chance.random() < self.streamed, deadline, leave)
+        return ClientRequest(question, request_id, chance.random() < self.streamed, deadline, leave)

@@ -1,7 +1,7 @@
-"""How long a fault was felt after it was healed: until the first right answer that used whom it had befallen. Pure.
+"""Recovery time: from the healing of a fault to the first right answer that used its target. Pure.
 
-For a restart, healed means ready: the worker said so itself. Where another fault made an answer that uses the worker
-impossible meanwhile, the recovery tells of that one, and is not counted.
+A restarted worker counts as healed when it is ready. If another fault made such an answer impossible meanwhile, the
+time would measure that fault, and is not counted.
 """
 
 from collections.abc import Collection, Sequence
@@ -15,14 +15,14 @@ class Injected:
     """A fault that was done. Moments are seconds of one clock."""
 
     injection: Injection
-    target: str | None  #: the process's name; None: nobody's in particular
-    address: str | None  #: of a worker, as the proxy names it; None: any right answer shows that it is over
+    target: str | None  #: the process's name; None: no particular process
+    address: str | None  #: of a worker, as the proxy names it; None: any right answer shows recovery
     began: float
     healed: float
     detail: str = ""
 
     def overlaps(self, begin: float, end: float) -> bool:
-        """Whether it was there at some moment between."""
+        """Whether it was active at some moment of a span."""
         return self.began <= end and begin <= self.healed
 
 
@@ -35,18 +35,20 @@ class Skipped:
 
 
 @dataclass(frozen=True, slots=True)
-class Good:
-    """A right answer: when it was complete, and which workers had a part in it."""
+class RightAnswer:
+    """A right answer: when it was complete, and which workers took part."""
 
     ended: float
     used: frozenset[str]
 
 
-def recoveries(injected: Sequence[Injected], answers: Sequence[Good], workers: Collection[str]) -> dict[int, float]:
-    """Seconds from a fault's healing to the first right answer that used its target, by the injection's number.
+def recoveries(
+    injected: Sequence[Injected], answers: Sequence[RightAnswer], workers: Collection[str]
+) -> dict[int, float]:
+    """Seconds from healing to the first right answer that used the target, by the injection's number.
 
-    Left out: before there was one, another fault befell the target, the proxy was started again, or every worker that
-    it could have worked with was killed, stopped, cut off or slow; or the load ended.
+    Left out: faults without such an answer, and those that another fault interrupted. Interrupting faults hit the
+    same target, restart the proxy, or disable every worker that could work with the target.
     """
     in_order = sorted(answers, key=lambda answer: answer.ended)
     found: dict[int, float] = {}
