@@ -1,4 +1,4 @@
-"""What a run found is told, and judged."""
+"""The report and the invariants of a run."""
 
 import dataclasses
 import json
@@ -7,48 +7,16 @@ from collections import Counter
 import pytest
 
 from kvbelt.ops.chaos import report
-from kvbelt.ops.chaos.effect import Effect
 from kvbelt.ops.chaos.holdings import Holdings
 from kvbelt.ops.chaos.ledger import Failure
 from kvbelt.ops.chaos.memory import MIB, Growth
-from kvbelt.ops.chaos.recovery import Skipped
-from kvbelt.ops.chaos.result import Result, invariants
-from kvbelt.ops.chaos.verdict import Verdict, Word
-from kvbelt.ops.chaos.watch import Death
-from tests.ops.chaos.support import RIGHT, injected
+from kvbelt.ops.chaos.monitor import UnexpectedExit
+from kvbelt.ops.chaos.result import invariants
+from kvbelt.ops.chaos.verdict import Outcome, Verdict
+from tests.ops.chaos.support import GOOD, RIGHT
 
-GOOD = Result(
-    deployment="2p2d",
-    model="tiny",
-    seed=7,
-    seconds=900.0,
-    rate=8.0,
-    reference="0p1d of the same model",
-    questions=60,
-    ambiguous=1,
-    impossible={"cut-decode": "network namespaces need root"},
-    injected=(injected(), injected(number=2), injected("kill-prefill", "prefill-0", number=3)),
-    skipped=(Skipped(injected(number=4).injection, "every worker is stopped"),),
-    recovered={1: 0.5, 2: 1.5},
-    words=Counter({Word.RIGHT: 7000, Word.ERROR: 12, Word.LEFT: 3}),
-    errors=Counter({"503 unavailable": 12}),
-    paths=Counter({"first-token": 6000, "local": 1000}),
-    not_sent=0,
-    failures=(),
-    holdings={"decode-0": Holdings("ready")},
-    held_seconds=0.3,
-    quarantined_most=4096,
-    queued=3,
-    growths=(Growth("proxy", 1, 900.0, 40 * MIB, 50 * MIB, 51 * MIB),),
-    deaths=(),
-    idle=(),
-    not_back={},
-    effect=Effect("decode-1", (0.05, 0.1), (0.05, 0.11)),
-    lag=0.02,
-    interrupted=False,
-)
 FAILURE = Failure(
-    Verdict(Word.WRONG, "choice 0, token 1: 5 instead of 2"),
+    Verdict(Outcome.WRONG, "choice 0, token 1: 5 instead of 2"),
     "chaos-17",
     began=12.0,
     seconds=0.4,
@@ -70,8 +38,8 @@ def text(result):
     return "\n".join(report.lines(result))
 
 
-def test_a_good_run_is_said_to_be_one():
-    """Faults with counts and recoveries, answers by kind, and the verdict at the end."""
+def test_a_good_run_is_reported_as_one():
+    """It has faults with counts and recoveries, answers by kind, and the verdict at the end."""
     told = text(GOOD)
     assert report.held(GOOD)
     assert told.endswith("Every invariant held.")
@@ -83,21 +51,21 @@ def test_a_good_run_is_said_to_be_one():
 
 
 BROKEN = [
-    {"words": GOOD.words + Counter({Word.WRONG: 1})},
-    {"words": GOOD.words + Counter({Word.HANG: 1})},
-    {"words": GOOD.words + Counter({Word.TRUNCATED: 1})},
-    {"words": GOOD.words + Counter({Word.DROPPED: 1})},
-    {"words": GOOD.words + Counter({Word.MALFORMED: 1})},
-    {"words": GOOD.words + Counter({Word.REFUSED: 1})},
-    {"words": GOOD.words + Counter({Word.INTERNAL: 1})},
-    {"words": Counter({Word.ERROR: 100})},
+    {"outcomes": GOOD.outcomes + Counter({Outcome.WRONG: 1})},
+    {"outcomes": GOOD.outcomes + Counter({Outcome.HANG: 1})},
+    {"outcomes": GOOD.outcomes + Counter({Outcome.TRUNCATED: 1})},
+    {"outcomes": GOOD.outcomes + Counter({Outcome.DROPPED: 1})},
+    {"outcomes": GOOD.outcomes + Counter({Outcome.MALFORMED: 1})},
+    {"outcomes": GOOD.outcomes + Counter({Outcome.REFUSED: 1})},
+    {"outcomes": GOOD.outcomes + Counter({Outcome.INTERNAL: 1})},
+    {"outcomes": Counter({Outcome.ERROR: 100})},
     {"holdings": {"decode-0": Holdings("ready", staging_bytes=1)}},
     {"holdings": {"decode-0": Holdings("ready", quarantined_bytes=1)}},
     {"holdings": {"decode-0": Holdings("ready", blocks=1)}},
     {"holdings": {"decode-0": Holdings("ready", transfers=1)}},
     {"holdings": {"decode-0": Holdings("silent")}},
     {"growths": (Growth("proxy", 1, 900.0, 40 * MIB, 50 * MIB, 500 * MIB),)},
-    {"deaths": (Death("decode-0", "Traceback"),)},
+    {"deaths": (UnexpectedExit("decode-0", "Traceback"),)},
     {"idle": ("decode-0",)},
     {"not_back": {"decode-0": "not ready after 60 s"}},
 ]
@@ -105,15 +73,15 @@ BROKEN = [
 
 @pytest.mark.parametrize("change", BROKEN)
 def test_each_invariant_can_break(change):
-    """Exactly one of them does, and the verdict says so."""
+    """Exactly one invariant breaks, and the verdict says so."""
     result = dataclasses.replace(GOOD, **change)
     assert sum(not invariant.held for invariant in invariants(result)) == 1
     assert not report.held(result)
     assert text(result).endswith("of 12 invariants did not hold.")
 
 
-def test_a_failure_is_told_with_everything_that_is_needed():
-    """Seed, request, both answers, the proxy's record, the faults meanwhile and the logs."""
+def test_a_failure_is_reported_with_its_context():
+    """It has seed, request, both answers, the proxy's record, the faults and the logs."""
     told = text(dataclasses.replace(GOOD, failures=(FAILURE,)))
     for part in ("wrong answer: choice 0, token 1: 5 instead of 2", "chaos-17 of seed 7", '{"prompt":"a lantern"}',
                  "token_ids=((1, 2, 3),)", "data: {...}", '{"request_id": "chaos-17"}', "stop-prefill of prefill-0",
@@ -122,7 +90,7 @@ def test_a_failure_is_told_with_everything_that_is_needed():
 
 
 def test_the_same_as_json():
-    """For machines: the verdict, the invariants, and everything that was found."""
+    """The JSON has the verdict, the invariants and all findings."""
     body = json.loads(report.as_json(dataclasses.replace(GOOD, failures=(FAILURE,))))
     assert body["held"] is True
     assert [invariant["found"] for invariant in body["invariants"]][-1] == 7000
@@ -131,7 +99,7 @@ def test_the_same_as_json():
 
 
 def test_what_is_not_known_is_left_out():
-    """A deployment of somebody else's: no memory, no effect, no deaths; an interrupted run says that it was."""
+    """Without own processes there is no memory, effect or exit to report; an interrupted run says so."""
     told = text(dataclasses.replace(GOOD, effect=None, growths=(), interrupted=True))
     assert "p99" not in told
     assert "resident" not in told

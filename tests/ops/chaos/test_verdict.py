@@ -1,24 +1,24 @@
-"""What to think of what a client was given."""
+"""Judging what a client got."""
 
 import pytest
 
-from kvbelt.ops.chaos.reading import MalformedError, read_error, read_stream, read_whole
-from kvbelt.ops.chaos.verdict import Ending, Word, judge
+from kvbelt.ops.chaos.completion import MalformedError, read_error, read_stream, read_whole
+from kvbelt.ops.chaos.verdict import Ending, Outcome, judge
 from tests.ops.chaos.support import DONE, ERROR, RIGHT, USAGE, chunk, seen, whole
 
 STREAM = chunk("a", 1) + b": a comment\n\n" + chunk("bc", 2, 3, finish="length") + USAGE
 ERROR_EVENT = b"data: " + ERROR + b"\n\n"
 
 
-def word(what, *, proxy_away=False):
+def outcome(what, *, proxy_away=False):
     """The verdict."""
-    return judge(what, RIGHT, proxy_away=proxy_away).word
+    return judge(what, RIGHT, proxy_away=proxy_away).outcome
 
 
 @pytest.mark.parametrize("one", [seen(whole()), seen(STREAM + DONE, stream=True)])
 def test_the_same_to_the_token_is_right(one):
-    """Whole or streamed."""
-    assert word(one) is Word.RIGHT
+    """An equal answer is right, whole or streamed."""
+    assert outcome(one) is Outcome.RIGHT
 
 
 @pytest.mark.parametrize(
@@ -36,8 +36,8 @@ def test_the_same_to_the_token_is_right(one):
     ],
 )
 def test_anything_else_is_wrong(one):
-    """Tokens, text, end or usage; also where an error follows, or nobody waits for the rest."""
-    assert word(one) is Word.WRONG
+    """Different tokens, text, finish reason or usage are wrong, even if an error follows or the client leaves."""
+    assert outcome(one) is Outcome.WRONG
 
 
 @pytest.mark.parametrize(
@@ -49,9 +49,9 @@ def test_anything_else_is_wrong(one):
     ],
 )
 def test_an_error_that_says_so_is_honest(one, reason):
-    """A status, or an event in a stream that was right so far."""
+    """An error status, or an error event after a right start of a stream, is honest."""
     verdict = judge(one, RIGHT, proxy_away=False)
-    assert (verdict.word, verdict.reason) == (Word.ERROR, reason)
+    assert (verdict.outcome, verdict.reason) == (Outcome.ERROR, reason)
 
 
 @pytest.mark.parametrize(
@@ -62,13 +62,13 @@ def test_an_error_that_says_so_is_honest(one, reason):
     ],
 )
 def test_an_error_of_our_own_making_is_a_failure(one):
-    """It is honest, but nothing that was done to the deployment explains it."""
-    assert word(one) is Word.INTERNAL
+    """An internal error is explicit, but no fault explains it."""
+    assert outcome(one) is Outcome.INTERNAL
 
 
 def test_silence_is_a_hang():
-    """Whatever had come by then."""
-    assert word(seen(STREAM, stream=True, ending=Ending.SILENT)) is Word.HANG
+    """Silence after the deadline is a hang, whatever came before."""
+    assert outcome(seen(STREAM, stream=True, ending=Ending.SILENT)) is Outcome.HANG
 
 
 @pytest.mark.parametrize(
@@ -80,31 +80,31 @@ def test_silence_is_a_hang():
     ],
 )
 def test_a_stream_that_just_ends_is_a_silent_truncation(body):
-    """Each of these looks complete to a careless client."""
-    assert word(seen(body, stream=True)) is Word.TRUNCATED
+    """Each of these streams looks complete to a careless client."""
+    assert outcome(seen(body, stream=True)) is Outcome.TRUNCATED
 
 
 @pytest.mark.parametrize("ending", [Ending.CLOSED, Ending.REFUSED])
 def test_a_connection_may_end_only_while_the_proxy_is_away(ending):
-    """Then nobody is there who could say anything."""
-    assert word(seen(status=0, ending=ending)) is Word.DROPPED
-    assert word(seen(status=0, ending=ending), proxy_away=True) is Word.ERROR
+    """Without a proxy no process could send an error."""
+    assert outcome(seen(status=0, ending=ending)) is Outcome.DROPPED
+    assert outcome(seen(status=0, ending=ending), proxy_away=True) is Outcome.ERROR
 
 
 def test_a_stream_cut_off_while_the_proxy_is_away_is_honest():
-    """The connection ends before the stream does, so that no client takes it for complete."""
-    assert word(seen(chunk("a", 1), stream=True, ending=Ending.CLOSED), proxy_away=True) is Word.ERROR
+    """Its connection ends before the stream does, so no client takes it for complete."""
+    assert outcome(seen(chunk("a", 1), stream=True, ending=Ending.CLOSED), proxy_away=True) is Outcome.ERROR
 
 
 def test_a_client_that_hung_up_is_not_judged():
-    """But for what it had been given by then."""
-    assert word(seen(status=0, ending=Ending.LEFT)) is Word.LEFT
-    assert word(seen(chunk("a", 1), stream=True, ending=Ending.LEFT)) is Word.LEFT
+    """Only what it got before is judged."""
+    assert outcome(seen(status=0, ending=Ending.LEFT)) is Outcome.LEFT
+    assert outcome(seen(chunk("a", 1), stream=True, ending=Ending.LEFT)) is Outcome.LEFT
 
 
 def test_a_request_that_is_served_must_not_be_refused():
-    """The aggregated server has answered it."""
-    assert word(seen(ERROR, status=400)) is Word.REFUSED
+    """The aggregated server has answered the same request."""
+    assert outcome(seen(ERROR, status=400)) is Outcome.REFUSED
 
 
 @pytest.mark.parametrize(
@@ -120,12 +120,12 @@ def test_a_request_that_is_served_must_not_be_refused():
     ],
 )
 def test_what_no_client_of_openai_understands_is_malformed(one):
-    """Errors without their body, events that are no JSON, and what follows the end."""
-    assert word(one) is Word.MALFORMED
+    """Errors without their body, events that are not JSON, and data after the end are malformed."""
+    assert outcome(one) is Outcome.MALFORMED
 
 
 def test_reasons_are_short_and_whole():
-    """Two choices are kept apart; a choice that ends twice, an error that is none, are told."""
+    """Reasons name the choice; a choice that ends twice and an invalid error are reported."""
     two = chunk("a", 1) + chunk("b", 2).replace(b'"index": 0', b'"index": 1')
     assert read_stream(two).answer().token_ids == ((1,), (2,))
     with pytest.raises(MalformedError, match="twice"):

@@ -1,23 +1,23 @@
-"""The kinds of faults: a table. How each is done and undone is inject.py's."""
+"""The table of fault kinds. inject.py does and undoes them."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 from kvbelt.transfer.settings import BeltSettings
 
-#: What bounds how long a silent peer is believed to live: faults are shorter or longer than this.
+#: A silent peer is believed alive for this long. Faults are shorter or longer than it.
 LEASE_SECONDS = BeltSettings().lease_seconds
 
 
-class Need(StrEnum):
-    """What a fault asks of the deployment."""
+class Requirement(StrEnum):
+    """What a fault needs from the deployment."""
 
-    PROCESSES = "processes that this command has started"
-    NETWORK = "workers on hosts of their own"
+    PROCESSES = "processes started by this command"
+    NETWORK = "workers in network namespaces"
 
 
-class Whom(StrEnum):
-    """Whom a fault befalls."""
+class TargetRole(StrEnum):
+    """What a fault is applied to."""
 
     PREFILL = "prefill"
     DECODE = "decode"
@@ -27,38 +27,38 @@ class Whom(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """One kind of fault."""
-
+class FaultKind:
     name: str
-    whom: Whom
+    target_role: TargetRole
     what: str  #: for people
-    needs: Need | None = None
-    seconds: tuple[float, float] = (0.0, 0.0)  #: from the injection to the healing, at least and at most
+    needs: Requirement | None = None
+    seconds: tuple[float, float] = (0.0, 0.0)  #: from injection to healing: minimum and maximum
 
 
 _BRIEF = (0.2, LEASE_SECONDS * 0.75)
-#: Past the lease, and at times past the proxy's patience with a silent worker (3 s).
+#: Longer than the lease, and sometimes longer than the proxy's timeout for a silent worker (3 s).
 _LONG = (LEASE_SECONDS * 1.25, LEASE_SECONDS * 3)
 
 KINDS = (
-    Kind("kill-prefill", Whom.PREFILL, "killed (SIGKILL) and started again", Need.PROCESSES),
-    Kind("kill-decode", Whom.DECODE, "killed (SIGKILL) and started again", Need.PROCESSES),
-    Kind("stop-prefill-briefly", Whom.PREFILL, "stopped for less than a lease", Need.PROCESSES, _BRIEF),
-    Kind("stop-prefill", Whom.PREFILL, "stopped for longer than a lease", Need.PROCESSES, _LONG),
-    Kind("stop-decode-briefly", Whom.DECODE, "stopped for less than a lease", Need.PROCESSES, _BRIEF),
-    Kind("stop-decode", Whom.DECODE, "stopped for longer than a lease", Need.PROCESSES, _LONG),
-    Kind("cut-prefill", Whom.PREFILL, "cut off from the network", Need.NETWORK, (0.3, 6.0)),
-    Kind("cut-decode", Whom.DECODE, "cut off from the network", Need.NETWORK, (0.3, 6.0)),
-    Kind("slow-prefill", Whom.PREFILL, "on a slow link", Need.NETWORK, (1.0, 5.0)),
-    Kind("slow-decode", Whom.DECODE, "on a slow link", Need.NETWORK, (1.0, 5.0)),
-    Kind("full-buffer", Whom.CLIENTS, "a burst of long prompts, more than the receive buffers hold"),
-    Kind("rubbish-http", Whom.ANY, "rubbish on an HTTP port", seconds=(0.5, 3.0)),
-    Kind("rubbish-init", Whom.DECODE, "rubbish on a handshake port", seconds=(0.5, 3.0)),
-    Kind("rubbish-alloc", Whom.DECODE, "rubbish on a reservation port", seconds=(0.5, 3.0)),
-    Kind("rubbish-notify", Whom.PROXY, "rubbish on the notification port", seconds=(0.5, 3.0)),
-    Kind("clients-leave", Whom.CLIENTS, "clients that hang up at random moments", seconds=(1.0, 3.0)),
-    Kind("restart-proxy", Whom.PROXY, "the proxy ended (SIGTERM) and started again", Need.PROCESSES),
+    FaultKind("kill-prefill", TargetRole.PREFILL, "killed (SIGKILL) and restarted", Requirement.PROCESSES),
+    FaultKind("kill-decode", TargetRole.DECODE, "killed (SIGKILL) and restarted", Requirement.PROCESSES),
+    FaultKind(
+        "stop-prefill-briefly", TargetRole.PREFILL, "stopped for less than a lease", Requirement.PROCESSES, _BRIEF
+    ),
+    FaultKind("stop-prefill", TargetRole.PREFILL, "stopped for longer than a lease", Requirement.PROCESSES, _LONG),
+    FaultKind("stop-decode-briefly", TargetRole.DECODE, "stopped for less than a lease", Requirement.PROCESSES, _BRIEF),
+    FaultKind("stop-decode", TargetRole.DECODE, "stopped for longer than a lease", Requirement.PROCESSES, _LONG),
+    FaultKind("cut-prefill", TargetRole.PREFILL, "cut off from the network", Requirement.NETWORK, (0.3, 6.0)),
+    FaultKind("cut-decode", TargetRole.DECODE, "cut off from the network", Requirement.NETWORK, (0.3, 6.0)),
+    FaultKind("slow-prefill", TargetRole.PREFILL, "on a slow link", Requirement.NETWORK, (1.0, 5.0)),
+    FaultKind("slow-decode", TargetRole.DECODE, "on a slow link", Requirement.NETWORK, (1.0, 5.0)),
+    FaultKind("full-buffer", TargetRole.CLIENTS, "a burst of long prompts that overflows the receive buffers"),
+    FaultKind("rubbish-http", TargetRole.ANY, "rubbish on an HTTP port", seconds=(0.5, 3.0)),
+    FaultKind("rubbish-init", TargetRole.DECODE, "rubbish on a handshake port", seconds=(0.5, 3.0)),
+    FaultKind("rubbish-alloc", TargetRole.DECODE, "rubbish on a reservation port", seconds=(0.5, 3.0)),
+    FaultKind("rubbish-notify", TargetRole.PROXY, "rubbish on the notification port", seconds=(0.5, 3.0)),
+    FaultKind("clients-leave", TargetRole.CLIENTS, "clients that disconnect at random moments", seconds=(1.0, 3.0)),
+    FaultKind("restart-proxy", TargetRole.PROXY, "the proxy ended (SIGTERM) and restarted", Requirement.PROCESSES),
 )
 
 BY_NAME = {kind.name: kind for kind in KINDS}

@@ -1,7 +1,7 @@
-"""Doing faults and undoing them. What is done is undone by the task that did it, also when that is cancelled.
+"""Does faults and undoes them. The task that did a fault undoes it, also when it is cancelled.
 
-A process that is being started again, or is stopped, is left alone by other faults of its process, and a host that is
-cut off or slow by others of its network. Otherwise kinds overlap freely: a stopped worker may be cut off as well.
+A process that is stopped or restarting gets no second process fault, and a host that is cut off or slow no second
+network fault. Other combinations overlap: a stopped worker may be cut off as well.
 """
 
 import asyncio
@@ -13,99 +13,101 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from kvbelt.errors import StartError
-from kvbelt.ops.chaos.faults import Kind, Need, Whom
-from kvbelt.ops.chaos.load import Load
+from kvbelt.ops.chaos.endpoints import Endpoints
+from kvbelt.ops.chaos.faults import FaultKind, Requirement, TargetRole
+from kvbelt.ops.chaos.load import LoadGenerator
 from kvbelt.ops.chaos.recovery import Injected, Skipped
-from kvbelt.ops.chaos.rubbish_io import Thrower
+from kvbelt.ops.chaos.rubbish_sender import RubbishSender
 from kvbelt.ops.chaos.schedule import Injection, pick
-from kvbelt.ops.chaos.site import Site
 from kvbelt.ops.deployment import Deployment
 from kvbelt.ops.network import Network
 
-#: Long prompts of one burst. The command gives receive buffers that hold fewer.
+#: Long prompts of one burst; the receive buffers hold fewer.
 BURST = 8
 
-#: Of slow links, in kbit/s, and with the kernel's netem in ms.
+#: Slow links: rates in kbit/s, and delays in ms where the kernel has netem.
 _KBITS = (500, 2000, 8000)
 _DELAYS_MS = (0, 5, 25)
 
-Outcome = Injected | Skipped
+InjectionOutcome = Injected | Skipped
 
 
 class Injector:
     """Does the faults of one run.
 
     Attributes:
-        away: spans in which the proxy was not there; the last may be open.
-        not_back: workers that were started again and did not become ready, and why.
-        restarting: processes that are being started again now.
+        away: spans in which the proxy was restarting; the last may be open.
+        not_back: restarted workers that did not become ready, and why.
+        restarting: processes that are being restarted now.
     """
 
     def __init__(
         self,
-        site: Site,
-        load: Load,
+        endpoints: Endpoints,
+        load: LoadGenerator,
         *,
         deployment: Deployment | None = None,
         network: Network | None = None,
-        thrower: Thrower | None = None,
+        rubbish: RubbishSender | None = None,
     ) -> None:
-        self._site = site
+        self._endpoints = endpoints
         self._load = load
         self._deployment = deployment
         self._network = network
-        self._thrower = thrower or Thrower(None)
+        self._rubbish = rubbish or RubbishSender(None)
         self._stopped: set[str] = set()
-        self._cabled: set[str] = set()  # hosts whose cable somebody has in his hands
+        self._network_busy: set[str] = set()  # hosts with a network fault
         self.restarting: set[str] = set()
         self.away: list[tuple[float, float]] = []
         self.not_back: dict[str, str] = {}
-        self._ways: dict[str, Callable[[Injection], Awaitable[Outcome]]] = {
+        self._actions: dict[str, Callable[[Injection], Awaitable[InjectionOutcome]]] = {
             "kill": self._kill,
             "stop": self._stop,
             "cut": self._cut,
             "slow": self._slow,
             "full": self._fill,
-            "rubbish": self._throw,
+            "rubbish": self._send_rubbish,
             "clients": self._hang_up,
             "restart": self._restart_proxy,
         }
 
-    def why_not(self, kind: Kind) -> str | None:
-        """Why a kind cannot be done here at all; None: it can."""
-        if kind.needs is Need.PROCESSES and self._deployment is None:
-            return "the processes are not this command's"
-        if kind.needs is Need.NETWORK and self._network is None:
-            return "the workers have no hosts of their own"
-        if kind.whom in (Whom.PREFILL, Whom.DECODE) and not self._site.of_role(kind.whom):
-            return f"there is no {kind.whom} worker"
+    def why_not(self, kind: FaultKind) -> str | None:
+        """Why a kind of fault is impossible here; None if it is possible."""
+        if kind.needs is Requirement.PROCESSES and self._deployment is None:
+            return "the processes were not started by this command"
+        if kind.needs is Requirement.NETWORK and self._network is None:
+            return "the workers have no network namespaces"
+        if kind.target_role in (TargetRole.PREFILL, TargetRole.DECODE) and not self._endpoints.of_role(
+            kind.target_role
+        ):
+            return f"there is no {kind.target_role} worker"
         return None
 
     def was_away(self, begin: float, end: float) -> bool:
-        """Whether the proxy was being started again at some moment between."""
+        """Whether the proxy was restarting at some moment of a span."""
         return any(gone <= end and begin <= back for gone, back in self.away)
 
-    async def inject(self, injection: Injection) -> Outcome:
-        """Do it, wait, undo it."""
+    async def inject(self, injection: Injection) -> InjectionOutcome:
+        """Do a fault, wait, and undo it."""
         if (why := self.why_not(injection.kind)) is not None:
             return Skipped(injection, why)
-        return await self._ways[injection.kind.name.partition("-")[0]](injection)
+        return await self._actions[injection.kind.name.partition("-")[0]](injection)
 
     # Processes
 
-    async def _kill(self, injection: Injection) -> Outcome:
+    async def _kill(self, injection: Injection) -> InjectionOutcome:
         name = self._target(injection, self.restarting)
         if name is None:
-            return Skipped(injection, "every worker of this role is being started again")
+            return Skipped(injection, "every worker of this role is restarting")
         began = time.monotonic()
         self._signal(name, self._deployed.process(name).pid, signal.SIGKILL)
         await self.restart(name)
         return self._done(injection, name, began)
 
-    async def _stop(self, injection: Injection) -> Outcome:
+    async def _stop(self, injection: Injection) -> InjectionOutcome:
         name = self._target(injection, self.restarting | self._stopped)
         if name is None:
-            return Skipped(injection, "every worker of this role is stopped or being started again")
+            return Skipped(injection, "every worker of this role is stopped or restarting")
         began = time.monotonic()
         async with self.stopped(name):
             await asyncio.sleep(injection.seconds)
@@ -113,7 +115,7 @@ class Injector:
 
     @contextlib.asynccontextmanager
     async def stopped(self, name: str) -> AsyncIterator[None]:
-        """A process is stopped (SIGSTOP) while the body runs."""
+        """Stop a process (SIGSTOP) while the body runs."""
         pid = self._deployed.process(name).pid
         self._stopped.add(name)
         self._signal(name, pid, signal.SIGSTOP)
@@ -123,9 +125,9 @@ class Injector:
             self._signal(name, pid, signal.SIGCONT)
             self._stopped.discard(name)
 
-    async def _restart_proxy(self, injection: Injection) -> Outcome:
+    async def _restart_proxy(self, injection: Injection) -> InjectionOutcome:
         if "proxy" in self.restarting:
-            return Skipped(injection, "the proxy is being started again")
+            return Skipped(injection, "the proxy is restarting")
         began = time.monotonic()
         self.away.append((began, float("inf")))
         try:
@@ -135,7 +137,7 @@ class Injector:
         return self._done(injection, None, began)
 
     async def restart(self, name: str) -> None:
-        """Start a process again; ``not_back`` tells if it did not become ready."""
+        """Restart a process; if it does not become ready, ``not_back`` has the reason."""
         self.restarting.add(name)
         try:
             await self._deployed.restart(name, alone=name == "proxy")  # it serves with the workers that it has
@@ -147,7 +149,7 @@ class Injector:
 
     def _signal(self, name: str, pid: int, number: signal.Signals) -> None:
         process = self._deployed.process(name)
-        if process.pid == pid and process.running:  # or else the number may be somebody else's by now
+        if process.pid == pid and process.running:  # else the pid may belong to another process by now
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
@@ -158,12 +160,12 @@ class Injector:
 
     # The network
 
-    async def _cut(self, injection: Injection) -> Outcome:
+    async def _cut(self, injection: Injection) -> InjectionOutcome:
         network = self._network
         assert network is not None
-        return await self._with_cable(injection, network.cut, network.mend)
+        return await self._network_fault(injection, network.cut, network.mend)
 
-    async def _slow(self, injection: Injection) -> Outcome:
+    async def _slow(self, injection: Injection) -> InjectionOutcome:
         network = self._network
         assert network is not None
         chance = random.Random(injection.seed)
@@ -172,56 +174,56 @@ class Injector:
         def slow(name: str) -> None:
             network.slow(name, kbit=kbit, delay_ms=delay_ms)
 
-        return await self._with_cable(injection, slow, network.fast, f"{kbit} kbit/s")
+        return await self._network_fault(injection, slow, network.fast, f"{kbit} kbit/s")
 
-    async def _with_cable(
+    async def _network_fault(
         self, injection: Injection, do: Callable[[str], None], undo: Callable[[str], None], detail: str = ""
-    ) -> Outcome:
-        name = self._target(injection, self._cabled)
+    ) -> InjectionOutcome:
+        name = self._target(injection, self._network_busy)
         if name is None:
             return Skipped(injection, "every host of this role is cut off or slow")
         began = time.monotonic()
-        self._cabled.add(name)
+        self._network_busy.add(name)
         try:
             await asyncio.to_thread(do, name)
             await asyncio.sleep(injection.seconds)
         finally:
             await asyncio.shield(asyncio.to_thread(undo, name))
-            self._cabled.discard(name)
+            self._network_busy.discard(name)
         return self._done(injection, name, began, detail)
 
     # Clients
 
-    async def _fill(self, injection: Injection) -> Outcome:
+    async def _fill(self, injection: Injection) -> InjectionOutcome:
         began = time.monotonic()
         await self._load.burst(BURST)
         return self._done(injection, None, began)
 
-    async def _hang_up(self, injection: Injection) -> Outcome:
+    async def _hang_up(self, injection: Injection) -> InjectionOutcome:
         began = time.monotonic()
         await self._load.leaving(injection.seconds)
         return self._done(injection, None, began)
 
-    async def _throw(self, injection: Injection) -> Outcome:
+    async def _send_rubbish(self, injection: Injection) -> InjectionOutcome:
         port = injection.kind.name.removeprefix("rubbish-")
         name = self._target(injection, self.restarting | self._stopped)
         if name is None:
-            return Skipped(injection, "nobody is there to throw at")
+            return Skipped(injection, "every target is stopped or restarting")
         began = time.monotonic()
-        thrown = await self._thrower.throw(self._site, name, port, injection.seconds, random.Random(injection.seed))
-        if not thrown:
-            return Skipped(injection, f"{name} did not say where its ports are")
-        detail = ", ".join(f"{count} {form}" for form, count in thrown.most_common())
+        sent = await self._rubbish.send(self._endpoints, name, port, injection.seconds, random.Random(injection.seed))
+        if not sent:
+            return Skipped(injection, f"{name} did not report its ports")
+        detail = ", ".join(f"{count} {form}" for form, count in sent.most_common())
         return self._done(injection, name, began, f"{name}: {detail}")
 
-    # Whom, and when
+    # Targets
 
     def _target(self, injection: Injection, barred: set[str]) -> str | None:
-        whom = injection.kind.whom
-        if whom is Whom.PROXY:
+        whom = injection.kind.target_role
+        if whom is TargetRole.PROXY:
             return None if "proxy" in barred else "proxy"
-        return pick(injection.choice, [name for name in self._site.of_role(whom) if name not in barred])
+        return pick(injection.choice, [name for name in self._endpoints.of_role(whom) if name not in barred])
 
     def _done(self, injection: Injection, name: str | None, began: float, detail: str = "") -> Injected:
-        address = str(self._site.workers[name]) if name is not None and name != "proxy" else None
+        address = str(self._endpoints.workers[name]) if name is not None and name != "proxy" else None
         return Injected(injection, name, address, began, time.monotonic(), detail)

@@ -1,4 +1,4 @@
-"""What a run found, for people and as JSON. Pure."""
+"""The report of a run, as text and as JSON. Pure."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ from kvbelt.ops.chaos.faults import KINDS
 from kvbelt.ops.chaos.ledger import Failure
 from kvbelt.ops.chaos.memory import MIB
 from kvbelt.ops.chaos.result import HOLD_SECONDS, Result, invariants
-from kvbelt.ops.chaos.verdict import FAILURES, Word
+from kvbelt.ops.chaos.verdict import FAILURES, Outcome
 from kvbelt.ops.tables import table
 
 
 def lines(result: Result) -> list[str]:
-    """The whole report; failures come before the verdict, so that the end of a long log says what was found."""
+    """The whole report. Failures stand before the verdict, so that a long log ends with the verdict."""
     return [
         *_head(result),
         "",
@@ -26,11 +26,15 @@ def lines(result: Result) -> list[str]:
         "",
         *_afterwards(result),
         *(line for failure in result.failures for line in ["", *_failure(failure, result.seed)]),
-        *(line for death in result.deaths for line in ["", f"{death.process} ended by itself:", *_indented(death.log)]),
+        *(
+            line
+            for death in result.deaths
+            for line in ["", f"{death.process} exited unexpectedly:", *_indented(death.log)]
+        ),
         *(
             line
             for name, why in result.not_back.items()
-            for line in ["", f"{name} did not come back:", *_indented(why)]
+            for line in ["", f"{name} did not become ready again:", *_indented(why)]
         ),
         "",
         *_verdict(result),
@@ -38,7 +42,6 @@ def lines(result: Result) -> list[str]:
 
 
 def held(result: Result) -> bool:
-    """Whether every invariant held."""
     return all(invariant.held for invariant in invariants(result))
 
 
@@ -49,8 +52,8 @@ def _head(result: Result) -> Iterator[str]:
         f"{faults} faults, {result.requests:,} requests ({result.rate:.1f} a second)"
     )
     yield (
-        f"right is what {result.reference} answered before: {result.questions} questions"
-        + (f"; {result.ambiguous} more it does not answer the same way twice" if result.ambiguous else "")
+        f"reference answers by {result.reference}: {result.questions} questions"
+        + (f"; {result.ambiguous} more have no stable answer" if result.ambiguous else "")
     )
 
 
@@ -75,16 +78,16 @@ def _faults(result: Result) -> Iterator[str]:
         )
     yield from table(["fault", "done", "skipped", "recoveries", "p50 s", "max s", "what"], rows)
     yield (
-        "Skipped: nobody was left whom it could befall. A recovery is the time from healing (or from the restarted "
+        "Skipped: no eligible target was running. A recovery is the time from healing (or from the restarted "
         "worker being ready) to the first right answer that used it."
     )
 
 
 def _answers(result: Result) -> Iterator[str]:
-    rows: list[tuple[str, int, str]] = [("right", result.words[Word.RIGHT], _counts(dict(result.paths)))]
+    rows: list[tuple[str, int, str]] = [("right", result.outcomes[Outcome.RIGHT], _counts(dict(result.paths)))]
     rows += [(f"honest error: {reason}", count, "") for reason, count in result.errors.most_common()]
-    rows.append(("client left", result.words[Word.LEFT], ""))
-    rows += [(str(word), result.words[word], "") for word in FAILURES]
+    rows.append(("client left", result.outcomes[Outcome.LEFT], ""))
+    rows += [(str(outcome), result.outcomes[outcome], "") for outcome in FAILURES]
     if result.not_sent:
         rows.append(("not sent: too many under way", result.not_sent, ""))
     yield from table(["requests", "count", "of these"], rows)
@@ -98,7 +101,7 @@ def _afterwards(result: Result) -> Iterator[str]:
         yield f"nothing was held {result.held_seconds:.1f} s after the load"
     yield (
         f"in quarantine at once, at most: {result.quarantined_most:,} bytes; "
-        f"transfers waited for room at {result.queued} looks"
+        f"transfers waited for space in {result.queued} samples"
     )
     if (effect := result.effect) is not None and effect.ratio is not None:
         sides = " / ".join(
@@ -106,7 +109,7 @@ def _afterwards(result: Result) -> Iterator[str]:
             for side in (effect.before, effect.during)
         )
         yield (
-            f"time to first token of requests to others while {effect.worker} is stopped: p99 {effect.ratio:.2f} times "
+            f"time to first token of other requests while {effect.worker} is stopped: p99 {effect.ratio:.2f} times "
             f"that before (p50 and p99 before / during: {sides})"
         )
     longest: dict[str, tuple[float, str]] = {}
@@ -115,13 +118,13 @@ def _afterwards(result: Result) -> Iterator[str]:
         longest[growth.process] = max(longest.get(growth.process, (0.0, "")), (growth.seconds, text))
     if longest:
         parts = ", ".join(f"{name} {text} in {seconds:.0f} s" for name, (seconds, text) in longest.items())
-        yield f"resident MiB at the start, after a third and at the end of each process's longest life: {parts}"
-    yield f"this command itself was late by at most {result.lag:.2f} s"
+        yield f"resident MiB at the start, after a third and at the end of each process's longest run: {parts}"
+    yield f"longest delay of this command itself: {result.lag:.2f} s"
 
 
 def _failure(failure: Failure, seed: int) -> Iterator[str]:
     manner = "streamed" if failure.stream else "whole"
-    yield f"{failure.verdict.word}: {failure.verdict.reason}"
+    yield f"{failure.verdict.outcome}: {failure.verdict.reason}"
     yield (
         f"  request {failure.request_id} of seed {seed}, {failure.began:.1f} s after the start, took "
         f"{failure.seconds:.2f} s of {failure.deadline:g} s, {manner}, path {failure.path or 'unknown'}"
@@ -158,7 +161,6 @@ def _indented(text: str) -> Iterator[str]:
 
 
 def as_json(result: Result) -> bytes:
-    """Everything, with the invariants and the verdict."""
     body: dict[str, Any] = {
         "held": held(result),
         "invariants": [dataclasses.asdict(invariant) for invariant in invariants(result)],

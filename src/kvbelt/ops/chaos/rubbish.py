@@ -1,7 +1,7 @@
-"""What is thrown at ports: bytes of every kind that is not what is expected there. Pure but for the chance given.
+"""Rubbish for ports: bytes of many kinds that the protocol there does not expect. Pure but for the given random source.
 
-Real messages, mutated and cut off, get furthest: they pass the first look of a parser. None asks for anything that
-would be given: requests want little, and frames of the belt come from somebody who never made a handshake.
+Mutated and truncated real messages get furthest, because they pass a parser's first checks. No message asks for
+anything costly, and the belt's frames come from a sender without a handshake.
 """
 
 import json
@@ -15,16 +15,16 @@ from kvbelt.wire.handshake import PROTOCOL_VERSION
 from kvbelt.wire.ids import EngineId, SlotName, TransferId
 from kvbelt.wire.layout import KVLayout
 
-#: The beginning of a ZeroMQ connection (ZMTP 3.1), with the mechanism left open.
+#: The start of a ZeroMQ connection (ZMTP 3.1), without its mechanism.
 _ZMTP = b"\xff" + bytes(8) + b"\x7f\x03\x01"
 
-#: Magic and version of a frame of the belt.
+#: Magic and version of a belt frame.
 _HEADER_BYTES = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Rubbish:
-    """One connection's worth: pieces, and seconds between two of them."""
+    """The bytes for one connection: pieces, and the seconds between them."""
 
     form: str
     pieces: tuple[bytes, ...]
@@ -32,7 +32,7 @@ class Rubbish:
 
 
 def http_rubbish(chance: random.Random, seconds: float) -> Rubbish:
-    """For an HTTP port. ``seconds``: how long a slow one may take."""
+    """For an HTTP port. A slow one takes ``seconds``."""
     body = json.dumps({"prompt": "a lantern by the river", "max_tokens": 4, "temperature": 0}).encode()
     post = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
     request = post % len(body) + body
@@ -80,7 +80,7 @@ def zmtp_rubbish(chance: random.Random, seconds: float) -> Rubbish:
 
 
 def slow(chance: random.Random, message: bytes, seconds: float) -> Rubbish:
-    """A message a few bytes at a time, over ``seconds`` seconds; never its end."""
+    """A message in small pieces over ``seconds``, without its end."""
     cut = message[: max(2, chance.randrange(len(message)))]
     count = min(20, len(cut))
     size = -(-len(cut) // count)
@@ -89,7 +89,7 @@ def slow(chance: random.Random, message: bytes, seconds: float) -> Rubbish:
 
 
 def mutated(chance: random.Random, message: bytes) -> bytes:
-    """With some bytes changed, removed, repeated or put in."""
+    """With some bytes changed, removed, repeated or inserted."""
     raw = bytearray(message)
     for _ in range(chance.choice((1, 1, 2, 4, 16))):
         at = chance.randrange(len(raw)) if raw else 0
@@ -106,7 +106,7 @@ def mutated(chance: random.Random, message: bytes) -> bytes:
 
 
 def frame_rubbish(chance: random.Random, real: list[bytes]) -> tuple[str, bytes]:
-    """A frame made from one of ``real_frames``, and its form."""
+    """The form and the bytes of a frame made from one of ``real``."""
     frame = chance.choice(real)
     forms = {
         "random": chance.randbytes(chance.randrange(1, 2048)),
@@ -123,7 +123,7 @@ def frame_rubbish(chance: random.Random, real: list[bytes]) -> tuple[str, bytes]
 
 
 def real_frames(port: str, sender: EngineId, receiver: EngineId) -> list[bytes]:
-    """Messages for a control port (``init``, ``alloc``, ``notify``), of somebody who never was introduced there."""
+    """Valid messages for a control port (``init``, ``alloc``, ``notify``) from a sender without a handshake."""
     if port == "init":
         return [codec.handshakes().encode(_hello(sender, receiver))]
     if port == "alloc":
@@ -143,8 +143,7 @@ def _hello(sender: EngineId, receiver: EngineId) -> h.Hello:
         hash_scheme="x",
         channel="x",
     )
-    process = h.ProcessIdentity(boot_id="", pid_namespace="", pid=1, start_time=0)
-    return h.Hello(engine_id=sender, receiver=receiver, worker="", role="prefill", process=process, compatibility=fit)
+    return h.Hello(engine_id=sender, receiver=receiver, role="prefill", compatibility=fit)
 
 
 def _reservations(sender: EngineId, receiver: EngineId) -> list[w.FromSender]:

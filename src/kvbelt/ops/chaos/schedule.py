@@ -1,33 +1,30 @@
-"""When which fault comes, from a seed: the same seed, the same schedule. Pure.
+"""The schedule of faults, determined by a seed. Pure.
 
-Kinds are dealt like cards: each occurs once before any occurs again, in an order that the seed shuffles anew for
-every deck. So even a short run has every kind, and faults overlap as their lengths and the gaps have it.
+Every kind occurs once before any occurs again, in a shuffled order, so that a short run has every kind. Faults
+overlap as their lengths and the gaps allow.
 """
 
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kvbelt.ops.chaos.faults import Kind
+from kvbelt.ops.chaos.faults import FaultKind
 
 
 @dataclass(frozen=True, slots=True)
 class Injection:
-    """One fault that is to come."""
+    """One scheduled fault."""
 
     number: int
-    kind: Kind
+    kind: FaultKind
     at: float  #: seconds after the start of the faults
-    seconds: float  #: from injection to healing; a restart takes what it takes
-    choice: float  #: 0 <= choice < 1: which of those whom it can befall
-    seed: int  #: of what else is random in it
+    seconds: float  #: from injection to healing; a restart takes as long as it takes
+    choice: float  #: 0 <= choice < 1: selects the target
+    seed: int  #: for the fault's other random choices
 
 
-def schedule(seed: int, seconds: float, kinds: Sequence[Kind], every: float) -> list[Injection]:
-    """Faults for ``seconds`` seconds, one every ``every`` seconds on average, none of them healed much later.
-
-    Gaps are between half and one and a half of ``every``.
-    """
+def schedule(seed: int, seconds: float, kinds: Sequence[FaultKind], every: float) -> list[Injection]:
+    """Faults for ``seconds``, with gaps of half to one and a half of ``every``; none is healed much later."""
     chance = random.Random(seed)
     cards = _deal(kinds, chance)
     injections: list[Injection] = []
@@ -49,7 +46,7 @@ def schedule(seed: int, seconds: float, kinds: Sequence[Kind], every: float) -> 
     return injections
 
 
-def _deal(kinds: Sequence[Kind], chance: random.Random) -> Iterator[Kind]:
+def _deal(kinds: Sequence[FaultKind], chance: random.Random) -> Iterator[FaultKind]:
     while True:
         deck = list(kinds)
         chance.shuffle(deck)
@@ -57,5 +54,5 @@ def _deal(kinds: Sequence[Kind], chance: random.Random) -> Iterator[Kind]:
 
 
 def pick(choice: float, candidates: Sequence[str]) -> str | None:
-    """The candidate that ``choice`` means; None: there is none."""
+    """The candidate that ``choice`` selects; None without candidates."""
     return candidates[int(choice * len(candidates))] if candidates else None

@@ -1,28 +1,28 @@
-"""What to think of what a client was given. Pure.
+"""Judges what a client got. Pure.
 
-Right is what the aggregated server answers, token for token. An error that says that it is one is honest, unless it
-says that kvbelt itself has a defect (500, ``internal_error``); and so is a connection that ends while nobody listens
-because the proxy itself is being started again. Everything else is a failure of the deployment.
+A right answer equals the aggregated server's, token for token. An explicit error is honest, unless it is internal
+(500, ``internal_error``). A connection that fails while the proxy is restarting is an honest error, too. Everything
+else is a failure of the deployment.
 """
 
 from dataclasses import dataclass
 from enum import StrEnum
 
-from kvbelt.ops.chaos.reading import Answer, MalformedError, read_error, read_stream, read_whole
+from kvbelt.ops.chaos.completion import Completion, MalformedError, read_error, read_stream, read_whole
 
 
 class Ending(StrEnum):
-    """How a request ended, as its client saw it."""
+    """How a request ended for its client."""
 
-    COMPLETE = "complete"  #: the whole of an HTTP answer came
+    COMPLETE = "complete"  #: a whole HTTP response came
     REFUSED = "refused"  #: no connection
-    CLOSED = "closed"  #: the connection ended before an answer was complete
-    SILENT = "silent"  #: no end within the deadline and two seconds
-    LEFT = "left"  #: the client itself hung up
+    CLOSED = "closed"  #: the connection ended before the response was complete
+    SILENT = "silent"  #: not ended two seconds after the deadline
+    LEFT = "left"  #: the client disconnected
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Observation:
     """Everything that a client saw of one request. Moments are seconds of one clock."""
 
     request_id: str
@@ -36,11 +36,11 @@ class Seen:
     body: bytes = b""
     path: str = ""  #: ``x-kvbelt-path``
     first_token: float | None = None
-    detail: str = ""  #: of a connection that ended
+    detail: str = ""  #: of a connection that failed
 
 
-class Word(StrEnum):
-    """The verdict in one word."""
+class Outcome(StrEnum):
+    """What became of a request."""
 
     RIGHT = "right"
     ERROR = "honest error"
@@ -50,36 +50,44 @@ class Word(StrEnum):
     TRUNCATED = "silent truncation"
     DROPPED = "dropped connection"
     MALFORMED = "malformed answer"
-    REFUSED = "refused although it is served"
+    REFUSED = "refused without cause"
     INTERNAL = "internal error"
 
 
-FAILURES = (Word.WRONG, Word.HANG, Word.TRUNCATED, Word.DROPPED, Word.MALFORMED, Word.REFUSED, Word.INTERNAL)
+FAILURES = (
+    Outcome.WRONG,
+    Outcome.HANG,
+    Outcome.TRUNCATED,
+    Outcome.DROPPED,
+    Outcome.MALFORMED,
+    Outcome.REFUSED,
+    Outcome.INTERNAL,
+)
 
-#: The type of an error that no fault of anybody else's explains.
+#: The type of an error that only a defect of kvbelt explains.
 _INTERNAL = "internal_error"
 
-#: Statuses below 500 that speak of the moment and not of the request.
+#: Statuses below 500 that depend on the moment, not on the request.
 _PASSING = (408, 429)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """``reason``: of an honest error, in few words; of a failure, what was wrong."""
+    """``reason``: an honest error's type, or what was wrong."""
 
-    word: Word
+    outcome: Outcome
     reason: str = ""
 
     @property
     def failed(self) -> bool:
-        """Whether the deployment did what it must never do."""
-        return self.word in FAILURES
+        """Whether the deployment broke an invariant."""
+        return self.outcome in FAILURES
 
 
-def judge(seen: Seen, right: Answer, *, proxy_away: bool) -> Verdict:
-    """``proxy_away``: whether the proxy was being started again at some moment of the request."""
+def judge(seen: Observation, right: Completion, *, proxy_away: bool) -> Verdict:
+    """``proxy_away``: the proxy was restarting at some moment of the request."""
     if seen.ending is Ending.SILENT:
-        return Verdict(Word.HANG, f"no end within {seen.deadline:g} s and two more")
+        return Verdict(Outcome.HANG, f"no end within {seen.deadline:g} s and two more")
     try:
         if seen.ending is Ending.COMPLETE and seen.status != 200:
             return _error(seen)
@@ -89,53 +97,55 @@ def judge(seen: Seen, right: Answer, *, proxy_away: bool) -> Verdict:
             return _broken(seen, proxy_away=proxy_away)
         return _compare(read_whole(seen.body), right)
     except MalformedError as error:
-        return Verdict(Word.MALFORMED, str(error))
+        return Verdict(Outcome.MALFORMED, str(error))
 
 
-def _error(seen: Seen) -> Verdict:
+def _error(seen: Observation) -> Verdict:
     reason = f"{seen.status} {read_error(seen.body)}"
     if 400 <= seen.status < 500 and seen.status not in _PASSING:
-        return Verdict(Word.REFUSED, f"{reason}: {seen.body[:300]!r}")
+        return Verdict(Outcome.REFUSED, f"{reason}: {seen.body[:300]!r}")
     if seen.status < 400:
-        return Verdict(Word.MALFORMED, f"status {seen.status}")
-    return Verdict(Word.INTERNAL if _INTERNAL in reason else Word.ERROR, reason)
+        return Verdict(Outcome.MALFORMED, f"status {seen.status}")
+    return Verdict(Outcome.INTERNAL if _INTERNAL in reason else Outcome.ERROR, reason)
 
 
-def _broken(seen: Seen, *, proxy_away: bool) -> Verdict:
+def _broken(seen: Observation, *, proxy_away: bool) -> Verdict:
     if seen.ending is Ending.LEFT:
-        return Verdict(Word.LEFT)
+        return Verdict(Outcome.LEFT)
     if proxy_away:
-        return Verdict(Word.ERROR, "the proxy is being started again")
-    return Verdict(Word.DROPPED, f"{seen.ending}: {seen.detail}")
+        return Verdict(Outcome.ERROR, "the proxy is restarting")
+    return Verdict(Outcome.DROPPED, f"{seen.ending}: {seen.detail}")
 
 
-def _stream(seen: Seen, right: Answer, *, proxy_away: bool) -> Verdict:
-    told = read_stream(seen.body)
-    given = told.answer()
+def _stream(seen: Observation, right: Completion, *, proxy_away: bool) -> Verdict:
+    stream = read_stream(seen.body)
+    given = stream.answer()
     if not _begins(given, right):
-        return Verdict(Word.WRONG, difference(given, right))
-    if told.error is not None:
-        return Verdict(Word.INTERNAL if _INTERNAL in told.error else Word.ERROR, f"in the stream: {told.error}")
+        return Verdict(Outcome.WRONG, difference(given, right))
+    if stream.error is not None:
+        return Verdict(
+            Outcome.INTERNAL if _INTERNAL in stream.error else Outcome.ERROR, f"in the stream: {stream.error}"
+        )
     if seen.ending is not Ending.COMPLETE:
         return _broken(seen, proxy_away=proxy_away)
-    if not told.done or None in given.finish_reasons or len(given.texts) < len(right.texts):
-        return Verdict(Word.TRUNCATED, "a choice without its end" if told.done else "no [DONE]")
+    if not stream.done or None in given.finish_reasons or len(given.texts) < len(right.texts):
+        return Verdict(Outcome.TRUNCATED, "a choice without its end" if stream.done else "no [DONE]")
     return _compare(given, right)
 
 
-def _begins(given: Answer, right: Answer) -> bool:
-    """Whether what came so far is how the right answer begins."""
+def _begins(given: Completion, right: Completion) -> bool:
+    """Whether what came so far is a prefix of the right answer."""
     return len(given.token_ids) <= len(right.token_ids) and all(
         ids == whole[: len(ids)] for ids, whole in zip(given.token_ids, right.token_ids, strict=False)
     )
 
 
-def _compare(given: Answer, right: Answer) -> Verdict:
-    return Verdict(Word.RIGHT) if given == right else Verdict(Word.WRONG, difference(given, right))
+def _compare(given: Completion, right: Completion) -> Verdict:
+    return Verdict(Outcome.RIGHT) if given == right else Verdict(Outcome.WRONG, difference(given, right))
 
 
-def difference(given: Answer, right: Answer) -> str:
-    """Where two answers begin to differ, for people."""
+def difference(given: Completion, right: Completion) -> str:
+    """The first difference of two completions, for people."""
     for choice, (ids, whole) in enumerate(zip(given.token_ids, right.token_ids, strict=False)):
         for place, (token, wanted) in enumerate(zip(ids, whole, strict=False)):
             if token != wanted:
