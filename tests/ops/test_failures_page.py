@@ -1,26 +1,30 @@
-"""The page about failures says what the code does."""
+"""The page about failures agrees with the code."""
 
+import importlib
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+from tools.draw_failures import WELL, page
+from tools.failures import GROUPS, Failure
 
 from kvbelt.belt_metrics import belt_families
-from kvbelt.ops.draw_failures import page
-from kvbelt.ops.failures import GROUPS
-from kvbelt.proxy.metrics import Metrics
+from kvbelt.proxy.observe.metrics import Metrics
+from kvbelt.proxy.request.plan import TABLE
+from kvbelt.proxy.request.steps import Outcome
 from kvbelt.routing.pairs import Pairs
 from kvbelt.wire.reasons import REASONS, Where
+from tests.channels.memory import MemoryChannel, MemoryNetwork
 from tests.transfer.belts import Side
-from tests.worker.test_peers import MemoryChannel, MemoryNetwork
 
 ROOT = Path(__file__).parents[2]
-FAILURES = [failure for group in GROUPS for failure in group.failures]
+FAILURES = [failure for failures in GROUPS.values() for failure in failures]
 REGISTERED = {reason.name for reason in REASONS}
 
 
 def exported():
-    """Names of metrics, of the proxy and of a worker's belt."""
+    """Names of metrics of the proxy and of a worker's belt."""
     text = Metrics(lambda: (), Pairs()).text().decode()
     with Side("p", "prefill", MemoryChannel("p", MemoryNetwork())) as side:
         families = list(belt_families(side.belt.snapshot()))
@@ -29,38 +33,51 @@ def exported():
 
 
 def test_the_page_is_what_is_drawn():
-    """To the letter; python -m kvbelt.ops.draw_failures docs/failures.md draws it anew."""
+    """``python -m tools.draw_failures docs/failures.md`` changes nothing."""
     assert (ROOT / "docs" / "failures.md").read_text(encoding="utf-8") == page()
 
 
 def test_every_reason_is_explained_on_the_page():
-    """With its meaning."""
+    """The page has each reason's meaning."""
     drawn = page()
     for reason in REASONS:
         assert f"| `{reason.name}` | {reason.meaning}" in drawn
 
 
-@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: f"{failure.cause[:30]}, {failure.phase[:30]}")
-def test_a_row_is_shown_by_a_test_that_exists(failure):
-    """And its reasons are registered."""
-    file, _, test = failure.shown_by.partition("::")
-    source = (ROOT / "tests" / file).read_text(encoding="utf-8")
-    assert re.search(rf"^(async )?def {test}\(", source, re.MULTILINE)
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure.title)
+def test_a_failure_is_shown_by_a_test(failure: Failure) -> None:
+    """The test can be imported, and the failure's reasons are registered."""
+    file, _, name = failure.shown_by.partition("::")
+    assert Path(file).name.startswith("test_")
+    assert name.startswith("test_")
+    module = importlib.import_module(f"tests.{file.removesuffix('.py').replace('/', '.')}")
+    assert inspect.isfunction(getattr(module, name))
     assert set(failure.reasons) <= REGISTERED
 
 
+def test_every_failure_that_the_plan_knows_is_on_the_page() -> None:
+    """Each outcome of a failed step has its section."""
+    named = {outcome for failure in FAILURES for outcome in failure.outcomes}
+    assert named == set(Outcome) - WELL
+    drawn = page()
+    for outcome in named:
+        assert f"### After: {outcome}\n" in drawn
+    met = {outcome for moves in TABLE.values() for outcome in moves}
+    assert met == set(Outcome)
+
+
 def test_every_metric_of_a_row_is_exported():
-    """By the proxy or by a worker."""
+    """The proxy or a worker exports it."""
     names = exported()
     for failure in FAILURES:
         assert failure.metrics
         assert set(failure.metrics) <= names, failure
 
 
-def test_every_reason_of_a_failed_leg_or_an_error_is_in_a_row():
-    """Whoever meets one finds the case."""
+def test_every_reason_of_a_failed_attempt_or_an_error_is_in_a_row():
+    """A user who sees such a reason finds its case."""
     in_rows = {name for failure in FAILURES for name in failure.reasons}
     missing = {
         reason.name for reason in REASONS if reason.where & (Where.PREFILL | Where.DECODE | Where.ERROR)
     } - in_rows
-    assert missing == {"stale_connection", "kv_lost"}  # neither is a cause: see their meaning
+    assert missing == {"kv_lost"}  # the decode worker did not give the cause
