@@ -1,56 +1,73 @@
-"""Draws ``docs/metrics.md``'s tables from the catalogue in ``kvbelt/metrics``, and of the alerts from their rules.
+"""Generates the metrics and alerts in ``docs/metrics.md`` from the catalogue in ``kvbelt/metrics`` and the alert rules.
 
-python -m kvbelt.ops.draw_metrics docs/metrics.md
+    python -m tools.draw_metrics docs/metrics.md
 
-What stands between the marks is drawn; the rest of the page is written by hand. A test holds them together.
+It replaces the text between the marks. A test compares the page with its output.
 """
 
 import re
 import sys
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from kvbelt.errors import SettingsError
 from kvbelt.metrics import GROUPS, By, Group, Kind, Spec
 
-BEGIN = "<!-- drawn from the catalogue: python -m kvbelt.ops.draw_metrics docs/metrics.md -->"
+BEGIN = "<!-- drawn from the catalogue: python -m tools.draw_metrics docs/metrics.md -->"
 END = "<!-- end of what is drawn -->"
 BEGIN_ALERTS = "<!-- drawn from deploy/prometheus/alerts.yml likewise -->"
 
 #: Beside the page's folder, in a checkout.
 RULES = Path("deploy", "prometheus", "alerts.yml")
 
+WIDTH = 100
+
 _WHERE = {By.PROXY: "the proxy", By.WORKER: "workers", By.VLLM: "vLLM servers"}
 
 
 def tables() -> str:
-    """Every group's table."""
-    return "\n".join(f"### {group.title}\n\n{_table(group)}\n" for group in GROUPS)
+    """A table for each group of metrics."""
+    return "\n".join(f"### {group.title}\n\n{_listed(group)}\n" for group in GROUPS)
 
 
 def alerts(rules: Path) -> str:
-    """The table of alerts."""
+    """A heading for each alert, so that it can be linked to."""
     groups = yaml.safe_load(rules.read_text(encoding="utf-8"))["groups"]
-    lines = ["| alert | severity | what is wrong | what to do |", "|---|---|---|---|"]
-    for rule in (rule for group in groups for rule in group["rules"]):
-        said = {name: _plain(text) for name, text in rule["annotations"].items()}
-        waits = f", {rule['for']}" if "for" in rule else ""
-        head = f"`{rule['alert']}`<br>`{rule['expr'].strip()}`{waits}".replace("|", "\\|")
-        lines.append(f"| {head} | {rule['labels']['severity']} | {said['summary']} | {said['action']} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(_alert(rule) for group in groups for rule in group["rules"])
+
+
+def _alert(rule: Mapping[str, Any]) -> str:
+    said = {name: _plain(text) for name, text in rule["annotations"].items()}
+    waits = f", after {rule['for']}" if "for" in rule else ""
+    expression = "\n".join(" ".join(line.split()) for line in rule["expr"].strip().splitlines())
+    return "\n\n".join(
+        [
+            f"### {rule['alert']}",
+            f"{rule['labels']['severity'].capitalize()}{waits}.",
+            f"```promql\n{expression}\n```",
+            _filled(f"{_sentence(said['summary'])} {_sentence(said['action'])}") + "\n",
+        ]
+    )
+
+
+def _sentence(text: str) -> str:
+    return text.rstrip(".") + "."
 
 
 def _plain(text: str) -> str:
-    """Without the templates: ``{{ $labels.worker }}`` becomes *worker*, ``{{ $value | … }}`` *value*."""
+    """Templates in plain text: ``{{ $labels.worker }}`` becomes *worker*, ``{{ $value | … }}`` *value*."""
     return re.sub(r"\{\{ \$(?:labels\.)?(\w+)[^}]*\}\}", r"*\1*", text.strip())
 
 
 def redrawn(page: str, rules: Path) -> str:
-    """The page with its tables as they should be.
+    """The page with its generated parts.
 
     Raises:
-        SettingsError: it lacks the marks.
+        SettingsError: a mark is missing.
     """
     return _between(_between(page, BEGIN, tables()), BEGIN_ALERTS, alerts(rules))
 
@@ -63,18 +80,30 @@ def _between(page: str, mark: str, drawn: str) -> str:
     return f"{before}{mark}\n\n{drawn}\n{END}{after}"
 
 
-def _table(group: Group) -> str:
-    same = {spec.by for spec in group.specs}
-    lines = ["| metric | meaning | when it moves |", "|---|---|---|"]
-    lines += [f"| {_name(spec)} | {_meaning(spec, tell=len(same) > 1)} | {spec.act} |" for spec in group.specs]
-    where = f"In `/metrics` of {_where(group.specs[0].by)}.\n\n" if len(same) == 1 else ""
-    return where + "\n".join(lines)
+def _listed(group: Group) -> str:
+    mixed = len({spec.by for spec in group.specs}) > 1
+    where = "" if mixed else f"In `/metrics` of {_where(group.specs[0].by)}.\n\n"
+    return where + "\n".join(_filled(_item(spec, tell=mixed)) for spec in group.specs)
+
+
+def _item(spec: Spec, *, tell: bool) -> str:
+    act = f" *When it moves:* {_sentence(spec.act)}" if spec.act else ""
+    return f"- **{_name(spec)}**{_kind(spec)}: {_meaning(spec, tell=tell)}{act}"
+
+
+def _filled(text: str) -> str:
+    """Wrapped lines; those of a list item are indented."""
+    indent = "  " if text.startswith("- ") else ""
+    return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _name(spec: Spec) -> str:
     labels = f"{{{','.join(spec.labels)}}}" if spec.labels else ""
-    kind = "" if spec.kind in (Kind.COUNTER, Kind.GAUGE) else f" ({spec.kind})"
-    return f"`{spec.name}{labels}`{kind}"
+    return f"`{spec.name}{labels}`"
+
+
+def _kind(spec: Spec) -> str:
+    return "" if spec.kind in (Kind.COUNTER, Kind.GAUGE) else f" ({spec.kind})"
 
 
 def _meaning(spec: Spec, *, tell: bool) -> str:
@@ -86,7 +115,6 @@ def _where(by: By) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Draw the tables of the page named, or print them."""
     if argv:
         page = Path(argv[0])
         rules = page.resolve().parents[1] / RULES

@@ -1,8 +1,8 @@
-"""Draws the rules of ``deploy/prometheus`` for Kubernetes: a PrometheusRule for kustomize, a file for the Helm chart.
+"""Generates the rules for Kubernetes from ``deploy/prometheus``: for kustomize and for the Helm chart.
 
-python -m kvbelt.ops.draw_rules deploy
+    python -m tools.draw_rules deploy
 
-A test holds what is drawn and the rules together.
+A test compares the files with its output.
 """
 
 import sys
@@ -15,11 +15,10 @@ SOURCES = ("recording.yml", "alerts.yml")
 COMPONENT = Path("kubernetes", "components", "monitoring", "rules.yaml")
 CHART = Path("helm", "kvbelt", "files", "rules.yaml")
 
-_HEAD = "# Drawn from deploy/prometheus by python -m kvbelt.ops.draw_rules deploy; change it there.\n"
+_HEAD = "# Drawn from deploy/prometheus by python -m tools.draw_rules deploy; change it there.\n"
 
 
 def groups_of(deploy: Path) -> list[dict[str, Any]]:
-    """Every group of rules."""
     return [
         group
         for name in SOURCES
@@ -28,7 +27,7 @@ def groups_of(deploy: Path) -> list[dict[str, Any]]:
 
 
 def drawn(deploy: Path) -> dict[Path, str]:
-    """What the files should be, by their place in ``deploy/``."""
+    """The contents of the files, by their path in ``deploy/``."""
     spec = {"groups": groups_of(deploy)}
     rule = {
         "apiVersion": "monitoring.coreos.com/v1",
@@ -48,7 +47,6 @@ def _dump(value: object) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Write the files below the folder named."""
     deploy = Path(argv[0])
     for place, text in drawn(deploy).items():
         (deploy / place).parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """The belt's two transition tables as one picture, ``docs/transfer-states.svg``. No layout program is needed.
 
-Each machine is a map of lanes. A state stands in a column and a row; whatever leaves it runs along its row to the lane
-of where it leads, and down that lane. On the crossing stand the events, coloured by who causes them. What goes down the
-same column to the next row is an arrow, and what skips a row of it an arc on the left.
+Each machine is a map of lanes. A state has a column and a row. An arrow leaves it along its row, to the lane of the
+next state, and goes down that lane. The events are written where the arrow turns, coloured by their cause. An arrow
+to the next row of the same column is straight; one that skips a row is an arc on the left.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,16 +11,18 @@ from enum import StrEnum
 from html import escape
 from typing import TypeVar, get_args
 
-from kvbelt.transfer import receiver_states, sender_states
 from kvbelt.transfer.machine import Table
+from kvbelt.transfer.receive import states as receiver_states
+from kvbelt.transfer.send import states as sender_states
+from kvbelt.wire.reservation import FromReceiver, FromSender
 
 StateT = TypeVar("StateT", bound=StrEnum)
 
-#: State: column, row, and what it means in a few words.
+#: State: column, row, and its meaning in a few words.
 Places = Mapping[str, tuple[int, int, str]]
 
 SENDER_PLACES: Places = {
-    "handshaking": (0, 0, "nothing was said yet"),
+    "handshaking": (0, 0, "not announced yet"),
     "reserving": (0, 1, "asked for a slot"),
     "waiting": (0, 2, "in the receiver's queue"),
     "writing": (0, 3, "the slot is ours"),
@@ -29,25 +31,25 @@ SENDER_PLACES: Places = {
     "leaving": (2, 6, "until the receiver knows"),
     "done": (0, 7, "the receiver has it"),
     "failed": (3, 7, "it could not be sent"),
-    "cancelled": (4, 7, "nobody wanted it"),
+    "cancelled": (4, 7, "one side gave it up"),
     "expired": (5, 7, "its time was over"),
 }
 RECEIVER_PLACES: Places = {
-    "expected": (0, 0, "a reader waits"),
-    "queued": (0, 1, "a writer waits for room"),
-    "reserved": (0, 2, "the slot is the writer's"),
-    "streaming": (1, 3, "a reader takes out parts"),
-    "taken": (1, 4, "a reader has them all"),
+    "expected": (0, 0, "a consumer waits"),
+    "queued": (0, 1, "a sender waits for a slot"),
+    "reserved": (0, 2, "the slot is the sender's"),
+    "streaming": (1, 3, "a consumer takes parts"),
+    "taken": (1, 4, "a consumer has them all"),
     "verifying": (0, 5, "digests are compared"),
-    "committed": (0, 6, "whole; no reader yet"),
-    "claimed": (0, 7, "a reader has it"),
-    "quarantined": (2, 8, "the writer may still write"),
+    "committed": (0, 6, "whole; no consumer yet"),
+    "claimed": (0, 7, "a consumer has it"),
+    "quarantined": (2, 8, "it may still be written"),
     "released": (1, 9, "it was read"),
     "cancelled": (3, 9, "one side gave it up"),
     "expired": (4, 9, "lost, or too late"),
 }
 
-CAUSES = {"peer": "the peer says it", "own": "our own side does it", "time": "time passes"}
+CAUSES = {"peer": "a message of the peer", "own": "this side", "time": "time"}
 
 COLUMN, BOX_WIDTH, BOX_HEIGHT = 164, 148, 40
 LINE, PAD = 15, 5  # of the events in a chip
@@ -72,12 +74,11 @@ class Side:
     subtitle: str
     places: Places
     finals: frozenset[str]
-    held: str  #: in it memory is kept from others because a write may be in flight
+    held: str  #: the state in which memory is kept because a write may be in flight
     edges: tuple[Edge, ...]
 
 
 def sides() -> tuple[Side, Side]:
-    """Both, from their tables."""
     s, r = sender_states, receiver_states
     return (
         Side(
@@ -86,7 +87,7 @@ def sides() -> tuple[Side, Side]:
             SENDER_PLACES,
             frozenset(state.value for state in s.FINAL),
             s.SenderState.STOPPING.value,
-            _edges(s.SENDER_TABLE, {"peer": s.FromPeer, "own": s.Local, "time": s.Timed}),
+            _edges(s.SENDER_TABLE, {"peer": FromReceiver, "own": s.Local, "time": s.Timed}),
         ),
         Side(
             "The receiving side",
@@ -94,7 +95,7 @@ def sides() -> tuple[Side, Side]:
             RECEIVER_PLACES,
             frozenset(state.value for state in r.FINAL),
             r.ReceiverState.QUARANTINED.value,
-            _edges(r.RECEIVER_TABLE, {"peer": r.FromWriter, "own": r.Local, "time": r.Timed}),
+            _edges(r.RECEIVER_TABLE, {"peer": FromSender, "own": r.Local, "time": r.Timed}),
         ),
     )
 
@@ -103,8 +104,8 @@ def _edges(table: Table[StateT], unions: Mapping[str, object]) -> tuple[Edge, ..
     cause_of = {event: cause for cause, union in unions.items() for event in get_args(union)}
     found: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for before, events in table.items():
-        for event, afters in events.items():
-            for after in sorted(afters):
+        for event, cell in events.items():
+            for after in sorted(cell.to):
                 if after is not before:
                     found.setdefault((str(before), str(after)), []).append((event.__name__, cause_of[event]))
     order = list(CAUSES)
@@ -119,7 +120,7 @@ def _height(edge: Edge) -> float:
 
 
 class Map:
-    """Where everything of one side stands."""
+    """The layout of one side."""
 
     def __init__(self, side: Side, left: float) -> None:
         self.side = side
@@ -127,7 +128,7 @@ class Map:
         missing = {edge.before for edge in side.edges} | {edge.after for edge in side.edges}
         missing -= set(side.places)
         if missing:
-            raise ValueError(f"no place in the picture for {sorted(missing)}; add them to ops/state_picture.py")
+            raise ValueError(f"no place in the picture for {sorted(missing)}; add them to tools/state_picture.py")
         columns = 1 + max(column for column, _, _ in side.places.values())
         self.width = LEFT + (columns - 1) * COLUMN + BOX_WIDTH + 34
         rows = 1 + max(row for _, row, _ in side.places.values())
@@ -136,7 +137,7 @@ class Map:
             row = side.places[edge.before][1]
             if not self.is_straight(edge):
                 heights[row] = max(heights[row], _height(edge))
-        # Below a row there is room for the events on an arrow down from it.
+        # Below a row there must be room for the events on an arrow down from it.
         gaps = [float(ROW_GAP)] * rows
         for edge in side.edges:
             if self.is_straight(edge):
@@ -150,22 +151,19 @@ class Map:
         self.height = y + 6
 
     def is_straight(self, edge: Edge) -> bool:
-        """Whether nothing stands between the two in their common column."""
+        """Whether both are in one column with no state between them."""
         (column, row, _), (other, below, _) = self.side.places[edge.before], self.side.places[edge.after]
         between = [at for at, number, _ in self.side.places.values() if at == column and row < number < below]
         return column == other and not between
 
     def lane(self, state: str) -> float:
-        """The middle of its column."""
         return self.left + LEFT + self.side.places[state][0] * COLUMN + BOX_WIDTH / 2
 
     def middle(self, state: str) -> float:
-        """The middle of its row."""
         return self.middles[self.side.places[state][1]]
 
 
 def picture() -> str:
-    """The SVG."""
     sending, receiving = sides()
     one = Map(sending, 0)
     two = Map(receiving, one.width + 24)
@@ -224,7 +222,7 @@ def _drawn(place: Map) -> Iterator[str]:
 
 
 def _arcs(place: Map) -> dict[Edge, int]:
-    """Edges within a column that skip a row of it, each with its distance: the longest is the outermost."""
+    """Arrows within a column that skip a row, each with its distance: the longest is the outermost."""
     skipping = [
         edge
         for edge in place.side.edges
@@ -303,9 +301,7 @@ def _box(place: Map, state: str) -> Iterator[str]:
 
 def _legend(x: float, y: float) -> Iterator[str]:
     texts: Sequence[tuple[str, str]] = [(f"event {cause}", f"● {meaning}") for cause, meaning in CAUSES.items()]
-    note = (
-        "Filled: it is over. Orange: memory is kept, a write may be in flight. Events that lead nowhere are not drawn."
-    )
+    note = "Filled: final. Orange: memory is kept, a write may be in flight. Events that keep the state are not drawn."
     for css, text in [*texts, ("note", note)]:
         yield f'<text class="{css}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
         x += len(text) * _CHARACTER + 26

@@ -1,0 +1,1 @@
+"""Draws the generated parts of the documentation. Not part of the wheel."""
