@@ -1,14 +1,15 @@
-# What disagg_1p1d.sh and disagg_2p2d.sh share. Sourced, with bash.
+# Shared by disagg_1p1d.sh and disagg_2p2d.sh. Sourced, with bash.
 #
 # ENGINE            vllm, or embedded: kvbelt's own workers (default: vllm)
 # MODEL             default: meta-llama/Llama-3.1-8B-Instruct; with ENGINE=embedded a folder, demo or tiny
-# DEVICE            cuda or cpu; with cuda each worker has a GPU of its own, 0, 1, … (default: cuda)
+# DEVICE            cuda or cpu; with cuda each worker has one GPU: 0, 1, … (default: cuda)
 # BUFFER_DEVICE     where KV is staged (default: $DEVICE)
 # DIR               where logs and configuration files go (default: the current folder)
 # WORKER_ARGS       more arguments for every worker
-# KVBELT            how to call kvbelt (default: kvbelt)
-# PROXY_PORT PREFILL_PORT DECODE_PORT INIT_PORT ALLOC_PORT NOTIFY_PORT
-#                   the first of each kind (default: 9100 7100 7200 7300 7400 7500)
+# PROXY_ARGS        more arguments for the proxy
+# KVBELT            the kvbelt command (default: kvbelt)
+# PROXY_PORT PREFILL_PORT DECODE_PORT INIT_PORT ALLOC_PORT NOTIFY_PORT LIVENESS_PORT
+#                   the first of each kind (default: 9100 7100 7200 7300 7400 7500 7700)
 
 ENGINE=${ENGINE:-vllm}
 MODEL=${MODEL:-meta-llama/Llama-3.1-8B-Instruct}
@@ -22,6 +23,7 @@ DECODE_PORT=${DECODE_PORT:-7200}
 INIT_PORT=${INIT_PORT:-7300}
 ALLOC_PORT=${ALLOC_PORT:-7400}
 NOTIFY_PORT=${NOTIFY_PORT:-7500}
+LIVENESS_PORT=${LIVENESS_PORT:-7700}
 
 export PYTHONHASHSEED=0 PYTHONUNBUFFERED=1
 # Without cuda_ipc a transfer between two GPUs of one machine takes a thousand times as long.
@@ -33,14 +35,15 @@ fail() {
 }
 
 case $ENGINE in
-vllm) command -v vllm >/dev/null || fail "there is no vllm; install it, or say ENGINE=embedded" ;;
+vllm) command -v vllm >/dev/null || fail "vllm is not installed; install it, or set ENGINE=embedded" ;;
 embedded) ;;
 *) fail "ENGINE is '$ENGINE'; it is vllm or embedded" ;;
 esac
 case $DEVICE in cuda | cpu) ;; *) fail "DEVICE is '$DEVICE'; it is cuda or cpu" ;; esac
 read -r -a kvbelt <<<"$KVBELT"
 read -r -a worker_args <<<"${WORKER_ARGS:-}"
-command -v "${kvbelt[0]}" >/dev/null || fail "there is no ${kvbelt[0]}; install kvbelt, or say where it is with KVBELT"
+read -r -a proxy_args <<<"${PROXY_ARGS:-}"
+command -v "${kvbelt[0]}" >/dev/null || fail "there is no ${kvbelt[0]}; install kvbelt, or set KVBELT to its path"
 mkdir -p "$DIR" || fail "DIR is '$DIR', and cannot be made"
 
 pids=()
@@ -95,7 +98,7 @@ YAML
     start_worker prefill "$1" "$3" $((PREFILL_PORT + $2)) "$config"
 }
 
-# start_decoder NAME NUMBER GPU: with a file of its own, for its ports are its own
+# start_decoder NAME NUMBER GPU: with a separate file, because each has its own ports
 start_decoder() {
     local config=$DIR/$1-config.yaml
     cat >"$config" <<YAML
@@ -106,6 +109,9 @@ pd_role: "receiver"
 pd_peer_host: "127.0.0.1"
 pd_peer_init_port: $((INIT_PORT + $2))
 pd_peer_alloc_port: $((ALLOC_PORT + $2))
+pd_peer_liveness_port: $((LIVENESS_PORT + $2))
+pd_proxy_host: "127.0.0.1"
+pd_proxy_port: $NOTIFY_PORT
 pd_buffer_size: 2147483648
 pd_buffer_device: "$BUFFER_DEVICE"
 nixl_backends: [UCX]
@@ -117,10 +123,11 @@ YAML
 start_proxy() {
     start proxy "${kvbelt[@]}" proxy --port "$PROXY_PORT" --notify-port "$NOTIFY_PORT" \
         --prefill-host 127.0.0.1 --prefill-port "$PREFILL_PORT" --num-prefillers "$1" \
-        --decode-host 127.0.0.1 --decode-port "$DECODE_PORT" --num-decoders "$2"
+        --decode-host 127.0.0.1 --decode-port "$DECODE_PORT" --num-decoders "$2" \
+        "${proxy_args[@]}"
 }
 
-# The HTTP status of a URL's answer; nothing if there is none.
+# The HTTP status of a URL's answer; empty without an answer.
 status() {
     exec 3<>"/dev/tcp/127.0.0.1/$1" || return
     printf 'GET %s HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n' "$2" >&3
@@ -130,7 +137,7 @@ status() {
     echo "$code"
 } 2>/dev/null
 
-# Whoever has died ends everything, with the end of its log.
+# A process that died ends everything; the end of its log is shown.
 all_alive() {
     local index
     for index in "${!pids[@]}"; do
@@ -141,7 +148,7 @@ all_alive() {
     done
 }
 
-# serve FIRST-PORT... : wait until every worker and the proxy are ready, say so, and serve until somebody ends it.
+# serve FIRST-PORT... : wait until every worker and the proxy are ready, say so, and serve until Ctrl-C.
 serve() {
     local port
     for port in "$@" "$PROXY_PORT"; do
