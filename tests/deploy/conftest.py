@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from kvbelt.ops.deploy.gpus import gpu_named
-from kvbelt.ops.deploy.kubernetes import Plan, write_overlay
+from kvbelt.ops.deploy.kubernetes import OverlaySpec, write_overlay
 from kvbelt.ops.topology import Topology
 from tests.deploy.rendering import Rendering, copied, helmed, kustomized, make_keys
 
@@ -43,7 +43,7 @@ def deploy(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def renderings(deploy, tmp_path_factory) -> dict[str, Rendering]:
-    """By name, which begins with kustomize/, helm/ or generated/."""
+    """All renderings by name. A name begins with kustomize/, helm/ or generated/."""
     kubernetes = deploy / "kubernetes"
     keys = kubernetes / "keys"
     one = yaml.safe_load((kubernetes / "overlays/1p1d/kustomization.yaml").read_text())
@@ -59,7 +59,7 @@ def renderings(deploy, tmp_path_factory) -> dict[str, Rendering]:
     for name, options in PLANS.items():
         folder = tmp_path_factory.mktemp("generated") / "overlay"
         topology = Topology.parse(name.partition(",")[0])
-        write_overlay(Plan(topology=topology, model="some/model", gpu=gpu_named("h100"), **options), folder)
+        write_overlay(OverlaySpec(topology=topology, model="some/model", gpu=gpu_named("h100"), **options), folder)
         make_keys(folder / "keys")
         found[f"generated/{name}"] = Rendering(name, kustomized(folder), folder / "keys")
     return found
@@ -75,11 +75,11 @@ NAMES = [
 
 @pytest.fixture(scope="session", params=NAMES)
 def rendering(request, renderings) -> Rendering:
-    """Each of them."""
+    """Each rendering in turn."""
     return renderings[request.param]
 
 
 @pytest.fixture(scope="session", params=[name for name in NAMES if "one-pod" not in name])
 def split(request, renderings) -> Rendering:
-    """Each that has workers in Pods of their own."""
+    """Each rendering whose workers have Pods of their own."""
     return renderings[request.param]

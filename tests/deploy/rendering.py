@@ -1,5 +1,6 @@
-"""Manifests as kubectl and helm make them of what is in ``deploy/``."""
+"""Renders manifests as kubectl and helm do from ``deploy/``."""
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kvbelt.ops.ports import LIVENESS_PORT, PROXY_PORT, seed_ports
+from kvbelt.ops.topology import Topology
+from kvbelt.proxy.settings import ProxySettings
 from kvbelt.security.admin_key import write_admin_key
 from kvbelt.security.keys import write_new_keys
 
@@ -46,7 +50,7 @@ class Rendering:
 
 
 def copied(folder: Path) -> Path:
-    """A copy of ``deploy/`` with keys in it, as its documentation has people make them."""
+    """A copy of ``deploy/`` with keys, made as its documentation says."""
     shutil.copytree(ROOT / "deploy", folder / "deploy")
     make_keys(folder / "deploy" / "kubernetes" / "keys")
     return folder / "deploy"
@@ -84,3 +88,31 @@ def _objects(text: str) -> list[dict]:
     # The loader in C where there is one: ten times as fast.
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     return [one for one in yaml.load_all(text, Loader=loader) if one is not None]
+
+
+PORTS = seed_ports(Topology.parse("1p1d"), proxy=PROXY_PORT)
+
+
+PROXY = {field.name: field.default for field in dataclasses.fields(ProxySettings)}
+
+
+OURS = {"prefill": PORTS.prefill[0], "decode": PORTS.decode[0], "init": PORTS.init[0], "alloc": PORTS.alloc[0],
+        "liveness": LIVENESS_PORT}  # fmt: skip
+
+
+def matches(selector, labels):
+    """Whether a label selector takes these labels."""
+    for rule in selector.get("matchExpressions", []):
+        assert rule["operator"] == "In"
+        if labels.get(rule["key"]) not in rule["values"]:
+            return False
+    return selector.get("matchLabels", {}).items() <= labels.items()
+
+
+def containers(pod):
+    """Every container of a Pod."""
+    return [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]
+
+
+#: What UCX listens on (UCX_TCP_PORT_RANGE).
+UCX = (7600, 7699)

@@ -1,4 +1,4 @@
-"""The Helm chart makes what kustomize makes, and refuses values that it does not have."""
+"""The Helm chart renders what kustomize renders, and refuses unknown values."""
 
 import json
 import re
@@ -7,14 +7,13 @@ import subprocess
 import pytest
 
 from tests.deploy.conftest import CHARTS
-from tests.deploy.rendering import ROOT, tool
-from tests.deploy.test_references import containers
+from tests.deploy.rendering import ROOT, containers, tool
 
 HELMS_OWN = {"app.kubernetes.io/managed-by", "app.kubernetes.io/instance", "helm.sh/chart"}
 
 
 def plain(objects):
-    """Objects by kind and name, without what only says who has made them."""
+    """Objects by kind and name, without labels of their tool."""
     text = json.dumps([one for one in objects if one["kind"] != "Namespace"])
     for one in objects:
         name = one["metadata"]["name"]
@@ -35,7 +34,7 @@ def plain(objects):
 
 @pytest.mark.parametrize("name", CHARTS)
 def test_the_chart_makes_what_kustomize_makes(renderings, name):
-    """Object by object; Namespaces are not a chart's to make."""
+    """All objects are equal, except Namespaces, which a chart does not make."""
     chart, overlay = plain(renderings[f"helm/{name}"].objects), plain(renderings[f"kustomize/{name}"].objects)
     assert chart.keys() == overlay.keys()
     for key in overlay:
@@ -43,11 +42,12 @@ def test_the_chart_makes_what_kustomize_makes(renderings, name):
 
 
 def test_tensor_parallel_workers_listen_once_a_rank(renderings):
-    """And vLLM is told how many ranks there are."""
+    """Each rank has its own ports, and vLLM gets the number of ranks."""
     rendering = renderings["helm/tensor parallelism"]
     file = rendering.of_kind("ConfigMap")["lmcache-decode-config"]["data"]["decoder-config.yaml"]
     assert "pd_peer_init_port: [7300, 7301]" in file
     assert "pd_peer_alloc_port: [7400, 7401]" in file
+    assert "pd_peer_liveness_port: [7700, 7701]" in file
     assert "--tensor-parallel-size=2" in rendering.pods()["vllm-decode"]["spec"]["containers"][0]["args"]
 
 
@@ -60,7 +60,7 @@ def test_tensor_parallel_workers_listen_once_a_rank(renderings):
     ],
 )
 def test_a_wrong_value_is_refused_by_name(setting, said):
-    """A value that does not exist, one that is none of those there are, one that is missing."""
+    """Unknown, invalid and missing values are refused by name."""
     argv = [tool("helm"), "template", "kvbelt", str(ROOT / "deploy/helm/kvbelt"), "--set", setting]
     ran = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert ran.returncode != 0
@@ -68,7 +68,7 @@ def test_a_wrong_value_is_refused_by_name(setting, said):
 
 
 def test_the_chart_has_no_lint():
-    """As helm sees it, warnings included."""
+    """Helm lint has no complaint, warnings included."""
     argv = [tool("helm"), "lint", "--strict", "--quiet", str(ROOT / "deploy/helm/kvbelt")]
     ran = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout.strip()) == (0, "")

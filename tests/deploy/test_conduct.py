@@ -1,22 +1,19 @@
-"""How Pods start, are found ready, are ended, and what they may do."""
+"""How Pods start, become ready and end, and what they may do."""
 
 import re
 
-from tests.deploy.test_references import PROXY, containers
-
-#: What UCX listens on (UCX_TCP_PORT_RANGE).
-UCX = (7600, 7699)
+from tests.deploy.rendering import PROXY, UCX, containers
 
 
 def test_ready_means_that_health_is_good(rendering):
-    """/health says 200 from when a handshake is possible."""
+    """/health answers 200 once a handshake is possible."""
     for pod in rendering.pods().values():
         for container in pod["spec"]["containers"]:
             assert container["readinessProbe"]["httpGet"] == {"path": "/health", "port": "http"}
 
 
 def test_a_busy_or_draining_process_is_not_killed(rendering):
-    """Liveness does not ask for /health, which says 503 while draining, and waits for long."""
+    """The liveness probe does not use /health, which answers 503 while draining, and has a long timeout."""
     for name, pod in rendering.pods().items():
         for container in pod["spec"]["containers"]:
             probe = container["livenessProbe"]
@@ -26,7 +23,7 @@ def test_a_busy_or_draining_process_is_not_killed(rendering):
 
 
 def test_a_model_may_take_half_an_hour_to_load(rendering):
-    """The startup probe keeps the others away meanwhile."""
+    """The startup probe delays the other probes."""
     for name, pod in rendering.pods().items():
         for container in pod["spec"]["containers"]:
             if name != "kvbelt-proxy":
@@ -35,7 +32,7 @@ def test_a_model_may_take_half_an_hour_to_load(rendering):
 
 
 def test_workers_are_drained_before_they_end(split):
-    """A preStop hook waits for requests that need the worker, and the grace period is longer than that."""
+    """A preStop hook waits for requests that need the worker; the grace period is longer."""
     for role in ("prefill", "decode"):
         pod = split.pods()[f"vllm-{role}"]
         container = pod["spec"]["containers"][0]
@@ -49,7 +46,7 @@ def test_workers_are_drained_before_they_end(split):
 
 
 def test_the_proxy_lets_answers_end(split):
-    """Its grace period holds what preStop sleeps and what it drains."""
+    """Its grace period covers the preStop sleep and the drain."""
     pod = split.pods()["kvbelt-proxy"]
     container = pod["spec"]["containers"][0]
     drain = int(re.search(r"--drain-seconds=(\d+)", " ".join(container["args"]))[1])
@@ -59,7 +56,7 @@ def test_the_proxy_lets_answers_end(split):
 
 
 def test_containers_are_locked(rendering):
-    """An ordinary user, no writable root, no capability; RDMA asks for one, and says so in the namespace."""
+    """They run as an ordinary user with a read-only root and no capability; RDMA adds one, visible in the namespace."""
     rdma = False
     for pod in rendering.pods().values():
         assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
@@ -81,7 +78,7 @@ def test_containers_are_locked(rendering):
 
 
 def test_the_seeds_way_is_kept(split):
-    """Runtime class, hash seed, transports, a GPU, a budget for each."""
+    """Runtime class, hash seed, transports, GPU and disruption budgets are the seed's."""
     for role in ("prefill", "decode"):
         pod = split.pods()[f"vllm-{role}"]
         assert pod["spec"]["runtimeClassName"] == "nvidia"

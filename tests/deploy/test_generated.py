@@ -8,12 +8,12 @@ GIVEN = ["deploy", "k8s", "--topology", "4p8d", "--model", "some/model", "--gpu"
 
 
 def written(folder):
-    """Every file's content."""
+    """The content of every file."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def test_the_same_request_gives_the_same_bytes(tmp_path, capsys):
-    """In another folder, too."""
+    """This holds in another folder, too."""
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         assert main([*GIVEN, "--output", str(folder)]) == 0
@@ -22,7 +22,7 @@ def test_the_same_request_gives_the_same_bytes(tmp_path, capsys):
 
 
 def test_what_was_asked_for_is_what_is_deployed(renderings):
-    """Replicas, model, GPUs, ports of ranks, weights, network card, limits of the autoscaler."""
+    """Replicas, model, GPUs, rank ports, weights, network card and autoscaler limits are as requested."""
     plain = renderings["generated/4p8d"]
     deployments = plain.of_kind("Deployment")
     assert deployments["vllm-prefill"]["spec"]["replicas"] == 4
@@ -54,22 +54,22 @@ def test_what_was_asked_for_is_what_is_deployed(renderings):
         (["--rdma", "yes"], "--rdma is 'yes'"),
     ],
 )
-def test_values_that_nobody_knows_are_refused(change, said, tmp_path, capsys):
-    """In one line that names the value, and nothing is written."""
+def test_unknown_values_are_refused(change, said, tmp_path, capsys):
+    """One line names the value, and nothing is written."""
     assert main([*GIVEN, *change, "--output", str(tmp_path / "out")]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_what_is_there_is_not_overwritten(tmp_path, capsys):
-    """Somebody may have changed it."""
+    """An existing folder may have been edited."""
     (tmp_path / "mine").write_text("x")
     assert main([*GIVEN, "--output", str(tmp_path)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
-def test_what_is_hardly_meant_is_said(tmp_path, capsys):
-    """More prefill than decode workers, and KV over TCP."""
+def test_unusual_settings_give_warnings(tmp_path, capsys):
+    """More prefill than decode workers, and KV over TCP, give warnings."""
     assert main([*GIVEN, "--topology", "8p1d", "--output", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().err
     assert "8p1d has more prefill than decode workers" in said

@@ -1,9 +1,8 @@
-"""NetworkPolicies let through what kvbelt needs, and nothing else."""
+"""NetworkPolicies allow what kvbelt needs, and nothing else."""
 
 import pytest
 
-from tests.deploy.test_conduct import UCX
-from tests.deploy.test_references import OURS, containers, matches
+from tests.deploy.rendering import OURS, UCX, containers, matches
 
 NAMESPACE = "inference"
 
@@ -15,12 +14,12 @@ ELSEWHERE = {
 
 
 def ports_of(rule):
-    """(protocol, first, last) of each."""
+    """The (protocol, first, last) of each port of a rule."""
     return {(p["protocol"], p["port"], p.get("endPort", p["port"])) for p in rule["ports"]}
 
 
 def lets(peers, labels, namespace, here):
-    """Whether a rule's list of peers takes a Pod. No list: everybody."""
+    """Whether a rule's peers include a Pod; without peers it includes all."""
     if peers is None:
         return True
     for peer in peers:
@@ -32,12 +31,12 @@ def lets(peers, labels, namespace, here):
 
 
 def allowed(rendering):
-    """(who, whom, protocol, first port, last port) of everything that may be opened."""
+    """(source, destination, protocol, first port, last port) of everything that is allowed."""
     here = next(one["metadata"]["namespace"] for one in rendering.objects if one["kind"] == "Deployment")
     own = {name: (pod["metadata"]["labels"], {"kubernetes.io/metadata.name": here})
            for name, pod in rendering.pods().items()}  # fmt: skip
     policies = rendering.of_kind("NetworkPolicy")
-    assert set(policies) == set(own)  # nobody is without one
+    assert set(policies) == set(own)  # each has one
     found = set()
     for whom, (labels, _) in own.items():
         assert policies[whom]["spec"]["policyTypes"] == ["Ingress", "Egress"]
@@ -54,7 +53,7 @@ def allowed(rendering):
 
 
 def test_exactly_what_is_needed_is_let_through(split):
-    """Every pair, every port, both directions."""
+    """Every pair and port is checked, in both directions."""
     ranks = int(containers(split.pods()["vllm-decode"])[0]["resources"]["limits"]["nvidia.com/gpu"]) - 1
     prefill, decode, proxy = "vllm-prefill", "vllm-decode", "kvbelt-proxy"
     expected = {
@@ -62,9 +61,11 @@ def test_exactly_what_is_needed_is_let_through(split):
         (proxy, decode, "TCP", OURS["decode"], OURS["decode"]),
         (prefill, decode, "TCP", OURS["init"], OURS["init"] + ranks),
         (prefill, decode, "TCP", OURS["alloc"], OURS["alloc"] + ranks),
+        (prefill, decode, "TCP", OURS["liveness"], OURS["liveness"] + ranks),
         (prefill, decode, "TCP", *UCX),
         (decode, prefill, "TCP", *UCX),
         (prefill, proxy, "TCP", 7500, 7500),
+        (decode, proxy, "TCP", 7500, 7500),
         (prefill, proxy, "TCP", 9100, 9100),
         (decode, proxy, "TCP", 9100, 9100),
         ("a client elsewhere", proxy, "TCP", 9100, 9100),
@@ -76,7 +77,7 @@ def test_exactly_what_is_needed_is_let_through(split):
 
 
 def test_what_leaves_the_deployment_is_dns_and_the_model_hub(split):
-    """The proxy needs the first only."""
+    """The proxy needs DNS only."""
     for name, policy in split.of_kind("NetworkPolicy").items():
         anywhere = {port for rule in policy["spec"]["egress"] if "to" not in rule for port in ports_of(rule)}
         hub = set() if name == "kvbelt-proxy" else {("TCP", 443, 443)}
@@ -89,7 +90,7 @@ def test_of_one_pod_only_the_proxy_is_reached(renderings):
     assert found == {(who, "kvbelt", "TCP", 9100, 9100) for who in ELSEWHERE}
 
 
-@pytest.mark.parametrize("rank_port", [7300, 7400])
+@pytest.mark.parametrize("rank_port", [7300, 7400, 7700])
 def test_ranks_do_not_run_into_other_ports(rank_port):
-    """A hundred ranks would be the most."""
+    """A hundred ranks are the maximum."""
     assert not {rank_port + rank for rank in range(100)} & set(range(UCX[0], UCX[1] + 1))

@@ -1,6 +1,5 @@
-"""What an object names is there: labels, ports, ConfigMaps, Secrets, targets, metrics, command lines."""
+"""Every reference resolves: labels, ports, ConfigMaps, Secrets, targets, metrics, command lines."""
 
-import dataclasses
 import re
 import shlex
 import subprocess
@@ -9,34 +8,13 @@ from pathlib import Path
 import pytest
 
 from kvbelt.cli import build_parser
-from kvbelt.ops.ports import PROXY_PORT, seed_ports
-from kvbelt.ops.topology import Topology
-from kvbelt.proxy.settings import ProxySettings
-from kvbelt.settings import Role, belt_for, load_belt_file
+from kvbelt.settings import belt_for, load_belt_file
 from kvbelt.vllm.settings import load_settings
-from tests.deploy.rendering import ROOT
-
-PORTS = seed_ports(Topology.parse("1p1d"), proxy=PROXY_PORT)
-PROXY = {field.name: field.default for field in dataclasses.fields(ProxySettings)}
-OURS = {"prefill": PORTS.prefill[0], "decode": PORTS.decode[0], "init": PORTS.init[0], "alloc": PORTS.alloc[0]}
-
+from kvbelt.wire.health import Role
+from tests.deploy.rendering import OURS, PROXY, ROOT, containers, matches
 
 #: What may follow ``kvbelt`` in a shell block; elsewhere it is a user's or a release's name.
 COMMANDS = ("deploy", "doctor", "keys", "proxy", "up", "why", "worker", "workers")
-
-
-def matches(selector, labels):
-    """Whether a label selector takes these labels."""
-    for rule in selector.get("matchExpressions", []):
-        assert rule["operator"] == "In"
-        if labels.get(rule["key"]) not in rule["values"]:
-            return False
-    return selector.get("matchLabels", {}).items() <= labels.items()
-
-
-def containers(pod):
-    """Every container of a Pod."""
-    return [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]
 
 
 def test_selectors_take_their_own_pods(rendering):
@@ -68,7 +46,7 @@ def test_selectors_take_their_own_pods(rendering):
 
 
 def test_every_namespace_is_the_same(rendering):
-    """Nothing is left in another one, queries and the Namespace itself included."""
+    """Every object, query and the Namespace itself use one namespace."""
     names = {one["metadata"].get("namespace") for one in rendering.objects if one["kind"] != "Namespace"}
     assert len(names) == 1
     assert set(rendering.of_kind("Namespace")) <= names
@@ -76,7 +54,7 @@ def test_every_namespace_is_the_same(rendering):
 
 
 def test_every_configmap_and_secret_that_is_named_exists(rendering):
-    """Unless it is optional."""
+    """All references exist, except optional ones."""
     configs, secrets = rendering.of_kind("ConfigMap"), rendering.of_kind("Secret")
     for pod in rendering.pods().values():
         for volume in pod["spec"]["volumes"]:
@@ -95,7 +73,7 @@ def test_every_configmap_and_secret_that_is_named_exists(rendering):
 
 
 def test_ports_are_those_of_the_settings(split):
-    """Everybody listens where kvbelt's own defaults have it."""
+    """Every process listens on kvbelt's default port."""
     named = {
         (name, port["name"]): port["containerPort"]
         for name, pod in split.pods().items()
@@ -109,6 +87,7 @@ def test_ports_are_those_of_the_settings(split):
         ("vllm-decode", "http"): OURS["decode"],
         ("vllm-decode", "init"): OURS["init"],
         ("vllm-decode", "alloc"): OURS["alloc"],
+        ("vllm-decode", "liveness"): OURS["liveness"],
     }
     for name, pod in split.pods().items():
         for port in re.findall(r"--port=(\d+)", " ".join(containers(pod)[0]["args"])):
@@ -117,7 +96,7 @@ def test_ports_are_those_of_the_settings(split):
 
 @pytest.mark.parametrize(("role", "app"), [(Role.PREFILL, "vllm-prefill"), (Role.DECODE, "vllm-decode")])
 def test_configmaps_are_files_that_workers_load(split, role, app, tmp_path, monkeypatch):
-    """As kvbelt's own workers and the connector in vLLM read them, keys included."""
+    """Kvbelt's workers and the vLLM connector load them, keys included."""
     pod = split.pods()[app]
     env = {one["name"]: one.get("value") for one in containers(pod)[0]["env"]}
     path = Path(env["LMCACHE_CONFIG_FILE"])
@@ -138,12 +117,13 @@ def test_configmaps_are_files_that_workers_load(split, role, app, tmp_path, monk
     connector = load_settings(kv_role, {}, "cuda", environ, num_ranks=ranks)
     assert connector.role == role.value
     assert connector.keys is not None
-    if role is Role.PREFILL:
-        control = split.of_kind("Service")[belt.pd_proxy_host]
-        assert belt.pd_proxy_port in [port["port"] for port in control["spec"]["ports"]]
-    else:
+    control = split.of_kind("Service")[belt.pd_proxy_host]
+    assert belt.pd_proxy_port in [port["port"] for port in control["spec"]["ports"]]
+    assert connector.notification_endpoint == f"tcp://{belt.pd_proxy_host}:{belt.pd_proxy_port}"
+    if role is Role.DECODE:
         assert belt.pd_peer_host == connector.host == "10.1.2.3"
-        assert (connector.init_ports[0], connector.alloc_ports[0]) == (OURS["init"], OURS["alloc"])
+        ports = (connector.init_ports[0], connector.alloc_ports[0], connector.liveness_ports[0])
+        assert ports == (OURS["init"], OURS["alloc"], OURS["liveness"])
 
 
 def test_a_pod_without_its_address_is_an_error(split, tmp_path, monkeypatch):
@@ -158,7 +138,7 @@ def test_a_pod_without_its_address_is_an_error(split, tmp_path, monkeypatch):
 
 
 def test_secrets_have_what_is_read_from_them(split):
-    """Each file that a flag or a setting names is a key of the Secret that is mounted there."""
+    """Each file named by a flag or setting is a key of the mounted Secret."""
     for app, pod in split.pods().items():
         folders = {mount["mountPath"]: mount["name"] for mount in containers(pod)[0]["volumeMounts"]}
         volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
@@ -176,7 +156,7 @@ def test_secrets_have_what_is_read_from_them(split):
 
 
 def test_command_lines_are_ones_that_kvbelt_takes(rendering):
-    """Of containers and of hooks: flags that do not exist would show only in a cluster."""
+    """A wrong flag in a container or hook would only show in a cluster."""
     lines = []
     for pod in rendering.pods().values():
         for container in containers(pod):

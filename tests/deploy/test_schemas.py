@@ -1,8 +1,4 @@
-"""Every object is one that Kubernetes, prometheus-operator and KEDA know, field by field.
-
-Kubernetes' own kinds are compared with the strict JSON schemas of its API that kubernetes-validate carries: a field
-that does not exist is an error. Kinds of others are compared with the models that cloudcoil makes of their definitions.
-"""
+"""Kubernetes, prometheus-operator and KEDA know every field of every object."""
 
 import importlib
 import json
@@ -14,8 +10,8 @@ import kubernetes_validate
 import pytest
 from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT4
+from tools.draw_rules import groups_of
 
-from kvbelt.ops.draw_rules import groups_of
 from tests.deploy.rendering import ROOT
 
 #: A recent one, and the oldest that manifests are for; between them fields have only been added.
@@ -52,7 +48,7 @@ def registry(version):
 
 @cache
 def validator(version, kind, api_version):
-    """For one kind of object."""
+    """The validator of one kind of object."""
     group, _, number = api_version.rpartition("/")
     name = "-".join(filter(None, (kind.lower(), group.partition(".")[0], number)))
     schema = json.loads((folder_of(version) / f"{name}.json").read_text())
@@ -63,7 +59,7 @@ def validator(version, kind, api_version):
 
 @cache
 def complaints(version, text):
-    """What a schema says of an object. Many ways of deploying have objects in common."""
+    """A schema's complaints about an object. Cached, because renderings share objects."""
     one = json.loads(text)
     found = validator(version, one["kind"], one["apiVersion"]).iter_errors(one)
     return [f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in found]
@@ -87,7 +83,7 @@ def unknown_fields(model, given, place=""):
 
 
 def assert_known(rendering, version):
-    """Every field of every object of Kubernetes' own."""
+    """Check every field of each object that is Kubernetes' own."""
     for one in rendering.objects:
         if one["apiVersion"] not in OTHERS:
             found = complaints(version, json.dumps(one, sort_keys=True))
@@ -95,18 +91,18 @@ def assert_known(rendering, version):
 
 
 def test_kubernetes_knows_every_field(rendering):
-    """In every way of deploying."""
+    """This holds for every way of deploying."""
     assert_known(rendering, VERSION)
 
 
 @pytest.mark.parametrize("name", RICHEST)
 def test_the_oldest_kubernetes_knows_every_field(renderings, name):
-    """Nothing is newer than the chart says (kubeVersion)."""
+    """No object is newer than the chart's kubeVersion."""
     assert_known(renderings[name], OLDEST)
 
 
 def test_others_know_every_field(rendering):
-    """Of monitors and scaled objects; values are checked by the models themselves."""
+    """Monitors and scaled objects are checked by field name; their models check the values."""
     for one in rendering.objects:
         if one["apiVersion"] in OTHERS:
             kind = getattr(importlib.import_module(OTHERS[one["apiVersion"]]), one["kind"])
@@ -115,13 +111,13 @@ def test_others_know_every_field(rendering):
 
 @pytest.mark.parametrize("name", ["kustomize/multi-node", "helm/multi-node"])
 def test_the_rules_of_prometheus_come_along(renderings, name):
-    """All of them, as they stand in deploy/prometheus."""
+    """The manifests contain all rules of deploy/prometheus."""
     rule = renderings[name].of_kind("PrometheusRule")["kvbelt"]
     assert rule["spec"]["groups"] == groups_of(ROOT / "deploy")
 
 
 def test_a_field_that_does_not_exist_is_found(renderings):
-    """The comparison is one: a typing error in each kind of object is seen."""
+    """A typing error in each kind of object is found."""
     objects = renderings["kustomize/multi-node"].objects
     (deployment,) = (one for one in objects if one["metadata"]["name"] == "vllm-decode" and one["kind"] == "Deployment")
     wrong = json.loads(json.dumps(deployment))

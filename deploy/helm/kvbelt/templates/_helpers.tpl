@@ -19,10 +19,10 @@ seccompProfile:
   type: RuntimeDefault
 {{- end }}
 
-{{/* Handshakes and reservations: a port of each for each tensor-parallel rank. */}}
+{{/* Handshakes, reservations and liveness: a port of each for each tensor-parallel rank. */}}
 {{- define "kvbelt.rankPorts" -}}
 {{- $ranks := int .Values.decode.gpus }}
-{{- range $first := list 7300 7400 }}
+{{- range $first := list 7300 7400 7700 }}
 - port: {{ $first }}
   {{- if gt $ranks 1 }}
   endPort: {{ sub (add $first $ranks) 1 }}

@@ -20,7 +20,7 @@ spec:
   selector:
     matchLabels:
       app: {{ $name }}
-  # GPUs are seldom left over for a surplus worker: one goes, then its successor comes.
+  # There is rarely a GPU for a surplus worker: a worker ends before its successor starts.
   strategy:
     type: RollingUpdate
     rollingUpdate:
@@ -126,7 +126,7 @@ spec:
             periodSeconds: 5
             timeoutSeconds: 5
             failureThreshold: 3
-          # Not /health: it says 503 while a worker drains. And with patience: a busy worker is slow, not dead.
+          # Not /health: it says 503 while a worker drains. The limits are long, because a busy worker is slow, not dead.
           livenessProbe:
             httpGet: {path: /v1/models, port: http}
             periodSeconds: 30
@@ -142,7 +142,7 @@ spec:
                   - -c
                   - >-
                     kvbelt workers --proxy http://kvbelt-proxy-control:9100 undrain "$POD_IP:{{ .port }}" --role {{ .role }} || true
-            # Gets nothing new, and ends when nobody needs it any more.
+            # Takes no new requests, and ends when no running request needs it.
             preStop:
               exec:
                 command:
@@ -204,7 +204,7 @@ spec:
             medium: Memory
             sizeLimit: 8Gi
 ---
-# Its DNS name has the address of each worker, ready or not: the proxy looks here for them, and asks each how it is.
+# Its DNS name has the address of each worker, ready or not. The proxy looks them up and asks each for its health.
 apiVersion: v1
 kind: Service
 metadata:
