@@ -1,36 +1,35 @@
-"""The catalogue, the page and what is exported are one."""
+"""The catalogue, docs/metrics.md and the exported metrics agree."""
 
 import re
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from tools.draw_metrics import RULES, redrawn
 
 from kvbelt.channels.nixl import NixlChannel
 from kvbelt.metrics import CATALOGUE, GROUPS, By, Histogram, Kind, counter, gauge, histogram, render
-from kvbelt.ops.draw_metrics import RULES, redrawn
-from kvbelt.proxy.metrics import Metrics
+from kvbelt.proxy.observe.metrics import Metrics
 from kvbelt.routing.pairs import Pairs
-from kvbelt.vllm.belt_setup import families_of
-from kvbelt.vllm.figures import host_families
+from kvbelt.vllm.figures import families_of, host_families
 from kvbelt.vllm.host_scheduler import HostScheduler
+from tests.channels.memory import MemoryChannel, MemoryNetwork
 from tests.metrics.scrape import expected, names_in
 from tests.proxy.support import Deployment, async_test
 from tests.transfer.belts import Side
-from tests.worker.test_peers import MemoryChannel, MemoryNetwork
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_the_page_is_what_is_drawn() -> None:
-    """To the letter; python -m kvbelt.ops.draw_metrics docs/metrics.md draws it anew."""
+    """``python -m tools.draw_metrics docs/metrics.md`` changes nothing."""
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     assert page == redrawn(page, ROOT / RULES)
 
 
 @async_test
 async def test_a_running_proxy_exports_its_part_of_the_catalogue() -> None:
-    """Every name of it, of the right kind, and no other."""
+    """It exports every name of its part with the right kind, and no other."""
     async with Deployment() as deployment:
         await deployment.ask({"prompt": "x", "max_tokens": 3, "stream": True})
         text = (await deployment.get("/metrics")).body.decode()
@@ -39,7 +38,7 @@ async def test_a_running_proxy_exports_its_part_of_the_catalogue() -> None:
 
 
 def test_a_vllm_server_exports_its_part_of_the_catalogue() -> None:
-    """The belt's and host memory's; all others there are vLLM's own."""
+    """It exports the metrics of the belt and of host memory; all others are vLLM's."""
     with Side("p", "prefill", MemoryChannel("p", MemoryNetwork())) as side:
         families = [*families_of(side.belt, NixlChannel("p")), *host_families(HostScheduler(4, 10))]
     assert set(names_in(render(families).decode())) == expected(By.VLLM)
@@ -56,15 +55,15 @@ def test_a_name_stands_in_the_catalogue_once() -> None:
 
 
 def test_what_is_not_in_the_catalogue_is_not_exported() -> None:
-    """Nor under another kind."""
+    """A known name with another kind is refused, too."""
     with pytest.raises(LookupError, match="kvbelt_unheard_of"):
         gauge("kvbelt_unheard_of", 1)
-    with pytest.raises(LookupError, match="kvbelt_kv_blocks is no counter"):
+    with pytest.raises(LookupError, match="no counter named kvbelt_kv_blocks"):
         counter("kvbelt_kv_blocks", 1)
 
 
 def test_a_histogram_s_buckets_are_cumulative() -> None:
-    """With bounds and sum in the unit of the metric's name."""
+    """Bounds and sum have the unit of the metric's name."""
     seen = Histogram((0.1, 0.5))
     for value in (0.05, 0.1, 0.3, 7.0):
         seen.observe(value)
@@ -76,7 +75,7 @@ def test_a_histogram_s_buckets_are_cumulative() -> None:
 
 
 def test_many_values_at_once_are_counted_as_one_by_one() -> None:
-    """On the bounds, between them, and beyond."""
+    """Values on, between and beyond the bounds are counted alike."""
     values = [0.0, 0.1, 0.1000001, 0.3, 0.5, 0.7, 9.0, 0.05]
     alone, together = Histogram((0.1, 0.5)), Histogram((0.1, 0.5))
     for value in values:
@@ -89,13 +88,13 @@ def test_many_values_at_once_are_counted_as_one_by_one() -> None:
 
 
 def test_a_proxy_without_workers_is_scraped_all_the_same() -> None:
-    """Every sum is 0."""
+    """Every sum is 0 then."""
     assert "lmcache_prefill_queue_size 0.0" in Metrics(lambda: (), Pairs()).text().decode()
 
 
 @async_test
 async def test_only_a_streamed_answer_s_first_bytes_are_its_first_token() -> None:
-    """One in one piece counts from the prefill worker's token, or not at all."""
+    """A single-piece answer counts from the prefill worker's token, or not at all."""
     async with Deployment() as deployment:
         metrics = deployment.proxy.context.metrics
         ttft, tpot = metrics.ttft, metrics.tpot
@@ -120,7 +119,7 @@ async def test_only_a_streamed_answer_s_first_bytes_are_its_first_token() -> Non
 
 @async_test
 async def test_workers_and_their_states_are_labels() -> None:
-    """Of each worker one state, and who it is."""
+    """Each worker has one state, and labels that identify it."""
     async with Deployment(prefill=2) as deployment:
         text = (await deployment.get("/metrics")).body.decode()
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]

@@ -1,4 +1,4 @@
-"""The dashboards of deploy/grafana ask for what there is, in PromQL that Prometheus can read."""
+"""The dashboards of deploy/grafana use existing metrics in valid PromQL."""
 
 import json
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.metrics.test_rules import promtool, unknown_names
+from tests.metrics.scrape import promtool, unknown_names
 
 FILES = sorted((Path(__file__).parents[2] / "deploy" / "grafana").glob("*.json"))
 
@@ -25,7 +25,7 @@ def expressions(file: Path) -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_metric_of_a_dashboard_is_exported(file: Path) -> None:
-    """By some process, or made by a recording rule."""
+    """Every metric is exported by a process or made by a recording rule."""
     asked = list(expressions(file))
     assert asked
     assert [(title, unknown) for title, expr in asked if (unknown := unknown_names(expr))] == []
@@ -33,7 +33,7 @@ def test_every_metric_of_a_dashboard_is_exported(file: Path) -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_prometheus_can_read_every_expression(file: Path, tmp_path: Path) -> None:
-    """As rules, which promtool parses."""
+    """Promtool parses the expressions as rules."""
     rules = [{"record": f"panel:{number}", "expr": expr} for number, (_, expr) in enumerate(expressions(file))]
     made = tmp_path / "panels.yml"
     made.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}), encoding="utf-8")
@@ -62,7 +62,7 @@ def test_a_dashboard_can_be_imported_anywhere(file: Path) -> None:
 
 
 def test_the_four_questions_are_asked() -> None:
-    """Each is a row of the overview, with panels in it."""
+    """Each question is a row of the overview with panels in it."""
     overview = json.loads(next(file for file in FILES if file.stem == "kvbelt-overview").read_text(encoding="utf-8"))
     rows = [panel["title"] for panel in overview["panels"] if panel["type"] == "row"]
     assert rows == [
