@@ -33,7 +33,7 @@ def _say(line: str) -> None:
 
 
 def _within(condition: Callable[[], object]) -> float | None:
-    """Seconds until it holds; None: it did not."""
+    """Seconds until a condition holds; None: it did not."""
     began = time.monotonic()
     while (passed := time.monotonic() - began) < _SECONDS:
         if condition():

@@ -9,6 +9,8 @@ from typing import Any
 
 import httpx
 
+from kvbelt.ops.deployment import RunningProcess
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -27,7 +29,7 @@ _CLIENT = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections
 
 
 def get(url: str) -> httpx.Response:
-    """What is there now, whatever its status; the machine may be busy for a while before it comes."""
+    """The current response, whatever its status. The timeout allows for a busy machine."""
     return _CLIENT.get(url)
 
 
@@ -51,7 +53,7 @@ def ask(url: str, body: dict[str, Any], *, stream: bool, timeout: float = 180) -
         finish_reasons=tuple(c["finish_reason"] for c in choices),
         usage=(answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]),
         logprobs=[c["logprobs"] for c in choices],
-        path=reply.headers["x-kvbelt-path"],
+        path=reply.headers.get("x-kvbelt-path", ""),
     )
 
 
@@ -98,7 +100,7 @@ def _streamed(url: str, body: dict[str, Any], timeout: float) -> Answer:
         finish_reasons=tuple(ends[i] for i in order),
         usage=(usage["prompt_tokens"], usage["completion_tokens"]),
         logprobs=[_joined(logprobs.get(i)) for i in order],
-        path=reply.headers["x-kvbelt-path"],
+        path=reply.headers.get("x-kvbelt-path", ""),
     )
 
 
@@ -132,13 +134,30 @@ def ask_all(url: str, bodies: list[dict[str, Any]], *, at_once: int, stream: boo
 
 
 def until(condition: Callable[[], Any], *, what: str, within: float = 60) -> Any:
-    """Poll until ``condition`` gives something true; the test fails with ``what`` otherwise.
-
-    However long it takes on a machine that does much else: that it comes is what is tested, not when.
-    """
+    """Poll until ``condition`` gives something true; the test fails with ``what`` otherwise."""
     deadline = time.monotonic() + within
     while time.monotonic() < deadline:
         if found := condition():
             return found
         time.sleep(0.01)
     raise AssertionError(f"not within {within} s: {what}")
+
+
+def health(process: RunningProcess) -> dict[str, Any]:
+    """A worker's own health."""
+    body: dict[str, Any] = get(process.url + "/health").json()
+    return body
+
+
+def counters(process: RunningProcess) -> tuple[int, int]:
+    """Bytes received, and bytes of reused blocks."""
+    belt = health(process)["belt"]
+    return belt["received_bytes_total"], belt["reused_bytes_total"]
+
+
+def metric(process: RunningProcess, name: str) -> float:
+    """One of a worker's metrics, without labels."""
+    for line in get(process.url + "/metrics").text.splitlines():
+        if line.startswith(name + " "):
+            return float(line.split()[1])
+    raise AssertionError(f"no metric {name}")

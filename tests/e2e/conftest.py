@@ -1,4 +1,4 @@
-"""Whole deployments of real processes with the real demo model, shared by the tests of a session."""
+"""Whole deployments of real processes, shared by the tests of a session: a small random model, real tokens."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,41 +7,56 @@ import httpx
 import pytest
 
 from kvbelt.ops.deployment import SyncDeployment, running
-from kvbelt.ops.processes import DeploymentSpec
+from kvbelt.ops.processes import SPLIT_ALL, DeploymentSpec
 from kvbelt.ops.topology import Topology
 from tests.channels.carriers import need
+from tests.random_model import random_model_dir
 
 #: Enough for the longest prompts of these tests, small enough for a laptop.
 MAX_MODEL_LEN = 2048
 
 
 def deployment_spec(model: Path, topology: str, **changes) -> DeploymentSpec:
-    """The tests' deployments: free ports, one thread a worker, small memories."""
+    """The tests' deployments: free ports, one thread a worker, small memories; every request is split."""
     given = {
         "topology": Topology.parse(topology),
         "model": model,
         "auto_ports": True,
         "threads": 1,
-        "kv_gb": 0.75,
-        "buffer_gb": 0.5,
+        "kv_gb": 0.1,
+        "buffer_gb": 0.05,
         "max_model_len": MAX_MODEL_LEN,
         "device": "cpu",
+        "proxy_args": SPLIT_ALL,
     }
     return DeploymentSpec(**(given | changes))
 
 
 @pytest.fixture(scope="session")
-def one_p_one_d(demo_model: Path) -> Iterator[SyncDeployment]:
+def small_model(demo_model: Path) -> Path:
+    """A random model with the demo model's tokenizer."""
+    return random_model_dir(demo_model)
+
+
+@pytest.fixture(scope="session")
+def one_p_one_d(small_model: Path) -> Iterator[SyncDeployment]:
     """1p1d, shared: tests must leave it whole."""
-    with running(deployment_spec(demo_model, "1p1d")) as deployment:
+    with running(deployment_spec(small_model, "1p1d")) as deployment:
         yield deployment
 
 
 @pytest.fixture(scope="module")
-def one_p_one_d_mooncake(demo_model: Path) -> Iterator[SyncDeployment]:
+def elastic(small_model: Path) -> Iterator[SyncDeployment]:
+    """1p1d that places requests by load. With an ITL level, answers this short are not split while decode is busy."""
+    with running(deployment_spec(small_model, "1p1d", proxy_args=("--slo-itl-ms", "0"))) as deployment:
+        yield deployment
+
+
+@pytest.fixture(scope="module")
+def one_p_one_d_mooncake(small_model: Path) -> Iterator[SyncDeployment]:
     """1p1d over the other carrier."""
     need("mooncake")
-    with running(deployment_spec(demo_model, "1p1d", transfer_channel="mooncake")) as deployment:
+    with running(deployment_spec(small_model, "1p1d", transfer_channel="mooncake")) as deployment:
         yield deployment
 
 
@@ -52,16 +67,16 @@ def two_p_two_d_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def two_p_two_d(demo_model: Path, two_p_two_d_logs: Path) -> Iterator[SyncDeployment]:
+def two_p_two_d(small_model: Path, two_p_two_d_logs: Path) -> Iterator[SyncDeployment]:
     """2p2d, shared: tests must leave it whole."""
-    with running(deployment_spec(demo_model, "2p2d", log_dir=two_p_two_d_logs)) as deployment:
+    with running(deployment_spec(small_model, "2p2d", log_dir=two_p_two_d_logs)) as deployment:
         yield deployment
 
 
 @pytest.fixture(scope="session")
-def aggregated(demo_model: Path) -> Iterator[SyncDeployment]:
+def aggregated(small_model: Path) -> Iterator[SyncDeployment]:
     """0p1d, the yardstick, shared."""
-    with running(deployment_spec(demo_model, "0p1d")) as deployment:
+    with running(deployment_spec(small_model, "0p1d")) as deployment:
         yield deployment
 
 

@@ -12,6 +12,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
@@ -49,7 +50,7 @@ def diagnose(url: str) -> list[dict[str, Any]]:
 
 
 def _well(hurt: Patient) -> bool:
-    """Whether everybody is there and nobody waits."""
+    """Whether every worker is ready and has few waiting requests."""
     try:
         said = httpx.get(f"{hurt.deployment.url}/health", timeout=10).json()
     except httpx.HTTPError:
@@ -61,7 +62,7 @@ def _well(hurt: Patient) -> bool:
 
 
 def _row(hurt: Patient, fault: Fault, reports: Path | None) -> tuple[bool, list[str]]:
-    """Do it, look, undo it. Returns whether it was called by its name, and what the table says of it."""
+    """Inject a fault, run the doctor, heal it. Returns whether the doctor named it, and its row of the table."""
     until(lambda: _well(hurt), within=90, what="a deployment that is well")
     with fault.hurts(hurt):
         Event().wait(SETTLE_SECONDS)
@@ -78,7 +79,8 @@ def _row(hurt: Patient, fault: Fault, reports: Path | None) -> tuple[bool, list[
     others = ", ".join(f"`{one['name']}`" for one in found[1:] if one["severity"] != "note")
     # Addresses of a run on free ports mean nothing to a reader.
     seen = re.sub(r"\b\d+\.\d+\.\d+\.\d+:\d+", "…", first["evidence"][0] if first["evidence"] else "")
-    return right, [fault.what, f"`{first['name']}` ({first['severity']})", seen.replace("|", "\\|"), others]
+    shown = textwrap.shorten(seen, 110, placeholder=" …").replace("|", "\\|")
+    return right, [fault.what, f"`{first['name']}` ({first['severity']})", shown, others]
 
 
 def main() -> int:

@@ -25,10 +25,10 @@ from typing import Any
 import httpx
 import yaml
 
-from kvbelt.ops.console import Console
 from kvbelt.ops.deployment import RunningProcess, SyncDeployment, running
 from kvbelt.ops.network import Network
-from kvbelt.ops.processes import DeploymentSpec
+from kvbelt.ops.processes import SPLIT_ALL, DeploymentSpec
+from kvbelt.ops.terminal import Terminal
 from kvbelt.ops.tiny_model import tiny_model_dir
 from kvbelt.ops.topology import Topology
 from tests.e2e.altered import VARIABLE
@@ -45,7 +45,7 @@ def _say(line: str) -> None:
 
 @dataclass
 class Patient:
-    """A 2p2d that can be hurt."""
+    """A 2p2d for faults."""
 
     deployment: SyncDeployment
     folder: Path
@@ -89,7 +89,7 @@ class Patient:
 
     @contextlib.contextmanager
     def altered(self, *names: str, alteration: Callable[[str], dict[str, Any]]) -> Iterator[None]:
-        """These workers are other ones (altered.py) while the body runs: each is started again, twice."""
+        """Restart these workers with altered.py while the body runs, and restart them again at its end."""
         ports = {name: str(self.worker(name).port) for name in names}
         self._altered |= {port: alteration(name) for name, port in ports.items()}
         self._start_again(names)
@@ -106,7 +106,7 @@ class Patient:
             list(pool.map(self.deployment.restart, names))
 
     def option(self, name: str, option: str) -> str:
-        """What a worker was started with."""
+        """The value of an option on a worker's command line."""
         command = Path(f"/proc/{self.worker(name).pid}/cmdline").read_text(encoding="utf-8").split("\0")
         return command[command.index(option) + 1]
 
@@ -133,9 +133,10 @@ def patient(folder: Path, *, with_network: bool = False) -> Iterator[Patient]:
             worker_args=("--max-batch-tokens", "128", "--max-running", "8"),
             command=(sys.executable, str(Path(__file__).with_name("altered.py"))),
             env={VARIABLE: str(folder / "alterations.json")},
+            proxy_args=SPLIT_ALL,
             **places,  # type: ignore[arg-type]
         )
-        yield Patient(stack.enter_context(running(spec, Console(show_logs=False))), folder, network)
+        yield Patient(stack.enter_context(running(spec, Terminal(show_logs=False))), folder, network)
 
 
 @contextlib.contextmanager
@@ -218,7 +219,7 @@ def _dead_worker(hurt: Patient) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One."""
+    """One fault."""
 
     name: str
     hurts: Callable[[Patient], AbstractContextManager[None]]
@@ -227,7 +228,7 @@ class Fault:
 
     @property
     def what(self) -> str:
-        """For people."""
+        """The fault in words."""
         return (self.hurts.__doc__ or "").rstrip(".")
 
 

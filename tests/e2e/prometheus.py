@@ -30,7 +30,7 @@ _DURATION = re.compile(r"(\d+)([smh])")
 
 
 def hurried(rules: str) -> str:
-    """Rules with every duration divided."""
+    """The rules with every duration divided by 60."""
     return re.sub(
         r"(\[|for: )(\d+[smh])(?=\]|\n)",
         lambda found: f"{found[1]}{_divided(found[2])}",
@@ -44,7 +44,7 @@ def _divided(duration: str) -> str:
 
 
 class Prometheus:
-    """Scrapes some processes from ``with`` on; its files are in ``folder``."""
+    """A server that scrapes some processes inside a ``with`` block. Its files are in ``folder``."""
 
     def __init__(self, processes: Sequence[RunningProcess], folder: Path) -> None:
         self._program = need_program("prometheus")
@@ -65,7 +65,7 @@ class Prometheus:
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
 
     def __enter__(self) -> Self:
-        """Start it, and wait until it has scraped everybody."""
+        """Start it, and wait until it has scraped every process."""
         with (self._folder / "log").open("w") as log:
             self._process = subprocess.Popen(
                 [
@@ -78,7 +78,7 @@ class Prometheus:
                 stderr=log,
             )
         until(lambda: self._answers("/-/ready"), what="Prometheus ready")
-        until(lambda: self.query("count(up == 1) == count(up)"), what="everybody scraped")
+        until(lambda: self.query("count(up == 1) == count(up)"), what="every process scraped")
         return self
 
     def __exit__(
@@ -89,7 +89,7 @@ class Prometheus:
         self._process.wait(60)
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """The samples of an expression, now."""
+        """The present samples of an expression."""
         reply = httpx.get(f"{self._url}/api/v1/query", params={"query": expression}, timeout=60).raise_for_status()
         found: list[dict[str, Any]] = reply.json()["data"]["result"]
         return found

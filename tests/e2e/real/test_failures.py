@@ -2,17 +2,14 @@
 
 import os
 import signal
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from kvbelt.ops.deployment import RunningProcess, SyncDeployment, running
+from kvbelt.ops.deployment import RunningProcess, SyncDeployment
 from tests.e2e.asking import Answer, ask, events, get, until
-from tests.e2e.conftest import deployment_spec
+from tests.e2e.breaking import Asking, assert_right, bytes_held, kill
 from tests.e2e.prompts import long_text
 
 pytestmark = pytest.mark.e2e
@@ -23,87 +20,19 @@ ENDLESS: dict[str, Any] = {"prompt": "Once upon a time", "temperature": 0, "max_
 
 
 @pytest.fixture(scope="module")
-def started(demo_model: Path) -> Iterator[SyncDeployment]:
-    """A 1p1d of this module's own, to break."""
-    with running(deployment_spec(demo_model, "1p1d")) as own:
-        yield own
-
-
-@pytest.fixture
-def deployment(started: SyncDeployment) -> SyncDeployment:
-    """Whole and working, whatever the test before has done to it."""
-    for process in started.processes:
-        if not process.running:
-            started.restart(process.name)
-    until(lambda: whole(started), what="a whole deployment")
-    return started
-
-
-def whole(deployment: SyncDeployment) -> bool:
-    """Every worker takes requests, and the pair is connected."""
-    workers = get(deployment.url + "/health").json()["workers"]
-    return all(worker["state"] == "ready" and not worker["warming"] for worker in workers)
-
-
-def kill(deployment: SyncDeployment, name: str) -> None:
-    """With SIGKILL; returns when it is gone."""
-    os.kill(deployment.process(name).pid, signal.SIGKILL)
-    until(lambda: not deployment.process(name).running, what=f"the end of {name}")
+def expected(started: SyncDeployment) -> dict[str, Answer]:
+    """The decode worker's own answers, which are right."""
+    alone = started.process("decode-0").url
+    return {"short": ask(alone, SHORT, stream=False), "long": ask(alone, LONG, stream=False)}
 
 
 def long(salt: str) -> dict[str, Any]:
-    """A prompt long enough that several chunks leave one after the other while the rest is computed.
-
-    ``salt``: nobody has any of it from another test.
-    """
+    """A prompt of several chunks. ``salt`` makes it different from all others, so that no worker has a part of it."""
     return {**LONG, "cache_salt": salt}
 
 
-@pytest.fixture(scope="module")
-def expected(aggregated: SyncDeployment) -> dict[str, Answer]:
-    """The right answers."""
-    return {
-        "short": ask(aggregated.url, SHORT, stream=False),
-        "long": ask(aggregated.url, LONG, stream=False),
-    }
-
-
-def belt_of(process: RunningProcess) -> dict[str, Any]:
-    """A worker's belt, as its health tells it."""
-    body: dict[str, Any] = get(process.url + "/health").json()
-    return body["belt"]
-
-
-def bytes_held(process: RunningProcess) -> dict[str, int]:
-    """Bytes of a decode worker's receive buffer, by state."""
-    belt = belt_of(process)
-    return {state: belt[f"bytes_{state}"] for state in ("reserved", "committed", "quarantined")}
-
-
-class Asking:
-    """One request under way on a thread, so that the test can break things meanwhile."""
-
-    def __init__(self, url: str, body: dict[str, Any]) -> None:
-        self._pool = ThreadPoolExecutor(1)
-        path = "/v1/completions"
-        wanted = {**body, "return_token_ids": True}
-        self.reply = self._pool.submit(lambda: httpx.post(url + path, json=wanted, timeout=180))
-        self._pool.shutdown(wait=False)
-
-    def answer_or_error(self) -> httpx.Response:
-        """The reply; a hang is a failure of the test by httpx's own timeout."""
-        return self.reply.result(timeout=200)
-
-
-def assert_right(reply: httpx.Response, expected: Answer) -> str:
-    """A 200 with the right tokens. Returns the path it took."""
-    assert reply.status_code == 200, reply.text
-    assert tuple(reply.json()["choices"][0]["token_ids"]) == expected.token_ids[0]
-    return reply.headers["x-kvbelt-path"]
-
-
 def wait_for_transfer(decode: RunningProcess) -> None:
-    """Until bytes are reserved on the decode worker: a transfer is under way."""
+    """Wait until bytes are reserved on the decode worker."""
     until(lambda: bytes_held(decode)["reserved"], what="a transfer under way")
 
 
@@ -119,14 +48,14 @@ def assert_serves_through_prefill(deployment: SyncDeployment, expected: Answer) 
 
 
 def test_prefill_killed_before_the_request(deployment: SyncDeployment, expected: dict[str, Answer]) -> None:
-    """Without its prefill worker the decode worker answers alone, rightly, and the header says so."""
+    """The decode worker answers alone, and the header says so."""
     kill(deployment, "prefill-0")
     path = assert_right(Asking(deployment.url, SHORT).answer_or_error(), expected["short"])
     assert path.startswith("local; reason=")
 
 
 def test_prefill_killed_during_the_transfer(deployment: SyncDeployment, expected: dict[str, Answer]) -> None:
-    """Killed between two chunks: the decode worker computes the prompt itself; its buffer is given back."""
+    """The decode worker computes the prompt itself, and its buffer is free again."""
     decode = deployment.process("decode-0")
     request = Asking(deployment.url, long("killed"))
     wait_for_transfer(decode)
@@ -139,7 +68,7 @@ def test_prefill_killed_during_the_transfer(deployment: SyncDeployment, expected
 
 
 def test_prefill_killed_after_the_transfer(deployment: SyncDeployment) -> None:
-    """Once the answer streams, the prefill worker is not needed: the stream goes on to its end."""
+    """The stream goes on, because it needs the prefill worker no more."""
     with httpx.stream("POST", deployment.url + "/v1/completions", json={**ENDLESS, "max_tokens": 60, "stream": True},
                       timeout=60) as reply:  # fmt: skip
         stream = events(reply)
@@ -152,7 +81,7 @@ def test_prefill_killed_after_the_transfer(deployment: SyncDeployment) -> None:
 
 
 def test_prefill_stopped_during_the_transfer(deployment: SyncDeployment, expected: dict[str, Answer]) -> None:
-    """Frozen with SIGSTOP mid-transfer: the right answer all the same; woken up, it does no harm and serves again."""
+    """The answer is right. After SIGCONT the prefill worker does no harm and serves again."""
     prefill, decode = deployment.process("prefill-0"), deployment.process("decode-0")
     request = Asking(deployment.url, long("stopped"))
     wait_for_transfer(decode)
@@ -169,7 +98,7 @@ def test_prefill_stopped_during_the_transfer(deployment: SyncDeployment, expecte
 
 
 def test_decode_killed_mid_stream(deployment: SyncDeployment, expected: dict[str, Answer]) -> None:
-    """The stream ends with an error event and [DONE], not with silence; a new decode worker is taken up."""
+    """The stream ends with an error event and [DONE], and a new decode worker gets requests."""
     with httpx.stream(
         "POST", deployment.url + "/v1/completions", json={**ENDLESS, "stream": True}, timeout=60
     ) as reply:
@@ -198,9 +127,9 @@ def test_decode_killed_under_a_whole_answer(deployment: SyncDeployment) -> None:
     assert reply.json()["error"]["message"]
 
 
-def test_client_gone_stops_both_workers(one_p_one_d: SyncDeployment) -> None:
-    """A client that leaves while its prompt is read, or while its answer streams, leaves no work behind."""
-    prefill, decode = one_p_one_d.process("prefill-0"), one_p_one_d.process("decode-0")
+def test_client_gone_stops_both_workers(deployment: SyncDeployment) -> None:
+    """A client may leave during prefill or during the answer; no worker goes on for it."""
+    prefill, decode = deployment.process("prefill-0"), deployment.process("decode-0")
 
     def busy(worker: RunningProcess) -> int:
         load: dict[str, int] = get(worker.url + "/health").json()["load"]
@@ -213,12 +142,12 @@ def test_client_gone_stops_both_workers(one_p_one_d: SyncDeployment) -> None:
         )
 
     with pytest.raises(httpx.ReadTimeout):  # leaves while the prefill worker computes
-        httpx.post(one_p_one_d.url + "/v1/completions", json={**LONG, "prompt": long_text(1100, 9)}, timeout=1.0)
+        httpx.post(deployment.url + "/v1/completions", json={**LONG, "prompt": long_text(1100, 9)}, timeout=1.0)
     until(idle_and_empty, what="nothing left of the prompt nobody waits for")
     with httpx.stream(
-        "POST", one_p_one_d.url + "/v1/completions", json={**ENDLESS, "stream": True}, timeout=60
+        "POST", deployment.url + "/v1/completions", json={**ENDLESS, "stream": True}, timeout=60
     ) as reply:
         stream = events(reply)
         next(stream)
         until(lambda: busy(decode), what="decoding")
-    until(idle_and_empty, what="nothing left of the answer nobody reads")
+    until(idle_and_empty, what="nothing left of the answer without a reader")
