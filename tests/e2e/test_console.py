@@ -44,14 +44,14 @@ def bodies() -> list[dict[str, Any]]:
 
 
 def told_of_transfers(url: str) -> bool:
-    """Whether the last answers that went over the belt are known with their transfers, which are told apart."""
+    """Whether the last answers over the belt are listed with their transfers."""
     recent = get(f"{url}/kvbelt/requests?limit=6").json()["requests"]
     return all(one["transfer"] for one in recent if one["decision"]["path"] == "first-token")
 
 
 @contextlib.contextmanager
 def loaded(url: str) -> Iterator[None]:
-    """Some requests have been answered; for pictures to keep, two clients go on asking."""
+    """A deployment that has answered some requests. For pictures, two clients go on asking."""
     work, stop = bodies(), threading.Event()
 
     def client() -> None:
@@ -76,7 +76,7 @@ def loaded(url: str) -> Iterator[None]:
 
 
 def test_real_workers_are_shown(two_p_two_d: SyncDeployment, tmp_path: Path) -> None:
-    """Their memory, their requests with transfer and waterfall, in light, dark and narrow; nothing is complained of."""
+    """Memory, transfers and waterfalls are shown in light, dark and narrow pages, without an error."""
     folder = IMAGES if UPDATE else tmp_path
     folder.mkdir(exist_ok=True)
     with loaded(two_p_two_d.url), chromium() as browser:
@@ -100,6 +100,6 @@ def test_real_workers_are_shown(two_p_two_d: SyncDeployment, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", SCREENS)
 def test_the_documentation_shows_the_pictures(name: str) -> None:
-    """Each is there, and docs/console.md shows it."""
+    """Each picture exists, and docs/console.md shows it."""
     assert (IMAGES / f"{name}.png").exists()
     assert f"images/{name}.png" in (IMAGES.parent / "console.md").read_text(encoding="utf-8")

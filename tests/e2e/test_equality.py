@@ -1,45 +1,15 @@
 """Token for token: 1p1d, 2p2d, 0p1d and transformers' own generate give the same answers."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvbelt.ops.deployment import SyncDeployment
-from tests.e2e.asking import Answer, ask_all, assert_same
-from tests.e2e.prompts import TWENTY
+from tests.e2e.asking import Answer, ask_all, assert_same, get
+from tests.e2e.equality import GREEDY, assert_answers, assert_generated, generate
 
 pytestmark = pytest.mark.e2e
-
-NEW_TOKENS = 20
-GREEDY = [{**body, "temperature": 0, "max_tokens": NEW_TOKENS} for body in TWENTY]
-#: What is asked one at a time in each topology. The two longest, more tokens than all others together, are asked eight
-#: at a time in each.
-SHORTER = len(GREEDY) - 2
-
-
-@pytest.fixture(scope="module")
-def generated(demo_model: Path) -> list[tuple[int, tuple[int, ...]]]:
-    """Prompt length and new ids of each prompt, by transformers' own generate, fp32, one at a time."""
-    tokenizer = AutoTokenizer.from_pretrained(demo_model)
-    model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
-    results = []
-    for body in TWENTY:
-        if "messages" in body:
-            text = tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
-            ids = tokenizer.encode(text, add_special_tokens=False)
-        else:
-            ids = tokenizer.encode(body["prompt"])
-        with torch.inference_mode():
-            out = model.generate(
-                torch.tensor([ids]),
-                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                max_new_tokens=NEW_TOKENS,
-                do_sample=False,
-            )
-        results.append((len(ids), tuple(out[0, len(ids) :].tolist())))
-    return results
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +18,9 @@ def yardstick(aggregated: SyncDeployment) -> list[Answer]:
     return ask_all(aggregated.url, GREEDY, at_once=1)
 
 
-def test_the_prompts_are_what_they_claim(generated: list[tuple[int, tuple[int, ...]]]) -> None:
-    """Twenty prompts between 5 and about 1,500 tokens."""
-    lengths = sorted(length for length, _ in generated)
-    assert len(lengths) == 20
-    assert lengths[0] <= 6
-    assert 1400 <= lengths[-1] <= 1600
-
-
-def test_aggregated_equals_generate(yardstick: list[Answer], generated: list[tuple[int, tuple[int, ...]]]) -> None:
+def test_aggregated_equals_generate(yardstick: list[Answer], small_model: Path) -> None:
     """The aggregated server's ids, lengths and ends are those of transformers' generate."""
-    for answer, (prompt_length, ids) in zip(yardstick, generated, strict=True):
-        assert answer.token_ids == (ids,)
-        assert answer.usage == (prompt_length, len(ids))
-        assert answer.finish_reasons == (("length" if len(ids) == NEW_TOKENS else "stop"),)
+    assert_generated(yardstick, generate(small_model))
 
 
 @pytest.mark.parametrize(
@@ -80,9 +39,41 @@ def test_every_topology_gives_the_same_answers(
 ) -> None:
     """Texts, ids, ends and usage equal the aggregated server's, streamed or whole, alone or eight at a time."""
     deployment: SyncDeployment = request.getfixturevalue(topology)
-    count = SHORTER if at_once == 1 else len(GREEDY)
-    answers = ask_all(deployment.url, GREEDY[:count], at_once=at_once, stream=stream)
-    for answer, expected in zip(answers, yardstick[:count], strict=True):
-        assert_same(answer, expected)
-    paths = {answer.path.partition(";")[0] for answer in answers}
-    assert paths <= ({"local"} if topology == "aggregated" else {"first-token", "re-derive"})
+    paths = {"local"} if topology == "aggregated" else {"first-token", "re-derive"}
+    assert_answers(deployment.url, yardstick, stream=stream, at_once=at_once, paths=paths)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_every_placement_gives_the_same_answers(stream: bool, elastic: SyncDeployment, yardstick: list[Answer]) -> None:
+    """Under load, requests are split and answered whole. Which worker answers whole ones depends on the machine."""
+    seen: set[str] = set()
+    for number in range(8):
+        salt = f"{number} {stream}"  # no worker holds a prompt, else all would go there
+        answers = ask_all(elastic.url, [{**body, "cache_salt": salt} for body in GREEDY], at_once=8, stream=stream)
+        for answer, expected in zip(answers, yardstick, strict=True):
+            assert_same(answer, expected)
+        seen |= actions(elastic)
+        if len(seen) > 1 and "split" in seen:
+            return
+    raise AssertionError(f"only {seen}")
+
+
+def actions(deployment: SyncDeployment) -> set[str]:
+    """What became of the latest requests."""
+    roles = {worker.url.rpartition("/")[2]: worker.role for worker in deployment.workers}
+    rows = get(f"{deployment.url}/kvbelt/requests?limit=20").json()["requests"]
+    places = [(row["decision"]["path"], row["workers"]["decode"]) for row in rows]
+    return {"split" if path != "local" else f"whole, {roles[worker]}" for path, worker in places}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_prefill_worker_answers_whole_requests(
+    stream: bool, one_p_one_d: SyncDeployment, yardstick: list[Answer]
+) -> None:
+    """It decodes as a decode worker does, also beside prompts whose KV it sends."""
+    prefill = one_p_one_d.process("prefill-0")
+    with ThreadPoolExecutor(1) as beside:
+        split = beside.submit(ask_all, one_p_one_d.url, GREEDY, at_once=4)
+        assert_answers(prefill.url, yardstick, stream=stream, at_once=4, paths={""})
+        for answer, expected in zip(split.result(), yardstick, strict=True):
+            assert_same(answer, expected)

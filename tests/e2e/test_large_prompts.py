@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from kvbelt.ops.deployment import SyncDeployment, running
-from tests.e2e.asking import ask, ask_all, assert_same, until
+from tests.e2e.asking import ask, ask_all, assert_same, health, until
 from tests.e2e.conftest import deployment_spec
 from tests.e2e.prompts import long_text
-from tests.e2e.test_prefix_reuse import health
 
 pytestmark = pytest.mark.e2e
 
@@ -20,9 +19,9 @@ SHORT = ["The capital of France is", "Two plus two is", "天空是"]
 
 
 @pytest.fixture(scope="module")
-def narrow(demo_model: Path) -> Iterator[SyncDeployment]:
+def narrow(small_model: Path) -> Iterator[SyncDeployment]:
     """A 1p1d with ten megabytes of buffer on each side."""
-    with running(deployment_spec(demo_model, "1p1d", buffer_gb=0.01)) as deployment:
+    with running(deployment_spec(small_model, "1p1d", buffer_gb=0.00086)) as deployment:
         yield deployment
 
 
@@ -48,7 +47,7 @@ def test_large_and_small_prompts_side_by_side(narrow: SyncDeployment, aggregated
 
 
 def test_choices_of_a_large_prompt(narrow: SyncDeployment, aggregated: SyncDeployment) -> None:
-    """What comes in parts can be read once: the other choices share what the first has read."""
+    """Parts can be read once, so the other choices share the blocks of the first."""
     body = {"prompt": long_text(300, start=63), "n": 3, "seed": 5, "max_tokens": 6}
     answer = ask(narrow.url, body, stream=False)
     assert answer.path == "re-derive; reason=n"

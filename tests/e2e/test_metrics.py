@@ -18,7 +18,7 @@ pytestmark = pytest.mark.e2e
 
 
 def test_real_processes_export_what_the_catalogue_says(one_p_one_d: SyncDeployment) -> None:
-    """The proxy and both workers, each its part; and what one answer moves is counted on all three."""
+    """The proxy and both workers export their parts, and all three count an answer's bytes."""
     proxy, prefill, decode = (one_p_one_d.process(name) for name in ("proxy", "prefill-0", "decode-0"))
 
     def scrape(url: str) -> str:
@@ -50,16 +50,16 @@ def test_real_processes_export_what_the_catalogue_says(one_p_one_d: SyncDeployme
 
 
 def test_alerts_fire_and_resolve_in_a_real_prometheus(two_p_two_d: SyncDeployment, tmp_path: Path) -> None:
-    """Under load, with a decode worker stopped for some seconds: it is named, and no more once it goes on."""
+    """A decode worker that is stopped under load is named, until it goes on."""
     victim = two_p_two_d.process("decode-1")
-    body = {"prompt": long_text(200, start=13), "temperature": 0, "max_tokens": 24, "ignore_eos": True}
+    body = {"prompt": long_text(700, start=13), "temperature": 0, "max_tokens": 8, "ignore_eos": True}
     lost = {"KVBeltWorkerLost", "KVBeltTargetDown"}
     with Prometheus(two_p_two_d.processes, tmp_path) as prometheus:
-        with Load(two_p_two_d.url, body, at_once=6, stream=True):
-            # At one moment: a machine that stands still for a second loses scrapes, and so, for a while, everybody.
+        with Load(two_p_two_d.url, body, at_once=24, stream=True, salted=True):
+            # At one moment: a machine that stands still for a second loses scrapes, and so, for a while, every process.
             alerts = {"DisaggHighTTFT", *lost}
             slow = {"DisaggHighTTFT"}
-            until(lambda: prometheus.firing() & alerts == slow, what="slow first tokens, and nobody lost")
+            until(lambda: prometheus.firing() & alerts == slow, what="slow first tokens, and no worker lost")
             os.kill(victim.pid, signal.SIGSTOP)
             try:
                 until(lambda: lost <= prometheus.firing(), what="a lost worker")

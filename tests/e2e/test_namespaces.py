@@ -14,8 +14,8 @@ from kvbelt.ops.deployment import RunningProcess, SyncDeployment, running
 from kvbelt.ops.network import Network
 from kvbelt.ops.tiny_model import tiny_model_dir
 from tests.e2e.asking import Answer, ask, until
+from tests.e2e.breaking import Asking, assert_right, bytes_held
 from tests.e2e.conftest import deployment_spec
-from tests.e2e.test_failures import Asking, assert_right, bytes_held
 from tests.ops.support import network_of
 
 pytestmark = pytest.mark.e2e
@@ -48,19 +48,19 @@ class Hosts:
         return self.deployment.process("decode-0")
 
     def ask(self, body: dict[str, Any]) -> Asking:
-        """Through the proxy."""
+        """Send a request through the proxy."""
         return Asking(self.deployment.url, body)
 
     def in_transfer(self) -> None:
-        """Until the decode worker has lent a slot."""
+        """Wait until the decode worker has granted a slot."""
         until(lambda: bytes_held(self.decode)["reserved"], what="a transfer under way")
 
     def nothing_held(self) -> None:
-        """Until the decode worker's buffer is empty."""
+        """Wait until the decode worker's buffer is empty."""
         until(lambda: not any(bytes_held(self.decode).values()), what="every slot given back")
 
     def together_again(self) -> None:
-        """Until the two work together. Honest errors may come before; every answer is right."""
+        """Wait until the pair works. Errors may come before, but no wrong answer."""
 
         def over_the_belt() -> bool:
             reply = self.ask(SHORT).answer_or_error()
@@ -73,7 +73,7 @@ class Hosts:
 
 @pytest.fixture(scope="module")
 def started() -> Iterator[Hosts]:
-    """Started once; 0p1d of the same model says what is right."""
+    """The 1p1d, and a 0p1d of the same model for the right answers."""
     model: Path = tiny_model_dir(print)
     with network_of("prefill-0", "decode-0") as network:
         # Room for one LONG: the next one takes the same memory. What is asked again is sent again, and nobody looks
@@ -94,7 +94,7 @@ def started() -> Iterator[Hosts]:
 
 @pytest.fixture
 def hosts(started: Hosts) -> Iterator[Hosts]:
-    """Whole and working, before each test and after."""
+    """The working 1p1d; it works again after each test."""
     started.together_again()
     yield started
     for name in ("prefill-0", "decode-0"):
@@ -105,7 +105,7 @@ def hosts(started: Hosts) -> Iterator[Hosts]:
 
 
 def test_a_slow_cable_costs_time_only(hosts: Hosts) -> None:
-    """Over a link of 10 Mbit/s the KV takes seconds, and arrives."""
+    """Over a link of 10 Mbit/s the KV takes seconds and arrives."""
     hosts.network.slow("prefill-0", kbit=5 * SLOW_KBIT)
     path = assert_right(hosts.ask(LONG).answer_or_error(), hosts.expected["long"])
     assert not path.startswith("local")
@@ -113,7 +113,7 @@ def test_a_slow_cable_costs_time_only(hosts: Hosts) -> None:
 
 @pytest.mark.parametrize("side", ["prefill-0", "decode-0"])
 def test_cut_in_the_middle_of_a_transfer(hosts: Hosts, side: str) -> None:
-    """Either host cut off: an answer or an honest error; mended, every slot comes back and the two work together."""
+    """A cut host leaves an answer or an honest error. After the repair every slot is free and the pair works."""
     hosts.network.slow("prefill-0", kbit=SLOW_KBIT)
     request = hosts.ask(LONG)
     hosts.in_transfer()
@@ -131,7 +131,7 @@ def test_cut_in_the_middle_of_a_transfer(hosts: Hosts, side: str) -> None:
 
 
 def test_a_writer_that_was_stopped_wakes_up_behind_a_cut(hosts: Hosts) -> None:
-    """Stopped and cut off in the middle of a write, it wakes up and writes on: into nobody else's KV."""
+    """A writer that was stopped and cut off wakes up and writes into no other request's KV."""
     hosts.network.slow("prefill-0", kbit=SLOW_KBIT)
     request = hosts.ask(LONG)
     hosts.in_transfer()

@@ -1,5 +1,6 @@
 """What a decode worker holds of a prompt does not travel again, and no answer changes by it."""
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from kvbelt.ops.deployment import RunningProcess, SyncDeployment, running
-from tests.e2e.asking import ask, assert_same, get, until
+from kvbelt.ops.deployment import SyncDeployment, running
+from tests.e2e.asking import ask, assert_same, counters, health, metric, until
 from tests.e2e.conftest import deployment_spec
 from tests.e2e.prompts import long_text
 
@@ -17,27 +18,9 @@ pytestmark = pytest.mark.e2e
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
 HEAD = long_text(160, start=17)
+#: Sixteen tokens a step: a prompt takes long enough for something to happen meanwhile.
+SLOW = ("--max-batch-tokens", "16", "--max-running", "4")
 QUESTIONS = (" What opens at nine?", " Which price doubled, and in which spring?", " Who measured the current?")
-
-
-def health(process: RunningProcess) -> dict[str, Any]:
-    """What a worker says of itself."""
-    body: dict[str, Any] = get(process.url + "/health").json()
-    return body
-
-
-def counters(process: RunningProcess) -> tuple[int, int]:
-    """Bytes that came, and bytes that did not have to."""
-    belt = health(process)["belt"]
-    return belt["received_bytes_total"], belt["reused_bytes_total"]
-
-
-def metric(process: RunningProcess, name: str) -> float:
-    """One of a worker's metrics, without labels."""
-    for line in get(process.url + "/metrics").text.splitlines():
-        if line.startswith(name + " "):
-            return float(line.split()[1])
-    raise AssertionError(f"no metric {name}")
 
 
 def test_a_shared_beginning_travels_once(one_p_one_d: SyncDeployment, aggregated: SyncDeployment) -> None:
@@ -77,6 +60,24 @@ def test_a_conversation_sends_its_new_turn(one_p_one_d: SyncDeployment, aggregat
     assert came < reused
 
 
+@pytest.mark.parametrize("fields", [{"temperature": 0}, {"seed": 5}], ids=["first-token", "re-derive"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_cached_tokens_are_counted_on_every_road(one_p_one_d: SyncDeployment, fields: Any, stream: bool) -> None:
+    """They are those that the prefill worker did not have to compute."""
+    prompt = f"{stream} {fields} {long_text(50, start=61)}"
+    body = {"prompt": prompt, "max_tokens": 4, "stream": stream, **fields}
+    if stream:
+        body["stream_options"] = {"include_usage": True}
+    seen = []
+    for _ in range(2):
+        answer = httpx.post(one_p_one_d.url + "/v1/completions", json=body, timeout=120)
+        said = answer.text.split("data: ")[-2] if stream else answer.text
+        seen.append(json.loads(said)["usage"])
+    first, second = (usage["prompt_tokens_details"]["cached_tokens"] for usage in seen)
+    assert first < 16
+    assert second == (seen[1]["prompt_tokens"] - 1) // 16 * 16
+
+
 def test_a_salt_shares_nothing(one_p_one_d: SyncDeployment, aggregated: SyncDeployment) -> None:
     """A prompt under another ``cache_salt`` travels whole, whatever is held."""
     decode = one_p_one_d.process("decode-0")
@@ -96,9 +97,11 @@ def test_a_salt_shares_nothing(one_p_one_d: SyncDeployment, aggregated: SyncDepl
 
 
 @pytest.fixture
-def cramped(demo_model: Path) -> Iterator[SyncDeployment]:
+def cramped(small_model: Path) -> Iterator[SyncDeployment]:
     """A 1p1d with room for 60 blocks of KV in each worker."""
-    with running(deployment_spec(demo_model, "1p1d", kv_gb=0.0445, max_model_len=900)) as deployment:
+    with running(
+        deployment_spec(small_model, "1p1d", kv_gb=0.00394, max_model_len=900, worker_args=SLOW)
+    ) as deployment:
         yield deployment
 
 
@@ -110,7 +113,7 @@ def test_what_was_promised_and_evicted_is_computed(cramped: SyncDeployment, aggr
     load = health(decode)["load"]
     assert (load["blocks_total"], load["blocks_cached"] > 8) == (60, True)
 
-    # While its tail is being computed, somebody else's prompt takes nearly all of the decode worker's memory.
+    # While its tail is being computed, another request takes nearly all of the decode worker's memory.
     body = {"prompt": prompt + " And then? " + long_text(380, start=211), **GREEDY}
     other = {"prompt": long_text(580, start=1001), **GREEDY}
     with ThreadPoolExecutor() as threads:

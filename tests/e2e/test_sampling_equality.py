@@ -1,40 +1,14 @@
 """Every sampling option with a fixed seed: disaggregated answers equal the aggregated server's."""
 
-from typing import Any
-
 import pytest
 
 from kvbelt.ops.deployment import SyncDeployment
 from tests.e2e.asking import ask, assert_same
+from tests.e2e.prompts import CHAT, COMPLETION, OPTIONS
 
 pytestmark = pytest.mark.e2e
 
-COMPLETION: dict[str, Any] = {"prompt": "The three most important things about rivers are", "max_tokens": 14}
-CHAT: dict[str, Any] = {
-    "messages": [{"role": "user", "content": "Name three colours, then three animals."}],
-    "max_tokens": 14,
-}
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "greedy": {"temperature": 0},
-    "temperature": {"temperature": 0.8, "seed": 11},
-    "top_p": {"top_p": 0.7, "seed": 12},
-    "top_k": {"top_k": 5, "seed": 13},
-    "min_p": {"min_p": 0.2, "seed": 14},
-    "all-filters": {"temperature": 1.2, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "seed": 15},
-    "presence": {"presence_penalty": 1.5, "seed": 16},
-    "frequency": {"frequency_penalty": 1.5, "temperature": 0},
-    "repetition": {"repetition_penalty": 1.4, "temperature": 0},
-    "logit_bias": {"logit_bias": {"28": 5, "30": -100}, "temperature": 0},
-    "n": {"n": 3, "seed": 17},
-    "stop-string": {"stop": ["\n", " the"], "temperature": 0},
-    "stop-string-kept": {"stop": [" and"], "include_stop_str_in_output": True, "temperature": 0},
-    "stop-token": {"stop_token_ids": [28, 30, 284], "temperature": 0},
-    "min-tokens": {"min_tokens": 12, "stop": ["."], "temperature": 0},
-    "ignore-eos": {"ignore_eos": True, "temperature": 0, "max_tokens": 40},
-    "one-token": {"max_tokens": 1, "temperature": 0},
-    "two-tokens": {"max_tokens": 2, "temperature": 0},
-}
 LOGPROBS = {"completion": {"logprobs": 3}, "chat": {"logprobs": True, "top_logprobs": 3}}
 KINDS = {"completion": COMPLETION, "chat": CHAT}
 
@@ -51,6 +25,17 @@ def test_an_option_gives_the_same_answer_everywhere(
         answer = ask(deployment.url, body, stream=stream)
         assert_same(answer, expected)
         assert not answer.path.startswith("local"), "it did not cross the belt"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prefill_worker_takes_every_option(
+    kind: str, one_p_one_d: SyncDeployment, aggregated: SyncDeployment
+) -> None:
+    """Asked for a whole answer, it gives the aggregated server's."""
+    prefill = one_p_one_d.process("prefill-0")
+    for option in OPTIONS.values():
+        body = {**KINDS[kind], **option}
+        assert_same(ask(prefill.url, body, stream=True), ask(aggregated.url, body, stream=False))
 
 
 @pytest.mark.parametrize("kind", KINDS)

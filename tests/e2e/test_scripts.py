@@ -1,4 +1,4 @@
-"""deploy/scripts/disagg_1p1d.sh, as somebody on a laptop would call it."""
+"""deploy/scripts/disagg_1p1d.sh on a laptop: the embedded engine on a CPU."""
 
 import contextlib
 import itertools
@@ -12,18 +12,19 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.deploy.rendering import ROOT
-from tests.deploy.test_conduct import UCX
+from tests.deploy.rendering import ROOT, UCX
 from tests.e2e.asking import get, until
 from tests.http.support import free_port
 
 
 @pytest.fixture
 def script(tmp_path):
-    """disagg_1p1d.sh with the tiny model on CPU, ready: its process and its proxy's port."""
-    ports = {f"{name}_PORT": str(free_port()) for name in ("PROXY", "PREFILL", "DECODE", "INIT", "ALLOC", "NOTIFY")}
+    """A ready disagg_1p1d.sh with the tiny model on CPU: its process and its proxy's port."""
+    kinds = ("PROXY", "PREFILL", "DECODE", "INIT", "ALLOC", "NOTIFY", "LIVENESS")
+    ports = {f"{kind}_PORT": str(free_port()) for kind in kinds}
     env = {**os.environ, **ports, "ENGINE": "embedded", "MODEL": "tiny", "DEVICE": "cpu", "DIR": str(tmp_path),
            "KVBELT": f"{sys.executable} -m kvbelt", "WORKER_ARGS": "--threads 1 --kv-gb 0.2",
+           "PROXY_ARGS": "--placement split",
            "UCX_TCP_PORT_RANGE": f"{UCX[0]}-{UCX[1]}"}  # fmt: skip
     argv = [ROOT / "deploy/scripts/disagg_1p1d.sh"]
     with (
@@ -42,7 +43,7 @@ def script(tmp_path):
 
 
 def listening_ports(pid):
-    """Of one process, beyond loopback or not."""
+    """The TCP ports that a process listens on, at any address."""
     inodes = set()
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):
@@ -56,7 +57,7 @@ def listening_ports(pid):
 
 
 def children(pid):
-    """Processes that a process has started, by their command lines."""
+    """The processes that a process has started: pid to command line."""
     found = {}
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, IndexError):
@@ -72,7 +73,7 @@ def together(url):
 
 
 def answered_by_both(url, name):
-    """Ask under this name. Returns it if the answer went over the belt; on a busy machine a lease may lapse."""
+    """Ask with this request id; return it if the answer went over the belt. On a busy machine a lease may expire."""
     body = {"prompt": list(range(3, 40)), "max_tokens": 4, "temperature": 0, "cache_salt": name}
     answer = httpx.post(f"{url}/v1/completions", json=body, headers={"x-request-id": name}, timeout=60)
     assert answer.status_code == 200, answer.text
@@ -80,26 +81,27 @@ def answered_by_both(url, name):
 
 
 def lines_with(word, file):
-    """Whole lines of a file that is being written."""
+    """The complete lines of a file that is being written."""
     return [line for line in file.read_text().splitlines(keepends=True) if word in line and line.endswith("\n")]
 
 
 @pytest.mark.e2e
-def test_the_script_serves_and_ends_without_a_trace(script, tmp_path):
-    """Two workers answer a question, grep finds its TTFT, and workers listen where the NetworkPolicy says."""
+def test_the_script_serves_and_leaves_nothing(script, tmp_path):
+    """Two workers answer, the proxy's log has the TTFT, and workers listen on the ports of the NetworkPolicy alone."""
     process, ports = script
     url = f"http://127.0.0.1:{ports['proxy']}"
-    # It says ready when there is somebody to answer; the proxy may see the prefill worker a moment later.
+    # The script is ready once one worker can answer; the proxy may see the prefill worker a moment later.
     until(lambda: together(url), what="both workers, connected")
     names = (f"asked-{number:02}" for number in itertools.count())
     asked = until(lambda: answered_by_both(url, next(names)), what="an answer by both workers")
     (line,) = until(
-        lambda: lines_with(f"request_id={asked}", tmp_path / "proxy.log"), what="its line, behind its answer"
+        lambda: lines_with(f"request_id={asked}", tmp_path / "proxy.log"), what="its log line, written after the answer"
     )
     assert "TTFT" in line
     assert "transfer_id=" in line
     found = children(process.pid)
-    own = {"--role prefill": {ports["prefill"]}, "--role decode": {ports["decode"], ports["init"], ports["alloc"]}}
+    decode = {ports[name] for name in ("decode", "init", "alloc", "liveness")}
+    own = {"--role prefill": {ports["prefill"]}, "--role decode": decode}
     for role, expected in own.items():
         (pid,) = (pid for pid, command in found.items() if role in command)
         listens = listening_ports(pid)

@@ -1,4 +1,4 @@
-"""``kvbelt up`` makes keys, and its control ports answer nobody else; the same without them shows the difference."""
+"""``kvbelt up`` makes keys, and its control ports answer only peers that have one of them."""
 
 import re
 from collections.abc import Iterator
@@ -30,50 +30,47 @@ LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=1, block_size=1, dtype=
 
 @pytest.fixture
 def without_keys() -> Iterator[SyncDeployment]:
-    """The switch: a deployment with open ports."""
+    """A deployment without keys."""
     with running(deployment_spec(tiny_model_dir(print), "1p1d", curve=False)) as deployment:
         yield deployment
 
 
 def health(process: RunningProcess) -> dict[str, Any]:
-    """What a process says of itself."""
+    """A process's own health."""
     body: dict[str, Any] = get(process.url + "/health").json()
     return body
 
 
 def refusals(process: RunningProcess, reason: str) -> float:
-    """How often this was refused, on all its control ports, as its metrics say."""
+    """The refusals for this reason on all control ports, from the process's metrics."""
     text = get(process.url + "/metrics").text
     lines = re.findall(rf'^kvbelt_refused_messages_total{{reason="{reason}",socket="\w+"}} (\S+)', text, re.MULTILINE)
     return sum(map(float, lines))
 
 
 def over_the_belt(url: str) -> bool:
-    """Whether a request is answered with KV that was sent."""
+    """Whether a request is answered from transferred KV."""
     reply = httpx.post(url + "/v1/completions", json=TINY, timeout=60)
     return reply.status_code == 200 and reply.headers["x-kvbelt-path"].startswith("first-token")
 
 
 def hello(receiver: str) -> bytes:
-    """A well-formed Hello, of a model that nobody has."""
+    """A well-formed Hello of an unknown model."""
     fit = h.Compatibility(
         protocol=1, model="x", fingerprint="x", layout=LAYOUT, tp_size=1, tp_rank=0, hash_scheme="x", channel="nixl"
     )
-    process = h.ProcessIdentity(boot_id="", pid_namespace="", pid=1, start_time=0)
     message = h.Hello(
         engine_id=EngineId("x"),
         receiver=EngineId(receiver),
-        worker="",
         role="prefill",
-        process=process,
         compatibility=fit,
     )
     return codec.handshakes().encode(message)
 
 
 @pytest.mark.parametrize("key", ["none", "unknown"])
-def test_a_deployment_has_keys_and_answers_nobody_else(one_p_one_d: SyncDeployment, key: str) -> None:
-    """Every mechanism is CURVE; answers go over the belt; a stranger's Hello hears nothing and is counted."""
+def test_a_deployment_has_keys_and_answers_no_other_peer(one_p_one_d: SyncDeployment, key: str) -> None:
+    """Every port uses CURVE. A Hello without a trusted key is counted and not answered."""
     prefill, decode, proxy = (one_p_one_d.process(name) for name in ("prefill-0", "decode-0", "proxy"))
     assert ask(one_p_one_d.url, BODY, stream=False).path.startswith("first-token")
     assert health(prefill)["belt"]["mechanism"] == health(decode)["belt"]["mechanism"] == "CURVE"
@@ -94,8 +91,8 @@ def test_a_deployment_has_keys_and_answers_nobody_else(one_p_one_d: SyncDeployme
         until(lambda: refusals(proxy, reason) > before, what="it is counted")
 
 
-def test_without_keys_the_stranger_is_answered(without_keys: SyncDeployment) -> None:
-    """So it is the keys that keep it out."""
+def test_without_keys_such_a_peer_is_answered(without_keys: SyncDeployment) -> None:
+    """So the test above can fail."""
     receiver = health(without_keys.process("decode-0"))["receiver"]
     assert "public_key" not in receiver
     assert health(without_keys.process("decode-0"))["belt"]["mechanism"] == "NULL"
@@ -105,7 +102,7 @@ def test_without_keys_the_stranger_is_answered(without_keys: SyncDeployment) -> 
 
 
 def test_notifications_arrive_and_restarted_workers_are_let_in() -> None:
-    """A new life with the same key: the next answers go over the belt, and the proxy is told of them."""
+    """A restarted worker has the same key. Its next transfer is done, and the proxy is notified."""
     with running(deployment_spec(tiny_model_dir(print), "1p1d")) as deployment:
         for name in ("prefill-0", "decode-0", "proxy"):
             deployment.restart(name)

@@ -6,11 +6,9 @@ from pathlib import Path
 import pytest
 
 from kvbelt.ops.deployment import SyncDeployment, running
-from tests.e2e.asking import ask, ask_all, assert_same
+from tests.e2e.asking import ask, ask_all, assert_same, counters, metric
 from tests.e2e.conftest import deployment_spec
-from tests.e2e.prompts import TWENTY
-from tests.e2e.test_prefix_reuse import counters, metric
-from tests.e2e.test_sampling_equality import CHAT, COMPLETION, OPTIONS
+from tests.e2e.prompts import CHAT, COMPLETION, OPTIONS, TWENTY
 
 pytestmark = pytest.mark.e2e
 
@@ -19,9 +17,9 @@ SOME = [{**TWENTY[i], "temperature": 0, "max_tokens": 12} for i in (0, 5, 11, 14
 
 
 @pytest.fixture(scope="module")
-def unshared(demo_model: Path) -> Iterator[SyncDeployment]:
+def unshared(small_model: Path) -> Iterator[SyncDeployment]:
     """A 1p1d whose workers compute, and send, every prompt whole."""
-    with running(deployment_spec(demo_model, "1p1d", prefix_caching=False)) as deployment:
+    with running(deployment_spec(small_model, "1p1d", prefix_caching=False)) as deployment:
         yield deployment
 
 
