@@ -21,7 +21,7 @@ def seeds(target: str) -> list[bytes]:
 
 
 def files(target: str) -> list[Path]:
-    """... and where they are."""
+    """A target's files of the corpus."""
     return sorted(path for path in (CORPUS / target).glob("*") if path.is_file())
 
 
@@ -50,7 +50,7 @@ def mutated(data: bytes, others: Sequence[bytes], chance: Random) -> bytes:
 
 
 def inputs(target: str, chance: Random) -> Iterator[bytes]:
-    """Without end: a file of the corpus changed up to five times, and now and then bytes of pure chance."""
+    """Yield inputs without end: files of the corpus with up to five changes, and sometimes random bytes."""
     begin = seeds(target)
     while True:
         if chance.random() < 0.05:

@@ -1,4 +1,4 @@
-"""The parsers of whatever comes from outside, each as a function of bytes.
+"""The parsers of everything that comes from outside, each as a function of bytes.
 
 A target returns, whatever it is given, or raises something that its parser does not promise: then the parser has a
 bug. What a parser promises to raise is suppressed, and nothing else.
@@ -17,34 +17,36 @@ import msgspec
 
 from kvbelt.errors import RequestError, SettingsError
 from kvbelt.http import BadRequestError, ClientLimits, Exchange, ServerLimits
-from kvbelt.http.client_connection import ClientConnection
+from kvbelt.http.client import ClientConnection
 from kvbelt.http.server_connection import ServerConnection
 from kvbelt.ops.doctor.checks.links import figures
 from kvbelt.ops.doctor.evidence import PairSeen, Sample
-from kvbelt.proxy import description
-from kvbelt.proxy.access import names_loopback
-from kvbelt.proxy.admin import parse_new_worker
-from kvbelt.proxy.answers import Seam
-from kvbelt.proxy.asked import number_of
-from kvbelt.proxy.client_body import ClientBody
-from kvbelt.proxy.deadline import HEADER, deadline_seconds
-from kvbelt.proxy.prefill_answer import PrefillAnswer
-from kvbelt.proxy.spans import timings
-from kvbelt.proxy.trace_context import parse_traceparent
-from kvbelt.proxy.vllm_load import load_of
-from kvbelt.proxy.workers import report_of
-from kvbelt.routing.endpoint import Report, Role
+from kvbelt.proxy.admin.access import names_loopback
+from kvbelt.proxy.admin.http import number_of
+from kvbelt.proxy.admin.workers_api import parse_new_worker
+from kvbelt.proxy.observe.spans import parse_server_timing
+from kvbelt.proxy.observe.trace_context import parse_traceparent
+from kvbelt.proxy.request.body import ClientBody
+from kvbelt.proxy.request.limits import DEADLINE, ITL, TPOT, TTFT, deadline_seconds, levels_of
+from kvbelt.proxy.request.merge import FirstTokenMerger
+from kvbelt.proxy.request.prefill_answer import PrefillAnswer
+from kvbelt.proxy.workers import vllm_dialect
+from kvbelt.proxy.workers.watch import report_of
+from kvbelt.routing.endpoint import Report
+from kvbelt.routing.levels import ServiceLevels
+from kvbelt.routing.token_count import TokenCounts
 from kvbelt.security.admin_key import load_admin_key
 from kvbelt.security.keys import load_keys
 from kvbelt.settings import load_belt_file
 from kvbelt.vllm import handoff
 from kvbelt.wire import codec, notification
-from kvbelt.wire.about import parse as parse_about
+from kvbelt.wire.about import ABOUT
 from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff, ReceiverAddress
+from kvbelt.wire.health import WORKER_HEALTH, Role
 from kvbelt.wire.ids import EngineId, TransferId
-from kvbelt.wire.probe import parse_answer as parse_probed
-from kvbelt.worker.peers import parse_peers
-from kvbelt.worker.probe import parse_probe
+from kvbelt.wire.json_body import MessageError
+from kvbelt.wire.peers import PEERS_REQUEST
+from kvbelt.wire.probe import PROBE_REQUEST, PROBE_RESULT
 from kvbelt.worker.requests import CompletionRequest, parse_chat, parse_completion, parse_handoff, split_prompts
 from kvbelt.worker.sampling import sampling_of
 
@@ -88,7 +90,7 @@ def _client_body(data: bytes, *, chat: bool) -> None:
         for leg in legs:
             assert isinstance(msgspec.json.decode(leg), dict), "a body that was JSON has become something else"
     assert body.num_prompts >= 1
-    assert body.estimated_prompt_tokens() >= 0
+    assert TokenCounts().size_of("", body.prompt).tokens >= 1
     assert body.limit is None or body.limit >= 1
 
 
@@ -98,7 +100,7 @@ def completion_body(data: bytes) -> None:
 
 
 def chat_body(data: bytes) -> None:
-    """A client's chat completion, likewise."""
+    """A client's chat completion, as the proxy takes it: a body for each leg, or a 400."""
     _client_body(data, chat=True)
 
 
@@ -108,25 +110,25 @@ def prefill_answer(data: bytes) -> None:
         first = PrefillAnswer(data)
         first.why_not_fast()
         for chat in (False, True):
-            seam = Seam(first, chat=chat, include_usage=True, token_ids=True)
-            assert seam.opening("stop").endswith(b"\n\n")
-            seam.ending()
-            msgspec.json.decode(seam.whole(None, "stop"))
+            merger = FirstTokenMerger(first, chat=chat, include_usage=True, token_ids=True)
+            assert merger.opening("stop").endswith(b"\n\n")
+            merger.ending()
+            msgspec.json.decode(merger.whole(None, "stop"))
 
 
 def decode_events(data: bytes) -> None:
     """Events of a decode worker, one piece of the body at a time."""
     for chat, usage, ids in ((False, False, False), (False, True, False), (False, False, True), (True, True, True)):
         with contextlib.suppress(ValueError):
-            Seam(_FIRST, chat=chat, include_usage=usage, token_ids=ids).relayed(data)
+            FirstTokenMerger(_FIRST, chat=chat, include_usage=usage, token_ids=ids).relayed(data)
 
 
 def decode_answer(data: bytes) -> None:
     """A decode worker's whole answer."""
     for chat in (False, True):
         with contextlib.suppress(ValueError):
-            seam = Seam(_FIRST, chat=chat, include_usage=True, token_ids=True)
-            msgspec.json.decode(seam.whole(data))
+            merger = FirstTokenMerger(_FIRST, chat=chat, include_usage=True, token_ids=True)
+            msgspec.json.decode(merger.whole(data))
 
 
 def health(data: bytes) -> None:
@@ -136,9 +138,11 @@ def health(data: bytes) -> None:
 
 
 def vllm_description(data: bytes) -> None:
-    """What a vLLM server says of itself and of those that it was told of: something, or None."""
-    description.description_of(200, data)
-    description.told(200, data)
+    """A vLLM server's description and its peers' states: an answer, None, or a MessageError."""
+    with contextlib.suppress(MessageError):
+        vllm_dialect.description_of(200, data, "p")
+    with contextlib.suppress(MessageError):
+        vllm_dialect.peer_states_of(data, "p")
 
 
 def new_worker(data: bytes) -> None:
@@ -158,19 +162,22 @@ def traceparent(data: bytes) -> None:
 
 def vllm_metrics(data: bytes) -> None:
     """A vLLM server's load: whole numbers, whatever it says."""
-    for name, value in load_of(data).items():
-        assert isinstance(value, int), name
-        assert value >= 0
+    load = msgspec.structs.asdict(vllm_dialect.load_of(data))
+    assert all(isinstance(value, int) and value >= 0 for value in load.values()), load
 
 
 def deadline_header(data: bytes) -> None:
-    """A client's own deadline: within the proxy's, or a 400."""
+    """A client's own deadline or level: in its range, or a 400."""
     with contextlib.suppress(RequestError):
-        assert 0 < deadline_seconds({HEADER: data}, 600.0) <= 600.0
+        assert 0 < deadline_seconds({DEADLINE: data}, 600.0) <= 600.0
+    for name in (TTFT, ITL, TPOT):
+        with contextlib.suppress(RequestError):
+            levels = levels_of({name: data}, ServiceLevels())
+            assert all(one is None or 0 < one < math.inf for one in (levels.ttft, levels.itl, levels.tpot))
 
 
 def console_query(data: bytes) -> None:
-    """What somebody who looks may ask: a number within its range, or a 400."""
+    """A query of the console: a number within its range, or a 400."""
     with contextlib.suppress(RequestError):
         assert 1 <= number_of(data.decode("latin-1"), "window", otherwise=10, least=1, most=600) <= 600
 
@@ -182,7 +189,7 @@ def host_header(data: bytes) -> None:
 
 def server_timing(data: bytes) -> None:
     """What a worker says of its times: finite numbers, or nothing."""
-    assert all(math.isfinite(value) for value in timings(data).values())
+    assert all(math.isfinite(value) for value in parse_server_timing(data).values())
 
 
 # Bodies that a worker reads
@@ -210,20 +217,20 @@ def _rest(request: Any) -> None:
 
 def peers(data: bytes) -> None:
     """The proxy's list of decode workers."""
-    with contextlib.suppress(RequestError):
-        assert all(isinstance(one, ReceiverAddress) for one in parse_peers(data))
+    with contextlib.suppress(MessageError):
+        assert all(isinstance(one, ReceiverAddress) for one in PEERS_REQUEST.parse(data, "p"))
 
 
 def probe_order(data: bytes) -> None:
     """Which link is to be measured."""
-    with contextlib.suppress(RequestError):
-        assert isinstance(parse_probe(data), str)
+    with contextlib.suppress(MessageError):
+        assert isinstance(PROBE_REQUEST.parse(data, "p").engine_id, str)
 
 
 def probe_answer(data: bytes) -> None:
     """A worker's figures, whatever they are, make a line."""
     with contextlib.suppress(ValueError):
-        assert figures(PairSeen("p", "d", "warm", probed=parse_probed(data)))
+        assert figures(PairSeen("p", "d", "warm", probed=PROBE_RESULT.parse(data, "p")))
 
 
 def vllm_handoff(data: bytes) -> None:
@@ -309,22 +316,19 @@ class _Owner:
         self.open = 0
 
     async def handler(self, exchange: Exchange) -> None:
-        """Say what has come."""
+        """Answer with the request."""
         request = exchange.request
         assert len(request.body) <= self.limits.body_bytes
         assert all(not re.search(rb"[\r\n\0]", value) for value in request.headers.values())
         exchange.respond(200, (), request.body)
 
     def opened(self, connection: ServerConnection) -> None:
-        """One more."""
         self.open += 1
 
     def closed(self, connection: ServerConnection) -> None:
-        """One less."""
         self.open -= 1
 
     def refusal_body(self, error: BadRequestError) -> tuple[bytes, bytes]:
-        """A text."""
         assert error.status in (400, 408, 413, 417, 431), error
         return b"text/plain", str(error).encode()
 
@@ -358,10 +362,10 @@ class _Keeper:
     """A pool of one connection."""
 
     def reusable(self, connection: ClientConnection) -> None:
-        """It may be used again."""
+        pass
 
     def gone(self, connection: ClientConnection) -> None:
-        """It is not there any more."""
+        pass
 
 
 async def _ask(data: bytes) -> None:
@@ -376,7 +380,7 @@ async def _ask(data: bytes) -> None:
                 break
             connection.data_received(piece)
         connection.connection_lost(None)
-        assert response.complete or response.error is not None, "a reader would wait for ever"
+        assert response.complete or response.error is not None, "a reader would wait forever"
         assert connection.closed
 
 
@@ -386,19 +390,17 @@ def http_request(data: bytes) -> None:
 
 
 def http_answer(data: bytes) -> None:
-    """An answer to the proxy's client: complete, or an error for whoever waits for it."""
+    """An answer to the proxy's client: complete, or an error for the caller."""
     asyncio.run(_ask(data))
 
 
 def about(data: bytes) -> None:
-    """What a process says of itself to whoever looks for a fault, and its health as the doctor reads it."""
+    """A process's facts: its numbers make sense, or a ValueError."""
     with contextlib.suppress(ValueError):
-        for link in parse_about(data).links:
+        for link in ABOUT.parse(data, "p").links:
             assert link.gb_per_second is None or link.busy_seconds > 0
-    with contextlib.suppress(ValueError, RecursionError):
-        told = msgspec.json.decode(data)
-        if isinstance(told, dict):
-            Sample.of(told)
+    with contextlib.suppress(ValueError):
+        Sample.of(WORKER_HEALTH.parse(data, "p"))
 
 
 TARGETS: Mapping[str, Target] = {
