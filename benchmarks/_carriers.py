@@ -1,8 +1,8 @@
-"""Both ends of every carrier that ``benchmarks/carriers.py`` compares, each in a process of its own.
+"""Both ends of every system that ``benchmarks/carriers.py`` compares, one process each.
 
-Every round has other bytes, the receiver's memory is spoilt before each, and every byte is compared after it. Time runs
-from the moment when the sender has the bytes in its memory to the moment when the receiver has them in its own and has
-been told so, over the same pipe for all. It is one clock: CLOCK_MONOTONIC is the machine's.
+Every round has different bytes. The receiver's memory is overwritten before it, and every byte is compared after it.
+Time runs from the moment when the sender has the bytes to the moment when the receiver has them and knows it; all
+systems report over the same kind of pipe. Both processes use one clock, CLOCK_MONOTONIC.
 """
 
 import os
@@ -30,33 +30,32 @@ PROGRESS_SECONDS = 1e-3
 
 
 class Sender(Protocol):
-    """Has bytes, and moves them."""
+    """Has the bytes, and sends them."""
 
     def send(self) -> None:
-        """Return once the receiver may be told."""
+        """Returns once the receiver may be told."""
 
 
 class Receiver(Protocol):
-    """Has memory, and is told."""
+    """Has the memory, and hears of the end."""
 
     def receive(self, told: Connection) -> None:
-        """Return once it was told, and has the bytes."""
+        """Returns once the bytes are here."""
 
 
 def channel_of(kind: str) -> Channel:
-    """NIXL or Mooncake."""
     if kind == "mooncake":
         return make_channel(ChannelSettings("mooncake"), "", "127.0.0.1")
     return make_channel(ChannelSettings(), f"{kind}-{os.getpid()}-{time.monotonic_ns()}", "127.0.0.1")
 
 
 def region_of(memory: Memory) -> Region:
-    """All of it."""
+    """The whole memory."""
     return Region(memory.ctypes.data, memory.nbytes, "cpu")
 
 
 class OneSidedSender:
-    """Writes into the receiver's memory, a span a layer."""
+    """Writes into the receiver's memory, one span a layer."""
 
     def __init__(self, kind: str, memory: Memory, peer: Any) -> None:
         metadata, there = peer
@@ -69,7 +68,7 @@ class OneSidedSender:
         self._spans = [(memory.ctypes.data + i * layer, there + i * layer, layer) for i in range(len(memory))]
 
     def send(self) -> None:
-        """UCX works only when it is asked; Mooncake has threads for it, which want the core."""
+        """Returns once the receiver may be told."""
         write = self._channel.write(self._agent, self._spans, "cpu", "cpu")
         while not write.done():
             if not self._polls:
@@ -78,7 +77,7 @@ class OneSidedSender:
 
 
 class OneSidedReceiver:
-    """Lets itself be written."""
+    """Gives its memory to the sender."""
 
     def __init__(self, kind: str, memory: Memory) -> None:
         self._polls = kind != "mooncake"
@@ -87,7 +86,7 @@ class OneSidedReceiver:
         self.address = self._channel.local_metadata(), memory.ctypes.data
 
     def receive(self, told: Connection) -> None:
-        """Help UCX until the sender says that it is done."""
+        """Returns once the bytes are here."""
         while self._polls and not told.poll(0):
             self._channel.progress()
         told.recv()
@@ -101,14 +100,14 @@ def redis_client(port: int) -> Any:
 
 
 class RedisSender:
-    """Sets a value a layer, all in one pipeline, out of the memory itself."""
+    """Sets one value a layer, in one pipeline, directly from its memory."""
 
     def __init__(self, memory: Memory, port: int) -> None:
         self._redis = redis_client(port)
         self._layers = [memoryview(layer) for layer in memory]
 
     def send(self) -> None:
-        """All of them are there when it returns."""
+        """Returns once the receiver may be told."""
         pipeline = self._redis.pipeline(transaction=False)
         for number, layer in enumerate(self._layers):
             pipeline.set(f"layer:{number}", layer)
@@ -116,7 +115,7 @@ class RedisSender:
 
 
 class RedisReceiver:
-    """Gets them with one command, and copies each into its memory."""
+    """Gets the values with one command, and copies each into its memory."""
 
     def __init__(self, memory: Memory, port: int) -> None:
         self._redis = redis_client(port)
@@ -126,7 +125,7 @@ class RedisReceiver:
         self.address = None
 
     def receive(self, told: Connection) -> None:
-        """Ask as soon as there is something to ask for."""
+        """Returns once the bytes are here."""
         told.recv()
         for layer, value in zip(self._memory, self._redis.mget(self._keys), strict=True):
             layer[:] = np.frombuffer(value, dtype=np.uint8)
@@ -138,7 +137,7 @@ def pattern(num_layers: int, layer_bytes: int) -> Memory:
 
 
 def run_receiver(kind: str, shape: tuple[int, int], port: int, control: Connection, told: Connection) -> None:
-    """A receiving process: says where its memory is, then takes a round at a time."""
+    """A receiving process: sends the address of its memory, then handles one round at a time."""
     _prepare(kind)
     memory = np.full(shape, SPOILT, dtype=np.uint8)
     base = pattern(*shape)
@@ -155,7 +154,7 @@ def run_receiver(kind: str, shape: tuple[int, int], port: int, control: Connecti
 
 
 def run_sender(kind: str, shape: tuple[int, int], port: int, control: Connection, tell: Connection) -> None:
-    """A sending process: is told where to, then sends a round at a time."""
+    """A sending process: gets the address, then sends one round at a time."""
     _prepare(kind)
     base = pattern(*shape)
     memory = base.copy()
@@ -172,10 +171,10 @@ def run_sender(kind: str, shape: tuple[int, int], port: int, control: Connection
 
 
 def run_first_writes(kind: str, role: str, control: Connection, other: Connection) -> None:
-    """Either process of the second measurement: new ends for every order, ``(connect, pause)``."""
+    """Either process of the second measurement: new ends for every command ``(connect, pause)``."""
     _prepare(kind)
     memory = np.zeros(4096, dtype=np.uint8)
-    kept: list[Channel] = []  # ending some of them takes a second, and nobody waits for that
+    kept: list[Channel] = []  # ending some of them takes a second, which need not be waited for
     while (order := control.recv()) is not None:
         connect, pause = order
         channel = channel_of(kind)
@@ -202,7 +201,7 @@ def run_first_writes(kind: str, role: str, control: Connection, other: Connectio
 
 
 def _work(channel: Channel, until: Callable[[], bool]) -> None:
-    """As the belt does after a handshake."""
+    """Make progress, as the belt does after a handshake."""
     while not until():
         channel.progress()
         time.sleep(PROGRESS_SECONDS)
@@ -215,7 +214,7 @@ def _prepare(kind: str) -> None:
 
 
 def _leave(control: Connection) -> None:
-    """Nothing is in flight, and vendors take their time to say farewell."""
+    """Exit at once: nothing is in flight, and vendors take long to end."""
     with suppress(OSError):
         control.close()
     os._exit(0)

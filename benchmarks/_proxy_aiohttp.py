@@ -1,4 +1,4 @@
-"""The yardstick: a plain prefill-then-decode proxy on aiohttp, uvloop and msgspec, as one would first write it.
+"""The baseline: a plain prefill-then-decode proxy on aiohttp, uvloop and msgspec, as one would first write it.
 
 It does what the benchmarked road does (first token from the prefill worker, then the decode worker's stream)
 and nothing else: no health, no errors, no deadlines, no metrics.
@@ -19,7 +19,7 @@ decode, encode = msgspec.json.decode, msgspec.json.encode
 
 
 async def main(port: int, prefill_port: int, decode_port: int) -> None:
-    """Serve for ever."""
+    """Serve until the process is killed."""
     prefill = f"http://127.0.0.1:{prefill_port}/v1/completions"
     decoder = f"http://127.0.0.1:{decode_port}/v1/completions"
     session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))

@@ -1,4 +1,4 @@
-"""A proxy that counts and keeps nothing, until a SIGUSR1 makes it as it is, and the next one bare again.
+"""A proxy without metrics and records; each SIGUSR1 switches them on or off.
 
 ``_proxy_bare.py PORT PREFILL DECODE``
 """
@@ -12,9 +12,9 @@ from time import monotonic
 import uvloop
 
 from kvbelt.proxy import Address, Proxy, ProxySettings
-from kvbelt.proxy.main import calm_collector
-from kvbelt.proxy.metrics import Metrics
-from kvbelt.proxy.records import Attempt, Leg, Record, Records
+from kvbelt.proxy.app import calm_collector
+from kvbelt.proxy.observe.metrics import Metrics
+from kvbelt.proxy.observe.records import Attempt, Leg, Record, Records
 from kvbelt.wire.notification import Notification
 
 
@@ -32,16 +32,16 @@ class NoMetrics(Metrics):
 
 
 class NoRecords(Records):
-    """Keeps nothing of what has ended. Who is under way must be known: engines know requests by their ids."""
+    """Keeps no ended request. Running ones must be known, because engines know requests by their ids."""
 
     def attempt(self, record: Record, leg: Leg, worker: str, transfer_id: str = "") -> Attempt:
-        """A leg begins: what a request is tried again by, and found by no transfer."""
+        """A leg begins. Retries need it; no transfer finds it."""
         attempt = Attempt(leg, worker, monotonic(), transfer_id)
         record.attempts.append(attempt)
         return attempt
 
     def end(self, record: Record) -> None:
-        """It is under way no more."""
+        """The request has ended."""
         del self.open[record.request_id]
 
 

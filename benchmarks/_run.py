@@ -1,4 +1,4 @@
-"""What the benchmarks share: summaries of repeated measurements, tables, JSON, and on what machine it was."""
+"""What the benchmarks share: summaries of repeated measurements, tables, JSON, and a description of the machine."""
 
 import argparse
 import json
@@ -16,13 +16,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from kvbelt.ops.console import Console
 from kvbelt.ops.model_dir import find_model
+from kvbelt.ops.terminal import Terminal
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Repeated measurements of one thing."""
+    """Repeated measurements of one quantity."""
 
     count: int
     median: float
@@ -31,7 +31,6 @@ class Summary:
     p99: float
 
     def __str__(self) -> str:
-        """Median and spread, as a table shows it."""
         return f"{figure(self.median)} ({figure(self.low)} to {figure(self.high)})"
 
 
@@ -71,7 +70,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def machine(packages: Sequence[str] = ()) -> dict[str, Any]:
-    """What figures depend on: processor, cores, versions, also of these packages."""
+    """What figures depend on: processor, cores, versions of kvbelt and of these packages."""
     versions: dict[str, str | None] = {}
     for name in ("kvbelt", "torch", "transformers", "nixl", *packages):
         try:
@@ -96,7 +95,7 @@ def _processor() -> str:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes."""
+    """A parser with the options of every benchmark."""
     made = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     made.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     return made
@@ -114,11 +113,7 @@ def model_folder(name: str) -> Path:
 
 
 class Prompts:
-    """Prompts of an exact number of tokens, none like another, that read like language.
-
-    Random ids would do for the speed of a forward pass, but what a model says to them is often half a character,
-    which is not what the usual request looks like.
-    """
+    """Prompts of an exact number of tokens that read like language and never repeat."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -142,17 +137,17 @@ _WORDS = _TEXT.split()
 
 
 def note(line: str) -> None:
-    """Progress, on standard error."""
+    """Print progress to standard error."""
     print(line, file=sys.stderr, flush=True)
 
 
-def quiet_console() -> Console:
-    """A launcher's console without the workers' logs."""
-    return Console(show_logs=False)
+def quiet_terminal() -> Terminal:
+    """A launcher's terminal, without the workers' logs."""
+    return Terminal(show_logs=False)
 
 
 def finish(name: str, shown: str, results: Any, json_file: Path | None, *, packages: Sequence[str] = ()) -> None:
-    """Print the table, and write the JSON if asked to; ``packages`` are those whose versions matter besides ours."""
+    """Print the table, and write the JSON on request; ``packages`` are those whose versions matter."""
     host = machine(packages)
     versions = ", ".join(f"{package} {version}" for package, version in host["versions"].items())
     print(f"{name} on {host['processor']}, {host['cores']} cores; {versions}\n")

@@ -2,13 +2,13 @@
 
 Time runs from "the sender has the bytes in its memory" to "the receiver has them in its own, and knows"; every byte of
 every round is compared. NIXL and Mooncake write into the receiver's memory (kvbelt's channels, without the belt: no
-gather, no scatter), a span a layer. Redis is a server of its own on loopback, without persistence; the sender sets a
-value a layer in one pipeline, out of its memory, and the receiver gets them with one command and copies them into its
-own (redis-py with hiredis). memcpy is the C library's within one process, the yardstick of the machine. Rounds of all
-carriers alternate, so that whatever else the machine does meets all of them; ratios are taken within a round.
+gather, no scatter), one span a layer. Redis is a separate server on loopback, without persistence. The sender sets one
+value a layer in one pipeline, directly from its memory; the receiver gets them with one command and copies them into
+its memory (redis-py with hiredis). memcpy is the C library's within one process, the limit of the machine. The rounds
+of all systems alternate, so that other load on the machine affects them alike; ratios are taken within a round.
 
-A second measurement is what the first write of a new pair takes, with ``Channel.connect`` half a second before it, as
-the belt's handshake does, and without.
+A second measurement is the duration of a new pair's first write, with ``Channel.connect`` half a second before it (as
+in the belt's handshake) and without.
 
 Needs redis-server (Debian: redis-server), and the extras ``mooncake`` and ``bench``.
 
@@ -51,17 +51,15 @@ class Case:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Layers, and bytes of each."""
+        """Layers, and bytes of each layer."""
         return NUM_LAYERS, self.num_tokens * TOKEN_BYTES
 
     @property
     def num_bytes(self) -> int:
-        """In all."""
         return NUM_LAYERS * self.num_tokens * TOKEN_BYTES
 
     @property
     def name(self) -> str:
-        """For the table."""
         return f"{self.num_bytes / 1e6:,.{1 if self.num_bytes < 1e7 else 0}f} MB, {self.num_tokens:,} tokens"
 
 
@@ -69,7 +67,7 @@ CASES = [Case(30), Case(1000), Case(5800)]
 
 
 class Pair:
-    """Both processes of one carrier."""
+    """Both processes of one channel or server."""
 
     def __init__(self, kind: str, case: Case, redis_port: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -88,7 +86,7 @@ class Pair:
         self._heard(self._here)
 
     def move(self, number: int) -> float:
-        """Seconds of one round, every byte compared."""
+        """Seconds of one round; every byte is compared."""
         self._there.send(number)
         self._heard(self._there)
         self._here.send(number)
@@ -104,7 +102,6 @@ class Pair:
         return connection.recv()
 
     def close(self) -> None:
-        """End both."""
         for connection, process in zip((self._there, self._here), self._processes, strict=True):
             connection.send(None)
             process.join(TIMEOUT_SECONDS)
@@ -112,7 +109,7 @@ class Pair:
 
 @contextmanager
 def redis_server() -> Iterator[int]:
-    """A Redis of our own on a free port, which is told to keep nothing."""
+    """A Redis server on a free port, which keeps nothing on disk."""
     binary = shutil.which("redis-server")
     if binary is None:
         raise SystemExit("redis-server is not installed (Debian: redis-server)")
@@ -159,7 +156,7 @@ def _answers(client: Any) -> bool:
 
 
 def memcpy(case: Case) -> Callable[[], float]:
-    """Copies as many bytes within this process; returns seconds."""
+    """Copies as many bytes within this process."""
     here, there = np.ones(case.num_bytes, dtype=np.uint8), np.ones(case.num_bytes, dtype=np.uint8)
 
     def copy() -> float:
@@ -196,7 +193,7 @@ def measure(case: Case, rounds: int, redis_port: int) -> dict[str, Any]:
 
 
 def first_writes(kind: str, pairs: int) -> dict[str, Summary]:
-    """Milliseconds of a new pair's first 4 KiB, with and without connecting before, in turn."""
+    """Milliseconds of a new pair's first 4 KiB, alternately with and without connecting before."""
     context = multiprocessing.get_context("spawn")
     ends = {}
     one, other = context.Pipe()
@@ -220,7 +217,6 @@ def first_writes(kind: str, pairs: int) -> dict[str, Summary]:
 
 
 def plain(value: Any) -> Any:
-    """For JSON."""
     if isinstance(value, Summary):
         return asdict(value)
     if isinstance(value, dict):
@@ -229,7 +225,6 @@ def plain(value: Any) -> Any:
 
 
 def main() -> None:
-    """Measure, print."""
     arguments = parser(__doc__)
     arguments.add_argument("--rounds", type=int, default=15)
     arguments.add_argument("--pairs", type=int, default=10, help="new pairs of the second measurement")

@@ -4,14 +4,13 @@
                                [--clock cpu] [--json FILE]
 
 All run in this process, with the same weights and thread count, greedily, a fixed number of tokens after a prompt of
-``--prompt`` tokens; tokens/s count the prompt's computation too. The measurements alternate, round by round, so that
-whatever else the machine does meets all of them; ratios are taken within a round. No prompt is like an earlier one,
-and the KV memory is small enough to be full of cached blocks after two rounds, so that prefix caching costs what it
-can cost. To reach: one stream at 0.95 of ``generate`` or more, eight streams at 3.5 times one or more, prefix caching
-that finds nothing no slower than none (0.98).
+``--prompt`` tokens; tokens/s include the prompt's computation. The measurements alternate, round by round, so that
+other load on the machine affects them alike; ratios are taken within a round. No prompt repeats, and the KV memory is
+full of cached blocks after two rounds, so prefix caching has its highest cost. Targets: one stream at 0.95 of
+``generate`` or more, eight streams at 3.5 times one or more, useless prefix caching at 0.98 of none or more.
 
-What it is worth where it finds something: eight prompts with ``--shared`` tokens in common, seen before, and eight
-tokens of their own.
+The gain of useful prefix caching is measured with eight prompts of ``--shared`` common tokens, seen before, and eight
+different tokens.
 """
 
 import argparse
@@ -82,12 +81,11 @@ def generate_rate(model: Any, prompt: tuple[int, ...], tokens: int, clock: Clock
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    """Median and spread."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def make_engine(options: argparse.Namespace, model_dir: Path, *, prefix_caching: bool) -> Engine:
-    """An engine whose KV memory holds twice what eight streams need."""
+    """An engine with KV memory for twice as much as eight streams need."""
     settings = EngineSettings(
         model_dir,
         device="cpu",
@@ -108,7 +106,6 @@ def make_engine(options: argparse.Namespace, model_dir: Path, *, prefix_caching:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All rounds."""
     torch.set_num_threads(options.threads)
     clock = CLOCKS[options.clock]
     model_dir = options.model or demo_model_dir(lambda line: print(line, file=sys.stderr))
@@ -132,7 +129,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             prompts = new_prompts(options.prompt)
             generate, expected = generate_rate(reference, prompts[0], options.tokens, clock)
             one, answers = engine_rate(engine, prompts[:1], options.tokens, clock)
-            # Whoever comes second meets a machine that the first has warmed; so they take turns.
+            # The first engine warms the machine for the second, so the order alternates.
             order = [("on", engine), ("off", plain)][:: 1 if round_ % 2 else -1]
             measured = {"generate": generate, "engine_1": one}
             for name, which in order:
@@ -176,7 +173,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """The table."""
     print(
         f"{result['model']} {result['dtype']}, {result['threads']} threads, {result['prompt_tokens']} tokens in, "
         f"{result['tokens']} out, {result['rounds']} rounds, {result['clock']} time, "
@@ -203,7 +199,6 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, help="a local model folder; default: the demo model")
     parser.add_argument("--threads", type=int, default=2)

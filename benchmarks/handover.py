@@ -1,11 +1,11 @@
-"""From the end of prefill to KV that is usable on the decode worker, in a real 1p1d, one request at a time.
+"""From the end of prefill to usable KV on the decode worker, in a real 1p1d, one request at a time.
 
-Two parts, each measured by whoever does it and told in the proxy's record of the request: what of the transfer was not
-hidden behind the prompt's computation (end of computation to the acknowledged commit, on the prefill worker), and the
-scatter into the decode worker's blocks. To reach: p50 of their sum at most 10 ms for 1,000 tokens.
+It has two parts, which the proxy's record of the request contains: the exposed part of the transfer (from the end of
+the computation to the acknowledged commit, on the prefill worker), and the scatter into the decode worker's blocks.
+Target: p50 of their sum at most 10 ms for 1,000 tokens.
 
-The engines' memory is small enough to have been used whole by the time the warm-up ends. With prefix caching a worker
-goes through its memory before it uses a block again, and memory that is touched for the first time is slow to write.
+The engines' memory is small, so the warm-up uses all of it. With prefix caching a worker uses all its memory before it
+uses a block again, and the first write to memory is slow.
 
     python -m benchmarks.handover [--tokens 1000] [--requests 60] [--json FILE]
 """
@@ -23,16 +23,16 @@ from benchmarks._run import (
     model_folder,
     note,
     parser,
-    quiet_console,
+    quiet_terminal,
     summarise,
     table,
     verdict,
 )
 
-from kvbelt.ops import waterfall
 from kvbelt.ops.deployment import running
-from kvbelt.ops.processes import DeploymentSpec, cpu_cores
+from kvbelt.ops.processes import SPLIT_ALL, DeploymentSpec, cpu_cores
 from kvbelt.ops.topology import Topology
+from kvbelt.wire.request_record import REQUEST_RECORD, DoneTransfer, FailedTransfer, RequestRecord
 
 TARGET_MS = 10.0
 _WARM_UP_REQUESTS = 10
@@ -40,11 +40,11 @@ _RECORD_SECONDS = 10.0
 
 
 class NotHandedOverError(Exception):
-    """The KV did not cross, or nobody told in time that it did."""
+    """The KV was not transferred, or its record did not come in time."""
 
 
-def handed_over(client: httpx.Client, model: str, prompt: list[int]) -> waterfall.RequestRecord:
-    """Send one request over the belt and fetch its record.
+def handed_over(client: httpx.Client, model: str, prompt: list[int]) -> RequestRecord:
+    """Send one request over the belt, and fetch its record.
 
     Raises:
         NotHandedOverError: what became of it instead.
@@ -53,15 +53,16 @@ def handed_over(client: httpx.Client, model: str, prompt: list[int]) -> waterfal
     answer = client.post("/v1/completions", json=body).raise_for_status()
     deadline = time.monotonic() + _RECORD_SECONDS
     while True:
-        record = waterfall.parse(client.get(f"/kvbelt/requests/{answer.headers['x-request-id']}").json())
+        told = client.get(f"/kvbelt/requests/{answer.headers['x-request-id']}")
+        record = REQUEST_RECORD.parse(told.content, "the proxy")
         if record.complete:
             break
         if time.monotonic() > deadline:
-            raise NotHandedOverError(f"nobody told how the transfer of {record.request_id} ended")
+            raise NotHandedOverError(f"no report says how the transfer of {record.request_id} ended")
         time.sleep(0.01)
     if not record.over_belt:
-        told = record.transfer.reason if record.transfer is not None else None
-        raise NotHandedOverError(f"{record.decision.path}, {told or record.decision.reason}")
+        reason = record.transfer.reason if isinstance(record.transfer, FailedTransfer) else record.decision.reason
+        raise NotHandedOverError(f"{record.decision.path}, {reason}")
     return record
 
 
@@ -83,6 +84,7 @@ def main() -> int:
         threads=args.threads,
         kv_gb=args.kv_gb,
         max_model_len=args.tokens + 64,
+        proxy_args=SPLIT_ALL,
     )
     prompts = Prompts(spec.model, args.seed)
     parts: dict[str, list[float]] = {
@@ -90,7 +92,7 @@ def main() -> int:
     }
     megabytes = writes = 0.0
     lost: list[str] = []
-    with running(spec, quiet_console()) as deployment, httpx.Client(base_url=deployment.url, timeout=300) as client:
+    with running(spec, quiet_terminal()) as deployment, httpx.Client(base_url=deployment.url, timeout=300) as client:
         model = client.get("/v1/models").json()["data"][0]["id"]
         for number in range(-_WARM_UP_REQUESTS, args.requests):
             if number % 10 == 0:
@@ -104,15 +106,15 @@ def main() -> int:
             if number < 0:
                 continue
             transfer, timings = record.transfer, record.timings_ms
-            assert transfer is not None
-            exposed, load = transfer.exposed_ms or 0.0, timings.load or 0.0
+            assert isinstance(transfer, DoneTransfer)
+            exposed, load = transfer.exposed_ms, timings.load or 0.0
             parts["exposed transfer"].append(exposed)
             parts["scatter"].append(load)
             parts["handover"].append(exposed + load)
             parts["whole transfer"].append(transfer.milliseconds)
             parts["prefill"].append(timings.prefill or 0.0)
             parts["wait on decode"].append(timings.kv_wait or 0.0)
-            megabytes, writes = transfer.bytes / 1e6, transfer.writes or 0
+            megabytes, writes = transfer.bytes / 1e6, transfer.writes
     if not parts["handover"]:
         note(f"nothing crossed: {lost}")
         return 1

@@ -1,7 +1,7 @@
 """CPU and memory of an idle deployment, over all its processes.
 
-An idle system must sleep: a thread that polls shows here as a share of a core. Measured after one request has gone
-through, so that every connection and every lazily started thread is there. To reach: under 5 % of one core in all.
+An idle system must sleep: a polling thread shows as a share of a core. The measurement follows one request, so that
+every connection and every lazily started thread exists. Target: under 5 % of one core in total.
 
     python -m benchmarks.idle [--topology 1p1d] [--windows 3] [--seconds 20] [--json FILE]
 """
@@ -19,14 +19,14 @@ from benchmarks._run import (
     model_folder,
     note,
     parser,
-    quiet_console,
+    quiet_terminal,
     summarise,
     table,
     verdict,
 )
 
 from kvbelt.ops.deployment import running
-from kvbelt.ops.processes import DeploymentSpec
+from kvbelt.ops.processes import SPLIT_ALL, DeploymentSpec
 from kvbelt.ops.topology import Topology
 
 TARGET_PERCENT = 5.0
@@ -34,13 +34,13 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of a process with all its threads, to the kernel's tick (usually 10 ms)."""
+    """User and system time of a process with all its threads, in the kernel's ticks (usually 10 ms)."""
     after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     return (int(after_name[11]) + int(after_name[12])) / _TICKS
 
 
 def memory_mb(pid: int, key: str) -> float:
-    """Memory in MB: ``Rss`` resident, ``Pss`` with shared pages divided among those who share them."""
+    """Memory in MB: ``Rss`` resident, ``Pss`` with shared pages divided among their users."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024 / 1e6
@@ -58,7 +58,7 @@ def switches(pid: int) -> int:
 
 
 def ask(url: str) -> None:
-    """One request, so that everything that starts on first use has started."""
+    """Send one request, so that everything that starts on first use has started."""
     body = {"prompt": "The capital of France is", "max_tokens": 4, "temperature": 0}
     with httpx.Client(base_url=url, timeout=120) as client:
         body["model"] = client.get("/v1/models").json()["data"][0]["id"]
@@ -74,9 +74,13 @@ def main() -> int:
     arguments.add_argument("--seconds", type=float, default=20.0)
     args = arguments.parse_args()
     spec = DeploymentSpec(
-        topology=Topology.parse(args.topology), model=model_folder(args.model), dtype=args.dtype, auto_ports=True
+        topology=Topology.parse(args.topology),
+        model=model_folder(args.model),
+        dtype=args.dtype,
+        auto_ports=True,
+        proxy_args=SPLIT_ALL,
     )
-    with running(spec, quiet_console()) as deployment:
+    with running(spec, quiet_terminal()) as deployment:
         ask(deployment.url)
         pids = {process.name: process.pid for process in deployment.processes} | {"launcher": os.getpid()}
         percents: dict[str, list[float]] = {name: [] for name in [*pids, "all"]}

@@ -1,4 +1,4 @@
-"""Benchmark 5b: what metrics and records cost the proxy: the same proxy with and without them, in turn.
+"""Benchmark 5b: the cost of metrics and records: the same proxy with and without them, in turn.
 
     python -m benchmarks.proxy_overhead [--lives 8] [--rounds 12] [--seconds 0.3] [--json FILE]
 
@@ -21,7 +21,6 @@ import os
 import signal
 import statistics
 import subprocess
-import sys
 import time
 import timeit
 from pathlib import Path
@@ -29,27 +28,27 @@ from time import monotonic
 
 import msgspec
 import uvloop
-from benchmarks._proxy_load import Engine, decode_answer, health, prefill_answer
+from benchmarks._proxy_load import Answered, Engine, health
+from benchmarks._proxy_systems import pin, script, start, stop
 from benchmarks._run import figure, finish, note, parser, table
-from benchmarks.proxy import CONCURRENCY, CORE_SHARE, Subject, free_port, load, pin, spread, start, wait_for
+from benchmarks.proxy import CONCURRENCY, CORE_SHARE, Subject, load, spread
 
 from kvbelt.proxy import Address, ProxySettings
-from kvbelt.proxy.access import Access
-from kvbelt.proxy.console import Console
+from kvbelt.proxy.admin.access import Access
+from kvbelt.proxy.admin.console import Console
 from kvbelt.proxy.context import Context
-from kvbelt.proxy.records import Record
+from kvbelt.proxy.observe.records import Record
 from kvbelt.wire.ids import EngineId, TransferId
 from kvbelt.wire.notification import TransferDone
 
 TARGET = 0.03  #: of the proxy's requests/s
 
 _LOOK = "/kvbelt/console.json?window=30"
-_PROXY = Path(__file__).with_name("_proxy_bare.py")
+_PROXY = script("proxy", "_proxy_bare.py")
 _NAMES = ("without", "with")
 
 
 async def measure(subject: Subject, engines: tuple[int, int], seconds: float) -> None:
-    """One round."""
     assert subject.process is not None
     before = cpu_seconds(subject.process)
     times, elapsed = await load(subject, engines, seconds, CONCURRENCY)
@@ -60,16 +59,18 @@ async def measure(subject: Subject, engines: tuple[int, int], seconds: float) ->
 
 
 def cpu_seconds(process: subprocess.Popen[bytes]) -> float:
-    """CPU time that a process has used, by the scheduler's own count: /proc/PID/stat has steps of 10 ms."""
+    """CPU time of a process by the scheduler's count; /proc/PID/stat has steps of 10 ms."""
     return int(Path(f"/proc/{process.pid}/schedstat").read_text().split()[0]) / 1e9
 
 
 async def run(lives: int, rounds: int, seconds: float) -> list[Subject]:
-    """Measure so many processes, so many rounds each."""
+    """Measure so many processes, with so many rounds each."""
     pin(1)
     loop = asyncio.get_running_loop()
-    answers = (prefill_answer(), health("prefill")), (decode_answer(), health("decode"))
-    servers = [await loop.create_server(functools.partial(Engine, *answer), "127.0.0.1", 0) for answer in answers]
+    servers = [
+        await loop.create_server(functools.partial(Engine, health(role), Answered()), "127.0.0.1", 0)
+        for role in ("prefill", "decode")
+    ]
     engines = (servers[0].sockets[0].getsockname()[1], servers[1].sockets[0].getsockname()[1])
     subjects = [Subject(name, "text") for name in _NAMES]
     try:
@@ -83,24 +84,21 @@ async def run(lives: int, rounds: int, seconds: float) -> list[Subject]:
 
 
 async def _live(subjects: list[Subject], engines: tuple[int, int], rounds: int, seconds: float) -> None:
-    port = free_port()
-    process = start([sys.executable, str(_PROXY), str(port), str(engines[0]), str(engines[1])])
+    running = await start(_PROXY, engines)
     for subject in subjects:
-        subject.port, subject.process = port, process
+        subject.port, subject.process = running.port, running.process
     try:
-        await wait_for(port)
         for _ in range(rounds):
             for subject in subjects:
                 await load(subject, engines, seconds, CONCURRENCY)
                 await measure(subject, engines, seconds)
-                process.send_signal(signal.SIGUSR1)
+                running.process.send_signal(signal.SIGUSR1)
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(10)
+        stop([running.process])
 
 
 def by_itself() -> dict[str, float]:
-    """Microseconds to count and keep one transfer, and to answer an open console, over a full list of requests."""
+    """Microseconds to count and keep one transfer, and to answer an open console, with a full list of requests."""
     context = Context(ProxySettings(decode=(Address("127.0.0.1", 1),)))
     told = TransferDone(
         transfer_id=TransferId("t999"), sender=EngineId("p"), receiver=EngineId("d"), num_bytes=1000, seconds=0.01,
@@ -109,7 +107,8 @@ def by_itself() -> dict[str, float]:
     for number in range(context.records.most):
         record = Record(f"r{number}", "/v1/completions", monotonic(), time.time(), stream=True)
         context.records.add(record)
-        context.records.attempt(record, "prefill", "p", f"t{number}").tell(told, monotonic())
+        attempt = context.records.attempt(record, "prefill", "p", f"t{number}")
+        attempt.transfer, attempt.transfer_at = told, monotonic()
         record.first_token = record.decode_first = monotonic()
         record.streamed = 9
         context.records.end(record)
@@ -120,7 +119,6 @@ def by_itself() -> dict[str, float]:
 
 
 def main() -> None:
-    """Run it."""
     arguments = parser(__doc__)
     arguments.add_argument("--lives", type=int, default=8, help="processes")
     arguments.add_argument("--rounds", type=int, default=12, help="of each process")

@@ -1,13 +1,12 @@
 """XpYd on one machine with a stand-in engine: how transfers a second grow with pairs, until memory is the limit.
 
-N prefill and N decode processes, each with a belt, a pool and staging memory; no model. Every prefill process sends
-to every decode process in turn, a few transfers at a time; a decode process scatters what comes into its pool, and
-looks at the digests that a worker looks at (``pd_verify: sample``). Counted are transfers that were committed within
-the time.
+N prefill and N decode processes have a belt, a pool and staging memory each, and no model. Every prefill process sends
+to every decode process in turn, a few transfers at a time. A decode process scatters received KV into its pool, and
+compares the digests that a worker compares (``pd_verify: sample``). Transfers committed within the time are counted.
 
-Beside each N stands what memcpy moves when as many processes copy at once. A transfer copies every byte three times
-(gather, write, scatter), so three times its rate over memcpy's is the share of the machine's memory bandwidth.
-All sizes and N take turns, round after round, so that whatever else the machine does meets all of them.
+Beside each N stands the rate of memcpy when as many processes copy at once. A transfer copies every byte three times
+(gather, write, scatter), so three times its rate over memcpy's is the share of the machine's memory bandwidth. All
+sizes and N alternate, so that other load on the machine affects them alike.
 
     python -m benchmarks.scaling [--pairs 1 2 3 4] [--rounds 5] [--seconds 2] [--json FILE] [--plot FILE.svg]
 """
@@ -48,7 +47,7 @@ LAYOUT = SMOLLM2
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What both kinds of process are told once."""
+    """What both kinds of process get at the start."""
 
     num_pairs: int
     number: int  #: of this process among its kind
@@ -78,18 +77,18 @@ def make_belt(role: str, pool: torch.Tensor, staging_bytes: int) -> Belt:
 
 
 def make_pool(num_blocks: int) -> torch.Tensor:
-    """Blocks of every layer, each byte written once."""
+    """Blocks of every layer, with each byte written once."""
     pool = torch.empty((LAYOUT.num_layers, num_blocks, LAYOUT.block_bytes), dtype=torch.uint8)
     return pool.random_(0, 256)
 
 
 def transfer_id(run: int, prefill: int, count: int) -> TransferId:
-    """The name that both sides know it by."""
+    """The name of a transfer, on both sides."""
     return TransferId(f"{run}.{prefill}.{count}")
 
 
 def prefill(connection: Connection, job: Job) -> None:
-    """One prefill process: sends as fast as it is let."""
+    """One prefill process: sends as fast as it can."""
     torch.set_num_threads(1)
     pool = make_pool(job.num_blocks)
     belt = make_belt("prefill", pool, 64 << 20)
@@ -123,7 +122,7 @@ def prefill(connection: Connection, job: Job) -> None:
 
 
 def decode(connection: Connection, job: Job) -> None:
-    """One decode process: takes what comes to it, of every prefill process in turn."""
+    """One decode process: takes what comes, from every prefill process in turn."""
     torch.set_num_threads(1)
     pool = make_pool(job.num_blocks)
     belt = make_belt("decode", pool, LAYOUT.slot_bytes(job.num_blocks) * (DEPTH * job.num_pairs + 1))
@@ -158,7 +157,7 @@ def decode(connection: Connection, job: Job) -> None:
 
 
 def copy(connection: Connection, num_bytes: int) -> None:
-    """One process that copies memory: bytes within the time."""
+    """One process that copies memory; returns its bytes."""
     here, there = torch.ones(num_bytes, dtype=torch.uint8), torch.ones(num_bytes, dtype=torch.uint8)
     while (seconds := connection.recv()) is not None:
         stop_at = time.monotonic() + seconds
@@ -185,7 +184,7 @@ class Children:
             self._processes.append(process)
 
     def tell(self, message: Any) -> None:
-        """The same to all."""
+        """Send the same to all."""
         for pipe in self.pipes:
             pipe.send(message)
 
@@ -194,11 +193,9 @@ class Children:
         return [pipe.recv() for pipe in self.pipes]
 
     def __enter__(self) -> Self:
-        """Nothing more."""
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """End them."""
         for pipe, process in zip(self.pipes, self._processes, strict=True):
             if process.is_alive() and exc[0] is None:
                 pipe.send(None)
@@ -231,7 +228,7 @@ class Deployment:
 
 
 def measure(pairs: list[int], rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """Every size with every N, in turns."""
+    """Measure every size with every N, in turn."""
     transfers: dict[tuple[int, int], list[float]] = {}
     copied: dict[int, list[float]] = {}
     order = deque(pairs)
@@ -269,7 +266,7 @@ def measure(pairs: list[int], rounds: int, seconds: float) -> list[dict[str, Any
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Two panels, one a size: transfers a second over pairs, and what memory would allow."""
+    """Two panels, one a size: transfers a second over pairs, and the limit of the memory."""
     import matplotlib as mpl  # noqa: PLC0415 -- wanted by this alone
 
     mpl.use("svg")
@@ -295,7 +292,6 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure, print, draw."""
     arguments = parser(__doc__)
     arguments.add_argument("--pairs", type=int, nargs="+", default=[1, 2, 3, 4])
     arguments.add_argument("--rounds", type=int, default=5)

@@ -2,12 +2,12 @@
 
 Two processes, each with a belt, a pool of blocks and a staging buffer. A transfer begins when the first block is handed
 to the sender and ends when the last byte is in the receiver's own blocks: gather, write, commit, scatter. memcpy is the
-C library's, of as many bytes, between two pools of this process; "NIXL alone" is one write of as many contiguous bytes
-from pool to pool, which is what the transport can do at best. Repetitions of all three alternate, so that whatever else
-the machine does meets all of them; ratios are taken within a repetition.
+C library's, of as many bytes, between two pools of this process. "NIXL alone" is one write of as many contiguous bytes
+from pool to pool, the best that the transport can do. Repetitions of all three alternate, so that other load on the
+machine affects them alike; ratios are taken within a repetition.
 
-A second measurement is the handover: layers are handed over one by one with a pause between them, as a prompt's
-computation does, and time runs from the last one. To reach: 0.6 of memcpy for 46 MB and more, paged to paged.
+A second measurement is the handover: layers are handed over one by one, with a pause between them as in a prompt's
+computation, and time runs from the last one. Target: 0.6 of memcpy for 46 MB and more, paged to paged.
 
     python -m benchmarks.transfer [--rounds 15] [--piece-kib N] [--json FILE]
 """
@@ -28,7 +28,8 @@ from benchmarks._run import figure, finish, note, parser, summarise, table, verd
 from kvbelt.channels.nixl import NixlChannel
 from kvbelt.paged_copy import TorchPagedCopy
 from kvbelt.transfer.belt import Belt
-from kvbelt.transfer.ports import Lost, ReceivedKV, Region, Sending, TransferOutcome
+from kvbelt.transfer.ports import Lost, ReceivedKV, Region, TransferOutcome
+from kvbelt.transfer.send.handle import Sending
 from kvbelt.transfer.settings import BeltIdentity, BeltSettings
 from kvbelt.wire.handoff import PrefillHandoff, ReceiverAddress
 from kvbelt.wire.ids import EngineId, TransferId
@@ -65,7 +66,6 @@ class Case:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that move."""
         return self.layout.slot_bytes(self.num_blocks)
 
 
@@ -78,7 +78,6 @@ CASES = [
 
 
 def region_of(memory: torch.Tensor) -> Region:
-    """All of it."""
     return Region(memory.data_ptr(), memory.nbytes, "cpu")
 
 
@@ -115,7 +114,7 @@ class Side:
 
 
 def receive(connection: Connection, case: Case, piece_bytes: int) -> None:
-    """The decode worker's process: scatters what it is told to expect, answers with when."""
+    """The decode worker's process: scatters the expected transfers, and answers with the times."""
     torch.set_num_threads(1)
     side = Side(case, "decode", piece_bytes)
     raw = NixlChannel(f"raw-{random.getrandbits(48):012x}")
@@ -180,7 +179,6 @@ class Pair:
         self.nixl(4096)
 
     def close(self) -> None:
-        """End both."""
         self._connection.send(None)
         self._process.join()
         self.side.belt.close()
@@ -214,7 +212,7 @@ class Pair:
         return Moved(scattered - begin, outcome.seconds, scattered - last, scattered - committed, outcome.num_writes)
 
     def _granted(self) -> None:
-        """The slot is asked for when a request arrives, long before there is anything to write."""
+        """Wait for the slot, which a real worker requests long before the first write."""
         while not self.side.belt.snapshot().sends.get("writing"):
             time.sleep(0.001)
 
@@ -245,7 +243,6 @@ class Pair:
 
 
 def measure(case: Case, rounds: int, piece_bytes: int) -> dict[str, Any]:
-    """All repetitions of one case."""
     pair = Pair(case, piece_bytes)
     try:
         to = torch.ones_like(pair.side.pool)
@@ -280,7 +277,6 @@ def measure(case: Case, rounds: int, piece_bytes: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print."""
     arguments = parser(__doc__)
     arguments.add_argument("--rounds", type=int, default=15)
     arguments.add_argument("--piece-kib", type=int, default=0, help="bytes gathered and written in one go; 0: default")

@@ -1,8 +1,8 @@
 """Time to first token and to the last: a prefill and a decode worker against one aggregated server.
 
-Both are up at once with the same threads a worker, and are asked in turn by one client that streams, so that
-whatever the machine does in between meets both. Each prompt is asked once of each; no prompt is repeated.
-To reach: 1p1d's median TTFT at most 1.10 times the aggregated server's, for each prompt length.
+Both run at the same time, with the same number of threads a worker. One streaming client asks them in turn, so that
+other load on the machine affects them alike. Each gets each prompt once. Target: 1p1d's median TTFT is at most 1.10
+times the aggregated server's, for each prompt length.
 
     python -m benchmarks.ttft [--lengths 100,500,1500] [--rounds 15] [--threads N] [--json FILE]
 """
@@ -22,14 +22,14 @@ from benchmarks._run import (
     model_folder,
     note,
     parser,
-    quiet_console,
+    quiet_terminal,
     summarise,
     table,
     verdict,
 )
 
 from kvbelt.ops.deployment import running
-from kvbelt.ops.processes import DeploymentSpec, cpu_cores
+from kvbelt.ops.processes import SPLIT_ALL, DeploymentSpec, cpu_cores
 from kvbelt.ops.topology import Topology
 
 TARGET_RATIO = 1.10
@@ -46,7 +46,7 @@ class Timed:
 
 
 class Asker:
-    """One client of one server, over one kept connection."""
+    """One client of one server, over one connection."""
 
     def __init__(self, url: str) -> None:
         self._client = httpx.Client(base_url=url, timeout=300)
@@ -104,11 +104,12 @@ def main() -> int:
         dtype=args.dtype,
         auto_ports=True,
         threads=args.threads,
+        proxy_args=SPLIT_ALL,
     )
     prompts = Prompts(spec.model, args.seed)
     with (
-        running(spec, quiet_console()) as apart,
-        running(replace(spec, topology=Topology(0, 1)), quiet_console()) as together,
+        running(spec, quiet_terminal()) as apart,
+        running(replace(spec, topology=Topology(0, 1)), quiet_terminal()) as together,
     ):
         askers = {"1p1d": Asker(apart.url), "0p1d": Asker(together.url)}
         timed: dict[tuple[str, int], list[Timed]] = {(name, length): [] for name in askers for length in lengths}

@@ -1,4 +1,4 @@
-"""vLLM's own ``vllm bench serve``, in a process that goes on to live.
+"""vLLM's ``vllm bench serve``, in a process that stays alive.
 
 Importing vLLM takes longer than some loads do. So a process is started with the servers, imports while they load their
 models, and then runs one load after another: each is vLLM's command line, as a shell would call it.
@@ -19,7 +19,7 @@ from benchmarks.gpu._servers import NAME, Plan
 
 
 class Client:
-    """The handle of one such process."""
+    """The handle of such a process."""
 
     def __init__(self, plan: Plan, log: Path, cores: Iterable[int] | None) -> None:
         self._plan = plan
@@ -42,7 +42,7 @@ class Client:
     def load(  # noqa: PLR0917 -- of one load
         self, port: int, folder: Path, tag: str, rate: float, prompts: int, seed: int
     ) -> dict[str, Any]:
-        """One load; returns what vLLM's client saved, and how long it took altogether."""
+        """Run one load. Returns what vLLM's client saved, and its duration."""
         plan = self._plan
         folder.mkdir(parents=True, exist_ok=True)
         arguments = [
@@ -73,7 +73,6 @@ class Client:
         return saved | {"client_seconds": time.monotonic() - began}
 
     def close(self) -> None:
-        """End it."""
         with contextlib.suppress(OSError):
             assert self._process.stdin is not None
             self._process.stdin.close()
@@ -85,9 +84,9 @@ class Client:
 
 
 def main() -> None:
-    """In the process itself: a line of JSON is a load, and is answered with one."""
+    """The process: each line of JSON is a load, and gets a line as its answer."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever is printed besides goes to the log
+    os.dup2(2, 1)  # all other output goes to the log
     import vllm.entrypoints.cli.main as command_line  # noqa: PLC0415 -- seconds
 
     # The command line imports what it runs; so that this does not fall into the first load, it is asked for help.
@@ -106,7 +105,7 @@ def main() -> None:
                 command_line.main()
             except SystemExit as end:
                 status = end.code or 0
-            except Exception as error:  # noqa: BLE001 -- told to whoever asked
+            except Exception as error:  # noqa: BLE001 -- sent to the caller
                 print(repr(error), file=sys.stderr)
                 status = 1
             sys.stdout.flush()

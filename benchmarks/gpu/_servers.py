@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ LEAST_CORES = 4
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """A part of a machine on which several systems are measured side by side: GPUs, cores and ports of its own."""
+    """A part of a machine for one of several systems measured side by side: GPUs, cores and ports."""
 
     number: int = 0
     of: int = 1
@@ -36,17 +37,17 @@ class Lane:
     shift: int = 0  #: added to every port, on a machine where some are taken
 
     def port(self, base: int) -> int:
-        """Where its ports of one kind begin."""
+        """The first of its ports of one kind."""
         return base + LANE_PORTS * self.number + self.shift
 
     def half(self, number: int) -> tuple[int, ...]:
-        """A share of its cores for one of two halves; all, where there are too few."""
+        """One half's share of its cores; all cores, if there are too few."""
         middle = len(self.cores) // 2
         return self.cores[middle * number : middle * (number + 1)] if middle >= LEAST_CORES else self.cores
 
 
 def lane_of(number: int, of: int, shift: int = 0) -> Lane:
-    """An equal share of the cores that this process may use, neighbours together; all, where there are too few."""
+    """An equal share of neighbouring cores of this process; all cores, if there are too few."""
     cores = sorted(os.sched_getaffinity(0))
     share = len(cores) // of
     own = cores[share * number : share * (number + 1)] if share >= LEAST_CORES else cores
@@ -83,7 +84,7 @@ class Plan:
 
 @dataclass(slots=True)
 class Processes:
-    """Everything that was started, ended by pid."""
+    """Everything that was started; ended by pid."""
 
     logs: Path
     running: list[tuple[str, subprocess.Popen[bytes]]] = field(default_factory=list)
@@ -91,7 +92,7 @@ class Processes:
     def start(
         self, name: str, command: list[str], environment: dict[str, str], cores: tuple[int, ...] | None = None
     ) -> None:
-        """Start one in a process group of its own, on some of our cores or on all."""
+        """Start a process group, on some of our cores or on all."""
         with (self.logs / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | environment, start_new_session=True
@@ -101,14 +102,14 @@ class Processes:
         self.running.append((name, process))
 
     def require_alive(self) -> None:
-        """Raise with the end of the log if one has ended."""
+        """Raise with the end of the log if a process has ended."""
         for name, process in self.running:
             if process.poll() is not None:
                 tail = (self.logs / f"{name}.log").read_text(errors="replace")[-4000:]
                 raise SystemExit(f"{name} ended with status {process.returncode}:\n{tail}")
 
     def stop(self, only: str = "") -> None:
-        """End all, or those whose names begin so: politely, then not."""
+        """End all, or those with this prefix: first SIGTERM, then SIGKILL."""
         ending = [process for name, process in self.running if name.startswith(only)]
         for number, seconds in ((signal.SIGTERM, 20.0), (signal.SIGKILL, 10.0)):
             for process in ending:
@@ -123,7 +124,7 @@ class Processes:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a server runs: its number among all, its GPU (or core), its port, and which half it belongs to."""
+    """Where a server runs: its number, its GPU (or core), its port, and its half."""
 
     number: int
     gpu: int
@@ -132,12 +133,11 @@ class Place:
 
     @property
     def url(self) -> str:
-        """Its address."""
         return f"http://127.0.0.1:{self.port}"
 
 
 def places(plan: Plan) -> tuple[list[Place], list[Place]]:
-    """Prefill and decode servers, GPUs dealt out in that order and from the beginning again where they are too few."""
+    """Prefill and decode servers; GPUs are dealt out in that order, and repeatedly if there are too few."""
     total, lane = plan.num_prefill + plan.num_decode, plan.lane
     gpus = plan.gpus
     if not gpus:
@@ -152,7 +152,7 @@ def places(plan: Plan) -> tuple[list[Place], list[Place]]:
 
 @dataclass(frozen=True, slots=True)
 class Front:
-    """A proxy before some of the servers."""
+    """A proxy before some servers."""
 
     name: str
     port: int
@@ -163,7 +163,6 @@ class Front:
 
     @property
     def gpus(self) -> set[int]:
-        """Of its servers."""
         return {place.gpu for place in (*self.prefill, *self.decode)}
 
 
@@ -217,7 +216,7 @@ def server(plan: Plan, processes: Processes, name: str, place: Place, kv: dict[s
 
 
 def start_system(plan: Plan, processes: Processes, system: str) -> None:
-    """Start a system's servers, all at once, and wait until they serve."""
+    """Start all servers of a system, and wait until they serve."""
     prefill, decode = places(plan)
     if system == "aggregated":
         for place in (*prefill, *decode):
@@ -239,13 +238,13 @@ def start_system(plan: Plan, processes: Processes, system: str) -> None:
         wait_for(place.url + "/health", processes, plan.ready_seconds)
 
 
-def start_front(processes: Processes, system: str, front: Front) -> None:
-    """Start a proxy, and wait until it serves."""
+def start_front(processes: Processes, system: str, front: Front, arguments: Sequence[str] = ()) -> None:
+    """Start a proxy, kvbelt's with these further arguments, and wait until it serves."""
     proxy = [sys.executable, "-m", "kvbelt", "proxy", "--port", str(front.port), "--notify-port", str(front.notify)]
     if system == "aggregated":
         proxy += ["--num-prefillers", "0", *_hosts("decode", [*front.prefill, *front.decode])]
     elif system == "kvbelt":
-        proxy += [*_hosts("prefill", front.prefill), *_hosts("decode", front.decode)]
+        proxy += [*_hosts("prefill", front.prefill), *_hosts("decode", front.decode), *arguments]
     else:
         proxy = [sys.executable, str(HERE / "nixl_proxy.py"), "--port", str(front.port)]
         proxy += ["--prefill", *(place.url for place in front.prefill)]
@@ -257,7 +256,7 @@ def start_front(processes: Processes, system: str, front: Front) -> None:
 
 
 class Relay:
-    """Hands on to one proxy what prefill servers say that were told to report to others, which have ended."""
+    """Forwards to one proxy the notifications of prefill servers that report to proxies which have ended."""
 
     def __init__(self, old: list[int], new: int) -> None:
         self._context = zmq.Context()
@@ -274,7 +273,6 @@ class Relay:
             zmq.proxy(here, there)
 
     def close(self) -> None:
-        """End it."""
         self._context.term()
         for thread in self._threads:
             thread.join()
@@ -287,7 +285,7 @@ def _hosts(role: str, side: list[Place]) -> list[str]:
 
 
 def get(url: str, timeout: float = 5.0) -> bytes:
-    """GET.
+    """GET a URL.
 
     Raises:
         OSError: no answer, or a status other than 200.
@@ -297,7 +295,7 @@ def get(url: str, timeout: float = 5.0) -> bytes:
 
 
 def wait_for(url: str, processes: Processes, seconds: float) -> None:
-    """Until it answers."""
+    """Wait until the server answers."""
     give_up = time.monotonic() + seconds
     while True:
         with contextlib.suppress(OSError):
@@ -310,7 +308,7 @@ def wait_for(url: str, processes: Processes, seconds: float) -> None:
 
 
 def wait_for_receiver(processes: Processes, port: int) -> None:
-    """Until the proxy knows both servers' belts."""
+    """Wait until the proxy knows the belts of both servers."""
     give_up = time.monotonic() + 30
     while time.monotonic() < give_up:
         workers = json.loads(get(f"http://127.0.0.1:{port}/health"))["workers"]

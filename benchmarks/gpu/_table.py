@@ -1,4 +1,4 @@
-"""The table of what ``serving.py`` has measured."""
+"""The table of the results of ``serving.py``."""
 
 import json
 import statistics
@@ -13,11 +13,6 @@ HEAD = (
 
 
 def cells(system: str, run: dict[str, Any]) -> list[str]:
-    """One row.
-
-    ``beside`` counts loads that ran on the machine's other GPUs at the same time; ``gap 2`` is from the first token to
-    the second, ``exposed`` from the end of prefill to the commit.
-    """
     saved = run["bench"]
     exposed = sorted(
         request["transfer"]["exposed_ms"]
@@ -37,12 +32,11 @@ def cells(system: str, run: dict[str, Any]) -> list[str]:
 
 
 def line_of(system: str, run: dict[str, Any]) -> str:
-    """One row, as it is measured."""
     return "| " + " | ".join(f"{name} {cell}" for name, cell in zip(HEAD, cells(system, run), strict=True)) + " |"
 
 
 def print_table(out: Path, systems: Sequence[str]) -> None:
-    """All systems that have been run, side by side; milliseconds."""
+    """Print all measured systems side by side, in milliseconds."""
     print("| " + " | ".join(HEAD) + " |")
     print("|" + "---|" * len(HEAD))
     for system in systems:
@@ -58,10 +52,7 @@ def print_table(out: Path, systems: Sequence[str]) -> None:
 
 
 def ways_of(lines: Sequence[str]) -> "Ways":
-    """What became of the requests that a decode server has loaded, up to the second time each was scheduled.
-
-    That is when its first token here, the answer's second, is on its way.
-    """
+    """What happened to the requests that a decode server has loaded, up to the second step of each."""
     by_request: dict[str, list[tuple[float, str]]] = {}
     for line in lines:
         noted = json.loads(line)
@@ -79,10 +70,9 @@ def ways_of(lines: Sequence[str]) -> "Ways":
 
 
 class Ways(dict[tuple[str, ...], list[dict[str, float]]]):
-    """Requests by the order of what became of them."""
+    """Requests by the sequence of what happened to them."""
 
     def most_common(self, number: int) -> list[tuple[tuple[str, ...], list[dict[str, float]]]]:
-        """The ways that most have gone."""
         return sorted(self.items(), key=lambda way: -len(way[1]))[:number]
 
 

@@ -4,12 +4,12 @@
     python benchmarks/gpu/belt.py --gpus 0,0          # both processes on one GPU: the bytes count, the times do not
     python benchmarks/gpu/belt.py --device cpu --tokens 500 --layers 4 --rounds 3 --buffer-gb 0.25 --compute-ms 0
 
-Two processes do what vLLM's model runners do: the one computes (matrix products that take as long as a layer would),
-and hands each layer's blocks over as the connector does; the other has them loaded into blocks of its own. Every
-block's bytes are a function of layer, block and round, so the receiver can tell every wrong one.
+Two processes act as vLLM's model runners. One computes (matrix products that take as long as a layer), and hands each
+layer's blocks over as the connector does; the other loads them into its blocks. Every block's bytes are a function of
+layer, block and round, so the receiver recognises every wrong block.
 
-First come the cases whose times mean something, then every combination of block size, chunk size and prompts at a time,
-for the bytes alone. The last case is a control: the sender spoils one block in each round, and the run fails if the
+First come the timed cases, then every combination of block size, chunk size and prompts at a time, which only compare
+the bytes. The last case is a control: the sender spoils one block in each round, and the run fails if the
 receiver does not find it.
 
 Times are of one clock (both processes run on one machine): **handover** is from the end of the computation on the
@@ -36,12 +36,13 @@ from typing import Any
 import msgspec
 import torch
 
+from kvbelt.belt_setup import channel_for, make_belt
 from kvbelt.transfer.ports import ReceivedKV
-from kvbelt.vllm.belt_setup import channel_for, make_belt
+from kvbelt.transfer.settings import BeltIdentity
 from kvbelt.vllm.compute import CpuCompute, CudaCompute
-from kvbelt.vllm.orders import Claim, Load, Orders, Send, Written
 from kvbelt.vllm.pages import Pages, pages_of
 from kvbelt.vllm.settings import load_settings
+from kvbelt.vllm.step_messages import Claim, Load, Send, StepCommands, Written
 from kvbelt.vllm.worker_side import WorkerSide
 from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff, ReceiverAddress
 from kvbelt.wire.ids import EngineId, TransferId
@@ -75,7 +76,7 @@ class Shape:
 
 
 def content(pages: Pages, layer: int, block_ids: torch.Tensor, salt: int) -> torch.Tensor:
-    """What these blocks hold: ``int64 [blocks, words]``."""
+    """The contents of these blocks: ``int64 [blocks, words]``."""
     words = pages.rows[0].shape[1] // 8
     inside = torch.arange(words, device=block_ids.device, dtype=torch.int64)
     return (block_ids[:, None] * words + inside + layer * 1_000_003 + salt * 7_919) * _MIXER
@@ -99,30 +100,30 @@ class Side:
         settings = load_settings(role, {"pd_buffer_size": shape.buffer_bytes}, shape.device, {})
         engine_id = EngineId(uuid.uuid4().hex)
         channel = channel_for(settings, engine_id, self.device)
-        self.belt = make_belt(settings, channel, self.layout, self.pages, engine_id, "bench", "bench")
+        identity = BeltIdentity(engine_id, settings.role, "bench", "bench", self.layout)
+        self.belt = make_belt(settings, identity, channel, self.pages.rows)
         self.belt.start()
         self.compute = CudaCompute(self.device) if shape.device == "cuda" else CpuCompute()
         self.side = WorkerSide(self.belt, shape.layers, self.compute)
 
     def close(self) -> None:
-        """End."""
         self.belt.close()
         self.side.close()
         self.compute.close()
 
 
 def say(**message: Any) -> None:
-    """To the parent."""
+    """Write to the parent."""
     print(json.dumps(message), flush=True)
 
 
 def hear() -> dict[str, Any]:
-    """From the parent."""
+    """Read from the parent."""
     return dict(json.loads(sys.stdin.readline()))
 
 
 class Work:
-    """Something for the device to do, of a known length."""
+    """Work of a known duration for the device."""
 
     def __init__(self, device: torch.device, milliseconds: float) -> None:
         self._times = 0
@@ -140,7 +141,7 @@ class Work:
         self._times = max(1, round(milliseconds / one))
 
     def do(self) -> None:
-        """Queue it."""
+        """Queue the work."""
         for _ in range(self._times):
             torch.mm(self._matrix, self._matrix, out=self._out)
 
@@ -166,7 +167,7 @@ def prefill(shape: Shape, case: Case) -> None:
                 if first_step
             ]
             written = [Written(name, done, tuple(ids[done:ready]), last) for name, ids in tables.items()]
-            me.side.begin_step(Orders(sends=tuple(sends), written=tuple(written)))
+            me.side.begin_step(StepCommands(sends=tuple(sends), written=tuple(written)))
             for layer in range(shape.layers):
                 work.do()
                 # Only what this step computes; blocks computed before must still hold what they held.
@@ -193,7 +194,7 @@ def prefill(shape: Shape, case: Case) -> None:
             asked = set()
             held -= sent
             time.sleep(0.0005)
-        failed = {name: reason for name, reason in me.side.take_news().sent.items() if reason}
+        failed = {name: reason for name, reason in me.side.take_report().sent.items() if reason}
         exposed = me.belt.snapshot().exposed_seconds
         say(computed=computed, failed=failed, exposed=[exposed.total * 1000, exposed.count])
     me.close()
@@ -208,7 +209,7 @@ def decode(shape: Shape, case: Case) -> None:
         salt, theirs, ours = int(order["round"]), order["theirs"], order["ours"]
         claims = tuple(Claim(name, DecodeHandoff(TransferId(name), 60.0)) for name in ours)
         loads = tuple(Load(name, 0, tuple(ids), shape.tokens) for name, ids in ours.items())
-        me.side.begin_step(Orders(claims=claims, loads=loads))
+        me.side.begin_step(StepCommands(claims=claims, loads=loads))
         me.side.end_step()
         times: dict[str, float] = {}
         while len(times) < len(ours):
@@ -226,16 +227,16 @@ def decode(shape: Shape, case: Case) -> None:
             row.zero_()
         if shape.device == "cuda":
             torch.cuda.synchronize()
-        news = me.side.take_news().received
+        news = me.side.take_report().received
         say(loaded=times, wrong=wrong, lost={name: reason for name, reason in news.items() if reason}, fills=fills)
         fills.clear()
     me.close()
 
 
 def watch_fills(me: Side) -> list[float]:
-    """Milliseconds of each copy into blocks, as they end."""
+    """Milliseconds of each copy into blocks."""
     fills: list[float] = []
-    loading = me.side._loading  # noqa: SLF001 -- what is watched
+    loading = me.side.loading
     plain = loading._fill  # noqa: SLF001
 
     def fill(request_id: str, received: ReceivedKV, load: Load) -> str:
@@ -249,14 +250,14 @@ def watch_fills(me: Side) -> list[float]:
 
 
 def tell(process: subprocess.Popen[str], message: dict[str, Any]) -> None:
-    """To a child."""
+    """Write to a child."""
     assert process.stdin is not None
     process.stdin.write(json.dumps(message) + "\n")
     process.stdin.flush()
 
 
 def told(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """From a child."""
+    """Read from a child."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("{"):
@@ -266,7 +267,7 @@ def told(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def child(side: str, shape: Shape) -> None:
-    """One of the two processes: case after case, as the parent says."""
+    """One of the two processes: runs the cases that the parent sends."""
     while (given := hear()).get("case") is not None:
         (prefill if side == "prefill" else decode)(shape, Case(**given["case"]))
         gc.collect()
@@ -290,7 +291,7 @@ def start(shape: Shape, gpus: list[int]) -> list[subprocess.Popen[str]]:
 
 
 def end(processes: list[subprocess.Popen[str]]) -> None:
-    """Ask them, then see to it."""
+    """End both, by signal if need be."""
     for process in processes:
         if process.poll() is None and process.stdin is not None:
             with contextlib.suppress(OSError):
@@ -304,7 +305,7 @@ def end(processes: list[subprocess.Popen[str]]) -> None:
 
 
 def run_case(shape: Shape, case: Case, processes: list[subprocess.Popen[str]]) -> dict[str, Any]:
-    """Both processes through all rounds of a case."""
+    """Run all rounds of a case."""
     sender, receiver = processes
     for process in processes:
         tell(process, {"case": msgspec.to_builtins(case)})
@@ -351,7 +352,7 @@ def run_case(shape: Shape, case: Case, processes: list[subprocess.Popen[str]]) -
 
 
 def cases_of(tokens: int, compute_ms: float, rounds: int, *, brief: bool = False) -> list[Case]:
-    """Those that are timed, then every combination (or a few), then the control."""
+    """The timed cases, then every combination (or a few), then the control."""
     timed = [
         Case(16, tokens, 1, compute_ms, rounds),
         Case(16, tokens, 1, 0.0, rounds),
@@ -375,7 +376,6 @@ _HEADER = (
 
 
 def row_of(case: Case, result: dict[str, Any]) -> str:
-    """One case, a row of the table."""
     wrong = f"{result['wrong']} of {case.rounds} spoiled" if case.spoiled else result["wrong"]
     cells = (
         *(case.block_size, case.chunk_tokens, case.concurrent, f"{case.compute_ms:.0f}", f"{result['megabytes']:.0f}"),
@@ -387,7 +387,6 @@ def row_of(case: Case, result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

@@ -1,7 +1,7 @@
-"""Writes the folder of a Llama-3.1-8B without weights: for ``--load-format dummy``, where speed matters, not sense.
+"""Writes the folder of a Llama-3.1-8B without weights, for ``--load-format dummy``, where only speed matters.
 
     python benchmarks/gpu/dummy_model.py FOLDER
-    python benchmarks/gpu/dummy_model.py FOLDER --small    # 8 layers of 1024, with random weights of its own
+    python benchmarks/gpu/dummy_model.py FOLDER --small    # 8 layers of 1024, with random weights
 
 vLLM's dummy weights are so small that an answer hardly depends on its prompt. The small model's does: wrong KV shows.
 The tokenizer is one word a token (``t17``), so that a random text of n words is n tokens.

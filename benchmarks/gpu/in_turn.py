@@ -1,4 +1,4 @@
-"""kvbelt's 1p1d with several settings, all up at once on one GPU, loaded in turn.
+"""kvbelt's 1p1d with several settings, all running on one GPU and loaded in turn.
 
     python -m benchmarks.gpu.in_turn --variant as-it-is --variant KVBELT_BESIDE=1 --variant pd_verify=off
 
@@ -26,16 +26,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu._client import Client
+from benchmarks.gpu._facts import own_metrics, verify, versions
 from benchmarks.gpu._servers import Lane, Plan, places, start_front, start_system, whole_of
 from benchmarks.gpu._table import print_table
-from benchmarks.gpu.serving import Measurement, own_metrics, verify, versions
+from benchmarks.gpu.serving import Measurement
 
 SYSTEM = "kvbelt"
 GIB = 1 << 30
 
 
 def plan_of(args: argparse.Namespace, number: int, variant: str) -> Plan:
-    """One variant's."""
+    """The plan of one variant."""
     name, told, value = variant.partition("=")
     own = name.startswith("pd_")
     lane = Lane(number, len(args.variant), tuple(sorted(os.sched_getaffinity(0))), args.port_shift)
@@ -71,7 +72,7 @@ class Variant:
         self.client = Client(plan, self.measured.logs / "client.log", None)
 
     def start(self) -> None:
-        """Servers, proxy; a warm-up; whether answers are right."""
+        """Start servers and proxy, warm them up, and check the answers."""
         measured, plan = self.measured, self.measured.plan
         start_system(plan, measured.processes, SYSTEM)
         start_front(measured.processes, SYSTEM, whole_of(plan))
@@ -79,19 +80,19 @@ class Variant:
         measured.result["start_seconds"] = time.monotonic() - measured.began
 
     def warm(self) -> None:
-        """Every shape of the load; and whether answers are right."""
+        """Send every shape of the load, and check the answers."""
         measured, plan = self.measured, self.measured.plan
-        measured.warm(whole_of(plan), self.client)
-        measured.result["verified"] = verify(plan)
+        front = whole_of(plan)
+        measured.warm(front, self.client)
+        measured.result["verified"] = verify(front.prefill[0].url, front.decode[0].url, plan.input_len)
         print(f"{plan.out.name}: verified: {measured.result['verified']}", flush=True)
 
     def load(self, rate: float, seed: int) -> None:
-        """One load."""
         front = whole_of(self.measured.plan)
         self.measured.note(self.measured.load(front, self.client, rate, seed) | {"beside": 0})
 
     def end(self) -> None:
-        """Keep what the servers tell, and end them."""
+        """Keep what the servers report, and end them."""
         measured, plan = self.measured, self.measured.plan
         with contextlib.suppress(OSError):
             measured.result["worker_metrics"] = {
@@ -104,7 +105,7 @@ class Variant:
 
 
 def medians(variant: Variant, rate: float) -> dict[str, float]:
-    """Of every request of one rate: gap before the second token, exposed transfer, time between tokens; ms."""
+    """Medians of one rate, in ms: gap before the second token, exposed transfer, time between tokens."""
     runs = [run for run in variant.measured.result["runs"] if run["rate"] == rate]
     gaps = [gaps[0] * 1000 for run in runs for gaps in run["bench"]["itls"] if gaps]
     between = [gap * 1000 for run in runs for gaps in run["bench"]["itls"] for gap in gaps[1:]]
@@ -119,7 +120,6 @@ def medians(variant: Variant, rate: float) -> dict[str, float]:
 
 
 def main() -> None:
-    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--variant", action="append", required=True, metavar="NAME[=VALUE]")
     parser.add_argument("--model", type=Path, default=Path("/tmp/llama8b"))  # noqa: S108 -- a default for a bare machine
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--port-shift", type=int, default=0, metavar="N", help="added to every port")
     parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="no round begins later")
     args = parser.parse_args()
-    # Whoever ends this ends the servers too.
+    # SIGTERM ends the servers, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began = time.monotonic()
     variants: list[Variant] = []
