@@ -8,6 +8,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import cast
 
 PROMPT_TOKENS = 7500
@@ -17,27 +18,24 @@ _CREATED = 1_700_000_000
 
 
 def prompt_ids() -> list[int]:
-    """Ids as a tokenizer of 49,152 entries gives them: mostly four or five digits."""
+    """Token ids as of a vocabulary of 49,152: mostly four or five digits."""
     return [i * 7919 % 49152 for i in range(PROMPT_TOKENS)]
 
 
 def request(prompt: str | list[int]) -> bytes:
-    """A client's request."""
-    body = json.dumps(
-        {"model": "m", "prompt": prompt, "max_tokens": DECODE_EVENTS + 1, "stream": True, "temperature": 0},
-        separators=(",", ":"),
-    ).encode()
-    return post(body)
+    """What a client asks a proxy."""
+    return post(prompt=prompt, max_tokens=DECODE_EVENTS + 1, stream=True, temperature=0)
 
 
-def post(body: bytes) -> bytes:
-    """A completions request with this body."""
+def post(**fields: object) -> bytes:
+    """A completions request with these fields."""
+    body = json.dumps({"model": "m", **fields}, separators=(",", ":")).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
     return head % len(body) + body
 
 
 def text_prompt(num_bytes: int = 30_000) -> str:
-    """English-like text with the escapes that text has."""
+    """English-like text with the usual escapes."""
     line = 'The quick brown fox said "jumps" over the lazy dog, again and again.\n'
     return (line * (num_bytes // len(line) + 1))[:num_bytes]
 
@@ -47,12 +45,11 @@ def _whole(body: bytes, extra: bytes = b"") -> bytes:
     return head % (extra, len(body)) + body
 
 
-def prefill_answer() -> bytes:
-    """One token, with the prompt's ids."""
-    choice = {
-        "index": 0, "text": " first", "logprobs": None, "finish_reason": "length", "stop_reason": None,
-        "prompt_token_ids": prompt_ids(), "token_ids": [11],
-    }  # fmt: skip
+def prefill_answer(*, ids: bool) -> bytes:
+    """One token, and where they are asked for, its id and those of the prompt."""
+    choice = {"index": 0, "text": " first", "logprobs": None, "finish_reason": "length", "stop_reason": None}
+    if ids:
+        choice |= {"prompt_token_ids": prompt_ids(), "token_ids": [11]}
     body = {
         "id": "cmpl-x", "object": "text_completion", "created": _CREATED, "model": "m", "choices": [choice],
         "usage": {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": 1, "total_tokens": PROMPT_TOKENS + 1},
@@ -62,7 +59,7 @@ def prefill_answer() -> bytes:
 
 
 def decode_answer() -> bytes:
-    """A stream of events in one write."""
+    """A stream of events, in one write."""
     head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\nx-kvbelt-kv: received\r\n"
     parts = [head + b"transfer-encoding: chunked\r\n\r\n"]
     for i in range(DECODE_EVENTS):
@@ -80,28 +77,43 @@ def decode_answer() -> bytes:
 
 
 def health(role: str) -> bytes:
-    """The contract's health."""
+    """A worker's ``/health``."""
     receiver = {"engine_id": "d", "host": "127.0.0.1", "init_port": 7300, "alloc_port": 7400}
     body = {
         "status": "ok", "state": "ready", "role": role, "model": "m", "engine_id": role, "max_model_len": 131072,
-        "load": {"running": 0, "waiting": 0, "blocks_total": 1, "blocks_free": 1},
-        "receiver": receiver if role == "decode" else None,
+        "load": {"running": 0, "waiting": 0, "blocks_total": 1, "blocks_free": 1, "blocks_cached": 0},
+        "receiver": receiver if role == "decode" else None, "engine": "embedded",
     }  # fmt: skip
     return _whole(json.dumps(body).encode())
 
 
-class Engine(asyncio.Protocol):
-    """Answers every POST with the same bytes, and GET with its health."""
+@dataclass(slots=True)
+class Answered:
+    """What the engines have answered, all connections together."""
 
-    def __init__(self, answer: bytes, health_answer: bytes) -> None:
-        self._answer = answer
+    one_token: int = 0  #: prefill calls: the first half of a split request
+    streams: int = 0
+
+
+class Engine(asyncio.Protocol):
+    """Answers each POST with one token or a stream, as it asks, and every GET with its health.
+
+    As a real server, it returns token ids only to a proxy that asks for them, unless ``always_ids`` is set.
+    """
+
+    _STREAM, _ONE_TOKEN, _ONE_TOKEN_IDS = decode_answer(), prefill_answer(ids=False), prefill_answer(ids=True)
+    _TAIL = 1024  #: bytes at a body's end: whatever a request asks for stands behind its prompt
+
+    def __init__(self, health_answer: bytes, answered: Answered, *, always_ids: bool = False) -> None:
         self._health = health_answer
+        self._always_ids = always_ids
+        self._answered = answered
         self._missing = 0  # bytes of the body that have not come
         self._head = b""
+        self._tail = b""
         self._transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """A caller is there."""
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
@@ -114,7 +126,7 @@ class Engine(asyncio.Protocol):
             if end < 0:
                 self._head = data
                 return
-            self._head = b""
+            self._head = self._tail = b""
             if data.startswith(b"GET"):
                 self._transport.write(self._health)
                 return
@@ -122,12 +134,22 @@ class Engine(asyncio.Protocol):
             if at < 0:
                 at = data.find(b"ontent-Length: ", 0, end)
             self._missing = int(data[at + 15 : data.find(b"\r", at)]) - (len(data) - end - 4)
+        self._tail = (self._tail + data[-self._TAIL :])[-self._TAIL :]
         if self._missing == 0:
-            self._transport.write(self._answer)
+            self._answer(self._tail)
+
+    def _answer(self, asked: bytes) -> None:
+        if b'"stream":true' in asked:
+            self._answered.streams += 1
+            self._transport.write(self._STREAM)
+        else:
+            self._answered.one_token += 1
+            ids = self._always_ids or b'"return_token_ids":true' in asked
+            self._transport.write(self._ONE_TOKEN_IDS if ids else self._ONE_TOKEN)
 
 
 class Client(asyncio.Protocol):
-    """One request after the other; ``done`` is called at the end of each with its first body byte's time."""
+    """Sends one request after the other; ``done`` gets the time of each answer's first byte."""
 
     def __init__(self, requests: list[bytes], done: Callable[["Client", float], bool]) -> None:
         self._requests = requests  # sent in turn; the first token of a both-legs client is the first one's answer
@@ -141,11 +163,9 @@ class Client(asyncio.Protocol):
         self.peers: list[Client] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Connected."""
         self._transport = cast(asyncio.Transport, transport)
 
     def send(self) -> None:
-        """Begin a request."""
         self._first = 0.0
         self._tail = b""
         self._missing = -1
@@ -162,12 +182,11 @@ class Client(asyncio.Protocol):
             self.send()
 
     def close(self) -> None:
-        """Close."""
         self._transport.abort()
 
 
 class BothLegs(Client):
-    """A client that asks both engines itself: what the proxies' figures are compared with."""
+    """A client that calls both engines itself; the proxies' figures are compared with its."""
 
     def __init__(self, requests: list[bytes], done: Callable[["Client", float], bool], decode: Client | None) -> None:
         super().__init__(requests, done)
