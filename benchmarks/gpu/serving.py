@@ -20,27 +20,22 @@ tells nothing about speed under load.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-import urllib.request
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu._client import Client
+from benchmarks.gpu._facts import mean_utilisation, own_metrics, utilisation, verify, versions
 from benchmarks.gpu._servers import (
-    NAME,
     Front,
     Plan,
     Processes,
@@ -61,106 +56,8 @@ SYSTEMS = ("aggregated", "nixl", "kvbelt")
 LOAD_OVERHEAD = 20.0
 
 
-def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    """POST to a completions endpoint.
-
-    Raises:
-        OSError: no answer, or a status other than 200.
-    """
-    data = json.dumps({"model": NAME, "temperature": 0, "return_token_ids": True, "ignore_eos": True} | body).encode()
-    request = urllib.request.Request(url + "/v1/completions", data, {"content-type": "application/json"})  # noqa: S310
-    with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310 -- our own servers
-        return dict(json.loads(answer.read()))
-
-
-def verify(plan: Plan) -> list[dict[str, Any]]:
-    """Continue prompts on decode from prefill's KV, and again without it.
-
-    The two differ by rounding: one computes the last prompt token with the rest, the other by itself. ``control`` is
-    what a difference would look like: the same first token after a prompt of which the first tenth is another.
-    """
-    prefill, decode = (side[0].url for side in places(plan))
-    who = post(decode, {"prompt": [1], "max_tokens": 1, "kv_transfer_params": {"kvbelt": "describe"}})
-    receiver = who["kv_transfer_params"]["receiver"]
-    found: list[dict[str, Any]] = []
-    for number, share in enumerate((0.01, 0.1, 0.5, 1.0)):
-        size = max(3, int(plan.input_len * share))
-        prompt = [3 + (number * 7919 + place * 104_729) % 40_000 for place in range(size)]
-        name = f"verify-{number}"
-        handoff = {"transfer_id": name, "receiver": receiver, "deadline_seconds": 60}
-        first = post(prefill, {"prompt": prompt, "max_tokens": 1, "kv_transfer_params": handoff})
-        body = {"prompt": prompt + first["choices"][0]["token_ids"], "max_tokens": 16, "logprobs": 1}
-        loaded = post(decode, body | {"kv_transfer_params": {"transfer_id": name, "deadline_seconds": 60}})
-        computed = post(decode, body)
-        tenth = max(1, size // 10)
-        changed = [token + 1 for token in prompt[:tenth]] + body["prompt"][tenth:]
-        control = post(decode, body | {"prompt": changed})
-        one, other, third = (answer["choices"][0] for answer in (loaded, computed, control))
-        pairs = list(zip(one["token_ids"], other["token_ids"], strict=True))
-        same = next((place for place, (mine, theirs) in enumerate(pairs) if mine != theirs), len(pairs))
-        logprobs = zip(
-            one["logprobs"]["token_logprobs"][:same], other["logprobs"]["token_logprobs"][:same], strict=True
-        )
-        found.append(
-            {
-                "prompt_tokens": size,
-                "kv": loaded["kv_transfer_params"]["kv"],
-                "same_tokens": same,
-                "of": len(pairs),
-                "largest_logprob_difference": max((abs(mine - theirs) for mine, theirs in logprobs), default=None),
-                "control_tokens_same": sum(a == b for a, b in zip(third["token_ids"], other["token_ids"], strict=True)),
-                "control_first_logprob_difference": abs(
-                    third["logprobs"]["token_logprobs"][0] - other["logprobs"]["token_logprobs"][0]
-                ),
-            }
-        )
-    return found
-
-
-@contextlib.contextmanager
-def utilisation(device: str) -> Iterator[list[list[float]]]:
-    """Per sample: utilisation (%) and used memory (MiB) of each GPU, twice a second while the block runs."""
-    samples: list[list[float]] = []
-    if device != "cuda":
-        yield samples
-        return
-    query = [
-        "nvidia-smi",
-        "--query-gpu=index,utilization.gpu,memory.used",
-        "--format=csv,noheader,nounits",
-        "-lms",
-        "500",
-    ]
-    with subprocess.Popen(query, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        lines = process.stdout
-
-        def read() -> None:
-            samples.extend([float(part) for part in line.split(",")] for line in lines)
-
-        reader = threading.Thread(target=read)
-        reader.start()
-        try:
-            yield samples
-        finally:
-            process.terminate()
-            reader.join()
-
-
-def mean_utilisation(samples: list[list[float]]) -> dict[str, Any]:
-    """By GPU: mean utilisation, most memory."""
-    found: dict[str, Any] = {}
-    for index in sorted({int(sample[0]) for sample in samples}):
-        own = [sample for sample in samples if int(sample[0]) == index]
-        found[str(index)] = {
-            "utilisation": sum(sample[1] for sample in own) / len(own),
-            "memory_mib": max(sample[2] for sample in own),
-        }
-    return found
-
-
 class Measurement:
-    """One system: its processes, and what has been found so far."""
+    """One system: its processes, and the results so far."""
 
     def __init__(self, plan: Plan, system: str) -> None:
         self.plan, self.system = plan, system
@@ -177,7 +74,7 @@ class Measurement:
         }
 
     def fits(self, what: str, seconds: float) -> bool:
-        """Whether there is time for it; what there is none for is noted."""
+        """Whether there is time for it; if not, that is recorded."""
         fits = time.monotonic() - self.began + seconds <= self.plan.budget_seconds
         if not fits:
             self.result["left_out"].append(what)
@@ -185,13 +82,13 @@ class Measurement:
         return fits
 
     def note(self, run: dict[str, Any]) -> None:
-        """Keep it, whatever comes after it."""
+        """Keep a result, whatever comes after it."""
         self.result["runs"].append(run)
         self.save()
         print(line_of(self.system, run), flush=True)
 
     def save(self) -> None:
-        """Write what there is."""
+        """Write the results so far."""
         (self.plan.out / f"{self.system}.json").write_text(json.dumps(self.result))
 
     def load(self, front: Front, client: Client, rate: float, seed: int) -> dict[str, Any]:
@@ -213,22 +110,16 @@ class Measurement:
         return run
 
     def prompts(self, rate: float) -> int:
-        """How many make a load."""
+        """The number of prompts of a load."""
         return max(self.plan.min_prompts, round(self.plan.seconds * rate))
 
     def warm(self, front: Front, client: Client) -> None:
-        """Every server of it, every connection, and the shapes of the load."""
+        """Warm every server, every connection, and the shapes of the load."""
         client.load(front.port, self.logs, f"{front.name}-warm", 4.0, 8, 1)
 
 
-def own_metrics(url: str) -> list[str]:
-    """What a server's /metrics say of the belt."""
-    lines = get(url + "/metrics").decode().splitlines()
-    return [line for line in lines if line.startswith("kvbelt_") and "_bucket" not in line]
-
-
 def run_system(plan: Plan, system: str) -> None:
-    """Start, warm, load at each rate, write, end."""
+    """Start the system, warm it, load it at each rate, and write the results."""
     measured = Measurement(plan, system)
     processes, result = measured.processes, measured.result
     halves = halves_of(plan) if plan.halves else []
@@ -263,7 +154,7 @@ def run_system(plan: Plan, system: str) -> None:
 
 
 def measure_halves(measured: Measurement, halves: list[Front], clients: list[Client]) -> None:
-    """All halves at the same time, at each rate."""
+    """Measure all halves at the same time, at each rate."""
     plan = measured.plan
     for front in halves:
         start_front(measured.processes, measured.system, front)
@@ -281,12 +172,12 @@ def measure_halves(measured: Measurement, halves: list[Front], clients: list[Cli
 
 
 def measure_whole(measured: Measurement, client: Client) -> None:
-    """All servers together, at each rate."""
+    """Measure all servers together, at each rate."""
     plan, front = measured.plan, whole_of(measured.plan)
     start_front(measured.processes, measured.system, front)
     measured.warm(front, client)
     if measured.system == "kvbelt":
-        measured.result["verified"] = verify(plan)
+        measured.result["verified"] = verify(front.prefill[0].url, front.decode[0].url, plan.input_len)
         print(f"verified: {measured.result['verified']}", flush=True)
     for repetition in range(plan.repetitions):
         for number, rate in enumerate(plan.rates):
@@ -295,7 +186,7 @@ def measure_whole(measured: Measurement, client: Client) -> None:
 
 
 def start_lines(log: Path) -> list[str]:
-    """What a server's log says of where the time of its start went."""
+    """The lines of a server's log about the duration of its start."""
     telling = re.compile(r"took|takes|finished in|seconds", re.IGNORECASE)
     return [line for line in log.read_text(errors="replace").splitlines() if telling.search(line)][:40]
 
@@ -305,18 +196,8 @@ def _plain(plan: Plan) -> dict[str, Any]:
     return plain | {"model": plan.model.name, "out": plan.out.name}
 
 
-def versions(device: str) -> dict[str, Any]:
-    """Of what the figures depend on."""
-    found: dict[str, Any] = {name: importlib.metadata.version(name) for name in ("vllm", "torch", "nixl")}
-    found["python"] = sys.version.split()[0]
-    if device == "cuda":
-        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        found["gpus"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
-    return found
-
-
 def side_by_side(systems: list[str], arguments: list[str]) -> None:
-    """Each system in a process and a lane of its own, all at the same time."""
+    """Run each system in its process and lane, all at the same time."""
     shared = [argument for argument in arguments if argument != "--side-by-side"]
     at_once = []
     for number, system in enumerate(systems):
@@ -334,7 +215,7 @@ def side_by_side(systems: list[str], arguments: list[str]) -> None:
 
 
 def read_plan(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Plan:
-    """What the command line asks for."""
+    """The plan on the command line."""
     defaults = ["--load-format", "dummy", "--max-model-len", "9000", "--gpu-memory-utilization", "0.8"]
     if args.device == "cpu":
         defaults = ["--dtype", "float32", "--max-model-len", "2048", "--enforce-eager"]
@@ -372,7 +253,6 @@ def read_plan(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Plan
 
 
 def main() -> None:
-    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("what", choices=("run", "table"))
     parser.add_argument("--system", action="append", choices=SYSTEMS)
@@ -391,7 +271,7 @@ def main() -> None:
     parser.add_argument("--half-rate", action="append", type=float)
     parser.add_argument("--gpus", default="", help="one a server, prefill first: 0,1; 0,0 puts both on one")
     parser.add_argument(
-        "--side-by-side", action="store_true", help="all systems at once, on GPUs and cores of their own"
+        "--side-by-side", action="store_true", help="all systems at once, each on its own GPUs and cores"
     )
     parser.add_argument(
         "--lane", default="0/1", metavar="I/N", help="use the I-th of N shares of GPUs, cores and ports"
@@ -410,7 +290,7 @@ def main() -> None:
         print_table(args.out, SYSTEMS)
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    # Whoever ends this ends the servers too.
+    # SIGTERM ends the servers, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     systems = [args.only] if args.only else args.system or list(SYSTEMS)
     if args.side_by_side and not args.only:
