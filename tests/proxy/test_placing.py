@@ -1,8 +1,10 @@
 """Requests wait at the proxy for their place, within bounds, and give it back."""
 
 import asyncio
+from dataclasses import replace
 from time import monotonic
 
+import msgspec
 import pytest
 
 from kvbelt.routing.booking import Demand
@@ -10,6 +12,7 @@ from kvbelt.routing.levels import ServiceLevels
 from kvbelt.routing.placement import Mode
 from tests.proxy.standin import MAX_MODEL_LEN
 from tests.proxy.support import Deployment, async_test, eventually, generated
+from tests.wire.messages import STEPS
 
 #: Long enough for the next one to wait until it is computed.
 LONG = {"prompt": [5] * 4000, "max_tokens": 12, "temperature": 0, "stream": True}
@@ -20,11 +23,16 @@ def placement(deployment):
     return deployment.proxy.context.dispatcher.placement
 
 
+#: A prompt takes an hour, so no pause of this machine makes the proxy expect its end.
+SLOW = msgspec.structs.replace(STEPS, costs=replace(STEPS.costs, token=1.0, samples=100))
+
+
 class Busy(Deployment):
     """One worker, which is busy with a prompt until ``hold`` is set."""
 
     def __init__(self, **settings):
         super().__init__(prefill=0, decode=1, placement=Mode.ELASTIC, **settings)
+        self.decode[0].more_health = {"steps": msgspec.to_builtins(SLOW)}
         self.hold = self.decode[0].script.before_head = asyncio.Event()
 
     async def __aenter__(self):
