@@ -281,6 +281,8 @@ class Relay:
 def _hosts(role: str, side: list[Place]) -> list[str]:
     ports = ",".join(str(place.port) for place in side)
     number = {"prefill": "--num-prefillers", "decode": "--num-decoders"}[role]
+    if not side:
+        return [number, "0"]
     return [f"--{role}-host", "127.0.0.1", f"--{role}-port", ports, number, str(len(side))]
 
 

@@ -1,6 +1,7 @@
 """Placement under load: plain vLLM servers and kvbelt, all started once and then loaded one after the other.
 
     python -m benchmarks.gpu.placement start --model DIR            # on each of two GPUs a server of each kind
+    python -m benchmarks.gpu.placement start --model DIR --servers 1 --gpus 1       # one of each on one GPU: 0p1d
     python -m benchmarks.gpu.placement rows --system plain --system plain-least@1024 \
         --system 'elastic=--placement elastic --slo-itl-ms 50' --load even:6 --load poisson:4x120
     python -m benchmarks.gpu.placement table FILE...
@@ -10,15 +11,18 @@
 Servers outlive ``start``, and idle ones use no GPU. A load is sent to one system at a time: every system gets the same
 arrivals and prompts, after some requests to warm up.
 
-* ``plain[-least][@TOKENS]``: two plain servers. The client itself chooses: in turn, or the server with the fewest
+* ``plain[-least][@TOKENS]``: the plain servers. The client itself chooses: in turn, or the server with the fewest
   requests outstanding. No proxy is in the way, which favours these systems. TOKENS is what a step may have.
-* ``NAME=ARGUMENTS``: the servers with KVBeltConnector behind ``kvbelt proxy`` with these arguments as well.
+* ``NAME=ARGUMENTS``: the servers with KVBeltConnector behind ``kvbelt proxy`` with these arguments as well. The last
+  one is the decode server.
+* ``direct``: the same servers without the proxy. They answer whole requests, with an idle connector.
 * ``nixl``: 1p1d with NixlConnector behind the proxy of ``nixl_proxy.py`` (``start --kind nixl``).
 """
 
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -71,6 +75,7 @@ class System:
     least: bool = False
     tokens: int = 0  #: at most, of a step of plain servers; 0: as they were started
     arguments: tuple[str, ...] = ()
+    proxied: bool = True  #: False: the client chooses the server
 
 
 def parse_system(text: str) -> System:
@@ -82,12 +87,14 @@ def parse_system(text: str) -> System:
     name, told, arguments = text.partition("=")
     if told and re.fullmatch(r"[\w.-]+", name):
         return System(name, "kvbelt", arguments=tuple(shlex.split(arguments)))
-    if text == "nixl":
-        return System(text, "nixl")
+    if text in ("nixl", "direct"):
+        return System(text, "nixl" if text == "nixl" else "kvbelt", proxied=text == "nixl")
     plain = re.fullmatch(r"plain(-least)?(?:@(\d+))?", text)
     if plain is None:
-        raise ValueError(f"{text!r} is no system; examples: plain, plain-least@1024, nixl, 'NAME=--placement elastic'")
-    return System(text, "plain", plain[1] is not None, int(plain[2] or 0))
+        raise ValueError(
+            f"{text!r} is no system; examples: plain, plain-least@1024, direct, nixl, 'NAME=--placement elastic'"
+        )
+    return System(text, "plain", plain[1] is not None, int(plain[2] or 0), proxied=False)
 
 
 class Machine:
@@ -114,10 +121,10 @@ class Machine:
         return self.folder / f"plain{number}.limit"
 
 
-def places_of(kind: str, device: str) -> list[Place]:
-    """Two servers, each with a GPU (or core) of its own."""
-    units = len(CORES) if device == "cpu" else 2
-    return [Place(number, number % units, PORTS[kind] + number, 0) for number in range(2)]
+def places_of(kind: str, args: argparse.Namespace) -> list[Place]:
+    """The servers of a kind, dealt out to the GPUs (or cores)."""
+    units = len(CORES) if args.device == "cpu" else args.gpus
+    return [Place(number, number % units, PORTS[kind] + number, 0) for number in range(args.servers)]
 
 
 def plan_of(args: argparse.Namespace, machine: Machine) -> Plan:
@@ -140,7 +147,7 @@ def start(args: argparse.Namespace) -> None:
     machine, began = Machine(args.folder), time.monotonic()
     os.sched_setaffinity(0, SERVER_CORES)
     plan, processes = plan_of(args, machine), Processes(machine.logs)
-    places = {kind: places_of(kind, args.device) for kind in args.kind or ["plain", "kvbelt"]}
+    places = {kind: places_of(kind, args) for kind in args.kind or ["plain", "kvbelt"]}
     for kind, pair in places.items():
         for place in pair:
             start_server(plan, machine, processes, kind, place)
@@ -150,8 +157,7 @@ def start(args: argparse.Namespace) -> None:
             wait_for(place.url + "/health", processes, plan.ready_seconds)
     print(f"{len(processes.running)} servers serve after {time.monotonic() - began:.0f} s", flush=True)
     if "kvbelt" in places:
-        one, other = places["kvbelt"]
-        for prefill, decode in ((one, other), (other, one)):
+        for prefill, decode in itertools.permutations(places["kvbelt"], 2):
             found = verify(prefill.url, decode.url, plan.input_len)
             print(f"{prefill.port} to {decode.port}: {json.dumps(found)}", flush=True)
 
@@ -174,18 +180,17 @@ def start_server(plan: Plan, machine: Machine, processes: Processes, kind: str, 
 
 
 @contextlib.contextmanager
-def serving(system: System, machine: Machine, device: str) -> Iterator[tuple[list[int], Router]]:
+def serving(system: System, machine: Machine, places: list[Place]) -> Iterator[tuple[list[int], Router]]:
     """During the block: the ports that the client sends to, and the router that chooses among them."""
-    pair = places_of(system.kind, device)
-    if system.kind == "plain":
-        for place in pair:
+    if not system.proxied:
+        for place in places if system.kind == "plain" else ():
             limit = machine.step_limit(place.number)
             limit.with_suffix(".taken").unlink(missing_ok=True)
             limit.write_text(str(system.tokens or ""))
-        yield [place.port for place in pair], Router(2, least=system.least)
+        yield [place.port for place in places], Router(len(places), least=system.least)
         return
     processes = Processes(machine.logs)
-    front = Front(f"proxy-{system.name}", FRONT, NOTIFY, pair[:1], pair[1:], PROXY_CORES)
+    front = Front(f"proxy-{system.name}", FRONT, NOTIFY, places[:-1], places[-1:], PROXY_CORES)
     try:
         start_front(processes, system.kind, front, system.arguments)
         yield [FRONT], Router(1)
@@ -197,17 +202,18 @@ def measure(args: argparse.Namespace, machine: Machine, system: System, load: Lo
     """Warm one system, send one load, and return what was seen."""
     warming = dataclasses.replace(load, arrivals="even", rate=4.0, seconds=args.warm / 4)
     asked, first = questions(load, seed, NAME), questions(warming, 0, NAME)
-    with serving(system, machine, args.device) as (ports, router):
+    places = places_of(system.kind, args)
+    with serving(system, machine, places) as (ports, router):
         warm, _ = send(first, ports, router)
         if failed := [answer.error for answer in warm if answer.error]:
             raise SystemExit(f"{system.name}: {len(failed)} of {len(warm)} requests to warm up failed: {failed[0]}")
         if system.kind == "plain":
-            require_limit(system, machine)
+            require_limit(system, machine, places)
         with utilisation(args.device) as samples:
             answers, seconds = send(asked, ports, router)
         about: dict[str, Any] = {"arguments": system.arguments, "versions": versions(args.device)}
-        about["preemptions"] = [preemptions(place.url) for place in places_of(system.kind, args.device)]
-        if system.kind == "kvbelt":
+        about["preemptions"] = [preemptions(place.url) for place in places]
+        if system.kind == "kvbelt" and system.proxied:
             front = f"http://127.0.0.1:{FRONT}"
             about["metrics"] = own_metrics(front)
             add_records(answers, json.loads(get(front + "/kvbelt/requests?limit=1000"))["requests"])
@@ -220,13 +226,15 @@ def preemptions(url: str) -> list[str]:
     return [line for line in lines if line.startswith("vllm:num_preemptions_total")]
 
 
-def require_limit(system: System, machine: Machine) -> None:
-    """End the run unless both plain servers have taken the limit of a step."""
-    for number in range(2):
-        taken = machine.step_limit(number).with_suffix(".taken")
+def require_limit(system: System, machine: Machine, places: list[Place]) -> None:
+    """End the run unless all plain servers have taken the limit of a step."""
+    for place in places:
+        taken = machine.step_limit(place.number).with_suffix(".taken")
         told = taken.read_text() if taken.exists() else "not read"
         if told != str(system.tokens or told) or told == "not read":
-            raise SystemExit(f"{system.name}: server {number} has taken the step limit {told!r}, not {system.tokens}")
+            raise SystemExit(
+                f"{system.name}: server {place.number} has taken the step limit {told!r}, not {system.tokens}"
+            )
 
 
 def rows(args: argparse.Namespace) -> None:
@@ -290,6 +298,8 @@ def main() -> None:
         add = command[name].add_argument
         add("--folder", type=Path, default=folder, help="shared by all commands (default: %(default)s)")
         add("--device", choices=("cuda", "cpu"), default="cuda")
+        add("--servers", type=int, default=2, metavar="N", help="of each kind (default: %(default)d)")
+        add("--gpus", type=int, default=2, metavar="N", help="that the servers share (default: %(default)d)")
     add = command["start"].add_argument
     add("--model", type=Path, default=Path("/tmp/llama8b"))  # noqa: S108 -- likewise
     add("--kind", action="append", choices=tuple(PORTS), help="of servers (default: plain and kvbelt)")

@@ -6,9 +6,12 @@ from benchmarks.gpu.placement import System, parse_system
 
 def test_systems_are_read() -> None:
     """Plain servers have a router and a step limit; kvbelt's proxy gets any arguments."""
-    assert parse_system("plain-least@1024") == System("plain-least@1024", "plain", least=True, tokens=1024)
+    assert parse_system("plain-least@1024") == System(
+        "plain-least@1024", "plain", least=True, tokens=1024, proxied=False
+    )
     assert parse_system("B=--slo-itl-ms 50") == System("B", "kvbelt", arguments=("--slo-itl-ms", "50"))
     assert parse_system("fixed=") == System("fixed", "kvbelt")
+    assert parse_system("direct") == System("direct", "kvbelt", proxied=False)
 
 
 @pytest.mark.parametrize("text", ["plane", "plain@x", "a/b=--port 1"])
