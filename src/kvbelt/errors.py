@@ -35,6 +35,7 @@ class RequestError(KVBeltError):
         status: int = 400,
         kind: str = "invalid_request_error",
         param: str | None = None,
+        code: str | None = None,
         reason: str | None = None,
     ) -> None:
         super().__init__(message)
@@ -42,6 +43,7 @@ class RequestError(KVBeltError):
         self.message = message  #: what was wrong, with which value, and what to do
         self.kind = kind  #: OpenAI's ``error.type``
         self.param = param  #: the request field at fault, if one is
+        self.code = code or status  #: OpenAI's ``error.code`` where it has one, by which clients tell errors apart
         self.reason = reason  #: of ``wire/reasons.py``, where the fault is not the request's
 
 

@@ -85,6 +85,7 @@ class Standin:
         self.created = 1_700_000_000 if role == "prefill" else 1_700_000_007
         self.has_receiver = role != "prefill"
         self.more_health = {}
+        self.models = ["toy"]
         self.server = None
         self.port = 0
 
@@ -141,7 +142,8 @@ class Standin:
             assert set(params) == {"kvbelt", "receivers"}
             await self.greet(exchange, params["receivers"])
         elif path == "/v1/models":
-            answer(exchange, 200, {"object": "list", "data": [{"id": "toy", "object": "model"}]})
+            cards = [{"id": name, "object": "model"} for name in self.models]
+            answer(exchange, 200, {"object": "list", "data": cards})
         else:
             try:
                 await (self.answer_other if self.script.others and path not in COMPLETIONS else self.generate)(exchange)

@@ -13,14 +13,16 @@ import msgspec
 import uvloop
 
 from kvbelt.about import of_this_process
-from kvbelt.errors import StartError
-from kvbelt.http import JSON, Exchange, HttpError, Server, ServerLimits
+from kvbelt.errors import RequestError, StartError
+from kvbelt.http import JSON, Exchange, Server, ServerLimits
 from kvbelt.proxy.admin.access import Access
 from kvbelt.proxy.admin.console import Console
+from kvbelt.proxy.admin.http import MethodError, refuse
 from kvbelt.proxy.admin.workers_api import PATH, WorkersApi
 from kvbelt.proxy.context import Context
 from kvbelt.proxy.observe.records import Record
 from kvbelt.proxy.observe.request_log import RequestLog
+from kvbelt.proxy.request import models
 from kvbelt.proxy.request.handler import RequestHandler
 from kvbelt.proxy.request.other_routes import PassedRequest, route_of
 from kvbelt.proxy.settings import ProxySettings
@@ -35,7 +37,6 @@ log = logging.getLogger("kvbelt.proxy")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
 _CHAT = "/v1/chat/completions"
-_MAX_MODELS_BYTES = 4 * 1024 * 1024
 _encode = msgspec.json.Encoder().encode
 
 Route = Callable[[Exchange], Awaitable[None]]
@@ -63,7 +64,7 @@ class Proxy:
         self._routes: dict[str, tuple[str, Route]] = {
             "/v1/completions": ("POST", self._generate),
             _CHAT: ("POST", self._generate),
-            "/v1/models": ("GET", self._models),
+            models.LIST: ("GET", self._models),
             "/health": ("GET", self._health),
             "/kvbelt/about": ("GET", self._about),
             "/metrics": ("GET", self._metrics),
@@ -115,15 +116,23 @@ class Proxy:
     # Routes
 
     async def _handle(self, exchange: Exchange) -> None:
+        try:
+            await self._answer(exchange)
+        except RequestError as error:
+            refuse(exchange, error)
+
+    async def _answer(self, exchange: Exchange) -> None:
         path = exchange.request.path
         route = self._routes.get(path)
+        if route is None and path.startswith(models.ONE):
+            route = ("GET", self._model)
         if route is not None:
             method, answer = route
             asked = exchange.request.method
             if asked == method or (asked == "HEAD" and method == "GET"):
                 await answer(exchange)
             else:
-                _refuse_method(exchange, method)
+                raise _not_allowed(exchange, method)
         elif WorkersApi.serves(path):
             await self._admin.handle(exchange)
         elif Console.serves(path):
@@ -132,11 +141,11 @@ class Proxy:
             if exchange.request.method in passed.methods:
                 await self._recorded(exchange, passed.path, partial(PassedRequest, route=passed))
             else:
-                _refuse_method(exchange, ", ".join(passed.methods))
+                raise _not_allowed(exchange, ", ".join(passed.methods))
         else:
             served = ", ".join((*self._routes, *Console.PLACES, PATH))
             message = f"there is no {path}; this server has {served}, and docs/configuration.md lists those of vLLM"
-            _refuse(exchange, 404, message, "not_found_error")
+            raise RequestError(message, status=404, kind="not_found_error")
 
     async def _generate(self, exchange: Exchange) -> None:
         path = exchange.request.path
@@ -173,20 +182,10 @@ class Proxy:
             context.tracer.ended(record)
 
     async def _models(self, exchange: Exchange) -> None:
-        headers = [(n, v) for n, v in exchange.request.headers.items() if n == b"authorization"]
-        workers = [worker for worker in self.context.fleet if worker.ready]
-        for worker in sorted(workers, key=lambda one: (not one.endpoint.settled, one.role is not Role.DECODE)):
-            try:
-                async with asyncio.timeout(self.settings.health_timeout_seconds):
-                    response = await worker.call("GET", "/v1/models", headers)
-                    body = await response.read(_MAX_MODELS_BYTES)
-            except (HttpError, TimeoutError):
-                worker.suspect()
-                continue
-            kind = response.headers.get(b"content-type", JSON[1])
-            exchange.respond(response.status, ((b"content-type", kind),), body)
-            return
-        _refuse(exchange, 503, "no worker is ready; try again", "unavailable", (b"retry-after", b"1"))
+        await models.answer_list(self.context, exchange)
+
+    async def _model(self, exchange: Exchange) -> None:
+        await models.answer_one(self.context, exchange)
 
     async def _health(self, exchange: Exchange) -> None:
         # Ready means connected as well, which takes a bounded time, so that a client begins with a warm deployment.
@@ -208,14 +207,9 @@ class Proxy:
         exchange.respond(200, ((b"content-type", kind),), self.context.metrics.text())
 
 
-def _refuse(exchange: Exchange, status: int, message: str, kind: str, *more: tuple[bytes, bytes]) -> None:
-    exchange.respond(status, (JSON, *more), error_body(message, kind=kind, code=status))
-
-
-def _refuse_method(exchange: Exchange, allowed: str) -> None:
+def _not_allowed(exchange: Exchange, allowed: str) -> MethodError:
     request = exchange.request
-    message = f"{request.path} takes {allowed}, not {request.method}"
-    _refuse(exchange, 405, message, "invalid_request_error", (b"allow", allowed.encode()))
+    return MethodError(f"{request.path} takes {allowed}, not {request.method}", allowed)
 
 
 def _kind(status: int) -> str:

@@ -56,7 +56,7 @@ def error_response(error: RequestError) -> Response:
 
 
 def _error_body(error: RequestError) -> bytes:
-    return error_body(error.message, kind=error.kind, param=error.param, code=error.status)
+    return error_body(error.message, kind=error.kind, param=error.param, code=error.code)
 
 
 class _ClientGoneError(Exception):

@@ -75,6 +75,7 @@ class Service:
                 status=404,
                 kind="not_found_error",
                 param="model",
+                code="model_not_found",
             )
 
     def require_room(self, prompt_tokens: int, max_tokens: int | None) -> None:

@@ -1,4 +1,4 @@
-"""What the operators' routes share: query parameters and refusals."""
+"""What the proxy's own routes share: query parameters and refusals."""
 
 from urllib.parse import parse_qs
 
@@ -19,9 +19,11 @@ def refuse(exchange: Exchange, error: RequestError) -> None:
     headers = [JSON]
     if error.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
+    if error.status == 503:
+        headers.append((b"retry-after", b"1"))
     if isinstance(error, MethodError):
         headers.append((b"allow", error.allowed.encode()))
-    body = error_body(error.message, kind=error.kind, param=error.param, code=error.status)
+    body = error_body(error.message, kind=error.kind, param=error.param, code=error.code)
     exchange.respond(error.status, headers, body)
 
 

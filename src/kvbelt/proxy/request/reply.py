@@ -50,7 +50,7 @@ class Reply:
 
     def fail(self, error: RequestError, retry_after: int = 1) -> None:
         """Answer with an error of the proxy itself. ``retry_after``: seconds, for what may succeed later."""
-        body = error_body(error.message, kind=error.kind, param=error.param, code=error.status, reason=error.reason)
+        body = error_body(error.message, kind=error.kind, param=error.param, code=error.code, reason=error.reason)
         self._record.errors += (error.message,)
         if error.reason is not None:
             self._metrics.errors[error.reason] += 1
