@@ -1,5 +1,6 @@
 """The shadow account switches splitting off where it loses, and everybody can read so."""
 
+import asyncio
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -145,6 +146,26 @@ async def test_a_failed_replay_changes_nothing_and_is_logged_once(monkeypatch, c
         assert len(said) == 1
         assert why in said[0]
         assert not children()
+
+
+@pytest.mark.usefixtures("few")
+@async_test
+async def test_a_replay_that_ends_before_it_is_asked_has_failed(monkeypatch, caplog):
+    """The proxy may stand still between its start and the question."""
+    start = asyncio.create_subprocess_exec
+
+    async def ended(*command, **pipes):
+        process = await start(*command, **pipes)
+        await process.wait()
+        await eventually(process.stdin.is_closing)
+        return process
+
+    monkeypatch.setattr(shadow, "_REPLAY", ("-c", "raise SystemExit('broken')"))
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", ended)
+    async with Told() as deployment:
+        await deployment.ask_some()
+        await deployment.account.judge()
+    assert "splitting stays as it is: broken" in caplog.text
 
 
 @pytest.mark.usefixtures("few")

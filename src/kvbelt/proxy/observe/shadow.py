@@ -157,7 +157,11 @@ async def _ask(question: ReplayQuestion) -> ReplayAnswer:
     process = await asyncio.create_subprocess_exec(sys.executable, *_REPLAY, stdin=pipe, stdout=pipe, stderr=pipe)
     try:
         async with asyncio.timeout(LIMIT):
-            answer, errors = await process.communicate(msgspec.json.encode(question))
+            assert process.stdin is not None
+            with contextlib.suppress(RuntimeError):  # uvloop's: it has ended before it was asked, and says why
+                process.stdin.write(msgspec.json.encode(question))
+            process.stdin.close()
+            answer, errors = await process.communicate()
     finally:
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
