@@ -18,8 +18,9 @@ async def pairs(deployment):
 
 
 @async_test
-async def test_every_pair_is_connected_before_the_first_request():
+async def test_every_pair_is_connected_before_the_first_request(monkeypatch):
     """Each prefill worker connects to each decode worker."""
+    monkeypatch.setattr(warming, "GRACE_SECONDS", 1000.0)  # no pause of this machine makes a pair slow
     async with Deployment(prefill=2, decode=2) as deployment:
         for prefill in deployment.prefill:
             assert set(prefill.told) == {"d0", "d1"}
@@ -55,18 +56,33 @@ async def test_a_prefill_worker_that_comes_back_is_connected_again():
         await eventually(lambda: set(prefill.told) == {"d0", "d1"})
 
 
+async def with_a_stuck_handshake(deployment):
+    """Restart the first prefill worker, whose handshake does not end now."""
+    stuck = deployment.prefill[0]
+    port = stuck.port
+    await stuck.stop()
+    stuck.engine_id, stuck.script.peers_hang = "p0-again", asyncio.Event()
+    await stuck.start(port)
+    await eventually(lambda: deployment.worker(stuck).engine_id == "p0-again")
+    return stuck
+
+
 @async_test
-async def test_a_worker_that_is_not_connected_yet_is_passed_over_for_a_while():
-    """After ``warm_seconds`` it gets requests, although its handshake has not ended."""
-    async with Deployment(prefill=2, warm_seconds=2.0, **FAST_HEALTH) as deployment:
-        stuck = deployment.prefill[0]
-        port = stuck.port
-        await stuck.stop()
-        stuck.engine_id, stuck.script.peers_hang = "p0-again", asyncio.Event()
-        await stuck.start(port)
-        await eventually(lambda: deployment.worker(stuck).endpoint.warming)
-        assert (await deployment.ask(BODY)).path == "first-token"
+async def test_a_worker_that_is_not_connected_yet_is_passed_over(monkeypatch):
+    monkeypatch.setattr(warming, "ANSWER_SECONDS", 1000.0)
+    async with Deployment(prefill=2, warm_seconds=1000.0, **FAST_HEALTH) as deployment:
+        stuck = await with_a_stuck_handshake(deployment)
+        for _ in range(2):
+            assert (await deployment.ask(BODY)).path == "first-token"
         assert not stuck.requests
+        assert deployment.worker(stuck).endpoint.warming
+
+
+@async_test
+async def test_a_worker_is_passed_over_for_a_while_only():
+    """After ``warm_seconds`` it gets requests, although its handshake has not ended."""
+    async with Deployment(prefill=2, warm_seconds=0.05, **FAST_HEALTH) as deployment:
+        stuck = await with_a_stuck_handshake(deployment)
         await eventually(lambda: not deployment.worker(stuck).endpoint.warming)
         for _ in range(2):
             assert (await deployment.ask(BODY)).path == "first-token"
