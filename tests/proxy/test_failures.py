@@ -239,7 +239,7 @@ async def test_a_stream_waits_for_a_decode_worker_that_stands_still():
         goes_on = asyncio.Event()
         script.stop_after_tokens = (4, goes_on)
         asking = asyncio.create_task(deployment.ask(STREAM))
-        await streams(deployment)
+        await eventually(lambda: streaming(deployment))
         script.health_hangs = True
         await eventually(lambda: worker.lost)
         assert not asking.done()
@@ -253,25 +253,32 @@ async def test_a_stream_waits_for_a_decode_worker_that_stands_still():
 @async_test
 async def test_a_stream_of_a_silent_decode_worker_ends_with_an_error_event(end):
     """When its connection ends, it turns out to have been restarted, or the request's deadline has passed."""
-    headers = ((b"x-kvbelt-deadline-seconds", b"1.5" if end == "deadline" else b"60"),)
-    async with Deployment(**FAST_HEALTH) as deployment:
-        decode = deployment.decode[0]
-        decode.script.stop_after_tokens = (4, asyncio.Event())
-        asking = asyncio.create_task(deployment.ask(STREAM, headers=headers))
-        await streams(deployment)
-        decode.script.health_hangs = True
-        await eventually(lambda: deployment.worker(decode).lost)
-        if end == "killed":
-            await decode.stop()
-        elif end == "another process":
-            decode.engine_id, decode.script.health_hangs = "d0-again", False
-        error = (await asking).events[-1]["error"]
-        assert error["reason"] == ("deadline" if end == "deadline" else "decode_lost")
+
+    async def attempt(seconds):
+        deadline = b"%g" % (seconds if end == "deadline" else 1000.0)
+        async with Deployment(**FAST_HEALTH) as deployment:
+            decode = deployment.decode[0]
+            decode.script.stop_after_tokens = (4, asyncio.Event())
+            asking = asyncio.create_task(deployment.ask(STREAM, headers=((b"x-kvbelt-deadline-seconds", deadline),)))
+            await eventually(lambda: streaming(deployment) or asking.done())
+            decode.script.health_hangs = True
+            await eventually(lambda: deployment.worker(decode).lost)
+            if end == "deadline" and asking.done():
+                return False
+            if end == "killed":
+                await decode.stop()
+            elif end == "another process":
+                decode.engine_id, decode.script.health_hangs = "d0-again", False
+            error = (await asking).events[-1]["error"]
+            assert error["reason"] == ("deadline" if end == "deadline" else "decode_lost")
+            return True
+
+    await in_time(attempt)
 
 
-async def streams(deployment):
-    """A decode worker's stream is on its way to the client."""
-    await eventually(lambda: any(one.streaming for one in deployment.proxy.context.records.open.values()))
+def streaming(deployment):
+    """Whether a decode worker's stream is on its way to the client."""
+    return any(one.streaming for one in deployment.proxy.context.records.open.values())
 
 
 @pytest.mark.parametrize("fields", [{}, {"seed": 1}])
