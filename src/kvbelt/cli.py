@@ -21,6 +21,7 @@ from kvbelt.ops.arguments import (
     add_worker_key,
     count,
     hosts,
+    origins,
     port,
     ports,
     positive_int,
@@ -184,6 +185,10 @@ def _add_proxy(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )  # fmt: skip
     add("--open-console", action="store_true", help="show requests to every client, without a key")
     add(
+        "--allowed-origins", type=origins, default=("*",), metavar="ORIGIN[,ORIGIN]",
+        help="web pages that may use this server, as https://HOST[:PORT] (default: *, all; '': none)",
+    )  # fmt: skip
+    add(
         "--log-requests", type=count, default=20, metavar="N",
         help="at most N log lines a second about requests; more are only counted (default: %(default)s; 0: none)",
     )  # fmt: skip
@@ -223,6 +228,7 @@ def _run_proxy(args: argparse.Namespace) -> int:
         records_kept=args.keep_requests,
         record_prompts=args.record_prompts,
         open_console=args.open_console,
+        allowed_origins=args.allowed_origins,
         drain_seconds=args.drain_seconds,
         discover=args.discover,
         request_lines_per_second=args.log_requests,

@@ -328,9 +328,9 @@ class _Owner:
     def closed(self, connection: ServerConnection) -> None:
         self.open -= 1
 
-    def refusal_body(self, error: BadRequestError) -> tuple[bytes, bytes]:
-        assert error.status in (400, 408, 413, 417, 431), error
-        return b"text/plain", str(error).encode()
+    def refusal(self, error: BadRequestError) -> tuple[tuple[tuple[bytes, bytes], ...], bytes]:
+        assert error.status in (400, 408, 413, 415, 417, 431, 501), error
+        return ((b"content-type", b"text/plain"),), str(error).encode()
 
 
 def _pieces(data: bytes) -> list[list[bytes]]:

@@ -1,12 +1,13 @@
 """The HTTP server: which requests it accepts and refuses, and what it notices."""
 
 import asyncio
+import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvbelt.http import ServerLimits
+from kvbelt.http import Request, ServerLimits
 from tests.http.support import SECONDS, Raw, Running, async_test, echo, eventually
 
 GET = b"GET /a?b=c HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -53,7 +54,8 @@ async def test_a_chunked_body_reaches_the_handler():
 async def test_one_byte_at_a_time_is_the_same_request(request_bytes):
     """How bytes are cut into packets does not matter."""
     data = closing(request_bytes)
-    assert await answers_to(data, step=1) == await answers_to(data)
+    one, other = [re.sub(rb"date: .*\r\n", b"", await answers_to(data, step=step)) for step in (1, None)]
+    assert one == other
 
 
 @async_test
@@ -101,6 +103,12 @@ async def test_a_malformed_request_behind_a_good_one_is_refused_after_its_answer
     [
         b"\x16\x03\x01\x02\x00\x01",
         b"GET / HTTP/1.1\r\n\r\n",  # no Host
+        b"GET / HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n",
+        b"GET * HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET http:///p HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET ftp://x/p HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"CONNECT x:443 HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         b"GET / HTTP/1.1\nHost: x\n\n",
         b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc",
         b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
@@ -160,6 +168,54 @@ async def test_an_unknown_expectation_is_refused():
     """Other expectations get 417."""
     answer = await answers_to(b"GET / HTTP/1.1\r\nHost: x\r\nExpect: wonders\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 417 ")
+
+
+@pytest.mark.parametrize(
+    ("sent", "reached"),
+    [
+        (b"GET /p?q=1", b"GET /p?q=1 "),
+        (b"GET http://x:80/p?q=1", b"GET /p?q=1 "),
+        (b"GET HTTPS://other?q=1", b"GET /?q=1 "),
+        (b"GET http://x", b"GET / "),
+        (b"OPTIONS *", b"OPTIONS * "),
+        (b"OPTIONS http://x", b"OPTIONS * "),
+        (b"OPTIONS http://x/", b"OPTIONS / "),
+    ],
+)
+@async_test
+async def test_every_form_of_a_target_names_the_same_thing(sent, reached):
+    """RFC 9112, 3.2: a path, a whole URL, and an asterisk for the server itself."""
+    answer = await answers_to(sent + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert answer.endswith(b"\r\n\r\n" + reached)
+
+
+def test_a_path_is_known_without_its_escapes():
+    request = Request("GET", "/v1/%6Dodels?a=%2F", "1.1", {}, b"", keep_alive=True, arrived=0.0)
+    assert (request.path, request.target) == ("/v1/models", "/v1/%6Dodels?a=%2F")
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        (b"Content-Encoding: gzip", b"415"),
+        (b"Content-Encoding: identity", b"200"),
+        (b"Transfer-Encoding: gzip, chunked", b"501"),
+    ],
+)
+@async_test
+async def test_a_body_in_a_coding_that_is_not_read_is_refused(header, status):
+    """Before it is taken for what it is not. The answer says what is read."""
+    framing = b"" if header.startswith(b"Transfer") else b"Content-Length: 0\r\n"
+    answer = await answers_to(b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + framing + header + b"\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 " + status)
+    assert (b"accept-encoding: identity" in answer) == (status == b"415")
+
+
+@async_test
+async def test_every_answer_is_dated():
+    """RFC 9110, 6.6.1; in the form that all recipients read."""
+    for data in (closing(GET), b"nonsense\r\n\r\n"):
+        assert re.search(rb"\r\ndate: \w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT\r\n", await answers_to(data))
 
 
 @async_test

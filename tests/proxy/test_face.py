@@ -28,7 +28,7 @@ async def test_unknown_routes_and_methods_are_openai_errors(path, method, status
         assert got.status == status
         assert set(got.json["error"]) == {"message", "type", "param", "code"}
         if status == 405:
-            assert got.headers[b"allow"] in (b"GET", b"POST")
+            assert got.headers[b"allow"] in (b"GET, HEAD, OPTIONS", b"POST, OPTIONS")
 
 
 @async_test

@@ -130,7 +130,7 @@ async def test_a_wrong_method_is_refused():
     """With the methods that the route takes."""
     async with of_vllm({"/tokenize": (200, JSON, [b"{}"])}) as deployment:
         got = await deployment.get("/tokenize", "GET")
-        assert (got.status, got.headers[b"allow"]) == (405, b"POST")
+        assert (got.status, got.headers[b"allow"]) == (405, b"POST, OPTIONS")
         assert not asked(deployment)
 
 

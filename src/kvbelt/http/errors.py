@@ -3,11 +3,16 @@ class HttpError(Exception):
 
 
 class BadRequestError(HttpError):
-    """A request that the server refuses before the handler is called, with status 400, 408, 413, 417 or 431."""
+    """A request that the server refuses before the handler is called.
 
-    def __init__(self, status: int, message: str) -> None:
+    Its status is 400, 408, 413, 415, 417, 431 or 501.
+    """
+
+    def __init__(self, status: int, message: str, *more: tuple[bytes, bytes]) -> None:
         super().__init__(message)
         self.status = status
+        self.more = more  #: headers that belong into the answer
+        self.asked: dict[bytes, bytes] = {}  #: the request's own headers, as far as they came
 
 
 class ConnectError(HttpError):

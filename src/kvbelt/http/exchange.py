@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvbelt.http.message import Request, encode_head, status_line
+from kvbelt.http.message import Request, date, encode_head, status_line
 
 _NO_BODY = frozenset({204, 304})
 
@@ -48,6 +48,7 @@ class Exchange:
     started: bool = False
     ended: bool = False
     status: int = 0  #: of the answer, once started
+    more: Sequence[tuple[bytes, bytes]] = ()  #: headers of any answer to this request
     _chunked: bool = False
 
     @property
@@ -112,7 +113,7 @@ class Exchange:
             extra = (*extra, (b"connection", b"close"))
         elif self.request.version == "1.0":
             extra = (*extra, (b"connection", b"keep-alive"))
-        head = encode_head(status_line(status), (*headers, *extra))
+        head = encode_head(status_line(status), (*headers, *self.more, (b"date", date()), *extra))
         self.started = True
         self.status = status
         return head

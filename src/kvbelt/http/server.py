@@ -1,7 +1,7 @@
 """The server: its listener and its connections."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from kvbelt.http.errors import BadRequestError
 from kvbelt.http.limits import ServerLimits
@@ -13,8 +13,8 @@ __all__ = ["Handler", "Server"]
 _SWEEP_SECONDS = 1.0
 
 
-def _plain_refusal(error: BadRequestError) -> tuple[bytes, bytes]:
-    return b"text/plain; charset=utf-8", f"{error}\n".encode()
+def _plain_refusal(error: BadRequestError) -> tuple[Sequence[tuple[bytes, bytes]], bytes]:
+    return ((b"content-type", b"text/plain; charset=utf-8"),), f"{error}\n".encode()
 
 
 class Server:
@@ -23,7 +23,7 @@ class Server:
     Args:
         handler: called with an Exchange; must end its answer. An exception becomes a 500.
         limits: of one client's connection.
-        refusal_body: content type and body of an answer to a request that is refused before the handler is called.
+        refusal: headers and body of an answer to a request that is refused before the handler is called.
     """
 
     def __init__(
@@ -31,12 +31,12 @@ class Server:
         handler: Handler,
         *,
         limits: ServerLimits | None = None,
-        refusal_body: Callable[[BadRequestError], tuple[bytes, bytes]] = _plain_refusal,
+        refusal: Callable[[BadRequestError], tuple[Sequence[tuple[bytes, bytes]], bytes]] = _plain_refusal,
     ) -> None:
         self.handler = handler
         self.limits = limits or ServerLimits()
         self.draining = False
-        self.refusal_body = refusal_body
+        self.refusal = refusal
         self._connections: set[ServerConnection] = set()
         self._emptied = asyncio.Event()
         self._emptied.set()

@@ -10,7 +10,7 @@ it, and the server cannot tell the two apart before it writes.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic
 from typing import Protocol, cast
 
@@ -19,7 +19,7 @@ import httptools
 from kvbelt.http.errors import BadRequestError
 from kvbelt.http.exchange import Exchange, Outlet
 from kvbelt.http.limits import ServerLimits
-from kvbelt.http.message import Headers, Request, add_header, encode_head
+from kvbelt.http.message import Headers, Request, add_header, encode_head, target_of
 
 log = logging.getLogger("kvbelt.http")
 
@@ -35,7 +35,7 @@ class Owner(Protocol):
     handler: Handler
     limits: ServerLimits
     draining: bool
-    refusal_body: Callable[[BadRequestError], tuple[bytes, bytes]]  #: content type and body of a refusal's answer
+    refusal: Callable[[BadRequestError], tuple[Sequence[tuple[bytes, bytes]], bytes]]  #: headers and body of its answer
 
     def opened(self, connection: "ServerConnection") -> None:
         """A connection has opened."""
@@ -69,6 +69,7 @@ class ServerConnection(asyncio.Protocol):
         self._in_body = False
         self._head_bytes = 0
         self._url = b""
+        self._target = ""
         self._headers: Headers = {}
         self._body: list[bytes] = []
         self._body_bytes = 0
@@ -165,16 +166,23 @@ class ServerConnection(asyncio.Protocol):
         self._head_bytes += len(name) + len(value)
         if self._head_bytes + len(self._url) > self._limits.head_bytes:
             self._stop(self._head_too_large())
+        if len(name) == 4 and name.lower() == b"host" and b"host" in self._headers:
+            self._stop(BadRequestError(400, "a request has one Host header"))
         add_header(self._headers, name, value)
 
     def on_headers_complete(self) -> None:
-        """Refuse bodies that are too large; answer ``Expect: 100-continue``."""
+        """Refuse what cannot be read, or is too large; answer ``Expect: 100-continue``."""
         self._in_head = False
         self._in_body = True
         if len(self._url) > self._limits.head_bytes:
             self._stop(self._head_too_large())
         if b"host" not in self._headers and self._parser.get_http_version() == "1.1":
             self._stop(BadRequestError(400, "an HTTP/1.1 request needs a Host header"))
+        self._check_codings()
+        try:
+            self._target = target_of(self._parser.get_method(), self._url, self._headers)
+        except BadRequestError as error:
+            self._stop(error)
         length = self._headers.get(b"content-length")
         if length is not None and int(length) > self._limits.body_bytes:
             self._stop(self._body_too_large(int(length)))
@@ -189,6 +197,19 @@ class ServerConnection(asyncio.Protocol):
         if self._task is None and self._parser.get_http_version() == "1.1":
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
+    def _check_codings(self) -> None:
+        coding = self._headers.get(b"transfer-encoding")
+        if coding is not None and self._parser.get_http_version() == "1.0":
+            self._stop(BadRequestError(400, "HTTP/1.0 has no Transfer-Encoding; send a Content-Length"))
+        if coding is not None and coding.strip().lower() != b"chunked":
+            shown = coding[:40].decode("latin-1")
+            self._stop(BadRequestError(501, f"transfer coding {shown!r} is not supported; only chunked is"))
+        coding = self._headers.get(b"content-encoding")
+        if coding is not None and coding.strip().lower() not in (b"", b"identity"):
+            shown = coding[:40].decode("latin-1")
+            message = f"content coding {shown!r} is not supported; send the body as it is"
+            self._stop(BadRequestError(415, message, (b"accept-encoding", b"identity")))
+
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
         if self._body_bytes > self._limits.body_bytes:
@@ -201,7 +222,7 @@ class ServerConnection(asyncio.Protocol):
         self._in_body = False
         request = Request(
             self._parser.get_method().decode("latin-1"),
-            self._url.decode("latin-1"),
+            self._target,
             self._parser.get_http_version(),
             self._headers,
             self._body[0] if len(self._body) == 1 else b"".join(self._body),
@@ -239,8 +260,8 @@ class ServerConnection(asyncio.Protocol):
                 self._transport.abort()  # a cut body must not look complete
             else:
                 exchange.keep_alive = False
-                kind, body = self._owner.refusal_body(BadRequestError(500, "internal error; the log has more"))
-                exchange.respond(500, ((b"content-type", kind),), body)
+                headers, body = self._owner.refusal(BadRequestError(500, "internal error; the log has more"))
+                exchange.respond(500, headers, body)
         finally:
             self._answering = False
             self._task = None
@@ -278,16 +299,17 @@ class ServerConnection(asyncio.Protocol):
 
     def _refuse(self, refusal: BadRequestError) -> None:
         self._input_ended = True
+        refusal.asked = self._headers
         if self._task is None:
             self._write_refusal(refusal)
         else:
             self._waiting.append(refusal)
 
     def _write_refusal(self, refusal: BadRequestError) -> None:
-        kind, body = self._owner.refusal_body(refusal)
+        headers, body = self._owner.refusal(refusal)
         request = Request("GET", "", "1.1", {}, b"", keep_alive=False, arrived=0.0)
         exchange = Exchange(request, self._outlet, keep_alive=False)
-        exchange.respond(refusal.status, ((b"content-type", kind),), body)
+        exchange.respond(refusal.status, (*headers, *refusal.more), body)
         # Closing with bytes of the client unread sends a reset, which can overtake the answer. So end our side, and
         # drop the client's bytes until it closes or a moment has passed.
         self._in_head = self._in_body = False

@@ -1,6 +1,7 @@
 """Types of command-line values, whose errors contain the value; and arguments that commands have in common."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,15 @@ def hosts(text: str) -> list[str]:
     names = [host.strip() for host in text.split(",")]
     if not all(names):
         raise argparse.ArgumentTypeError(f"{text!r} is not a host or a list of hosts")
+    return names
+
+
+def origins(text: str) -> tuple[str, ...]:
+    """Of web pages. A list may also be written as vLLM takes it: ``["https://a", "https://b"]``."""
+    names = tuple(name for item in text.strip("[]").split(",") if (name := item.strip(" \"'")))
+    for name in names:
+        if name != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", name):
+            raise argparse.ArgumentTypeError(f"{name!r} is not an origin; give https://HOST[:PORT], or *")
     return names
 
 

@@ -6,7 +6,7 @@ import logging
 import re
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 import msgspec
@@ -14,12 +14,13 @@ import uvloop
 
 from kvbelt.about import of_this_process
 from kvbelt.errors import RequestError, StartError
-from kvbelt.http import JSON, Exchange, Server, ServerLimits
+from kvbelt.http import JSON, BadRequestError, Exchange, Server, ServerLimits
 from kvbelt.proxy.admin.access import Access
 from kvbelt.proxy.admin.console import Console
-from kvbelt.proxy.admin.http import MethodError, refuse
+from kvbelt.proxy.admin.http import MethodError, allow, refuse
 from kvbelt.proxy.admin.workers_api import PATH, WorkersApi
 from kvbelt.proxy.context import Context
+from kvbelt.proxy.cors import Cors, is_preflight
 from kvbelt.proxy.observe.records import Record
 from kvbelt.proxy.observe.request_log import RequestLog
 from kvbelt.proxy.request import models
@@ -37,6 +38,8 @@ log = logging.getLogger("kvbelt.proxy")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
 _CHAT = "/v1/chat/completions"
+#: What belongs to operators: no page of another origin reads it.
+_OWN = ("/kvbelt", "/console", "/metrics")
 _encode = msgspec.json.Encoder().encode
 
 Route = Callable[[Exchange], Awaitable[None]]
@@ -53,8 +56,9 @@ class Proxy:
         self._server = Server(
             self._handle,
             limits=ServerLimits(body_bytes=settings.max_body_bytes),
-            refusal_body=lambda error: (JSON[1], error_body(str(error), kind=_kind(error.status), code=error.status)),
+            refusal=self._refusal,
         )
+        self._cors = Cors(settings.allowed_origins)
         self._notifications = Notifications(self.context.notified, settings.keys, self.context.metrics.refusals)
         access = Access(settings)
         self._admin = WorkersApi(self.context.fleet, settings, access)
@@ -115,37 +119,70 @@ class Proxy:
 
     # Routes
 
+    def _refusal(self, error: BadRequestError) -> tuple[Sequence[tuple[bytes, bytes]], bytes]:
+        body = error_body(str(error), kind=_kind(error.status), code=error.status)
+        return (JSON, *self._cors.headers(error.asked)), body
+
     async def _handle(self, exchange: Exchange) -> None:
+        request = exchange.request
+        if shared := not request.path.startswith(_OWN):
+            exchange.more = self._cors.headers(request.headers)
         try:
-            await self._answer(exchange)
+            if request.method == "OPTIONS":
+                self._options(exchange, shared=shared)
+            else:
+                await self._answer(exchange)
         except RequestError as error:
             refuse(exchange, error)
+
+    def _options(self, exchange: Exchange, *, shared: bool) -> None:
+        """Answer a browser's preflight request, or say which methods there are (RFC 9110, 9.3.7)."""
+        asked = exchange.request.headers
+        if shared and is_preflight(asked):
+            exchange.respond(200, self._cors.preflight(asked), b"")
+        else:
+            exchange.respond(204, ((b"allow", self._methods(exchange.request.path).encode()),), b"")
+
+    def _methods(self, path: str) -> str:
+        """The methods of a path, as the header ``Allow`` has them. Raises RequestError 404: there is no such path."""
+        if path == "*" or WorkersApi.serves(path):
+            return "GET, HEAD, POST, DELETE, OPTIONS"
+        if path.startswith(models.ONE) or Console.serves(path):
+            return allow("GET")
+        if (route := self._routes.get(path)) is not None:
+            return allow(route[0])
+        if (passed := route_of(path)) is not None:
+            return allow(*passed.methods)
+        raise self._no_route(path)
+
+    def _no_route(self, path: str) -> RequestError:
+        served = ", ".join((*self._routes, *Console.PLACES, PATH))
+        message = f"there is no {path}; this server has {served}, and docs/configuration.md lists those of vLLM"
+        return RequestError(message, status=404, kind="not_found_error")
 
     async def _answer(self, exchange: Exchange) -> None:
         path = exchange.request.path
         route = self._routes.get(path)
+        asked = exchange.request.method
         if route is None and path.startswith(models.ONE):
             route = ("GET", self._model)
         if route is not None:
             method, answer = route
-            asked = exchange.request.method
             if asked == method or (asked == "HEAD" and method == "GET"):
                 await answer(exchange)
             else:
-                raise _not_allowed(exchange, method)
+                raise _not_allowed(exchange, allow(method))
         elif WorkersApi.serves(path):
             await self._admin.handle(exchange)
         elif Console.serves(path):
             await self._console.handle(exchange)
         elif (passed := route_of(path)) is not None:
-            if exchange.request.method in passed.methods:
+            if exchange.request.method in passed.methods or (asked == "HEAD" and "GET" in passed.methods):
                 await self._recorded(exchange, passed.path, partial(PassedRequest, route=passed))
             else:
-                raise _not_allowed(exchange, ", ".join(passed.methods))
+                raise _not_allowed(exchange, allow(*passed.methods))
         else:
-            served = ", ".join((*self._routes, *Console.PLACES, PATH))
-            message = f"there is no {path}; this server has {served}, and docs/configuration.md lists those of vLLM"
-            raise RequestError(message, status=404, kind="not_found_error")
+            raise self._no_route(path)
 
     async def _generate(self, exchange: Exchange) -> None:
         path = exchange.request.path

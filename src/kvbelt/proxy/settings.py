@@ -64,6 +64,7 @@ class ProxySettings:
     record_prompts: int = 0  #: characters of each prompt that its record keeps
     open_console: bool = False  #: the console needs no key: anyone who reaches this proxy can see its requests
     request_lines_per_second: float = 20.0  #: at most, in the log; the others are counted. 0: none
+    allowed_origins: tuple[str, ...] = ("*",)  #: of web pages that may read the answers; *: every one
     #: Where traces are sent, ``http://HOST:4318``; empty: as OpenTelemetry's variables say; None: no traces.
     otlp_endpoint: str | None = None
     trace_ratio: float = 1.0  #: share of requests that are traced, if the client does not decide

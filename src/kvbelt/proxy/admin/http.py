@@ -15,6 +15,11 @@ class MethodError(RequestError):
         self.allowed = allowed
 
 
+def allow(*methods: str) -> str:
+    """The header ``Allow`` of a path with these methods."""
+    return ", ".join([*methods, "HEAD", "OPTIONS"] if "GET" in methods else [*methods, "OPTIONS"])
+
+
 def refuse(exchange: Exchange, error: RequestError) -> None:
     headers = [JSON]
     if error.status == 401:

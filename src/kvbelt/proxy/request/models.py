@@ -1,7 +1,6 @@
 """``/v1/models`` and ``/v1/models/{id}``: what a worker says that it serves."""
 
 import asyncio
-from urllib.parse import unquote
 
 import msgspec
 
@@ -37,7 +36,7 @@ async def answer_list(context: Context, exchange: Exchange) -> None:
 async def answer_one(context: Context, exchange: Exchange) -> None:
     status, kind, body = await _asked(context, exchange)
     if status == 200:
-        name = unquote(exchange.request.path.removeprefix(ONE))
+        name = exchange.request.path.removeprefix(ONE)
         try:
             found = next((card for card in _cards.decode(body).data if _card.decode(card).id == name), None)
         except ValueError as error:
