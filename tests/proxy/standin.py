@@ -216,7 +216,7 @@ class Standin:
             prompts = [body["prompt"]]
         else:
             prompts = [tokenize(text) for text in body["prompt"]]
-        limit = body.get("max_completion_tokens") or body.get("max_tokens")
+        limit = (chat and body.get("max_completion_tokens")) or body.get("max_tokens")
         if limit is None:
             limit = MAX_MODEL_LEN - len(prompts[0]) if chat else 16
         if len(prompts[0]) + limit > MAX_MODEL_LEN:

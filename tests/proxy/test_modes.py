@@ -42,6 +42,17 @@ PROMPTS = {
 }
 
 
+@pytest.mark.parametrize("fields", [{"max_completion_tokens": 1}, {"max_completion_tokens": "x", "tools": 5}])
+@async_test
+async def test_fields_of_chats_mean_nothing_to_a_completion(fields):
+    """As in vLLM: 16 tokens are made, of which the prefill worker makes one."""
+    async with Deployment() as deployment:
+        got, expected = await deployment.ask({"prompt": "x"} | fields), await deployment.ask_alone({"prompt": "x"})
+        assert (got.status, got.text, got.path) == (200, expected.text, "first-token")
+        assert got.json["usage"]["completion_tokens"] > 1
+        assert [body["max_tokens"] for body in generated(deployment.prefill[0])] == [1]
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("token_ids", [False, True], ids=["", "ids"])
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)

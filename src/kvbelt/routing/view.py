@@ -41,4 +41,7 @@ class RequestView(msgspec.Struct, frozen=True, kw_only=True):
     response_format: dict[str, Any] | None = None
 
 
+#: These mean nothing to a completion, and are ignored there.
+CHAT_ONLY: frozenset[str] = frozenset({"max_completion_tokens", "top_logprobs", "tools", "tool_choice", "functions"})
+
 VIEWED: frozenset[str] = frozenset(RequestView.__struct_fields__)

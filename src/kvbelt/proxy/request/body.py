@@ -11,7 +11,7 @@ import msgspec
 from kvbelt.errors import RequestError
 from kvbelt.proxy.request import splice
 from kvbelt.routing.exactness import CARRIED, token_limit
-from kvbelt.routing.view import VIEWED, RequestView
+from kvbelt.routing.view import CHAT_ONLY, VIEWED, RequestView
 from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff
 from kvbelt.wire.json_body import JsonDecoder
 
@@ -55,7 +55,8 @@ class ClientBody:
             for name, value in self._members.items()
             if name in ("prompt", "messages") or len(memoryview(value)) != 4 or bytes(value) != _NULL
         )
-        viewed = {name: value for name, value in self._members.items() if name in VIEWED}
+        read = VIEWED if chat else VIEWED - CHAT_ONLY
+        viewed = {name: value for name, value in self._members.items() if name in read}
         try:
             self.view = _view.decode(splice.object_of(viewed))
         except msgspec.ValidationError as error:
@@ -115,9 +116,8 @@ class ClientBody:
     @property
     def limit(self) -> int | None:
         """Tokens to generate; None: up to the model's context (chat only)."""
-        if self.chat:
-            return token_limit(self.view)
-        return COMPLETIONS_MAX_TOKENS if self.view.max_tokens is None else self.view.max_tokens
+        limit = token_limit(self.view)
+        return COMPLETIONS_MAX_TOKENS if limit is None and not self.chat else limit
 
     @property
     def include_usage(self) -> bool:
