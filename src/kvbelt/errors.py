@@ -47,5 +47,22 @@ class RequestError(KVBeltError):
         self.reason = reason  #: of ``wire/reasons.py``, where the fault is not the request's
 
 
+def context_exceeded(context: int, prompt: int, answer: int | None = None) -> RequestError:
+    """400: the prompt's tokens, or they and those of the answer, are more than the model's context.
+
+    Clients (LangChain, LiteLLM) know this error by its code or by the message's beginning, and send less or go to a
+    model of a larger context.
+    """
+    wanted = f"the prompt has {prompt}"
+    if answer is not None:
+        wanted += f" and max_tokens asks for {answer} more"
+    return RequestError(
+        f"This model's maximum context length is {context} tokens; {wanted}. Send a shorter prompt"
+        + (" or ask for fewer tokens" if answer is not None else ", which leaves room for an answer"),
+        param="prompt" if answer is None else "max_tokens",
+        code="context_length_exceeded",
+    )
+
+
 class ChannelError(KVBeltError):
     """Memory could not be registered or bytes could not be moved. The message has the vendor's text."""

@@ -11,7 +11,7 @@ import msgspec
 from kvbelt.about import of_this_process
 from kvbelt.belt_metrics import belt_families, link_families, transport_families
 from kvbelt.engine.engine import Engine
-from kvbelt.errors import RequestError
+from kvbelt.errors import RequestError, context_exceeded
 from kvbelt.metrics import gauge, process_families, render
 from kvbelt.transfer.belt import Belt
 from kvbelt.wire.about import About
@@ -79,17 +79,12 @@ class Service:
             )
 
     def require_room(self, prompt_tokens: int, max_tokens: int | None) -> None:
-        """Raises RequestError 400 if an answer of ``max_tokens`` does not fit behind the prompt.
-
-        A prompt that is too long by itself is the engine's to refuse.
-        """
-        room = self.engine.max_model_len - prompt_tokens
-        if max_tokens is not None and max_tokens > room > 0:
-            raise RequestError(
-                f"max_tokens is {max_tokens}, but the prompt's {prompt_tokens} tokens leave room for {room} of the "
-                f"model's {self.engine.max_model_len}; ask for fewer or send less",
-                param="max_tokens",
-            )
+        """Raises RequestError 400 if an answer of ``max_tokens``, or any answer, does not fit behind the prompt."""
+        context = self.engine.max_model_len
+        if prompt_tokens >= context:
+            raise context_exceeded(context, prompt_tokens)
+        if max_tokens is not None and prompt_tokens + max_tokens > context:
+            raise context_exceeded(context, prompt_tokens, max_tokens)
 
     def busy(self) -> bool:
         if self._engine is None:
