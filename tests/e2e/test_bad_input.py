@@ -25,7 +25,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "prompt too long": ({"prompt": "word " * 5000}, "prompt", "2048"),
     "token id outside the vocabulary": ({"prompt": [1, 2, 99999999]}, "prompt", "99999999"),
     "max_tokens beyond the context": ({"max_tokens": 2048}, "max_tokens", "2048"),
-    "stream a text": ({"stream": "yes"}, "stream", "bool"),
+    "stream a text": ({"stream": "maybe"}, "stream", "bool"),
     "n zero": ({"n": 0}, "n", "0"),
     "logprobs too many": ({"logprobs": 500}, "logprobs", "500"),
     "logit_bias of a word": ({"logit_bias": {"x": 1}}, "logit_bias", "x"),

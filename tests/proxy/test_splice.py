@@ -111,7 +111,7 @@ def test_prompts_are_counted(prompt, count):
         (b"{}", "prompt"),
         (b'{"prompt": "x", "max_tokens": "many"}', "max_tokens"),
         (b'{"prompt": "x", "max_tokens": -3}', "max_tokens"),
-        (b'{"prompt": "x", "stream": "yes"}', "stream"),
+        (b'{"prompt": "x", "stream": "maybe"}', "stream"),
         (b'{"prompt": "x", "stop": [5]}', "stop"),
         (b'{"prompt": "x", "stream_options": {"include_usage": 7}}', "stream_options"),
         (b'{"prompt": "x", "stream_options": {"include_usage": true}}', "stream_options"),

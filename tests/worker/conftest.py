@@ -18,7 +18,7 @@ def ready(tmp_path):
     channel = MemoryChannel("d", MemoryNetwork())
     with engine_of(folder, max_model_len=32) as engine, Side("d", "decode", channel) as side:
         service = Service(role=Role.DECODE, engine_id=side.belt.identity.engine_id, model_name="tiny")
-        prompts = Prompts(engine.tokenizer, engine.layout.block_size)
+        prompts = Prompts(engine.tokenizer, engine.layout.block_size, engine.max_model_len)
         service.become_ready(engine, prompts, side.belt)
         yield service
         prompts.close()

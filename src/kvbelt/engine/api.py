@@ -49,6 +49,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: tuple[int, ...] | None = None  #: no others are generated
+    bad_words: tuple[tuple[int, ...], ...] = ()  #: token sequences that the answer does not contain
     logprobs: int | None = None  #: how many alternatives to report a token; None: no logprobs
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()

@@ -1,8 +1,8 @@
 """From logits to tokens.
 
-The order of the steps is vLLM's. The reported log probabilities are taken from the raw logits. Then come bias, minimum
-length (end tokens are excluded) and penalties. Then the best token is taken, or temperature, min-p, top-k and top-p are
-applied and a token is drawn.
+The order of the steps is vLLM's. The reported log probabilities are taken from the raw logits. Then come allowed tokens
+and bad words, bias, minimum length (end tokens are excluded) and penalties. Then the best token is taken, or
+temperature, min-p, top-k and top-p are applied and a token is drawn.
 
 The draw is stateless. Output token *i* of a request with seed *s* uses one uniform number, a hash of (s, i), and
 inverts the distribution's cumulative sum in the order of token ids. It depends on no generator, device or batch, so a
@@ -90,8 +90,16 @@ class _Reports:
 
 
 def _adjust(logits: torch.Tensor, row: SampleInput) -> None:
-    """Bias, minimum length and penalties, in place on one row."""
+    """Allowed tokens, bad words, bias, minimum length and penalties, in place on one row."""
     params = row.params
+    if params.allowed_token_ids is not None:
+        allowed = torch.tensor(params.allowed_token_ids, device=logits.device)
+        kept = logits[allowed]
+        logits.fill_(_NEVER)
+        logits[allowed] = kept
+    ending = [word[-1] for word in params.bad_words if _ends_with(row.output_token_ids, word[:-1])]
+    if ending:
+        logits[torch.tensor(ending, device=logits.device)] = _NEVER
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=logits.device)
         logits.index_add_(0, ids, torch.tensor(list(params.logit_bias.values()), device=logits.device))
@@ -105,6 +113,10 @@ def _adjust(logits: torch.Tensor, row: SampleInput) -> None:
     if (params.frequency_penalty or params.presence_penalty) and row.output_token_ids:
         ids, counts = torch.tensor(list(row.output_token_ids), device=logits.device).unique(return_counts=True)  # type: ignore[no-untyped-call]
         logits[ids] -= params.frequency_penalty * counts + params.presence_penalty
+
+
+def _ends_with(tokens: Sequence[int], end: Sequence[int]) -> bool:
+    return not end or tuple(tokens[-len(end) :]) == tuple(end)
 
 
 def _draw(logits: torch.Tensor, rows: Sequence[SampleInput]) -> list[int]:

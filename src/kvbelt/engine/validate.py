@@ -7,8 +7,7 @@ from kvbelt.engine.api import GenerationRequest, InvalidRequestError, SamplingPa
 
 #: Most alternatives to a token; vLLM's default.
 MAX_LOGPROBS = 20
-#: At higher temperatures all tokens are equally probable, and far higher ones overflow.
-MAX_TEMPERATURE = 100.0
+MAX_TEMPERATURE = 2.0  #: OpenAI's limit, and vLLM's
 _SEED_BITS = 63
 
 
@@ -47,6 +46,11 @@ def _check_sampling(p: SamplingParams, vocab_size: int) -> None:
     _check("min_tokens", p.min_tokens, 0 <= p.min_tokens <= most, f"between 0 and max_tokens ({p.max_tokens})")
     _check("stop", list(p.stop), all(p.stop), "strings of at least one character")
     _check_ids("stop_token_ids", p.stop_token_ids, vocab_size)
+    _check("allowed_token_ids", p.allowed_token_ids, p.allowed_token_ids != (), "a list of at least one token id")
+    _check_ids("allowed_token_ids", p.allowed_token_ids or (), vocab_size)
+    for word in p.bad_words:
+        _check("bad_words", word, bool(word), "texts of at least one token")
+        _check_ids("bad_words", word, vocab_size)
     _check_ids("logit_bias", tuple(p.logit_bias), vocab_size)
     biases = list(p.logit_bias.values())
     _check("logit_bias", biases, all(map(math.isfinite, biases)), "finite numbers")

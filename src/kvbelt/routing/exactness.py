@@ -18,26 +18,14 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from kvbelt.routing.view import VIEWED, RequestView
+from kvbelt.wire.fields import Acts, acting
 
 #: Fields that change neither which tokens may come after token 1, nor how they are reported, or that are
 #: carried to the decode leg unchanged and act on each token by itself.
-CARRIED: frozenset[str] = frozenset(
-    {
-        "model", "temperature", "top_p", "top_k", "min_p", "logit_bias", "allowed_token_ids", "ignore_eos",
-        "stop_token_ids", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens",
-        "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "user", "priority",
-        "return_token_ids", "cache_salt",
-    }
-)  # fmt: skip
+CARRIED = acting(Acts.ON_A_TOKEN)
 
 #: Fields that act on the prompt, which the prefill worker renders, or on nothing that a worker generates.
-SPENT_ON_PROMPT: frozenset[str] = frozenset(
-    {
-        "prompt", "messages", "add_special_tokens", "add_generation_prompt", "continue_final_message",
-        "chat_template", "chat_template_kwargs", "documents", "metadata", "store", "service_tier",
-        "safety_identifier", "prompt_cache_key",
-    }
-)  # fmt: skip
+SPENT_ON_PROMPT = acting(Acts.ON_THE_PROMPT, Acts.ON_NOTHING)
 
 _KNOWN = VIEWED | CARRIED | SPENT_ON_PROMPT
 

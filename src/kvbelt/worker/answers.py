@@ -5,6 +5,7 @@ An answer's choices are numbered prompt by prompt: choice ``c`` of prompt ``p`` 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any, ClassVar
 
 import msgspec
@@ -41,12 +42,19 @@ def usage_of(choices: Sequence[AnswerChoice], n: int) -> dict[str, Any]:
     prompt = sum(len(choice.prompt_token_ids) for choice in choices[::n])
     completion = sum(len(choice.token_ids) for choice in choices)
     cached = sum(one.last.timing.cached_tokens for one in choices[::n] if one.last is not None and one.last.timing)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }
+    return {**_counts(prompt, completion), "prompt_tokens_details": {"cached_tokens": cached}}
+
+
+def _counts(prompt: int, completion: int) -> dict[str, Any]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+class StreamUsage(Enum):
+    """Where a stream tells its token counts."""
+
+    NONE = auto()
+    LAST = auto()
+    IN_EVERY_EVENT = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +68,7 @@ class AnswerShape:
     model: str
     wants_logprobs: bool
     wants_token_ids: bool
-    include_usage: bool
+    usage: StreamUsage
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.answer_id, "object": kind, "created": self.created, "model": self.model}
@@ -69,10 +77,14 @@ class AnswerShape:
         """The last event before ``[DONE]`` with ``include_usage``."""
         return {**self._head(self.CHUNK), "choices": [], "usage": usage}
 
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        chunk = {**self._head(self.CHUNK), "choices": choices}
-        if self.include_usage:
+    def _chunk(self, choice: AnswerChoice, body: dict[str, Any], *, generated: int | None = None) -> dict[str, Any]:
+        """``generated``: the choice's tokens, if they are not all of it."""
+        chunk = {**self._head(self.CHUNK), "choices": [body]}
+        if self.usage is StreamUsage.LAST:
             chunk["usage"] = None
+        elif self.usage is StreamUsage.IN_EVERY_EVENT:
+            completion = len(choice.token_ids) if generated is None else generated
+            chunk["usage"] = _counts(len(choice.prompt_token_ids), completion)
         return chunk
 
 
@@ -92,12 +104,12 @@ class CompletionShape(AnswerShape):
             bodies.append(body)
         return {**self._head("text_completion"), "choices": bodies, "usage": usage}
 
-    def opening(self, index: int, echo: str) -> list[dict[str, Any]]:
+    def opening(self, choice: AnswerChoice, echo: str) -> list[dict[str, Any]]:
         """Events before a choice's first output."""
         if not echo:
             return []
-        choice = {"index": index, "text": echo, "logprobs": None, "finish_reason": None}
-        return [self._chunk([choice])]
+        body = {"index": choice.index, "text": echo, "logprobs": None, "finish_reason": None}
+        return [self._chunk(choice, body, generated=0)]
 
     def chunk(self, choice: AnswerChoice, output: Output) -> dict[str, Any]:
         offset = len(choice.text) - len(output.text)
@@ -105,7 +117,7 @@ class CompletionShape(AnswerShape):
         if self.wants_token_ids:
             body["prompt_token_ids"] = None
             body["token_ids"] = output.token_ids
-        return self._chunk([body])
+        return self._chunk(choice, body)
 
     def _choice(
         self, index: int, text: str, last: Output, logprobs: Sequence[TokenLogprob], *, offset: int
@@ -124,13 +136,12 @@ class ChatShape(AnswerShape):
     CHUNK = "chat.completion.chunk"
 
     def whole(self, choices: Sequence[AnswerChoice], echoes: Sequence[str], usage: dict[str, Any]) -> dict[str, Any]:
-        del echoes
         bodies: list[dict[str, Any]] = []
-        for choice in choices:
+        for choice, echo in zip(choices, echoes, strict=True):
             assert choice.last is not None
             body: dict[str, Any] = {
                 "index": choice.index,
-                "message": {"role": "assistant", "content": choice.text},
+                "message": {"role": "assistant", "content": echo + choice.text},
                 "logprobs": _chat_logprobs(choice.logprobs) if self.wants_logprobs else None,
                 "finish_reason": choice.last.finish_reason,
                 "stop_reason": choice.last.stop_reason,
@@ -143,11 +154,15 @@ class ChatShape(AnswerShape):
             answer["prompt_token_ids"] = choices[0].prompt_token_ids
         return answer
 
-    def opening(self, index: int, echo: str) -> list[dict[str, Any]]:
-        del echo
-        delta = {"role": "assistant", "content": ""}
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-        return [self._chunk([choice])]
+    def opening(self, choice: AnswerChoice, echo: str) -> list[dict[str, Any]]:
+        """The role, and the last message's text where it is continued and wanted."""
+        deltas = [{"role": "assistant", "content": ""}, *([{"content": echo}] if echo else [])]
+        return [
+            self._chunk(
+                choice, {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}, generated=0
+            )
+            for delta in deltas
+        ]
 
     def chunk(self, choice: AnswerChoice, output: Output) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -160,7 +175,7 @@ class ChatShape(AnswerShape):
             body["stop_reason"] = output.stop_reason
         if self.wants_token_ids:
             body["token_ids"] = output.token_ids
-        return self._chunk([body])
+        return self._chunk(choice, body)
 
 
 def _completion_logprobs(logprobs: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from kvbelt.wire.api_error import error_body
 from kvbelt.wire.json_body import MessageError
 from kvbelt.wire.peers import PEERS_REQUEST
 from kvbelt.wire.probe import PROBE_REQUEST
-from kvbelt.worker.answers import DONE, AnswerChoice, ChatShape, CompletionShape, event, usage_of
+from kvbelt.worker.answers import DONE, AnswerChoice, ChatShape, CompletionShape, StreamUsage, event, usage_of
 from kvbelt.worker.generation import Generation
 from kvbelt.worker.links import MAX_PEERS_BYTES, MAX_PROBE_BYTES, connect_peers, probe_link
 from kvbelt.worker.metrics import Gaps
@@ -37,6 +37,8 @@ from kvbelt.worker.requests import (
     MAX_BODY_BYTES,
     ChatRequest,
     CompletionRequest,
+    StreamOptions,
+    continued_text,
     parse_chat,
     parse_completion,
     parse_handoff,
@@ -126,7 +128,8 @@ class GenerateEndpoint:
         service.require_model(request.model)
         handoff = parse_handoff(request.kv_transfer_params)
         itl_seconds = parse_level(Request(scope).headers.get(ITL_HEADER))
-        samplings = [sampling_of(request, choice) for choice in range(request.n or 1)]
+        bad_words = await service.prompts.bad_words_of(request)
+        samplings = [sampling_of(request, choice, bad_words) for choice in range(request.n or 1)]
         if isinstance(request, ChatRequest):
             prompts = [await service.prompts.of_chat(request)]
         else:
@@ -146,7 +149,9 @@ class GenerateEndpoint:
         try:
             await generation.start()  # refuses invalid token ids, which the tokenizer could not decode
             echoes = [""] * len(ids)
-            if isinstance(request, CompletionRequest) and request.echo:
+            if isinstance(request, ChatRequest):
+                echoes = [continued_text(request)]
+            elif request.echo:
                 echoes = await service.prompts.texts_of(ids)
             run = _Run(service, generation, shape, ids, echoes, n=len(samplings))
             if request.stream:
@@ -166,8 +171,14 @@ class GenerateEndpoint:
             model=self._service.model_name,
             wants_logprobs=bool(wants),
             wants_token_ids=bool(request.return_token_ids),
-            include_usage=bool(request.stream_options and request.stream_options.include_usage),
+            usage=_usage_wanted(request.stream_options),
         )
+
+
+def _usage_wanted(options: StreamOptions | None) -> StreamUsage:
+    if options is None or not options.include_usage:
+        return StreamUsage.NONE
+    return StreamUsage.IN_EVERY_EVENT if options.continuous_usage_stats else StreamUsage.LAST
 
 
 class _Run:
@@ -211,7 +222,7 @@ class _Run:
             await _write(send, self._events(index, output, opened))
             async for index, output in outputs:
                 await _write(send, self._events(index, output, opened))
-            if self._shape.include_usage:
+            if self._shape.usage is not StreamUsage.NONE:
                 tail = event(self._shape.usage_chunk(usage_of(self._choices, self._n)))
         except RequestError as error:
             log.error("stream failed", answer_id=self._shape.answer_id, reason=error.message)
@@ -233,7 +244,7 @@ class _Run:
         events = []
         if index not in opened:
             opened.add(index)
-            events += self._shape.opening(index, self._echoes[index])
+            events += self._shape.opening(self._choices[index], self._echoes[index])
         says_more = output.text or output.logprobs or output.finish_reason is not None
         if says_more or (self._shape.wants_token_ids and output.token_ids):
             events.append(self._shape.chunk(self._choices[index], output))

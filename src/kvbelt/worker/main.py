@@ -173,7 +173,7 @@ class Worker:
         return engine, belt, partial(about_worker, engine, belt, channel, settings.belt)
 
     def _become_ready(self, engine: Engine, belt: Belt | None, about: Callable[[str], About]) -> None:
-        prompts = Prompts(engine.tokenizer, engine.layout.block_size)
+        prompts = Prompts(engine.tokenizer, engine.layout.block_size, engine.max_model_len)
         self._loaded.append(prompts)
         self._service.become_ready(engine, prompts, belt, about)
         log.info(

@@ -30,9 +30,10 @@ class Prompt:
 class Prompts:
     """Turns requests into prompts of blocks of ``block_size`` tokens. The tokenizer has the chat template."""
 
-    def __init__(self, tokenizer: Any, block_size: int) -> None:
+    def __init__(self, tokenizer: Any, block_size: int, max_model_len: int) -> None:
         self._tokenizer = tokenizer
         self._block_size = block_size
+        self._max_model_len = max_model_len
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
     def close(self) -> None:
@@ -40,12 +41,31 @@ class Prompts:
 
     async def of_completion(self, request: CompletionRequest) -> list[Prompt]:
         """Each prompt, in order. Raises RequestError 400: one is empty, of mixed kinds, or has an invalid token id."""
-        prompts, salt = split_prompts(request.prompt), request.cache_salt
-        return await self._off_loop(lambda: [self._named(self._ids(prompt), salt) for prompt in prompts])
+        prompts = split_prompts(request.prompt)
+        return await self._off_loop(lambda: [self._named(self._ids(prompt, request), request) for prompt in prompts])
 
     async def of_chat(self, request: ChatRequest) -> Prompt:
         """The rendered conversation. Raises RequestError 400: there is no chat template, or it refuses the messages."""
-        return await self._off_loop(lambda: self._named(self._rendered(request), request.cache_salt))
+        return await self._off_loop(lambda: self._named(self._rendered(request), request))
+
+    async def bad_words_of(self, request: CompletionRequest | ChatRequest) -> tuple[tuple[int, ...], ...]:
+        """Each bad word as token ids, at the start of a text and inside one. Raises RequestError 400: it is empty."""
+        return await self._off_loop(lambda: self._bad_words(request.bad_words)) if request.bad_words else ()
+
+    def _bad_words(self, words: list[str]) -> tuple[tuple[int, ...], ...]:
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            bare, inside = (
+                tuple(self._tokenizer.encode(text, add_special_tokens=False))
+                for text in (word.lstrip(), " " + word.lstrip())
+            )
+            if not bare:
+                raise RequestError(f"bad_words holds {word!r}; each must have at least one token", param="bad_words")
+            found[bare] = None
+            # A space may be a token of its own; the word behind it is the one above.
+            if len(inside) == len(bare) and inside[0] != bare[0]:
+                found[inside] = None
+        return tuple(found)
 
     async def texts_of(self, prompts: Sequence[tuple[int, ...]]) -> list[str]:
         return await self._off_loop(
@@ -55,17 +75,35 @@ class Prompts:
     async def _off_loop(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    def _named(self, token_ids: tuple[int, ...], salt: str | None) -> Prompt:
+    def _named(self, token_ids: tuple[int, ...], request: CompletionRequest | ChatRequest) -> Prompt:
+        token_ids = self._truncated(token_ids, request)
+        salt = request.cache_salt or ""
         try:
-            hashes = block_hashes(token_ids, self._block_size, salt or "")
+            hashes = block_hashes(token_ids, self._block_size, salt)
         except ValueError as error:
             raise RequestError(f"the prompt holds an invalid token id: {error}", param="prompt") from None
-        return Prompt(token_ids, PrefixHashes(root(salt or ""), hashes, chained))
+        return Prompt(token_ids, PrefixHashes(root(salt), hashes, chained))
 
-    def _ids(self, prompt: str | list[int]) -> tuple[int, ...]:
+    def _truncated(self, token_ids: tuple[int, ...], request: CompletionRequest | ChatRequest) -> tuple[int, ...]:
+        """The last tokens that the request wants to keep, or the first ones."""
+        most = request.truncate_prompt_tokens
+        if most is None:
+            return token_ids
+        if most > self._max_model_len:
+            raise RequestError(
+                f"truncate_prompt_tokens is {most}; the model's context is {self._max_model_len}",
+                param="truncate_prompt_tokens",
+            )
+        if most < 0:  # as many as there is room for
+            most = self._max_model_len - 1
+        if most == 0:
+            raise RequestError("truncate_prompt_tokens is 0; keep at least one token", param="truncate_prompt_tokens")
+        return token_ids[:most] if request.truncation_side == "right" else token_ids[-most:]
+
+    def _ids(self, prompt: str | list[int], request: CompletionRequest) -> tuple[int, ...]:
         if not isinstance(prompt, str):
             return tuple(prompt)
-        ids: list[int] = self._tokenizer.encode(prompt)
+        ids: list[int] = self._tokenizer.encode(prompt, add_special_tokens=request.add_special_tokens)
         if not ids:
             raise RequestError("prompt is empty once tokenized; send at least one token", param="prompt")
         return tuple(ids)
@@ -84,13 +122,21 @@ class Prompts:
             text = self._tokenizer.apply_chat_template(
                 messages,
                 tokenize=False,
-                add_generation_prompt=request.add_generation_prompt and not request.continue_final_message,
+                add_generation_prompt=request.add_generation_prompt is not False and not request.continue_final_message,
                 continue_final_message=request.continue_final_message,
-                **(request.chat_template_kwargs or {}),
+                **_template_words(request),
             )
         except (jinja2.TemplateError, ValueError, TypeError) as error:
             raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from None
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=request.add_special_tokens)
         if not ids:
             raise RequestError("the conversation is empty once rendered; send at least one token", param="messages")
         return tuple(ids)
+
+
+def _template_words(request: ChatRequest) -> dict[str, Any]:
+    """What the template is told beside the messages; a client's own words count most."""
+    words: dict[str, Any] = {"documents": request.documents}
+    if request.reasoning_effort is not None:
+        words |= {"reasoning_effort": request.reasoning_effort, "enable_thinking": request.reasoning_effort != "none"}
+    return words | (request.chat_template_kwargs or {})

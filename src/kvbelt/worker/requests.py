@@ -1,21 +1,23 @@
 """Client requests, parsed once.
 
 Field names, defaults and meaning are OpenAI's, and vLLM's where OpenAI has none. A field of the wrong type is an error
-that names it. An unknown field is ignored, as OpenAI's servers and clients expect. A known field that this engine
-cannot honour is refused.
+that names it; types are as lenient as vLLM's (``wire/lenient.py``). An unknown field is ignored, as OpenAI's servers
+and clients expect. A known field (``wire/fields.py``) that this engine cannot honour is refused.
 """
 
 import re
 from collections.abc import Mapping
 from math import inf
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from kvbelt.errors import RequestError
+from kvbelt.wire.fields import INSTEAD, refused
 from kvbelt.wire.handoff import Handoff, handoff_of
 from kvbelt.wire.json_body import JsonDecoder
+from kvbelt.wire.lenient import fields_relaxed
 
 #: The place of an error in msgspec's text: ``$.stop[...]`` → ``stop``.
 _PLACE = re.compile(r" - at `\$\.?([^`\[.]*)[^`]*`$")
@@ -26,14 +28,17 @@ MAX_BODY_BYTES = 32 * 1024 * 1024  #: larger bodies are refused; a 1 M token pro
 MAX_LOGPROBS = 20  #: OpenAI's limit
 MAX_CHOICES = 128  #: likewise
 
-T = TypeVar("T")
+T = TypeVar("T", bound=msgspec.Struct)
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False
 
 
 class _Common(msgspec.Struct, frozen=True, kw_only=True):
+    """A field may be null where vLLM's may be."""
+
     model: str | None = None
     max_tokens: int | None = None
     temperature: float | None = None
@@ -46,25 +51,23 @@ class _Common(msgspec.Struct, frozen=True, kw_only=True):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool = False
-    min_tokens: int | None = None
+    min_tokens: int = 0
     ignore_eos: bool = False
     seed: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] = []
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
     return_token_ids: bool | None = False
+    return_tokens_as_token_ids: bool | None = False
     cache_salt: Annotated[str, Meta(min_length=1)] | None = None  #: only requests with the same one share blocks
     kv_transfer_params: dict[str, Any] | None = None
-    # Refused unless empty.
-    response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
-    prompt_logprobs: int | None = None
 
 
 class CompletionRequest(_Common, frozen=True, kw_only=True):
@@ -72,7 +75,7 @@ class CompletionRequest(_Common, frozen=True, kw_only=True):
     echo: bool | None = False
     logprobs: int | None = None
     best_of: int | None = None
-    suffix: str | None = None
+    add_special_tokens: bool = True
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
@@ -90,20 +93,38 @@ class ChatRequest(_Common, frozen=True, kw_only=True):
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = None
+    echo: bool = False
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    add_generation_prompt: bool = True
+    add_special_tokens: bool = False
+    add_generation_prompt: bool | msgspec.UnsetType = msgspec.UNSET
     continue_final_message: bool = False
+    documents: list[dict[str, str]] | None = None
+    reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-_completion: JsonDecoder[CompletionRequest] = JsonDecoder(CompletionRequest)
-_chat: JsonDecoder[ChatRequest] = JsonDecoder(ChatRequest)
+_members = JsonDecoder[dict[str, Any]](dict[str, Any])
 
 
-def _decode(decoder: JsonDecoder[T], body: bytes) -> T:
+def _decode(shape: type[T], body: bytes) -> T:
+    """The request, once it asks for nothing that this engine does not compute."""
     try:
-        return decoder.decode(body)
+        members = _members.decode(body)
+        name = refused(members, chat=shape is ChatRequest)
+        if name is not None:
+            value = members[name]
+            if isinstance(value, dict):
+                value = value.get("type", "")
+            shown = f" {value!r:.80}" if isinstance(value, str | int | float) else ""
+            raise RequestError(
+                f"{name}{shown} is not supported by the embedded engine; {INSTEAD.get(name, 'leave it out')}",
+                param=name,
+            )
+        try:
+            return msgspec.convert(members, shape)
+        except msgspec.ValidationError:
+            return msgspec.convert(fields_relaxed(members, shape), shape)
     except msgspec.ValidationError as error:
         text = str(error)
         place = _PLACE.search(text)
@@ -117,14 +138,12 @@ def _decode(decoder: JsonDecoder[T], body: bytes) -> T:
 
 def parse_completion(body: bytes) -> CompletionRequest:
     """Check all that does not need the model. Raises RequestError 400, with the field at fault."""
-    request = _decode(_completion, body)
+    request = _decode(CompletionRequest, body)
     _check_common(request)
     if request.best_of not in (None, request.n or 1):
         raise RequestError(
             f"best_of is {request.best_of}; only best_of equal to n is supported, leave it out", param="best_of"
         )
-    if request.suffix:
-        raise RequestError("suffix is not supported; leave it out", param="suffix")
     _require_range("logprobs", request.logprobs, 0, MAX_LOGPROBS)
     if request.echo and request.logprobs is not None:
         raise RequestError("echo together with logprobs is not supported; leave one of them out", param="echo")
@@ -132,7 +151,7 @@ def parse_completion(body: bytes) -> CompletionRequest:
 
 
 def parse_chat(body: bytes) -> ChatRequest:
-    request = _decode(_chat, body)
+    request = _decode(ChatRequest, body)
     _check_common(request)
     _require_range("top_logprobs", request.top_logprobs, 0, MAX_LOGPROBS)
     if request.top_logprobs and not request.logprobs:
@@ -141,6 +160,11 @@ def parse_chat(body: bytes) -> ChatRequest:
         raise RequestError(
             "tools are not supported by the embedded engine; leave them out or send tool_choice 'none'", param="tools"
         )
+    if request.continue_final_message and request.add_generation_prompt is True:
+        raise RequestError(
+            "continue_final_message and add_generation_prompt are both true; set one of them",
+            param="continue_final_message",
+        )
     for message in request.messages:
         for part in message.content if isinstance(message.content, list) else ():
             if part.get("type") != "text" or not isinstance(part.get("text"), str):
@@ -148,6 +172,13 @@ def parse_chat(body: bytes) -> ChatRequest:
                     f"a message part has type {part.get('type')!r}; only text parts are supported", param="messages"
                 )
     return request
+
+
+def continued_text(request: ChatRequest) -> str:
+    """The last message's text, where the answer continues that message and the client wants all of it."""
+    last = request.messages[-1]
+    role = last.role if request.add_generation_prompt is False else "assistant"
+    return last.content if request.echo and last.role == role and isinstance(last.content, str) else ""
 
 
 def _require_range(name: str, value: int | None, least: int, most: int) -> None:
@@ -159,17 +190,12 @@ def _check_common(request: _Common) -> None:
     _require_range("n", request.n, 1, MAX_CHOICES)
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options is only allowed with stream: true", param="stream_options")
-    if request.response_format is not None and request.response_format.get("type") != "text":
+    if not request.skip_special_tokens and not request.spaces_between_special_tokens:
         raise RequestError(
-            f"response_format {request.response_format.get('type')!r} is not supported by the embedded engine; "
-            "leave it out",
-            param="response_format",
+            "spaces_between_special_tokens false is not supported together with skip_special_tokens false; "
+            "leave one of them out",
+            param="spaces_between_special_tokens",
         )
-    for name in (
-        "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "prompt_logprobs",
-    ):  # fmt: skip
-        if getattr(request, name) is not None:
-            raise RequestError(f"{name} is not supported by the embedded engine; leave it out", param=name)
 
 
 def parse_handoff(params: Mapping[str, Any] | None) -> Handoff | None:

@@ -1,5 +1,7 @@
 """A request's fields as the engine's sampling parameters. The engine checks their ranges."""
 
+from math import isnan
+
 from kvbelt.engine.api import SamplingParams
 from kvbelt.errors import RequestError
 from kvbelt.worker.requests import ChatRequest, CompletionRequest
@@ -13,8 +15,13 @@ _PASSED_ON = (
 )  # fmt: skip
 
 
-def sampling_of(request: CompletionRequest | ChatRequest, choice: int) -> SamplingParams:
-    """Choice *i* of a seeded request has seed ``seed + i``, as in vLLM. Raises RequestError 400: bad ``logit_bias``."""
+def sampling_of(
+    request: CompletionRequest | ChatRequest, choice: int, bad_words: tuple[tuple[int, ...], ...] = ()
+) -> SamplingParams:
+    """Choice *i* of a seeded request has seed ``seed + i``, as in vLLM. Raises RequestError 400: bad ``logit_bias``.
+
+    ``bad_words``: the request's, as token ids.
+    """
     chat = isinstance(request, ChatRequest)
     limit = request.max_tokens
     if isinstance(request, ChatRequest):
@@ -25,8 +32,10 @@ def sampling_of(request: CompletionRequest | ChatRequest, choice: int) -> Sampli
     given = {name: value for name in _PASSED_ON if (value := getattr(request, name)) is not None}
     return SamplingParams(
         **given,
-        seed=None if request.seed is None else request.seed + choice,
+        seed=None if request.seed in (None, -1) else request.seed + choice,  # -1: none, as in vLLM
         logit_bias=_logit_bias(request.logit_bias or {}),
+        allowed_token_ids=None if request.allowed_token_ids is None else tuple(request.allowed_token_ids),
+        bad_words=bad_words,
         logprobs=logprobs,
         stop=(request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ()),
         stop_token_ids=tuple(request.stop_token_ids or ()),
@@ -40,10 +49,10 @@ def sampling_of(request: CompletionRequest | ChatRequest, choice: int) -> Sampli
 def _logit_bias(given: dict[str, float]) -> dict[int, float]:
     biases = {}
     for token, bias in given.items():
-        if not token.isdecimal() or len(token) > _MAX_ID_DIGITS or not -100 <= bias <= 100:
+        if not token.isdecimal() or len(token) > _MAX_ID_DIGITS or isnan(bias):
             raise RequestError(
                 f"logit_bias holds {token[:64]!r}: {bias}; it maps token ids to values between -100 and 100",
                 param="logit_bias",
             )
-        biases[int(token)] = bias
+        biases[int(token)] = min(100.0, max(-100.0, bias))  # as in vLLM
     return biases

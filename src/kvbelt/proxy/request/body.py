@@ -14,6 +14,7 @@ from kvbelt.routing.exactness import CARRIED, token_limit
 from kvbelt.routing.view import CHAT_ONLY, VIEWED, RequestView
 from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff
 from kvbelt.wire.json_body import JsonDecoder
+from kvbelt.wire.lenient import fields_relaxed
 
 #: The API's default for completions.
 COMPLETIONS_MAX_TOKENS = 16
@@ -56,9 +57,9 @@ class ClientBody:
             if name in ("prompt", "messages") or len(memoryview(value)) != 4 or bytes(value) != _NULL
         )
         read = VIEWED if chat else VIEWED - CHAT_ONLY
-        viewed = {name: value for name, value in self._members.items() if name in read}
+        viewed = splice.object_of({name: value for name, value in self._members.items() if name in read})
         try:
-            self.view = _view.decode(splice.object_of(viewed))
+            self.view = _viewed(viewed)
         except msgspec.ValidationError as error:
             raise RequestError(
                 f"invalid request: {error}; correct the field and send the request again", param=_place(error)
@@ -181,6 +182,13 @@ class ClientBody:
             kept[_HANDOFF] = _encode(handoff)
         rest = splice.object_of(kept)
         return b"".join((b'{"prompt":', prompt_token_ids[:-1], b",%d]," % first_token_id, rest[1:]))
+
+
+def _viewed(members: bytes) -> RequestView:
+    try:
+        return _view.decode(members)
+    except msgspec.ValidationError:
+        return msgspec.convert(fields_relaxed(msgspec.json.decode(members), RequestView), RequestView)
 
 
 def _place(error: msgspec.ValidationError) -> str | None:

@@ -34,13 +34,14 @@ def counts_in(body: bytes) -> Counts | None:
 
 
 def with_details_of(usage: Mapping[str, Any], body: bytes) -> bytes:
-    """An answer or events, with the cached tokens of another answer's ``usage``."""
+    """An answer or events, with the cached tokens of another answer's ``usage``, where they tell their own."""
     found = _find(body)
     if found is None:
         return body
     counts, start, end = found
     details = usage.get(DETAILS)
-    if counts.get(DETAILS) == details:
+    # The running counts of a stream tell none.
+    if DETAILS not in counts or counts[DETAILS] == details:
         return body
     return b"".join((body[:start], msgspec.json.encode({**counts, DETAILS: details}), body[end:]))
 
