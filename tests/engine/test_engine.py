@@ -143,13 +143,15 @@ def test_logprobs_are_of_the_raw_distribution(tiny_llama: Path) -> None:
         plain = Client(engine, PROMPTS[0], replace(params, max_tokens=1)).wait()
         biased = Client(engine, PROMPTS[0], replace(params, max_tokens=1, logit_bias={65: 1000.0})).wait()
         assert biased.token_ids == [65]
-        assert [t[0] for t in biased.outputs[0].logprobs[0].top] == [t[0] for t in plain.outputs[0].logprobs[0].top]
+        assert [t.token_id for t in biased.outputs[0].logprobs[0].top] == [
+            t.token_id for t in plain.outputs[0].logprobs[0].top
+        ]
         outputs = Client(engine, PROMPTS[0], params).wait().outputs
         assert len(outputs) == 5
         for output in outputs:
             (report,) = output.logprobs
             assert report.token_id == output.token_ids[0]
-            values = [value for _, _, value in report.top]
+            values = [one.logprob for one in report.top]
             assert len(values) == 3
             assert values == sorted(values, reverse=True)
             assert values[0] < 0

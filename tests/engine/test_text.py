@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from kvbelt.engine.text import Decoder, Detokenizer, StopChecker
+from kvbelt.engine.text import Decoder, Detokenizer, Places, StopChecker
 from tests.engine.support import EOS, byte_tokenizer
 
 BYTES = Decoder(byte_tokenizer())
@@ -145,3 +145,26 @@ def test_a_stop_string_before_min_tokens_does_not_count() -> None:
 def test_nothing_but_special_tokens(skip: bool) -> None:
     """An answer of special tokens alone is empty, or their names."""
     assert "".join(detokenize(BYTES, [EOS], [EOS, EOS], skip=skip)) == ("" if skip else "<eos><eos>")
+
+
+def test_a_sentencepiece_token_has_its_bytes():
+    """A space in front, a byte of its own, an added token, and an id without a token."""
+    vocab = {"<unk>": 0, "\u2581word": 1, "<0xF0>": 2, "<s>": 3}
+    raw = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))  # noqa: S106
+    raw.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    decoder = Decoder(PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>"))  # noqa: S106
+    assert [decoder.token(token_id).data for token_id in (1, 2, 3, 4)] == [b" word", b"\xf0", b"<s>", b""]
+    assert decoder.token(2).text == "bytes:\\xf0"
+    assert (decoder.token(1).special, decoder.token(3).special) == (False, True)
+
+
+@given(text=texts, cut=st.integers(0, 48))
+def test_each_token_begins_where_its_character_does(text: str, cut: int) -> None:
+    """Also where the prompt ends within a character; what the prompt carries over and the answer are the text."""
+    data = text.encode()
+    prompt, answer = data[:cut], data[cut:]
+    places = Places(BYTES, list(prompt))
+    offsets = [places.push(bytes([byte])) for byte in answer]
+    begun = len(prompt.decode(errors="ignore"))
+    assert offsets == [len(data[: cut + i].decode(errors="ignore")) - begun for i in range(len(answer))]
+    assert (places.carried + answer).decode() == text[begun:]

@@ -5,9 +5,9 @@ If one token ends an answer in several ways, the first of these counts: an end t
 be included. Text that was held back (an incomplete character, half a stop string) comes with the end.
 """
 
-from kvbelt.engine.api import FinishReason, GenerationRequest, Output, TokenLogprob
+from kvbelt.engine.api import FinishReason, GenerationRequest, Output, TokenLogprob, TopLogprob
 from kvbelt.engine.sampling import Sampled
-from kvbelt.engine.text import Decoder, Detokenizer, StopChecker
+from kvbelt.engine.text import Decoder, Detokenizer, Places, StopChecker
 
 
 class Answer:
@@ -25,6 +25,7 @@ class Answer:
         self._max_tokens = max_tokens
         self._count = 0
         self._text = Detokenizer(decoder, request.prompt_token_ids, skip_special_tokens=params.skip_special_tokens)
+        self._places = None if params.logprobs is None else Places(decoder, request.prompt_token_ids)
         self._stops = StopChecker(params.stop, include=params.include_stop_str_in_output)
         #: Tokens that end it; the sampler excludes them until min_tokens.
         self.end_token_ids = tuple(self._eos | self._stop_ids)
@@ -51,11 +52,21 @@ class Answer:
                 reason, stop_reason = FinishReason.STOP, self._stops.found
         elif reason is not None:
             text += self._stops.flush()
-        logprobs = self._logprobs(sampled, token)
+        logprobs = self._logprobs(sampled, token, hidden=hidden)
         return Output(self._request_id, (token,), text, logprobs, reason, stop_reason)
 
-    def _logprobs(self, sampled: Sampled, token: int) -> tuple[TokenLogprob, ...]:
+    def _logprobs(self, sampled: Sampled, token_id: int, *, hidden: bool) -> tuple[TokenLogprob, ...]:
         if sampled.logprob is None:
             return ()
-        top = tuple((i, self._decoder.token(i), value) for i, value in sampled.top)
-        return (TokenLogprob(token, self._decoder.token(token), sampled.logprob, top),)
+        assert self._places is not None
+        token = self._decoder.token(token_id)
+        data = None if hidden or (token.special and self._params.skip_special_tokens) else token.data
+        offset = self._places.push(data or b"")
+        if data is not None and self._count == 1:
+            data = self._places.carried + data
+        top = tuple(self._alternative(*one) for one in sampled.top)
+        return (TokenLogprob(token_id, token.text, data, offset, sampled.logprob, top),)
+
+    def _alternative(self, token_id: int, logprob: float) -> TopLogprob:
+        token = self._decoder.token(token_id)
+        return TopLogprob(token_id, token.text, token.data, logprob)

@@ -69,11 +69,21 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class TopLogprob:
+    token_id: int
+    token: str  #: its text, or "bytes:" and its bytes in hexadecimal
+    data: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     token_id: int
     token: str
+    data: bytes | None  #: its part of the answer's text as bytes; None: it is hidden
+    offset: int  #: where it begins in the answer's text, in characters
     logprob: float
-    top: tuple[tuple[int, str, float], ...]  #: alternatives, best first: (token id, text, logprob)
+    top: tuple[TopLogprob, ...]  #: alternatives, best first
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,11 @@ Rules:
    the prompt leaves incomplete belongs to the token that completes it.
 """
 
+import codecs
+import json
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -27,6 +31,26 @@ _CONTEXT_TOKENS = 6
 _MAX_INCOMPLETE_TOKENS = 3
 
 
+def _byte_level() -> dict[str, int]:
+    """Byte-level tokenizers spell printable Latin-1 as itself, and the other bytes, in order, from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_LEVEL = _byte_level()
+_BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>\Z")
+_META_SPACE = "\u2581"  #: a space, as SentencePiece spells it
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    id: int
+    text: str  #: or, as with OpenAI, "bytes:" and the bytes in hexadecimal, if they are no text
+    data: bytes
+    special: bool
+
+
 class Decoder:
     """Decodes the token ids of one tokenizer. Shared by all requests, without state of any."""
 
@@ -34,7 +58,13 @@ class Decoder:
         self._tokenizer = tokenizer
         # The Rust tokenizer behind it, if there is one, has a tenth of the overhead of a call.
         self._fast: Any = getattr(tokenizer, "backend_tokenizer", None)
-        self._token_text: dict[int, str] = {}
+        self._tokens: dict[int, Token] = {}
+        added = tokenizer.added_tokens_decoder
+        self._added = frozenset(added)
+        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        #: How the tokenizer spells bytes, as its own JSON.
+        decoder = getattr(self._fast, "decoder", None)
+        self._spelling = "" if decoder is None else json.dumps(json.loads(decoder.__getstate__()), ensure_ascii=False)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """The text of these tokens, without any clean-up of spaces."""
@@ -55,12 +85,34 @@ class Decoder:
         raw = "".join(token or "" for token in tokens)
         return not raw.endswith(_LITERAL)
 
-    def token(self, token_id: int) -> str:
-        """The text of one token alone, special or not, for logprobs."""
-        text = self._token_text.get(token_id)
-        if text is None:
-            text = self._token_text[token_id] = self.decode([token_id], skip_special_tokens=False)
-        return text
+    def token(self, token_id: int) -> Token:
+        """One token alone, special or not, for logprobs."""
+        token = self._tokens.get(token_id)
+        if token is None:
+            token = self._tokens[token_id] = self._token(token_id)
+        return token
+
+    def _token(self, token_id: int) -> Token:
+        data = self._bytes(token_id)
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:
+            text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+        return Token(token_id, text, data, token_id in self._special)
+
+    def _bytes(self, token_id: int) -> bytes:
+        raw: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
+        if raw is None:
+            return b""
+        if token_id in self._added:
+            return raw.encode()
+        if "ByteLevel" in self._spelling and all(character in _BYTE_LEVEL for character in raw):
+            return bytes(_BYTE_LEVEL[character] for character in raw)
+        if "ByteFallback" in self._spelling and (byte := _BYTE_FALLBACK.match(raw)):
+            return bytes.fromhex(byte[1])
+        if _META_SPACE in self._spelling:
+            return raw.replace(_META_SPACE, " ").encode()
+        return self.decode([token_id], skip_special_tokens=False).encode()
 
 
 class Detokenizer:
@@ -109,6 +161,26 @@ class Detokenizer:
 
     def _decode(self, end: int) -> str:
         return self._decoder.decode(self._ids[:end], skip_special_tokens=self._skip)
+
+
+class Places:
+    """Where in an answer's text each of its tokens begins. A token within a character begins where the character does.
+
+    Attributes:
+        carried: bytes of a character that the prompt leaves incomplete. They belong to the answer (rule 3).
+    """
+
+    def __init__(self, decoder: Decoder, prompt_token_ids: Sequence[int]) -> None:
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        for token_id in prompt_token_ids[-_MAX_INCOMPLETE_TOKENS:]:
+            self._utf8.decode(decoder.token(token_id).data)
+        self.carried: bytes = self._utf8.getstate()[0]
+        self._at = 0
+
+    def push(self, data: bytes) -> int:
+        at = self._at
+        self._at += len(self._utf8.decode(data))
+        return at
 
 
 class StopChecker:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from kvbelt.engine.api import Output, TokenLogprob
+from kvbelt.engine.api import Output, TokenLogprob, TopLogprob
 
 _encode = msgspec.json.Encoder().encode
 
@@ -25,6 +25,7 @@ def event(body: dict[str, Any]) -> bytes:
 class AnswerChoice:
     index: int
     prompt_token_ids: tuple[int, ...]
+    echoed: int = 0  #: characters that a stream shows before its text
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -68,6 +69,7 @@ class AnswerShape:
     model: str
     wants_logprobs: bool
     wants_token_ids: bool
+    tokens_by_id: bool  #: tokens of logprobs are named by their ids
     usage: StreamUsage
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -97,7 +99,7 @@ class CompletionShape(AnswerShape):
         bodies = []
         for choice, echo in zip(choices, echoes, strict=True):
             assert choice.last is not None
-            body = self._choice(choice.index, echo + choice.text, choice.last, choice.logprobs, offset=0)
+            body = self._choice(choice.index, echo + choice.text, choice.last, choice.logprobs, echo=len(echo))
             if self.wants_token_ids:
                 body["prompt_token_ids"] = choice.prompt_token_ids
                 body["token_ids"] = choice.token_ids
@@ -112,20 +114,19 @@ class CompletionShape(AnswerShape):
         return [self._chunk(choice, body, generated=0)]
 
     def chunk(self, choice: AnswerChoice, output: Output) -> dict[str, Any]:
-        offset = len(choice.text) - len(output.text)
-        body = self._choice(choice.index, output.text, output, output.logprobs, offset=offset)
+        body = self._choice(choice.index, output.text, output, output.logprobs, echo=choice.echoed)
         if self.wants_token_ids:
             body["prompt_token_ids"] = None
             body["token_ids"] = output.token_ids
         return self._chunk(choice, body)
 
     def _choice(
-        self, index: int, text: str, last: Output, logprobs: Sequence[TokenLogprob], *, offset: int
+        self, index: int, text: str, last: Output, logprobs: Sequence[TokenLogprob], *, echo: int
     ) -> dict[str, Any]:
         return {
             "index": index,
             "text": text,
-            "logprobs": _completion_logprobs(logprobs, offset) if self.wants_logprobs else None,
+            "logprobs": _completion_logprobs(logprobs, echo, by_id=self.tokens_by_id) if self.wants_logprobs else None,
             "finish_reason": last.finish_reason,
             "stop_reason": last.stop_reason,
         }
@@ -142,7 +143,7 @@ class ChatShape(AnswerShape):
             body: dict[str, Any] = {
                 "index": choice.index,
                 "message": {"role": "assistant", "content": echo + choice.text},
-                "logprobs": _chat_logprobs(choice.logprobs) if self.wants_logprobs else None,
+                "logprobs": _chat_logprobs(choice.logprobs, by_id=self.tokens_by_id) if self.wants_logprobs else None,
                 "finish_reason": choice.last.finish_reason,
                 "stop_reason": choice.last.stop_reason,
             }
@@ -168,7 +169,9 @@ class ChatShape(AnswerShape):
         body: dict[str, Any] = {
             "index": choice.index,
             "delta": {"content": output.text} if output.text else {},
-            "logprobs": _chat_logprobs(output.logprobs) if self.wants_logprobs and output.logprobs else None,
+            "logprobs": _chat_logprobs(output.logprobs, by_id=self.tokens_by_id)
+            if self.wants_logprobs and output.logprobs
+            else None,
             "finish_reason": output.finish_reason,
         }
         if output.finish_reason is not None:
@@ -178,28 +181,40 @@ class ChatShape(AnswerShape):
         return self._chunk(choice, body)
 
 
-def _completion_logprobs(logprobs: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
-    offsets = []
-    for entry in logprobs:
-        offsets.append(offset)
-        offset += len(entry.token)
+_LEAST = -9999.0  #: stands for minus infinity, which JSON does not have; as in vLLM
+
+
+def _by_id(token_id: int) -> str:
+    return f"token_id:{token_id}"
+
+
+def _completion_logprobs(entries: Sequence[TokenLogprob], echo: int, *, by_id: bool) -> dict[str, Any]:
+    """``echo``: characters before the answer's text."""
     return {
-        "tokens": [entry.token for entry in logprobs],
-        "token_logprobs": [entry.logprob for entry in logprobs],
-        "top_logprobs": [
-            {**{text: logprob for _, text, logprob in entry.top}, entry.token: entry.logprob} for entry in logprobs
-        ],
-        "text_offset": offsets,
+        "tokens": [_by_id(entry.token_id) if by_id else entry.token for entry in entries],
+        "token_logprobs": [max(entry.logprob, _LEAST) for entry in entries],
+        "top_logprobs": [_alternatives(entry, by_id=by_id) for entry in entries],
+        "text_offset": [echo + entry.offset for entry in entries],
     }
 
 
-def _chat_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-    def one(token: str, logprob: float) -> dict[str, Any]:
-        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+def _alternatives(entry: TokenLogprob, *, by_id: bool) -> dict[str, float]:
+    """By text. If several have one text, it is the chosen token's or else the best one's; others show their ids."""
+    both: tuple[TopLogprob | TokenLogprob, ...] = (*entry.top, entry)
+    names = {} if by_id else {entry.token: entry.token_id}
+    found: dict[str, float] = {}
+    for one in both:
+        name = _by_id(one.token_id) if by_id or names.setdefault(one.token, one.token_id) != one.token_id else one.token
+        found[name] = max(one.logprob, _LEAST)
+    return found
 
-    return {
-        "content": [
-            {**one(entry.token, entry.logprob), "top_logprobs": [one(text, value) for _, text, value in entry.top]}
-            for entry in logprobs
-        ]
-    }
+
+def _chat_logprobs(entries: Sequence[TokenLogprob], *, by_id: bool) -> dict[str, Any]:
+    def one(entry: TokenLogprob | TopLogprob) -> dict[str, Any]:
+        return {
+            "token": _by_id(entry.token_id) if by_id else entry.token,
+            "logprob": max(entry.logprob, _LEAST),
+            "bytes": None if entry.data is None else list(entry.data),
+        }
+
+    return {"content": [{**one(entry), "top_logprobs": [one(other) for other in entry.top]} for entry in entries]}

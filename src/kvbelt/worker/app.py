@@ -171,6 +171,7 @@ class GenerateEndpoint:
             model=self._service.model_name,
             wants_logprobs=bool(wants),
             wants_token_ids=bool(request.return_token_ids),
+            tokens_by_id=bool(request.return_tokens_as_token_ids),
             usage=_usage_wanted(request.stream_options),
         )
 
@@ -197,7 +198,9 @@ class _Run:
         self._shape = shape
         self._n = n
         self._echoes = [echo for echo in echoes for _ in range(n)]
-        self._choices = [AnswerChoice(i * n + c, prompt) for i, prompt in enumerate(prompts) for c in range(n)]
+        self._choices = [
+            AnswerChoice(i * n + c, prompt, len(echoes[i])) for i, prompt in enumerate(prompts) for c in range(n)
+        ]
         self._first: Output | None = None
 
     async def whole(self) -> Response:
