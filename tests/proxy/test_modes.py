@@ -258,12 +258,24 @@ async def test_the_first_event_leaves_before_the_decode_worker_answers():
         ({"prompt": "x", "prompt_logprobs": 0}, False, "prompt_logprobs"),
         ({"prompt": "x", "echo": True, "logprobs": 0}, False, "prompt_logprobs"),
         ({"prompt_embeds": "AAAA"}, False, "no_prompt"),
+        *(
+            ({"prompt": "x", "max_tokens": 4} | wrong, False, "may_be_refused")
+            for wrong in (
+                {"n": 0}, {"n": 129}, {"n": 2, "temperature": 0}, {"best_of": 3}, {"logprobs": 21}, {"logprobs": -1},
+                {"logprobs": True}, {"min_tokens": -1}, {"min_tokens": 9}, {"max_tokens": MAX_MODEL_LEN},
+                {"use_beam_search": True},
+            )
+        ),
+        *(
+            ({"messages": [{"role": "user", "content": "x"}], "max_tokens": 4} | wrong, True, "may_be_refused")
+            for wrong in ({"logprobs": 3}, {"top_logprobs": 3}, {"logprobs": True, "top_logprobs": 21}, {"n": -5})
+        ),
         ({"prompt": None, "prompt_embeds": "AAAA"}, False, "no_prompt"),
     ],
-)
+)  # fmt: skip
 @async_test
 async def test_what_only_the_worker_can_judge_is_left_to_it(body, chat, reason):
-    """Some servers answer such requests, and others refuse them in their own words."""
+    """Some servers answer such requests, and others refuse them in their own words, before any prefill."""
     async with Deployment() as deployment:
         for standin in (*deployment.prefill, *deployment.decode):
             standin.script.status = 418
@@ -271,6 +283,7 @@ async def test_what_only_the_worker_can_judge_is_left_to_it(body, chat, reason):
         assert (got.status, got.path) == (418, f"local; reason={reason}")
         assert got.body == deployment.decode[0].script.body
         assert generated(deployment.decode[0]) == [body]
+        assert not deployment.prefill[0].requests
 
 
 @async_test

@@ -23,6 +23,17 @@ def test_it_is_refused_as_clients_know_it(ready, prompt, asked, param):
     assert str(prompt) in error["message"]
 
 
+@pytest.mark.parametrize(("asked", "status"), [(22, 200), (23, 400)])
+def test_a_prefill_call_is_refused_for_the_whole_answer(ready, asked, status):
+    """The decode worker would refuse it after the prompt has been computed and sent."""
+    receiver = {"engine_id": "d", "host": "127.0.0.1", "init_port": 1, "alloc_port": 1}
+    handoff = {"transfer_id": "t", "receiver": receiver, "deadline_seconds": 5, "answer_tokens": asked}
+    body = {"prompt": [5] * 10, "max_tokens": 1, "kv_transfer_params": handoff}
+    reply = TestClient(make_app(ready)).post("/v1/completions", json=body)
+    assert reply.status_code == status
+    assert status == 200 or reply.json()["error"]["code"] == "context_length_exceeded"
+
+
 def test_the_last_place_of_the_context_is_used(ready):
     reply = TestClient(make_app(ready)).post("/v1/completions", json={"prompt": [5] * 31, "max_tokens": 1})
     assert reply.status_code == 200

@@ -59,12 +59,14 @@ def _require_ports(address: RankAddress | ReceiverAddress) -> None:
             raise ValueError(f"{name} is {getattr(address, name)}; it must be a port of 1 to 65535")
 
 
-class PrefillHandoff(msgspec.Struct, frozen=True):
+class PrefillHandoff(msgspec.Struct, frozen=True, omit_defaults=True):
     """To a prefill worker: compute this prompt and send its KV to ``receiver``."""
 
     transfer_id: TransferId
     receiver: ReceiverAddress
     deadline_seconds: float
+    #: What the whole answer may have: the embedded engine refuses what does not fit before it computes the prompt.
+    answer_tokens: int | None = None
 
 
 class DecodeHandoff(msgspec.Struct, frozen=True):

@@ -63,6 +63,7 @@ REASONS: tuple[Reason, ...] = (
     Reason("short_prompt", _CHOICE, "shorter than `--min-prompt-tokens`"),
     Reason("many_prompts", _CHOICE, "several prompts in one request"),
     Reason("no_tokens", _CHOICE, "`max_tokens` is 0"),
+    Reason("may_be_refused", _CHOICE, "a field has a value that workers may refuse: one does so at once"),
     Reason("no_prompt", _CHOICE, "the prompt is embeddings, of which the proxy knows nothing"),
     Reason("routed_experts", _CHOICE, "the servers tell which experts computed which token, and only one can for all"),
     Reason("decode_has_no_receiver", _CHOICE, "no decode worker takes KV"),

@@ -25,6 +25,7 @@ from kvbelt.engine.api import Output
 from kvbelt.errors import RequestError
 from kvbelt.telemetry import get_logger
 from kvbelt.wire.api_error import error_body
+from kvbelt.wire.handoff import PrefillHandoff
 from kvbelt.wire.json_body import MessageError
 from kvbelt.wire.peers import PEERS_REQUEST
 from kvbelt.wire.probe import PROBE_REQUEST
@@ -135,7 +136,8 @@ class GenerateEndpoint:
         else:
             prompts = await service.prompts.of_completion(request)
         ids = [prompt.token_ids for prompt in prompts]
-        service.require_room(max(map(len, ids)), samplings[0].max_tokens)
+        whole = handoff.answer_tokens if isinstance(handoff, PrefillHandoff) else samplings[0].max_tokens
+        service.require_room(max(map(len, ids)), whole)
         shape = self._shape(request, request_id)
         generation = Generation(
             service.engine,

@@ -19,6 +19,12 @@ from kvbelt.wire.lenient import fields_relaxed
 #: The API's default for completions.
 COMPLETIONS_MAX_TOKENS = 16
 
+#: What the embedded engine takes, and vLLM with its defaults.
+_MOST_CHOICES = 128
+_MOST_LOGPROBS = 20
+#: vLLM takes lower temperatures for 0, with which it makes one choice only.
+_GREEDY = 1e-5
+
 _NULL = b"null"
 _HANDOFF = "kv_transfer_params"
 _view: JsonDecoder[RequestView] = JsonDecoder(RequestView)
@@ -104,15 +110,43 @@ class ClientBody:
         items = msgspec.json.decode(prompt, type=list[msgspec.Raw])
         return len(items) if items and bytes(items[0])[:1] in (b'"', b"[") else 1
 
-    @property
-    def why_whole(self) -> str | None:
-        """Why a worker is to answer all of it, of ``wire/reasons.py``; None: it may be split."""
+    def why_whole(self, context: int | None) -> str | None:
+        """Why a worker is to answer all of it, of ``wire/reasons.py``; None: it may be split.
+
+        ``context``: the shortest one of a worker, in tokens; None: it is not known.
+        """
         view = self.view
         if self.limit == 0:
             return "no_tokens"
+        if self._may_be_refused(context):
+            return "may_be_refused"
         if view.prompt_logprobs is not None or (view.echo and view.logprobs is not None):
             return "prompt_logprobs"  # a worker that is sent the prompt's KV does not compute them
         return "no_prompt" if len(self.prompt) == len(_NULL) and bytes(self.prompt) == _NULL else None
+
+    def _may_be_refused(self, context: int | None) -> bool:
+        """Whether a worker may refuse the value of a field that a prefill call leaves out.
+
+        What is here is what either engine refuses by itself, without the prompt. One worker that is asked for all of it
+        refuses it at once, in its own words; of two, the second would do so after a whole prefill.
+        """
+        view, limit = self.view, self.limit
+        n = 1 if view.n is None else view.n
+        greedy = view.temperature is not None and view.temperature < _GREEDY
+        logprobs, top, least = view.logprobs, view.top_logprobs, view.min_tokens
+        return (
+            not 1 <= n <= _MOST_CHOICES
+            or (n > 1 and greedy)
+            or view.best_of not in (None, n)
+            or (
+                logprobs is not None
+                and (isinstance(logprobs, bool) is not self.chat or not 0 <= logprobs <= _MOST_LOGPROBS)
+            )
+            or (top is not None and (not 0 <= top <= _MOST_LOGPROBS or (top > 0 and not logprobs)))
+            or (least is not None and (least < 0 or (limit is not None and least > limit)))
+            or (limit is not None and context is not None and limit >= context)
+            or "use_beam_search" in self.names
+        )
 
     @property
     def limit(self) -> int | None:

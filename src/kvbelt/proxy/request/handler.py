@@ -122,7 +122,9 @@ class RequestHandler:
         first = first_token(client.view, client.names, num_prompts=client.num_prompts)
         self._unfit = first.reason
         fewest = self._settings.min_prompt_tokens
-        self._why_whole = client.why_whole or why_not_split(first, self._size.tokens, fewest)
+        self._why_whole = client.why_whole(context.fleet.shortest_context) or why_not_split(
+            first, self._size.tokens, fewest
+        )
         self._one_token = first.mode is ResponseMode.PREFILL_ONLY and self._why_whole is None
 
     async def _perform(self, step: Step) -> None:

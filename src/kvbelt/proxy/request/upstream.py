@@ -104,7 +104,7 @@ class UpstreamCalls:
         receiver = decode.worker.endpoint.report.receiver or decode.chosen.report.receiver
         assert receiver is not None
         transfer_id = TransferId(self._context.new_id())
-        handoff = PrefillHandoff(transfer_id, receiver, self._kv_seconds(1.25))
+        handoff = PrefillHandoff(transfer_id, receiver, self._kv_seconds(1.25), client.limit)
         metrics.prefill_legs += 1
         try:
             response = await self._call_prefill(client.for_prefill(handoff), transfer_id, may_repeat=may_repeat)

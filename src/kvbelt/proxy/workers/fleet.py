@@ -84,6 +84,12 @@ class Fleet:
             if (pair := self.pairs.get(p.engine_id, d.engine_id)) is not None
         ]
 
+    @property
+    def shortest_context(self) -> int | None:
+        """Tokens of the shortest context that a worker has said; None: none has."""
+        said = [one.endpoint.report.max_model_len for of_role in self._of.values() for one in of_role.values()]
+        return min((tokens for tokens in said if tokens is not None), default=None)
+
     def with_engine(self, engine: EngineId) -> Worker | None:
         """The worker whose latest healthy incarnation has this engine_id."""
         return next(iter(self._by_engine.get(engine, ())), None)
