@@ -14,12 +14,9 @@ from kvbelt.transfer.link_probe import (
     Probing,
 )
 from kvbelt.transfer.send.driver import STEP_SECONDS
-from kvbelt.transfer.settings import BeltSettings
 from kvbelt.wire.probe import ENOUGH_OPERATIONS
 from tests.channels.memory import Fault, MemoryChannel, MemoryNetwork
 from tests.transfer.belts import LAYOUT, Asked, Side, Warmed, begin, eventually, hand_over
-
-QUICK = BeltSettings(lease_seconds=0.4, heartbeat_seconds=0.05, handshake_seconds=0.6)
 
 
 class Link:
@@ -46,8 +43,9 @@ class Link:
 
 
 @pytest.fixture
-def network():
-    """The network on which the channels of a test meet."""
+def network(monkeypatch):
+    """The network on which the channels of a test meet. No pause of this machine ends a measurement."""
+    monkeypatch.setattr(probing, "PROBE_SECONDS", 1000.0)
     return MemoryNetwork()
 
 
@@ -55,7 +53,7 @@ def network():
 def pair(network):
     """A prefill and a decode worker, connected."""
     p, d = MemoryChannel("p", network), MemoryChannel("d", network)
-    with Side("p", "prefill", p, settings=QUICK) as p, Side("d", "decode", d, settings=QUICK) as d:
+    with Side("p", "prefill", p) as p, Side("d", "decode", d) as d:
         assert Warmed(p, d.belt.receiver_address()).answer().ok
         yield p, d
 
@@ -199,9 +197,9 @@ def test_a_transfer_ends_a_measurement(pair, network):
 def test_a_full_buffer_is_not_waited_for(network):
     """A measurement that would have to wait for a slot leaves the queue."""
     with (
-        Side("p", "prefill", MemoryChannel("p", network), settings=QUICK) as p,
-        Side("q", "prefill", MemoryChannel("q", network), settings=QUICK) as q,
-        Side("d", "decode", MemoryChannel("d", network), staging_blocks=LAYOUT.num_layers, settings=QUICK) as d,
+        Side("p", "prefill", MemoryChannel("p", network)) as p,
+        Side("q", "prefill", MemoryChannel("q", network)) as q,
+        Side("d", "decode", MemoryChannel("d", network), staging_blocks=LAYOUT.num_layers) as d,
     ):
         assert Warmed(p, d.belt.receiver_address()).answer().ok
         sending, sent = begin(q, d.belt.receiver_address(), "a", 16)
@@ -231,7 +229,7 @@ def test_one_link_is_measured_at_a_time(pair, network):
 
 def test_a_link_that_carries_nothing_is_given_up(pair, network, monkeypatch):
     """A measurement that gets nowhere ends at its deadline."""
-    monkeypatch.setattr("kvbelt.transfer.link_probe.PROBE_SECONDS", 0.3)
+    monkeypatch.setattr(probing, "PROBE_SECONDS", 0.3)
     p, d = pair
     network.faults["d"] = Fault.STALL
     probed = Asked(p).answer()
@@ -257,8 +255,8 @@ def test_a_worker_that_only_receives_measures_nothing(pair):
 
 def test_closing_ends_a_measurement(network):
     """Closing ends a measurement once, and later requests are refused."""
-    with Side("d", "decode", MemoryChannel("d", network), settings=QUICK) as d:
-        p = Side("p", "prefill", MemoryChannel("p", network), settings=QUICK)
+    with Side("d", "decode", MemoryChannel("d", network)) as d:
+        p = Side("p", "prefill", MemoryChannel("p", network))
         assert Warmed(p, d.belt.receiver_address()).answer().ok
         network.faults["d"] = Fault.STALL
         asked = Asked(p)
