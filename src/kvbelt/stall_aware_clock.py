@@ -32,8 +32,8 @@ class StallAwareClock:
 
     def asleep(self, seconds: float) -> "Callable[[], None]":
         """Call before sleeping for at most so long, and call what is returned on waking."""
-        before = self._clock()
-        self._forgive(before - self._woke)
+        self.worked()
+        before = self._woke
 
         def woke() -> None:
             now = self._clock()
@@ -41,6 +41,13 @@ class StallAwareClock:
             self._woke = now
 
         return woke
+
+    def worked(self) -> float:
+        """Now, less a stall since it woke. Call before anything that is due: it may have come since it listened."""
+        now = self._clock()
+        self._forgive(now - self._woke)
+        self._woke = now
+        return now - self._stalled
 
     def _forgive(self, late: float) -> None:
         if late > STALL_SECONDS:

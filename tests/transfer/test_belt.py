@@ -614,3 +614,20 @@ def test_many_transfers_at_once_over_a_small_receiver(channels):
                     del under_way[number]
         assert not under_way
         eventually(lambda: p.belt.snapshot().sent_total == {"done": 30}, "the sender knows it too")
+
+
+def test_a_stall_in_the_middle_of_a_turn_is_no_silence_of_a_peer(memory):
+    """What peers said meanwhile has not been read."""
+    with Side("p", "prefill", memory("p")) as p, Side("d", "decode", memory("d")) as d:
+        p.fill(1)
+        sending, sent = begin(p, d.belt.receiver_address(), "a", 100)
+        eventually(lambda: p.belt.snapshot().sends == {"writing": 1}, "it is under way")
+        clock = p.belt._driver.clock
+        now = clock._clock
+
+        def stand_still() -> None:
+            clock._clock = lambda: now() + 1000.0
+
+        p.belt._driver.seen(stand_still)
+        hand_over(sending, LAYOUT, list(range(7)))
+        assert sent.outcome().ok

@@ -53,3 +53,13 @@ def test_time_without_attention_does_not_count(slept, worked):
     turn(clock, time, 0.25, slept, worked)
     clock.asleep(0.0)
     assert clock() - start == pytest.approx(0.25)
+
+
+def test_a_stall_at_work_does_not_count_for_what_is_due_in_the_same_turn():
+    time = Time()
+    clock = StallAwareClock(time)
+    start = clock()
+    turn(clock, time, 0.25, 0.25, 5.0)
+    assert clock.worked() - start == pytest.approx(0.25)
+    time.now += 0.01
+    assert clock.worked() - start == pytest.approx(0.26)

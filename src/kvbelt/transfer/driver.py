@@ -257,7 +257,7 @@ class Driver:
         woke()
         self._calls.wake()
         self._calls.run()
-        now = self.clock()
+        now = self.clock.worked()
         if self._progress_every != float("inf"):
             self._progress()
         if self.receiver is not None:
