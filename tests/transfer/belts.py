@@ -48,6 +48,16 @@ def eventually(condition: Callable[[], bool], what: str, seconds: float = SECOND
         time.sleep(0.002)
 
 
+def pass_time(side: "Side", seconds: float) -> None:
+    """Let a belt's time pass. Its clock takes no jump of the machine's clock for time: that is a stall."""
+    clock = side.belt._driver.clock
+
+    def jump() -> None:
+        clock._stalled -= seconds
+
+    side.belt._driver.seen(jump)
+
+
 class Side:
     """One belt with its pool and its staging memory."""
 

@@ -11,7 +11,7 @@ from kvbelt.wire.ids import EngineId
 from tests.channels.memory import MemoryChannel, MemoryNetwork
 from tests.http.support import free_port
 from tests.security.support import belts, deployment
-from tests.transfer.belts import LAYOUT, Side, Warmed, begin, eventually, hand_over, patient
+from tests.transfer.belts import LAYOUT, Side, Warmed, begin, eventually, hand_over, pass_time, patient
 
 QUICK = BeltSettings(lease_seconds=0.4, heartbeat_seconds=0.05, handshake_seconds=0.6)
 
@@ -45,6 +45,7 @@ def test_warming_twice_is_answered_at_once_and_counts_as_use(memory):
         assert Warmed(p, address).answer().ok
         (peer,) = p.belt._driver.sender.peers._peers.values()
         used_at = peer.used_at
+        pass_time(p, 100.0)
         assert Warmed(p, address).answer().ok
         assert peer.used_at > used_at
         assert p.belt.snapshot().peers == 1
@@ -110,12 +111,13 @@ def test_a_receiver_that_restarted_ends_what_was_under_way_to_its_earlier_life(m
 def test_the_number_of_receivers_is_limited(memory, monkeypatch):
     """Beyond MAX_PEERS receivers further ones are refused, and the known ones still work."""
     monkeypatch.setattr(peers, "MAX_PEERS", 2)
-    with Side("p", "prefill", memory("p"), settings=QUICK) as p, Side("d", "decode", memory("d")) as d:
+    with Side("p", "prefill", memory("p")) as p, Side("d", "decode", memory("d")) as d:
         known = d.belt.receiver_address()
         assert Warmed(p, known).answer().ok
         others = [ReceiverAddress(EngineId(f"x{port}"), "127.0.0.1", port, port) for port in (1, 2)]
         first, second = (Warmed(p, address) for address in others)
         assert second.answer().reason == "too_many_peers"
+        pass_time(p, 20.0)  # for a handshake
         assert first.answer().reason == "peer_unreachable"
         assert Warmed(p, known).answer().ok
 
