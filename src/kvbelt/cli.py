@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
 from kvbelt import __version__
-from kvbelt.errors import KVBeltError, SettingsError
+from kvbelt.errors import MOST_SEQUENCES, KVBeltError, SettingsError
 from kvbelt.ops.arguments import (
     add_placement,
     add_worker_key,
@@ -70,6 +70,14 @@ def _add_worker(commands: "argparse._SubParsersAction[_Parser]") -> None:
     add("--threads", type=positive_int, help="CPU threads for the model")
     add("--no-prefix-caching", action="store_true", help="compute every prompt in full; reuse no cached prefix")
     add("--log-json", action="store_true", help="write the log as JSON, one object a line")
+    _add_sequences(worker)
+
+
+def _add_sequences(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-sequences", type=positive_int, default=MOST_SEQUENCES, metavar="N",
+        help="prompts times n that one request may ask for (default: %(default)s)",
+    )  # fmt: skip
 
 
 def _run_worker(args: argparse.Namespace) -> NoReturn:
@@ -129,6 +137,7 @@ def _serve_worker(args: argparse.Namespace) -> None:
             max_model_len=args.max_model_len,
             max_batch_tokens=args.max_batch_tokens,
             max_running=args.max_running,
+            max_sequences=args.max_sequences,
             slo_itl_ms=args.slo_itl_ms,
             threads=args.threads,
             prefix_caching=not args.no_prefix_caching,
@@ -175,6 +184,7 @@ def _add_proxy(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--max-wait-seconds", type=positive_number, default=30.0, metavar="S",
         help="a request that has waited so long for a worker gets 429 (default: %(default)g)",
     )  # fmt: skip
+    _add_sequences(proxy)
     add(
         "--keep-requests", type=positive_int, default=1000, metavar="N",
         help="how many requests kvbelt why and the console can show (default: %(default)s)",
@@ -225,6 +235,7 @@ def _run_proxy(args: argparse.Namespace) -> int:
         slo_tpot_ms=args.slo_tpot_ms,
         max_waiting=args.max_waiting,
         max_wait_seconds=args.max_wait_seconds,
+        max_sequences=args.max_sequences,
         records_kept=args.keep_requests,
         record_prompts=args.record_prompts,
         open_console=args.open_console,

@@ -100,6 +100,37 @@ def test_prompts_are_counted(prompt, count):
 
 
 @pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"prompt": ["x"] * 5}, "prompt"),
+        ({"prompt": [[5]] * 5}, "prompt"),
+        ({"prompt": ["x"] * 3, "n": 2}, "prompt"),
+        ({"prompt": "x", "n": 5}, "n"),
+        ({"prompt": ["\\"] * 500}, "prompt"),
+        ({"prompt": ['"'] * 500}, "prompt"),
+    ],
+)
+def test_too_many_answers_are_refused(more, param):
+    """Prompts times n; the message says how many were asked for at most."""
+    with pytest.raises(RequestError, match="4 at most") as caught:
+        ClientBody(json.dumps(more).encode(), chat=False, most_sequences=4)
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
+@pytest.mark.parametrize("separators", [None, (",", ":")])
+@settings(deadline=None)
+@given(
+    st.lists(st.text('a",[]\\{} ', max_size=5), min_size=1, max_size=9) | st.lists(st.just([5]), min_size=1, max_size=9)
+)
+def test_as_many_answers_as_allowed_are_not_refused(separators, prompts):
+    """Whatever the texts contain."""
+    body = json.dumps({"prompt": prompts}, separators=separators).encode()
+    assert ClientBody(body, chat=False, most_sequences=len(prompts)).num_prompts == len(prompts)
+    with pytest.raises(RequestError):
+        ClientBody(body, chat=False, most_sequences=len(prompts) - 1)
+
+
+@pytest.mark.parametrize(
     ("body", "param"),
     [
         (b"", None),

@@ -22,7 +22,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from kvbelt.engine.api import Output
-from kvbelt.errors import RequestError
+from kvbelt.errors import RequestError, require_sequences
 from kvbelt.telemetry import get_logger
 from kvbelt.wire.api_error import error_body
 from kvbelt.wire.handoff import PrefillHandoff
@@ -44,6 +44,7 @@ from kvbelt.worker.requests import (
     parse_completion,
     parse_handoff,
     parse_level,
+    split_prompts,
 )
 from kvbelt.worker.sampling import sampling_of
 from kvbelt.worker.service import Service
@@ -127,6 +128,8 @@ class GenerateEndpoint:
         service.require_ready()
         request = parse_chat(body) if self._chat else parse_completion(body)
         service.require_model(request.model)
+        prompts_asked = len(split_prompts(request.prompt)) if isinstance(request, CompletionRequest) else 1
+        require_sequences(prompts_asked, request.n or 1, service.max_sequences)
         handoff = parse_handoff(request.kv_transfer_params)
         itl_seconds = parse_level(Request(scope).headers.get(ITL_HEADER))
         bad_words = await service.prompts.bad_words_of(request)

@@ -27,6 +27,8 @@ from kvbelt.worker.prompts import Prompt
 
 log = get_logger(__name__)
 
+_SUBMITTED_AT_ONCE = 8
+
 
 @dataclass(frozen=True, slots=True)
 class KVOutcome:
@@ -98,6 +100,8 @@ class Generation:
                         raise RequestError(str(error), param=error.param) from error
                     submitted += 1
                     self._open.add(index)
+                    if submitted % _SUBMITTED_AT_ONCE == 0:  # a request of a thousand must not hold up the others
+                        await asyncio.sleep(0)
         finally:
             for index in range(submitted, len(self._prompts) * n):
                 if (load := loads[index // n]) is not None:

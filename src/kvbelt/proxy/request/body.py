@@ -4,11 +4,12 @@ Prompts and messages are never decoded here. A client's own ``kv_transfer_params
 request's KV.
 """
 
+import re
 from collections.abc import Mapping
 
 import msgspec
 
-from kvbelt.errors import RequestError
+from kvbelt.errors import MOST_SEQUENCES, RequestError, require_sequences
 from kvbelt.proxy.request import splice
 from kvbelt.routing.exactness import CARRIED, token_limit
 from kvbelt.routing.view import CHAT_ONLY, VIEWED, RequestView
@@ -25,8 +26,11 @@ _MOST_LOGPROBS = 20
 #: vLLM takes lower temperatures for 0, with which it makes one choice only.
 _GREEDY = 1e-5
 
+_LIST_OF_PROMPTS = re.compile(rb"""\[[ \t\r\n]*["\[]""")
+_LIST_OF_LISTS = re.compile(rb"\[[ \t\r\n]*\[")
 _NULL = b"null"
 _HANDOFF = "kv_transfer_params"
+_items: JsonDecoder[list[msgspec.Raw]] = JsonDecoder(list[msgspec.Raw])
 _view: JsonDecoder[RequestView] = JsonDecoder(RequestView)
 _encode = msgspec.json.Encoder().encode
 
@@ -50,8 +54,11 @@ _ONE_CHAT_TOKEN = b'"max_completion_tokens":1,' + _ONE_TOKEN
 class ClientBody:
     __slots__ = ("_body", "_members", "_numbers", "chat", "names", "num_prompts", "view")
 
-    def __init__(self, body: bytes, *, chat: bool) -> None:
-        """Parse. Raises RequestError: 400; not UTF-8, not a JSON object, or a field of the wrong type."""
+    def __init__(self, body: bytes, *, chat: bool, most_sequences: int = MOST_SEQUENCES) -> None:
+        """Parse. Raises RequestError: 400; not UTF-8, not a JSON object, a wrong field, or too many answers.
+
+        ``most_sequences``: prompts times ``n``, which the request may ask for.
+        """
         self.chat = chat
         self._body = body
         self._numbers: bytes | None = None
@@ -71,7 +78,8 @@ class ClientBody:
                 f"invalid request: {error}; correct the field and send the request again", param=_place(error)
             ) from None
         self._check()
-        self.num_prompts = 1 if chat else self._count_prompts()
+        self.num_prompts = 1 if chat else self._count_prompts(most_sequences)
+        require_sequences(self.num_prompts, self.view.n or 1, most_sequences)
 
     def _parse(self, body: bytes) -> Mapping[str, splice.Value]:
         try:
@@ -100,15 +108,14 @@ class ClientBody:
         if self.view.stream_options is not None and not self.view.stream:
             raise RequestError("stream_options is only allowed with stream: true", param="stream_options")
 
-    def _count_prompts(self) -> int:
+    def _count_prompts(self, most: int) -> int:
+        """Their number; where it is more than ``most``, as many or fewer, which costs less to find out."""
         if self._numbers is not None:
             return 1
         prompt = self.prompt
-        if bytes(prompt[:1]) != b"[":
+        if _LIST_OF_PROMPTS.match(prompt) is None:  # else texts, lists of ids, or values that a worker refuses
             return 1
-        # Texts, lists of ids, or values that a worker refuses.
-        items = msgspec.json.decode(prompt, type=list[msgspec.Raw])
-        return len(items) if items and bytes(items[0])[:1] in (b'"', b"[") else 1
+        return least if (least := _least_prompts(prompt)) > most else len(_items.decode(prompt))
 
     def why_whole(self, context: int | None) -> str | None:
         """Why a worker is to answer all of it, of ``wire/reasons.py``; None: it may be split.
@@ -223,6 +230,17 @@ def _viewed(members: bytes) -> RequestView:
         return _view.decode(members)
     except msgspec.ValidationError:
         return msgspec.convert(fields_relaxed(msgspec.json.decode(members), RequestView), RequestView)
+
+
+def _least_prompts(prompt: memoryview) -> int:
+    """At least half of a list's prompts, and never more than all, without a look at each.
+
+    A list has a closing bracket. A text has two quotes; those inside it are escaped, and its last one looks so behind a
+    backslash.
+    """
+    text = bytes(prompt)
+    lists, texts = text.count(b"]") - 1, (text.count(b'"') - text.count(b'\\"')) // 2
+    return lists if _LIST_OF_LISTS.match(text) else texts
 
 
 def _place(error: msgspec.ValidationError) -> str | None:
