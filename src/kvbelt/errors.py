@@ -47,13 +47,13 @@ class RequestError(KVBeltError):
         self.reason = reason  #: of ``wire/reasons.py``, where the fault is not the request's
 
 
-def context_exceeded(context: int, prompt: int, answer: int | None = None) -> RequestError:
+def context_exceeded(context: int, prompt: int, answer: int | None = None, *, at_least: bool = False) -> RequestError:
     """400: the prompt's tokens, or they and those of the answer, are more than the model's context.
 
     Clients (LangChain, LiteLLM) know this error by its code or by the message's beginning, and send less or go to a
-    model of a larger context.
+    model of a larger context. ``at_least``: the prompt was not counted to its end.
     """
-    wanted = f"the prompt has {prompt}"
+    wanted = f"the prompt has {'at least ' if at_least else ''}{prompt}"
     if answer is not None:
         wanted += f" and max_tokens asks for {answer} more"
     return RequestError(

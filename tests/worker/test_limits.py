@@ -1,14 +1,18 @@
 """What one request may ask of a worker, so that others get what they need meanwhile."""
 
 import asyncio
+import threading
 
 import pytest
 from starlette.testclient import TestClient
 
 from kvbelt.engine.api import SamplingParams
+from kvbelt.errors import RequestError
 from kvbelt.worker.app import make_app
 from kvbelt.worker.generation import Generation
+from kvbelt.worker.prompts import Prompts
 from kvbelt.worker.requests import CompletionRequest
+from tests.engine.support import byte_tokenizer
 
 BOTH = "/v1/completions", "/v1/chat/completions"
 
@@ -48,3 +52,83 @@ def test_submitting_many_sequences_lets_others_run(ready):
 
     asyncio.run(submit())
     assert turns >= 8
+
+
+class Watched:
+    """A real tokenizer, and the length of each text that it was given. A long text waits until it is let go."""
+
+    def __init__(self, held=None):
+        self._tokenizer = byte_tokenizer()
+        self._tokenizer.add_tokens(["x" * 100])
+        self._held = held
+        self.lengths = []
+
+    def encode(self, text, **more):
+        self.lengths.append(len(text))
+        if self._held is not None and len(text) > 1000:
+            assert self._held.wait(60)
+        return self._tokenizer.encode(text, **more)
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+
+async def encoded(tokenizer, context, text, **more):
+    """The token ids of a text."""
+    prompts = Prompts(tokenizer, 16, context)
+    try:
+        (prompt,) = await prompts.of_completion(CompletionRequest(prompt=text, **more))
+    finally:
+        prompts.close()
+    return prompt.token_ids
+
+
+def test_a_text_that_no_tokenizer_could_fit_is_not_tokenized():
+    """A token has 100 characters at most."""
+    tokenizer = Watched()
+    with pytest.raises(RequestError, match="maximum context length is 8 tokens; the prompt has at least 9") as caught:
+        asyncio.run(encoded(tokenizer, 8, "a" * 900))
+    assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
+    assert not tokenizer.lengths
+
+
+def test_of_a_long_text_the_beginning_is_tokenized_first():
+    """If that has too many tokens, the rest is not."""
+    tokenizer = Watched()
+    with pytest.raises(RequestError, match="context length is 9000 tokens; the prompt has at least"):
+        asyncio.run(encoded(tokenizer, 9000, "a" * 500_000))
+    assert tokenizer.lengths == [72_000]
+
+
+def test_a_long_text_of_few_tokens_is_taken():
+    assert len(asyncio.run(encoded(Watched(), 9000, "x" * 800_000))) == 8000
+
+
+@pytest.mark.parametrize(("side", "kept"), [("left", "yz"), ("right", "ab")])
+def test_of_a_text_that_is_truncated_only_the_kept_side_is_tokenized(side, kept):
+    tokenizer = Watched()
+    text = "ab" + "c" * 5000 + "yz"
+    ids = asyncio.run(encoded(tokenizer, 8, text, truncate_prompt_tokens=2, truncation_side=side))
+    assert ids == tuple(kept.encode())
+    assert tokenizer.lengths == [800]
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one():
+    """They have different threads."""
+    held = threading.Event()
+    prompts = Prompts(Watched(held), 16, 9000)
+
+    async def both():
+        long = asyncio.create_task(prompts.of_completion(CompletionRequest(prompt="x" * 100_000)))
+        short = await prompts.of_completion(CompletionRequest(prompt="hello"))
+        assert not long.done()
+        held.set()
+        return short[0].token_ids, len((await long)[0].token_ids)
+
+    assert asyncio.run(both()) == (tuple(b"hello"), 1000)
+    prompts.close()
+
+
+def test_too_many_token_ids_are_refused_before_they_are_hashed(ready):
+    reply = TestClient(make_app(ready)).post(BOTH[0], json={"prompt": [[5], [5] * 33]})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "context_length_exceeded")

@@ -1,7 +1,7 @@
-"""Texts and messages as token ids, and the hashes of their blocks. Works on a separate thread.
+"""Texts and messages as token ids, and the hashes of their blocks. Works beside the event loop.
 
-It is one thread, because a tokenizer may not be safe on several, and a long prompt must not delay streaming, health or
-metrics.
+Long prompts have a thread of their own, so that short ones do not wait for them. A text that cannot fit into the
+context is refused by its length, or by the tokens of its beginning, so that nobody waits for what is refused anyway.
 """
 
 import asyncio
@@ -14,11 +14,15 @@ import jinja2
 import msgspec
 
 from kvbelt.engine.api import PrefixHashes
-from kvbelt.errors import RequestError
+from kvbelt.errors import RequestError, context_exceeded
 from kvbelt.wire.block_hash import block_hashes, chained, root
-from kvbelt.worker.requests import ChatRequest, CompletionRequest, split_prompts
+from kvbelt.worker.requests import ChatMessage, ChatRequest, CompletionRequest, split_prompts
 
 T = TypeVar("T")
+
+_LONG = 64 * 1024  #: characters, or token ids, from which on a prompt counts as long
+_PROBED = 8  #: characters a token, of which a text rarely has more: of a longer text the beginning is tokenized first
+_CUT_TOKENS = 256  #: more than a cut through a word can add
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,23 +38,32 @@ class Prompts:
         self._tokenizer = tokenizer
         self._block_size = block_size
         self._max_model_len = max_model_len
+        self._longest_token = _longest_token(tokenizer)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
+        self._long_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="long-prompts")
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        for thread in (self._thread, self._long_thread):
+            thread.shutdown(wait=False, cancel_futures=True)
 
     async def of_completion(self, request: CompletionRequest) -> list[Prompt]:
         """Each prompt, in order. Raises RequestError 400: one is empty, of mixed kinds, or has an invalid token id."""
         prompts = split_prompts(request.prompt)
-        return await self._off_loop(lambda: [self._named(self._ids(prompt, request), request) for prompt in prompts])
+        size = sum(map(len, prompts))
+        return await self._off_loop(
+            lambda: [self._named(self._ids(prompt, request), request) for prompt in prompts], size
+        )
 
     async def of_chat(self, request: ChatRequest) -> Prompt:
         """The rendered conversation. Raises RequestError 400: there is no chat template, or it refuses the messages."""
-        return await self._off_loop(lambda: self._named(self._rendered(request), request))
+        size = sum(_length(message) for message in request.messages)
+        return await self._off_loop(lambda: self._named(self._rendered(request), request), size)
 
     async def bad_words_of(self, request: CompletionRequest | ChatRequest) -> tuple[tuple[int, ...], ...]:
         """Each bad word as token ids, at the start of a text and inside one. Raises RequestError 400: it is empty."""
-        return await self._off_loop(lambda: self._bad_words(request.bad_words)) if request.bad_words else ()
+        if not request.bad_words:
+            return ()
+        return await self._off_loop(lambda: self._bad_words(request.bad_words), sum(map(len, request.bad_words)))
 
     def _bad_words(self, words: list[str]) -> tuple[tuple[int, ...], ...]:
         found: dict[tuple[int, ...], None] = {}
@@ -69,11 +82,34 @@ class Prompts:
 
     async def texts_of(self, prompts: Sequence[tuple[int, ...]]) -> list[str]:
         return await self._off_loop(
-            lambda: [self._tokenizer.decode(list(ids), skip_special_tokens=True) for ids in prompts]
+            lambda: [self._tokenizer.decode(list(ids), skip_special_tokens=True) for ids in prompts],
+            sum(map(len, prompts)),
         )
 
-    async def _off_loop(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+    async def _off_loop(self, work: Callable[[], T], size: int) -> T:
+        """``size``: characters, or token ids."""
+        thread = self._thread if size <= _LONG else self._long_thread
+        return await asyncio.get_running_loop().run_in_executor(thread, work)
+
+    def _encode(self, text: str, request: CompletionRequest | ChatRequest) -> list[int]:
+        kept = request.truncate_prompt_tokens
+        if self._longest_token is not None:
+            most = self._max_model_len * self._longest_token
+            if len(text) > most and kept is None:
+                raise context_exceeded(self._max_model_len, len(text) // self._longest_token, at_least=True)
+            if kept is not None:  # so many tokens are kept at most
+                text = text[:most] if request.truncation_side == "right" else text[-most:]
+        if kept is None and len(text) > max(_LONG, _PROBED * self._max_model_len):
+            # Tokens of the beginning; where it is cut, they may be others than the whole text's.
+            beginning = self._ids_of(text[: _PROBED * self._max_model_len], request)
+            if len(beginning) > self._max_model_len + _CUT_TOKENS:
+                raise context_exceeded(self._max_model_len, len(beginning) - _CUT_TOKENS, at_least=True)
+        return self._ids_of(text, request)
+
+    def _ids_of(self, text: str, request: CompletionRequest | ChatRequest) -> list[int]:
+        # Unlike the Rust tokenizer's own call, this one lets other threads run meanwhile.
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=request.add_special_tokens)
+        return ids
 
     def _named(self, token_ids: tuple[int, ...], request: CompletionRequest | ChatRequest) -> Prompt:
         token_ids = self._truncated(token_ids, request)
@@ -102,8 +138,10 @@ class Prompts:
 
     def _ids(self, prompt: str | list[int], request: CompletionRequest) -> tuple[int, ...]:
         if not isinstance(prompt, str):
+            if len(prompt) > self._max_model_len and request.truncate_prompt_tokens is None:
+                raise context_exceeded(self._max_model_len, len(prompt))
             return tuple(prompt)
-        ids: list[int] = self._tokenizer.encode(prompt, add_special_tokens=request.add_special_tokens)
+        ids = self._encode(prompt, request)
         if not ids:
             raise RequestError("prompt is empty once tokenized; send at least one token", param="prompt")
         return tuple(ids)
@@ -128,7 +166,7 @@ class Prompts:
             )
         except (jinja2.TemplateError, ValueError, TypeError) as error:
             raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from None
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=request.add_special_tokens)
+        ids = self._encode(text, request)
         if not ids:
             raise RequestError("the conversation is empty once rendered; send at least one token", param="messages")
         return tuple(ids)
@@ -140,3 +178,16 @@ def _template_words(request: ChatRequest) -> dict[str, Any]:
     if request.reasoning_effort is not None:
         words |= {"reasoning_effort": request.reasoning_effort, "enable_thinking": request.reasoning_effort != "none"}
     return words | (request.chat_template_kwargs or {})
+
+
+def _length(message: ChatMessage) -> int:
+    content = message.content
+    return len(content or "") if not isinstance(content, list) else sum(len(str(part.get("text"))) for part in content)
+
+
+def _longest_token(tokenizer: Any) -> int | None:
+    """Characters that a token can stand for; None: any number, because what is unknown becomes one token."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if model is None or (getattr(model, "unk_token", None) is not None and not getattr(model, "byte_fallback", False)):
+        return None
+    return max(map(len, tokenizer.get_vocab()))
