@@ -5,10 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from kvbelt.engine.api import FinishReason, InvalidRequestError, Output, SamplingParams
 from kvbelt.engine.engine import Engine
-from tests.engine.support import EOS, GREEDY, VOCAB, Client, engine_of, reference_greedy
+from tests.engine.support import EOS, GREEDY, VOCAB, Client, engine_of, prefix_of, reference_greedy
 
 PROMPTS = [list(b"hello"), list(b"a much longer prompt than the others, over several chunks"), [1], list(b"xyz" * 9)]
 
@@ -155,6 +157,38 @@ def test_logprobs_are_of_the_raw_distribution(tiny_llama: Path) -> None:
             assert len(values) == 3
             assert values == sorted(values, reverse=True)
             assert values[0] < 0
+
+
+@pytest.mark.parametrize("batch", [4, 64])
+def test_a_prompts_logprobs_are_those_of_the_model(tiny_llama: Path, batch: int) -> None:
+    """However the prompt is cut into chunks, whoever is beside it, and whatever is cached."""
+    params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, logprobs=2, prompt_logprobs=2)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = model(torch.tensor([PROMPTS[0]])).logits[0].log_softmax(-1)
+    with engine_of(tiny_llama, max_batch_tokens=batch, max_running=4) as engine:
+        prefix = prefix_of(PROMPTS[0], 4)
+        Client(engine, PROMPTS[0], replace(GREEDY, max_tokens=1), prefix=prefix).wait()
+        beside = Client(engine, PROMPTS[1], replace(GREEDY, max_tokens=20))
+        first = Client(engine, PROMPTS[0], params, prefix=prefix).wait().outputs[0]
+        beside.wait()
+    entries = first.prompt_logprobs
+    assert [entry.token_id for entry in entries] == list(PROMPTS[0])
+    assert (entries[0].logprob, entries[0].top) == (None, ())
+    for position, entry in enumerate(entries[1:]):
+        assert entry.logprob == pytest.approx(expected[position, entry.token_id].item(), abs=1e-4)
+        best = expected[position].topk(2)
+        assert [one.logprob for one in entry.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def test_a_prompts_logprobs_survive_a_preemption(tiny_llama: Path) -> None:
+    """Each token is reported once."""
+    params = replace(GREEDY, prompt_logprobs=0)
+    with engine_of(tiny_llama, num_blocks=24) as engine:
+        clients = [Client(engine, prompt, params) for prompt in PROMPTS]
+        told = [[len(output.prompt_logprobs) for output in client.wait().outputs] for client in clients]
+        assert engine.load().preemptions_total > 0
+    assert told == [[len(prompt), *([0] * 23)] for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("phase", ["waiting", "prefill", "decoding"])

@@ -101,3 +101,32 @@ def test_alternatives_with_one_text_do_not_overwrite_each_other():
         "b": -1.5,
         "a": -2.0,
     }
+
+
+@pytest.mark.parametrize("most", [0, 1])
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_prompt_is_echoed_with_its_logprobs(ask, most, stream):
+    """The first token has none; with ``max_tokens`` 0 there is no other token."""
+    choices = ask([97], prompt="é ab", echo=True, max_tokens=most, stream=stream)
+    tokens, offsets, text = _said(choices)
+    values = [value for one in choices if one["logprobs"] for value in one["logprobs"]["token_logprobs"]]
+    assert text == "é ab" + "a" * most
+    assert len(tokens) == len(values) == 5 + most
+    assert offsets == [0, 0, 1, 2, 3, 4][: 5 + most]
+    assert values[0] is None
+    assert all(value < 0 for value in values[1:])
+    assert choices[-1]["finish_reason"] == "length"
+
+
+def test_a_token_that_is_left_out_is_not_counted(ready):
+    """``max_tokens`` 0."""
+    body = {"prompt": ["ab", "c"], "max_tokens": 0, "echo": True, "logprobs": 1}
+    answer = TestClient(make_app(ready)).post("/v1/completions", json=body).json()
+    assert [choice["text"] for choice in answer["choices"]] == ["ab", "c"]
+    assert answer["usage"]["completion_tokens"] == 0
+
+
+def test_nothing_is_echoed_without_being_asked_for(ready):
+    """``max_tokens`` 0 without ``echo`` asks for nothing."""
+    reply = TestClient(make_app(ready)).post("/v1/completions", json={"prompt": "ab", "max_tokens": 0})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "max_tokens")

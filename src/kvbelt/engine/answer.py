@@ -5,6 +5,8 @@ If one token ends an answer in several ways, the first of these counts: an end t
 be included. Text that was held back (an incomplete character, half a stop string) comes with the end.
 """
 
+from collections.abc import Sequence
+
 from kvbelt.engine.api import FinishReason, GenerationRequest, Output, TokenLogprob, TopLogprob
 from kvbelt.engine.sampling import Sampled
 from kvbelt.engine.text import Decoder, Detokenizer, Places, StopChecker
@@ -19,6 +21,7 @@ class Answer:
         params = request.sampling
         self._request_id = request.request_id
         self._params = params
+        self._prompt = request.prompt_token_ids
         self._decoder = decoder
         self._eos = frozenset(() if params.ignore_eos else eos_token_ids)
         self._stop_ids = frozenset(params.stop_token_ids)
@@ -54,6 +57,17 @@ class Answer:
             text += self._stops.flush()
         logprobs = self._logprobs(sampled, token, hidden=hidden)
         return Output(self._request_id, (token,), text, logprobs, reason, stop_reason)
+
+    def of_prompt(self, reports: Sequence[Sampled]) -> tuple[TokenLogprob, ...]:
+        """The prompt's tokens, whose text leaves special ones out; nothing is before the first."""
+        places = Places(self._decoder, ())
+        entries = []
+        for token_id, report in zip(self._prompt, (Sampled(None), *reports), strict=True):
+            token = self._decoder.token(token_id)
+            data = None if token.special else token.data
+            top = tuple(self._alternative(*one) for one in report.top)
+            entries.append(TokenLogprob(token_id, token.text, data, places.push(data or b""), report.logprob, top))
+        return tuple(entries)
 
     def _logprobs(self, sampled: Sampled, token_id: int, *, hidden: bool) -> tuple[TokenLogprob, ...]:
         if sampled.logprob is None:

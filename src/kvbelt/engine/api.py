@@ -52,6 +52,7 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | None = None  #: no others are generated
     bad_words: tuple[tuple[int, ...], ...] = ()  #: token sequences that the answer does not contain
     logprobs: int | None = None  #: how many alternatives to report a token; None: no logprobs
+    prompt_logprobs: int | None = None  #: likewise for the prompt's tokens, which are then all computed here
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
@@ -82,7 +83,7 @@ class TokenLogprob:
     token: str
     data: bytes | None  #: its part of the answer's text as bytes; None: it is hidden
     offset: int  #: where it begins in the answer's text, in characters
-    logprob: float
+    logprob: float | None  #: None: nothing is before the token
     top: tuple[TopLogprob, ...]  #: alternatives, best first
 
 
@@ -113,6 +114,7 @@ class Output:
     stop_reason: int | str | None = None  #: the stop token id or stop string; None for EOS
     error: str | None = None
     timing: Timing | None = None  #: on the first output and on the last
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  #: on the first output, if they were asked for
 
 
 class BlockHold(Protocol):

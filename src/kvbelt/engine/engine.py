@@ -42,7 +42,7 @@ from kvbelt.engine.model import PagedModel
 from kvbelt.engine.outgoing import Announcement, Holds, announcements
 from kvbelt.engine.pace import Pace
 from kvbelt.engine.pool import KVPool
-from kvbelt.engine.sampling import Sampled, SampleInput, sample
+from kvbelt.engine.sampling import Sampled, SampleInput, reports_of, sample
 from kvbelt.engine.scheduler import Chunk, Load, Scheduler, StepPlan
 from kvbelt.engine.sequence import Sequence
 from kvbelt.engine.settings import EngineSettings
@@ -117,9 +117,11 @@ class Engine:
         full_blocks = len(request.prompt_token_ids) // self.layout.block_size
         if request.prefix is not None and len(request.prefix.hashes) != full_blocks:
             raise ValueError(f"{len(request.prefix.hashes)} block hashes of a prompt with {full_blocks} full blocks")
+        # The logits of cached tokens are not known.
+        shares = self.settings.prefix_caching and request.sampling.prompt_logprobs is None
         request = replace(
             request,
-            prefix=request.prefix if self.settings.prefix_caching else None,
+            prefix=request.prefix if shares else None,
             itl_seconds=request.itl_seconds or self.settings.itl_seconds,
         )
         room = self.max_model_len - len(request.prompt_token_ids)
@@ -298,8 +300,14 @@ class Engine:
         token_ids: list[int] = []
         rows: list[int] = []
         sampling: list[Live] = []
+        reported: list[tuple[Live, range]] = []
+        report_rows: list[int] = []
         for chunk, live in zip(plan.chunks, lives, strict=True):
             end = chunk.start + chunk.length
+            if asked := _to_report(chunk, live):
+                reported.append((live, asked))
+                first = len(token_ids) - chunk.start
+                report_rows.extend(range(first + asked.start, first + asked.stop))
             segments.append(Segment(chunk.sequence.block_ids, chunk.start, chunk.length))
             token_ids.extend(chunk.sequence.token_ids[chunk.start : end])
             if chunk.samples:
@@ -307,7 +315,13 @@ class Engine:
                 sampling.append(live)
         announced = announcements(zip(plan.chunks, lives, strict=True), self.layout)
         listener = partial(_notify, announced) if announced else None
-        logits = self._model.forward(self.pool, segments, token_ids, rows, listener)
+        logits = self._model.forward(self.pool, segments, token_ids, rows + report_rows, listener)
+        report_logits, logits = logits[len(rows) :], logits[: len(rows)]
+        for live, asked in reported:
+            followed = live.request.prompt_token_ids[asked.start + 1 : asked.stop + 1]
+            count = live.request.sampling.prompt_logprobs or 0
+            live.prompt_reports += reports_of(report_logits[: len(asked)], followed, count)
+            report_logits = report_logits[len(asked) :]
         for chunk in plan.chunks:
             end = chunk.start + chunk.length
             self._prompt_tokens_total += max(0, min(end, chunk.sequence.prompt_len) - chunk.start)
@@ -336,6 +350,8 @@ class Engine:
         live.sequence.token_ids.append(sampled.token_id)
         self._generated_tokens_total += 1
         output = live.answer.push(sampled)
+        if first and live.request.sampling.prompt_logprobs is not None:
+            output = replace(output, prompt_logprobs=live.answer.of_prompt(live.prompt_reports))
         if first or output.finish_reason is not None:
             output = replace(output, timing=live.timing())
         if output.finish_reason is not None:
@@ -393,6 +409,14 @@ class Engine:
             _log.exception("request %s: the client's callback failed; the request is dropped", output.request_id)
             return False
         return True
+
+
+def _to_report(chunk: Chunk, live: Live) -> range:
+    """Positions of the chunk whose next token is one of the prompt that has no report yet."""
+    if live.request.sampling.prompt_logprobs is None:
+        return range(0)
+    end = min(chunk.start + chunk.length, chunk.sequence.prompt_len - 1)
+    return range(min(end, max(chunk.start, len(live.prompt_reports))), end)
 
 
 def _notify(announced: list[Announcement], layer: int, ready: object) -> None:

@@ -1,7 +1,8 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvbelt.engine.answer import Answer
 from kvbelt.engine.api import GenerationRequest, Timing
+from kvbelt.engine.sampling import Sampled
 from kvbelt.engine.sequence import Sequence
 
 
@@ -13,6 +14,7 @@ class Live:
     submitted: float
     started: float | None = None  #: when its first step was planned
     first_token: float | None = None
+    prompt_reports: list[Sampled] = field(default_factory=list)  #: of its second token and those behind, if asked for
     load_seconds: float = 0.0
     incoming_released: bool = False  #: or its load will do it
     announced: int = 0  #: prompt blocks that ``outgoing`` has been given, in every layer

@@ -67,6 +67,15 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleInput]) -> list[Sampled]:
     return [Sampled(None) if broken[i] else reports.of(i, chosen[i]) for i in range(len(rows))]
 
 
+def reports_of(logits: torch.Tensor, token_ids: Sequence[int], count: int) -> list[Sampled]:
+    """Of each row: the log probability of the token that followed in a prompt, and ``count`` alternatives."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    own = logprobs[torch.arange(len(token_ids)), torch.tensor(token_ids, device=logits.device)].tolist()
+    values, ids = (found.tolist() for found in logprobs.topk(count, dim=-1))
+    alternatives = (tuple(zip(i, v, strict=True)) for i, v in zip(ids, values, strict=True))
+    return [Sampled(*one) for one in zip(token_ids, own, alternatives, strict=True)]
+
+
 class _Reports:
     """Raw log probabilities of the rows whose requests ask for them."""
 

@@ -20,6 +20,8 @@ Rules:
 7. A block is published once everything in it is computed or loaded, and not before.
 8. Beside decodes, the prompts of a step are cut so that it ends within the decodes' tightest level between tokens, as
    far as its costs are known; but not below ``LEAST_PROMPT_TOKENS``, so that prompts always advance.
+9. A prompt whose log probabilities are asked for takes ``MOST_REPORTED`` tokens in a step, because each needs logits of
+   the whole vocabulary.
 
 So there is no circle of waiting. A request that has blocks and does not run is loading; a load ends by itself within
 its transfer's deadline, because the sender waits for no block of this pool (transfer/). A running request gets on by
@@ -36,6 +38,9 @@ from kvbelt.engine.sequence import Sequence, SequenceState
 from kvbelt.pacing.costs import DEFAULT_COSTS, StepCosts
 
 S = SequenceState
+
+#: Rule 9.
+MOST_REPORTED = 256
 
 #: The reason why incoming KV is not used: the blocks before it were not sent, and have been evicted here.
 PREFIX_EVICTED = "prefix_evicted"
@@ -100,6 +105,8 @@ class _Budget:
         """The next tokens of a request, as many as there is room for."""
         missing = len(sequence.token_ids) - sequence.computed
         length = min(missing, self.left if decoding else self.for_prompt(sequence.computed))
+        if sequence.request.sampling.prompt_logprobs is not None:
+            length = min(length, MOST_REPORTED)
         if length == 0:
             return []
         self.left -= length

@@ -23,6 +23,11 @@ def check_request(request: GenerationRequest, vocab_size: int, max_model_len: in
             f"{max_model_len}, so shorten the prompt to {max_model_len - 1} or less",
             param="prompt",
         )
+    if request.sampling.prompt_logprobs is not None and request.incoming is not None:
+        raise InvalidRequestError(
+            "log probabilities of a prompt need all of it to be computed here; do not send its KV",
+            param="kv_transfer_params",
+        )
     _check_sampling(request.sampling, vocab_size)
 
 
@@ -38,8 +43,8 @@ def _check_sampling(p: SamplingParams, vocab_size: int) -> None:
     _check("repetition_penalty", repetition, 1 / most_penalty <= repetition <= most_penalty, "between 0.01 and 100")
     if p.seed is not None:
         _check("seed", p.seed, -(1 << _SEED_BITS) <= p.seed < (1 << _SEED_BITS), "a 64-bit integer")
-    if p.logprobs is not None:
-        _check("logprobs", p.logprobs, 0 <= p.logprobs <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
+    for name, count in (("logprobs", p.logprobs), ("prompt_logprobs", p.prompt_logprobs)):
+        _check(name, count, count is None or 0 <= count <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
     if p.max_tokens is not None:
         _check("max_tokens", p.max_tokens, p.max_tokens >= 1, "at least 1")
     most = math.inf if p.max_tokens is None else p.max_tokens

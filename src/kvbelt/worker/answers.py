@@ -4,7 +4,7 @@ An answer's choices are numbered prompt by prompt: choice ``c`` of prompt ``p`` 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Any, ClassVar
 
@@ -25,16 +25,18 @@ def event(body: dict[str, Any]) -> bytes:
 class AnswerChoice:
     index: int
     prompt_token_ids: tuple[int, ...]
-    echoed: int = 0  #: characters that a stream shows before its text
+    echoed: int = 0  #: characters that are shown before its text
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
     last: Output | None = None
 
     def add(self, output: Output) -> None:
         self.text += output.text
         self.token_ids.extend(output.token_ids)
         self.logprobs.extend(output.logprobs)
+        self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
         self.last = output
 
 
@@ -99,7 +101,7 @@ class CompletionShape(AnswerShape):
         bodies = []
         for choice, echo in zip(choices, echoes, strict=True):
             assert choice.last is not None
-            body = self._choice(choice.index, echo + choice.text, choice.last, choice.logprobs, echo=len(echo))
+            body = self._choice(choice, echo + choice.text, choice.last, choice.logprobs, choice.prompt_logprobs)
             if self.wants_token_ids:
                 body["prompt_token_ids"] = choice.prompt_token_ids
                 body["token_ids"] = choice.token_ids
@@ -110,23 +112,35 @@ class CompletionShape(AnswerShape):
         """Events before a choice's first output."""
         if not echo:
             return []
-        body = {"index": choice.index, "text": echo, "logprobs": None, "finish_reason": None}
+        logprobs = None
+        if self.wants_logprobs:
+            logprobs = _completion_logprobs(choice.prompt_logprobs, by_id=self.tokens_by_id)
+        body = {"index": choice.index, "text": echo, "logprobs": logprobs, "finish_reason": None}
         return [self._chunk(choice, body, generated=0)]
 
     def chunk(self, choice: AnswerChoice, output: Output) -> dict[str, Any]:
-        body = self._choice(choice.index, output.text, output, output.logprobs, echo=choice.echoed)
+        body = self._choice(choice, output.text, output, output.logprobs)
         if self.wants_token_ids:
             body["prompt_token_ids"] = None
             body["token_ids"] = output.token_ids
         return self._chunk(choice, body)
 
     def _choice(
-        self, index: int, text: str, last: Output, logprobs: Sequence[TokenLogprob], *, echo: int
+        self,
+        choice: AnswerChoice,
+        text: str,
+        last: Output,
+        answer: Sequence[TokenLogprob],
+        prompt: Sequence[TokenLogprob] = (),
     ) -> dict[str, Any]:
+        logprobs = None
+        if self.wants_logprobs:
+            moved = [replace(entry, offset=choice.echoed + entry.offset) for entry in answer]
+            logprobs = _completion_logprobs((*prompt, *moved), by_id=self.tokens_by_id)
         return {
-            "index": index,
+            "index": choice.index,
             "text": text,
-            "logprobs": _completion_logprobs(logprobs, echo, by_id=self.tokens_by_id) if self.wants_logprobs else None,
+            "logprobs": logprobs,
             "finish_reason": last.finish_reason,
             "stop_reason": last.stop_reason,
         }
@@ -188,24 +202,27 @@ def _by_id(token_id: int) -> str:
     return f"token_id:{token_id}"
 
 
-def _completion_logprobs(entries: Sequence[TokenLogprob], echo: int, *, by_id: bool) -> dict[str, Any]:
-    """``echo``: characters before the answer's text."""
+def _finite(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, _LEAST)
+
+
+def _completion_logprobs(entries: Sequence[TokenLogprob], *, by_id: bool) -> dict[str, Any]:
     return {
         "tokens": [_by_id(entry.token_id) if by_id else entry.token for entry in entries],
-        "token_logprobs": [max(entry.logprob, _LEAST) for entry in entries],
-        "top_logprobs": [_alternatives(entry, by_id=by_id) for entry in entries],
-        "text_offset": [echo + entry.offset for entry in entries],
+        "token_logprobs": [_finite(entry.logprob) for entry in entries],
+        "top_logprobs": [None if entry.logprob is None else _alternatives(entry, by_id=by_id) for entry in entries],
+        "text_offset": [entry.offset for entry in entries],
     }
 
 
-def _alternatives(entry: TokenLogprob, *, by_id: bool) -> dict[str, float]:
+def _alternatives(entry: TokenLogprob, *, by_id: bool) -> dict[str, float | None]:
     """By text. If several have one text, it is the chosen token's or else the best one's; others show their ids."""
     both: tuple[TopLogprob | TokenLogprob, ...] = (*entry.top, entry)
     names = {} if by_id else {entry.token: entry.token_id}
-    found: dict[str, float] = {}
+    found: dict[str, float | None] = {}
     for one in both:
         name = _by_id(one.token_id) if by_id or names.setdefault(one.token, one.token_id) != one.token_id else one.token
-        found[name] = max(one.logprob, _LEAST)
+        found[name] = _finite(one.logprob)
     return found
 
 
@@ -213,7 +230,7 @@ def _chat_logprobs(entries: Sequence[TokenLogprob], *, by_id: bool) -> dict[str,
     def one(entry: TokenLogprob | TopLogprob) -> dict[str, Any]:
         return {
             "token": _by_id(entry.token_id) if by_id else entry.token,
-            "logprob": max(entry.logprob, _LEAST),
+            "logprob": _finite(entry.logprob),
             "bytes": None if entry.data is None else list(entry.data),
         }
 

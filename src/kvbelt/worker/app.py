@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -21,7 +22,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from kvbelt.engine.api import Output
+from kvbelt.engine.api import FinishReason, Output
 from kvbelt.errors import RequestError, require_sequences
 from kvbelt.telemetry import get_logger
 from kvbelt.wire.api_error import error_body
@@ -46,7 +47,7 @@ from kvbelt.worker.requests import (
     parse_level,
     split_prompts,
 )
-from kvbelt.worker.sampling import sampling_of
+from kvbelt.worker.sampling import echoes_only, sampling_of
 from kvbelt.worker.service import Service
 
 log = get_logger(__name__)
@@ -158,7 +159,7 @@ class GenerateEndpoint:
                 echoes = [continued_text(request)]
             elif request.echo:
                 echoes = await service.prompts.texts_of(ids)
-            run = _Run(service, generation, shape, ids, echoes, n=len(samplings))
+            run = _Run(service, generation, shape, ids, echoes, n=len(samplings), echoes_only=echoes_only(request))
             if request.stream:
                 await run.stream(send)
             else:
@@ -197,7 +198,9 @@ class _Run:
         echoes: Sequence[str],
         *,
         n: int,
+        echoes_only: bool,
     ) -> None:
+        self._echoes_only = echoes_only
         self._service = service
         self._generation = generation
         self._shape = shape
@@ -245,8 +248,9 @@ class _Run:
                 outcome = self._generation.kv_outcome
                 times.first_output(output.timing, None if outcome is None else outcome.waited_seconds)
             gaps.output(index)
-            self._choices[index].add(output)
-            yield index, output
+            shown = _without_token(output) if self._echoes_only else output
+            self._choices[index].add(shown)
+            yield index, shown
 
     def _events(self, index: int, output: Output, opened: set[int]) -> bytes:
         events = []
@@ -270,6 +274,10 @@ class _Run:
             headers["x-kvbelt-kv"] = "received" if reason is None else f"recomputed; reason={reason}"
         headers["server-timing"] = ", ".join(f"{name};dur={seconds * 1e3:.3f}" for name, seconds in spans.items())
         return headers
+
+
+def _without_token(output: Output) -> Output:
+    return replace(output, token_ids=(), text="", logprobs=(), finish_reason=FinishReason.LENGTH, stop_reason=None)
 
 
 async def _write(send: Send, body: bytes) -> None:

@@ -145,8 +145,6 @@ def parse_completion(body: bytes) -> CompletionRequest:
             f"best_of is {request.best_of}; only best_of equal to n is supported, leave it out", param="best_of"
         )
     _require_range("logprobs", request.logprobs, 0, MAX_LOGPROBS)
-    if request.echo and request.logprobs is not None:
-        raise RequestError("echo together with logprobs is not supported; leave one of them out", param="echo")
     return request
 
 

@@ -37,13 +37,19 @@ def sampling_of(
         allowed_token_ids=None if request.allowed_token_ids is None else tuple(request.allowed_token_ids),
         bad_words=bad_words,
         logprobs=logprobs,
+        prompt_logprobs=logprobs if not chat and request.echo else None,
         stop=(request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ()),
         stop_token_ids=tuple(request.stop_token_ids or ()),
         include_stop_str_in_output=request.include_stop_str_in_output,
-        max_tokens=DEFAULT_COMPLETION_TOKENS if limit is None and not chat else limit,
+        max_tokens=1 if echoes_only(request) else DEFAULT_COMPLETION_TOKENS if limit is None and not chat else limit,
         ignore_eos=request.ignore_eos,
         skip_special_tokens=request.skip_special_tokens,
     )
+
+
+def echoes_only(request: CompletionRequest | ChatRequest) -> bool:
+    """Whether the prompt is all that is asked for. The engine always makes a token, which is then left out."""
+    return isinstance(request, CompletionRequest) and bool(request.echo) and request.max_tokens == 0
 
 
 def _logit_bias(given: dict[str, float]) -> dict[int, float]:
