@@ -71,6 +71,10 @@ def _add_worker(commands: "argparse._SubParsersAction[_Parser]") -> None:
     add("--no-prefix-caching", action="store_true", help="compute every prompt in full; reuse no cached prefix")
     add("--log-json", action="store_true", help="write the log as JSON, one object a line")
     _add_sequences(worker)
+    add(
+        "--trust-request-chat-template", action="store_true",
+        help="run chat templates that requests bring: programs of any length, so only for clients that you trust",
+    )  # fmt: skip
 
 
 def _add_sequences(parser: argparse.ArgumentParser) -> None:
@@ -141,6 +145,7 @@ def _serve_worker(args: argparse.Namespace) -> None:
             slo_itl_ms=args.slo_itl_ms,
             threads=args.threads,
             prefix_caching=not args.no_prefix_caching,
+            trust_request_chat_template=args.trust_request_chat_template,
             log_json=args.log_json,
         )
     )

@@ -215,6 +215,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     slo_itl_ms: float | None = None
     threads: int | None = None
     prefix_caching: bool = True
+    trust_request_chat_template: bool = False
     log_json: bool = False
 
 

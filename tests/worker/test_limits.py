@@ -132,3 +132,60 @@ def test_a_short_prompt_does_not_wait_for_a_long_one():
 def test_too_many_token_ids_are_refused_before_they_are_hashed(ready):
     reply = TestClient(make_app(ready)).post(BOTH[0], json={"prompt": [[5], [5] * 33]})
     assert (reply.status_code, reply.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+
+
+@pytest.fixture
+def chat(ready):
+    """Asks for a chat; returns status and answer."""
+    ready.engine.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{{ 1 // divisor|default(1) }}"
+    )
+
+    def asked(more, prompts=None):
+        ready._prompts = prompts or ready._prompts
+        reply = TestClient(make_app(ready)).post(BOTH[1], json=CHAT | more)
+        return reply.status_code, reply.json()
+
+    return asked
+
+
+@pytest.mark.parametrize("more", [{"chat_template": LOOP}, {"chat_template_kwargs": {"chat_template": LOOP}}])
+def test_a_template_of_a_client_is_refused(chat, more):
+    """It is a program, and would run for as long as it likes."""
+    status, answer = chat(more)
+    assert (status, answer["error"]["param"]) == (400, next(iter(more)))
+    assert "--trust-request-chat-template" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "more", [{"chat_template": "{{ 42 }}"}, {"chat_template_kwargs": {"chat_template": "{{ 42 }}"}}]
+)
+def test_an_operator_may_trust_clients_with_templates(chat, ready, more):
+    trusting = Prompts(ready.engine.tokenizer, 16, 32, trusts_templates=True)
+    status, answer = chat(more | {"return_token_ids": True}, trusting)
+    trusting.close()
+    assert (status, bytes(answer["prompt_token_ids"])) == (200, b"42")
+
+
+@pytest.mark.parametrize("word", ["tokenize", "return_dict", "max_length", "conversation"])
+def test_a_word_that_is_no_variable_of_templates_is_refused(chat, word):
+    """It would change what the renderer returns."""
+    status, answer = chat({"chat_template_kwargs": {word: True}})
+    assert (status, answer["error"]["param"]) == (400, "chat_template_kwargs")
+    assert word in answer["error"]["message"]
+
+
+def test_what_fields_decide_is_not_decided_by_words(chat):
+    """As in vLLM."""
+    assert chat({"chat_template_kwargs": {"add_generation_prompt": False, "tools": 5}})[0] == 200
+
+
+def test_a_template_that_fails_is_the_requests_fault(chat):
+    """Whichever way it fails."""
+    status, answer = chat({"chat_template_kwargs": {"divisor": 0}})
+    assert (status, answer["error"]["param"]) == (400, "messages")
+    assert "division" in answer["error"]["message"]

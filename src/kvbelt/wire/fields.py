@@ -38,8 +38,8 @@ FIELDS: Mapping[str, Field] = {
     ),
     **_fields(
         _PROMPT,
-        "prompt messages add_special_tokens add_generation_prompt continue_final_message chat_template_kwargs "
-        "documents",
+        "prompt messages add_special_tokens add_generation_prompt continue_final_message documents chat_template "
+        "chat_template_kwargs",
     ),
     **_fields(
         _TOKEN,
@@ -53,7 +53,6 @@ FIELDS: Mapping[str, Field] = {
         "truncate_prompt_tokens truncation_side return_tokens_as_token_ids kv_transfer_params best_of reasoning_effort "
         "include_reasoning stream_interval session_id request_id",
     ),
-    "chat_template": Field(_PROMPT, (None,)),
     "priority": Field(_TOKEN, (None, 0)),
     "audio": Field(_ANSWER, (None,)),
     "function_call": Field(_ANSWER, (None, "none")),
@@ -86,7 +85,7 @@ FIELDS: Mapping[str, Field] = {
 #: In requests of the other kind these are unknown, as to vLLM.
 CHATS_ONLY = frozenset(
     {
-        "audio", "chat_template", "function_call", "functions", "media_io_kwargs", "mm_processor_kwargs", "modalities",
+        "audio", "function_call", "functions", "media_io_kwargs", "mm_processor_kwargs", "modalities",
         "return_prompt_text", "web_search_options",
     }
 )  # fmt: skip
@@ -96,7 +95,6 @@ COMPLETIONS_ONLY = frozenset({"prompt_embeds", "suffix"})
 INSTEAD: Mapping[str, str] = {
     "functions": "send tools, which have replaced it",
     "function_call": "send tool_choice, which has replaced it",
-    "chat_template": "the model's own is used",
     "guided_choice": "send structured_outputs, which has replaced it",
     "guided_grammar": "send structured_outputs, which has replaced it",
     "guided_json": "send response_format, which has replaced it",

@@ -174,7 +174,12 @@ class Worker:
         return engine, belt, partial(about_worker, engine, belt, channel, settings.belt)
 
     def _become_ready(self, engine: Engine, belt: Belt | None, about: Callable[[str], About]) -> None:
-        prompts = Prompts(engine.tokenizer, engine.layout.block_size, engine.max_model_len)
+        prompts = Prompts(
+            engine.tokenizer,
+            engine.layout.block_size,
+            engine.max_model_len,
+            trusts_templates=self._settings.trust_request_chat_template,
+        )
         self._loaded.append(prompts)
         self._service.become_ready(engine, prompts, belt, about)
         log.info(

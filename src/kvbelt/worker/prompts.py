@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import jinja2
 import msgspec
 
 from kvbelt.engine.api import PrefixHashes
@@ -22,6 +21,15 @@ T = TypeVar("T")
 
 _LONG = 64 * 1024  #: characters, or token ids, from which on a prompt counts as long
 _PROBED = 8  #: characters a token, of which a text rarely has more: of a longer text the beginning is tokenized first
+#: Words of ``chat_template_kwargs`` that fields of a request or the server itself decide, as in vLLM.
+_BY_FIELDS = frozenset({"chat_template", "add_generation_prompt", "continue_final_message", "tools"})
+#: Arguments of the function that renders, which are none of a template's.
+_NO_WORDS = frozenset(
+    {
+        "conversation", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+        "return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens",
+    }
+)  # fmt: skip
 _CUT_TOKENS = 256  #: more than a cut through a word can add
 
 
@@ -34,10 +42,12 @@ class Prompt:
 class Prompts:
     """Turns requests into prompts of blocks of ``block_size`` tokens. The tokenizer has the chat template."""
 
-    def __init__(self, tokenizer: Any, block_size: int, max_model_len: int) -> None:
+    def __init__(self, tokenizer: Any, block_size: int, max_model_len: int, *, trusts_templates: bool = False) -> None:
+        """``trusts_templates``: a request may bring its own chat template, which is a program of any length."""
         self._tokenizer = tokenizer
         self._block_size = block_size
         self._max_model_len = max_model_len
+        self._trusts_templates = trusts_templates
         self._longest_token = _longest_token(tokenizer)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
         self._long_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="long-prompts")
@@ -56,8 +66,25 @@ class Prompts:
 
     async def of_chat(self, request: ChatRequest) -> Prompt:
         """The rendered conversation. Raises RequestError 400: there is no chat template, or it refuses the messages."""
+        self._check_template(request)
         size = sum(_length(message) for message in request.messages)
-        return await self._off_loop(lambda: self._named(self._rendered(request), request), size)
+        own = _own_template(request) is not None
+        return await self._off_loop(lambda: self._named(self._rendered(request), request), _LONG + 1 if own else size)
+
+    def _check_template(self, request: ChatRequest) -> None:
+        if _own_template(request) is not None and not self._trusts_templates:
+            where = "chat_template" if request.chat_template is not None else "chat_template_kwargs"
+            raise RequestError(
+                f"{where} has a chat template, but this server uses its model's own; leave it out (its operator can "
+                "allow it with --trust-request-chat-template)",
+                param=where,
+            )
+        for word in request.chat_template_kwargs or {}:
+            if word in _NO_WORDS:
+                raise RequestError(
+                    f"chat_template_kwargs has {word!r}, which is no variable of a chat template; leave it out",
+                    param="chat_template_kwargs",
+                )
 
     async def bad_words_of(self, request: CompletionRequest | ChatRequest) -> tuple[tuple[int, ...], ...]:
         """Each bad word as token ids, at the start of a text and inside one. Raises RequestError 400: it is empty."""
@@ -147,7 +174,8 @@ class Prompts:
         return tuple(ids)
 
     def _rendered(self, request: ChatRequest) -> tuple[int, ...]:
-        if not getattr(self._tokenizer, "chat_template", None):
+        own = _own_template(request)
+        if own is None and not getattr(self._tokenizer, "chat_template", None):
             raise RequestError("this model has no chat template; use /v1/completions", status=400, param="messages")
         messages = [
             {key: value for key, value in msgspec.to_builtins(message).items() if value is not None}
@@ -160,11 +188,12 @@ class Prompts:
             text = self._tokenizer.apply_chat_template(
                 messages,
                 tokenize=False,
+                chat_template=own,
                 add_generation_prompt=request.add_generation_prompt is not False and not request.continue_final_message,
                 continue_final_message=request.continue_final_message,
                 **_template_words(request),
             )
-        except (jinja2.TemplateError, ValueError, TypeError) as error:
+        except Exception as error:  # noqa: BLE001 -- whatever the template does with what a client sends
             raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from None
         ids = self._encode(text, request)
         if not ids:
@@ -177,7 +206,13 @@ def _template_words(request: ChatRequest) -> dict[str, Any]:
     words: dict[str, Any] = {"documents": request.documents}
     if request.reasoning_effort is not None:
         words |= {"reasoning_effort": request.reasoning_effort, "enable_thinking": request.reasoning_effort != "none"}
-    return words | (request.chat_template_kwargs or {})
+    given = request.chat_template_kwargs or {}
+    return words | {name: value for name, value in given.items() if name not in _BY_FIELDS}
+
+
+def _own_template(request: ChatRequest) -> str | None:
+    named: str | None = (request.chat_template_kwargs or {}).get("chat_template")
+    return named if request.chat_template is None else request.chat_template
 
 
 def _length(message: ChatMessage) -> int:

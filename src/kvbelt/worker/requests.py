@@ -101,6 +101,7 @@ class ChatRequest(_Common, frozen=True, kw_only=True):
     continue_final_message: bool = False
     documents: list[dict[str, str]] | None = None
     reasoning_effort: str | None = None
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
