@@ -157,15 +157,21 @@ def _add_proxy(commands: "argparse._SubParsersAction[_Parser]") -> None:
     add = proxy.add_argument
     add("--host", default="127.0.0.1", help="where to listen")
     add("--port", type=port, default=9100)
-    for kind, word, first in (("prefill", "prefillers", 7100), ("decode", "decoders", 7200)):
-        add(f"--{kind}-host", type=hosts, default=["localhost"], metavar="HOST[,HOST]")
-        add(f"--{kind}-port", type=ports, default=[first], metavar="PORT[,PORT]")
+    # The second names are those of LMCache's proxy.
+    for kind, other, word, first in (
+        ("prefill", "prefiller", "prefillers", 7100), ("decode", "decoder", "decoders", 7200),
+    ):  # fmt: skip
+        add(f"--{kind}-host", f"--{other}-host", type=hosts, default=["localhost"], metavar="HOST[,HOST]")
+        add(f"--{kind}-port", f"--{other}-port", type=ports, default=[first], metavar="PORT[,PORT]")
         add(f"--num-{word}", type=count, metavar="N", help="on consecutive ports (default: 1)")
     add(
         "--discover", action="store_true", help="the hosts are DNS names, looked up regularly; each address is a worker"
     )
-    add("--notify-host", default="127.0.0.1", help="where prefill workers report transfers")
-    add("--notify-port", type=port, default=7500)
+    for name in ("init", "alloc"):
+        about = "accepted for LMCache's command lines: decode workers tell their ports themselves"
+        add(f"--decoder-{name}-port", type=ports, metavar="PORT[,PORT]", help=about)
+    add("--notify-host", "--proxy-host", default="127.0.0.1", help="where workers report transfers")
+    add("--notify-port", "--proxy-port", type=port, default=7500)
     add("--key-file", type=Path, metavar="FILE", help="this proxy's secret key (kvbelt keys new)")
     add("--trusted-keys-dir", type=Path, metavar="DIR", help="public keys of the prefill workers")
     add("--insecure", action="store_true", help="accept notifications beyond loopback without keys")
@@ -223,6 +229,9 @@ def _run_proxy(args: argparse.Namespace) -> int:
     from kvbelt.routing.placement import Mode
     from kvbelt.security.admin_key import load_admin_key
 
+    for name in ("init", "alloc"):
+        if getattr(args, f"decoder_{name}_port") is not None:
+            print(f"--decoder-{name}-port is ignored: decode workers tell their ports themselves", file=sys.stderr)
     endpoint, ratio = wish_of(os.environ)
     settings = ProxySettings(
         decode=addresses_of("decode", args.decode_host, args.decode_port, args.num_decoders),

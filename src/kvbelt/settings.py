@@ -1,6 +1,6 @@
 """The settings of a worker process: the belt's YAML file and the command line. Frozen and strict.
 
-The file has the keys of LMCache's disaggregated prefill configuration, so that a file written for it loads unchanged.
+The file has the keys of LMCache's disaggregated prefill configuration (``lmcache_keys.py`` has its other ones).
 An unknown key is an error that names the key it resembles. A value of the wrong type is an error that names the
 key, the value's type and the right type.
 """
@@ -17,6 +17,7 @@ import yaml
 
 from kvbelt.channels.factory import ChannelSettings
 from kvbelt.errors import MOST_SEQUENCES, SettingsError
+from kvbelt.lmcache_keys import translated
 from kvbelt.security.keys import PROXY, Keys, load_keys
 from kvbelt.security.loopback import require_keys_beyond_loopback
 from kvbelt.wire.health import Role
@@ -66,6 +67,7 @@ def resembling(word: str, known: Sequence[str]) -> str:
 
 def parse_belt_file(content: Mapping[str, Any], *, source: str, environ: Mapping[str, str] = os.environ) -> BeltFile:
     """Check a loaded YAML mapping; values ``${NAME}`` come from the environment. Raises SettingsError."""
+    content = translated(content, source)
     known = [field.name for field in msgspec.structs.fields(BeltFile)]
     for key in content:
         if key not in known:

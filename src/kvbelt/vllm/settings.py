@@ -12,6 +12,7 @@ from typing import Any
 
 from kvbelt.belt_setup import BeltOptions, options_of
 from kvbelt.errors import SettingsError
+from kvbelt.lmcache_keys import translated
 from kvbelt.settings import CONFIG_VARIABLE, keys_of, parse_belt_file, read_belt_file
 from kvbelt.wire.health import Role
 
@@ -56,6 +57,7 @@ def load_settings(
         given = read_belt_file(Path(named))
         source = f"{named} and {source}"
     given.update({key: value for key, value in extra.items() if key not in IGNORED_KEYS})
+    given = translated(given, source)
     if given.get("enable_pd") is False:
         raise SettingsError(f"{source}: enable_pd is False; with KVBeltConnector it must be True, or left out")
     role, wanted = _ROLES[kv_role]
