@@ -97,6 +97,34 @@ def engine_of(
         engine.validate()
 
 
+@contextmanager
+def between_steps(engine: Engine) -> Iterator[None]:
+    """The engine begins no step meanwhile, so what is asked of it comes at one moment, however slow this thread is."""
+    with engine._wake:
+        yield
+
+
+def abort_while_computed(engine: Engine, name: str) -> None:
+    """Abort a request in the middle of each step of its engine."""
+    forward = engine._model.forward
+
+    def aborting(*given: object) -> object:
+        engine.abort(name)
+        return forward(*given)
+
+    engine._model.forward = aborting
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """Poll until the condition is true."""
+    waited = threading.Event()
+    for _ in range(int(DEADLINE / 0.005)):
+        if condition():
+            return
+        waited.wait(0.005)
+    raise AssertionError("it did not come to that")
+
+
 def prefix_of(tokens: Sequence[int], block_size: int, salt: str = "") -> PrefixHashes:
     """A worker's hashes of a prompt's blocks."""
     return PrefixHashes(root(salt), block_hashes(tokens, block_size, salt), chained)
@@ -116,8 +144,11 @@ class Client:
         outgoing: OutgoingKV | None = None,
         prefix: PrefixHashes | None = None,
         submit: bool = True,
+        abort_at: int | None = None,
     ) -> None:
+        """``abort_at``: the token with which it is aborted."""
         self.engine = engine
+        self.abort_at = abort_at
         self.outputs: list[Output] = []
         self.changed = threading.Condition()
         self.request = GenerationRequest(
@@ -130,6 +161,8 @@ class Client:
         with self.changed:
             self.outputs.append(output)
             self.changed.notify_all()
+            if self.abort_at == len(self._ids()):
+                self.engine.abort(self.request.request_id)
 
     def wait_tokens(self, count: int) -> None:
         """Wait for so many tokens, or for the end."""

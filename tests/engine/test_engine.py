@@ -1,6 +1,5 @@
 """The engine as its callers see it: tokens, ends, refusals, failures."""
 
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,18 @@ from transformers import AutoModelForCausalLM
 
 from kvbelt.engine.api import FinishReason, InvalidRequestError, Output, SamplingParams
 from kvbelt.engine.engine import Engine
-from tests.engine.support import EOS, GREEDY, VOCAB, Client, engine_of, prefix_of, reference_greedy
+from tests.engine.support import (
+    EOS,
+    GREEDY,
+    VOCAB,
+    Client,
+    abort_while_computed,
+    between_steps,
+    engine_of,
+    eventually,
+    prefix_of,
+    reference_greedy,
+)
 
 PROMPTS = [list(b"hello"), list(b"a much longer prompt than the others, over several chunks"), [1], list(b"xyz" * 9)]
 
@@ -37,7 +47,8 @@ def test_preempted_requests_answer_the_same(tiny_llama: Path) -> None:
     with engine_of(tiny_llama, num_blocks=200) as engine:
         expected = [Client(engine, prompt).token_ids for prompt in PROMPTS]
     with engine_of(tiny_llama, num_blocks=24) as engine:
-        clients = [Client(engine, prompt) for prompt in PROMPTS]
+        with between_steps(engine):
+            clients = [Client(engine, prompt) for prompt in PROMPTS]
         assert [client.token_ids for client in clients] == expected
         assert engine.load().preemptions_total > 0
         assert sum(client.last.timing.preemptions for client in clients) == engine.load().preemptions_total
@@ -49,7 +60,8 @@ def test_seeded_preempted_requests_answer_the_same(tiny_llama: Path) -> None:
     with engine_of(tiny_llama, num_blocks=200) as engine:
         expected = [Client(engine, prompt, params).token_ids for prompt in PROMPTS]
     with engine_of(tiny_llama, num_blocks=24) as engine:
-        clients = [Client(engine, prompt, params) for prompt in PROMPTS]
+        with between_steps(engine):
+            clients = [Client(engine, prompt, params) for prompt in PROMPTS]
         assert [client.token_ids for client in clients] == expected
         assert engine.load().preemptions_total > 0
 
@@ -195,29 +207,18 @@ def test_a_prompts_logprobs_survive_a_preemption(tiny_llama: Path) -> None:
 def test_abort_in_every_phase(tiny_llama: Path, phase: str) -> None:
     """An abort ends the request with ABORT, frees what it had, and leaves the others alone."""
     with engine_of(tiny_llama, num_blocks=40, max_batch_tokens=4, max_running=1) as engine:
-        reached = threading.Event()
-        go_on = threading.Event()
-
-        def hold_up(output: Output) -> None:
-            reached.set()
-            assert go_on.wait(60)
-
-        # The first request's callback stops the engine's thread where we want it.
-        blocker = Client(engine, [1], GREEDY, submit=False)
-        if phase == "waiting":
-            blocker.request = replace(blocker.request, on_output=hold_up, sampling=replace(GREEDY, max_tokens=2))
-            engine.submit(blocker.request)
-            assert reached.wait(60)
-            victim = Client(engine, PROMPTS[1], name="victim")
-            engine.abort("victim")
-            go_on.set()
-        else:
-            victim = Client(engine, PROMPTS[1], replace(GREEDY, max_tokens=80), name="victim")
-            if phase == "decoding":
-                victim.wait_tokens(2)
-            engine.abort("victim")
+        if phase == "prefill":
+            abort_while_computed(engine, "victim")
+        with between_steps(engine):
+            if phase == "waiting":
+                Client(engine, [1], GREEDY)
+            abort_at = 2 if phase == "decoding" else None
+            victim = Client(engine, PROMPTS[1], replace(GREEDY, max_tokens=80), name="victim", abort_at=abort_at)
+            if phase == "waiting":
+                engine.abort("victim")
         assert victim.finish is FinishReason.ABORT
         assert sum(output.finish_reason is not None for output in victim.outputs) == 1
+        assert len(victim.token_ids) == (2 if phase == "decoding" else 0)
         assert len(Client(engine, PROMPTS[0]).token_ids) == 24
 
 
@@ -291,9 +292,15 @@ def test_a_failing_callback_drops_its_request_only(tiny_llama: Path) -> None:
 def test_close_ends_what_is_under_way(tiny_llama: Path) -> None:
     """Closing aborts running and waiting requests, once each."""
     with engine_of(tiny_llama, max_running=1) as engine:
-        params = replace(GREEDY, max_tokens=200)
-        clients = [Client(engine, PROMPTS[0], params) for _ in range(3)]
-        clients[0].wait_tokens(1)
+        running = Client(engine, PROMPTS[0], submit=False)
+
+        def wait_for_the_end(output: Output) -> None:
+            running._on_output(output)
+            eventually(lambda: engine._closing)
+
+        engine.submit(replace(running.request, on_output=wait_for_the_end))
+        clients = [running, *(Client(engine, PROMPTS[0]) for _ in range(2))]
+        running.wait_tokens(1)
         engine.close()
         assert [client.finish for client in clients] == [FinishReason.ABORT] * 3
         with pytest.raises(RuntimeError, match="closed"):
@@ -351,9 +358,10 @@ def test_a_prompt_that_just_fits_is_served(shared_engine: Engine) -> None:
 def test_request_ids_are_unique(tiny_llama: Path) -> None:
     """A second request with an id in use is refused."""
     with engine_of(tiny_llama) as engine:
-        first = Client(engine, PROMPTS[0], replace(GREEDY, max_tokens=100), name="twin")
-        with pytest.raises(InvalidRequestError, match="twin"):
-            Client(engine, PROMPTS[0], name="twin")
+        with between_steps(engine):
+            first = Client(engine, PROMPTS[0], name="twin")
+            with pytest.raises(InvalidRequestError, match="twin"):
+                Client(engine, PROMPTS[0], name="twin")
         first.wait()
         Client(engine, PROMPTS[0], name="twin").wait()
 

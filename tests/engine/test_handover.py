@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from kvbelt.engine.api import FinishReason
-from tests.engine.support import GREEDY, PROMPT, Carrier, Client, Delivery, engine_of
+from tests.engine.support import (
+    GREEDY,
+    PROMPT,
+    Carrier,
+    Client,
+    Delivery,
+    abort_while_computed,
+    between_steps,
+    engine_of,
+)
 
 
 @pytest.mark.parametrize("max_batch_tokens", [6, 512])
@@ -112,7 +121,8 @@ def test_preempted_after_loading_is_computed(tiny_llama: Path) -> None:
         carrier.hold.release()
     with engine_of(tiny_llama, num_blocks=21) as engine:
         deliveries = [Delivery(engine, carrier, len(PROMPT)) for _ in range(2)]
-        clients = [Client(engine, PROMPT, incoming=delivery) for delivery in deliveries]
+        with between_steps(engine):
+            clients = [Client(engine, PROMPT, incoming=delivery) for delivery in deliveries]
         assert [client.token_ids for client in clients] == [expected] * 2
         assert engine.load().preemptions_total > 0
         assert [(d.loads, d.releases) for d in deliveries] == [(1, 1)] * 2
@@ -122,7 +132,8 @@ def test_a_request_with_outgoing_is_never_preempted(tiny_llama: Path) -> None:
     """When memory is short, only requests without a carrier are preempted."""
     with engine_of(tiny_llama, num_blocks=24) as engine:
         carriers = [Carrier(engine), None, Carrier(engine), None]
-        clients = [Client(engine, PROMPT[:20], outgoing=carrier) for carrier in carriers]
+        with between_steps(engine):
+            clients = [Client(engine, PROMPT[:20], outgoing=carrier) for carrier in carriers]
         preemptions = [client.last.timing.preemptions for client in clients]
         assert preemptions[::2] == [0, 0]
         assert sum(preemptions) == engine.load().preemptions_total > 0
@@ -139,18 +150,18 @@ def test_abort_tells_outgoing_once(tiny_llama: Path, phase: str) -> None:
     with engine_of(tiny_llama, num_blocks=40, max_batch_tokens=4, max_running=1) as engine:
         carrier = Carrier(engine)
         delivery = Delivery(engine, carrier, 0)
-        blocker = Client(engine, [1], replace(GREEDY, max_tokens=100), name="blocker")
-        if phase != "waiting":
-            engine.abort("blocker")
-        victim = Client(
-            engine, PROMPT, replace(GREEDY, max_tokens=100), name="victim", outgoing=carrier, incoming=delivery
-        )
-        if phase == "decoding":
-            victim.wait_tokens(1)
-        engine.abort("victim")
+        if phase == "prefill":
+            abort_while_computed(engine, "victim")
+        with between_steps(engine):
+            if phase == "waiting":
+                Client(engine, [1])
+            victim = Client(
+                engine, PROMPT, replace(GREEDY, max_tokens=100), name="victim", outgoing=carrier, incoming=delivery,
+                abort_at=1 if phase == "decoding" else None,
+            )  # fmt: skip
+            if phase == "waiting":
+                engine.abort("victim")
         assert victim.finish is FinishReason.ABORT
-        engine.abort("blocker")
-        blocker.wait()
         assert carrier.ends == [phase == "decoding"]
         assert delivery.releases == 1
         carrier.hold.release()

@@ -1,7 +1,7 @@
 """Incoming KV is loaded beside the running batch, and no end of a load disturbs another request."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import pytest
 from kvbelt.engine import loading
 from kvbelt.engine.api import FinishReason, IncomingKVLostError
 from kvbelt.engine.engine import Engine
-from tests.engine.support import DEADLINE, GREEDY, PROMPT, Carrier, Client, Delivery, engine_of, prefix_of
+from tests.engine.support import DEADLINE, GREEDY, PROMPT, Carrier, Client, Delivery, engine_of, eventually, prefix_of
 
 OTHER = list(b"somebody else's prompt")
 
@@ -49,16 +49,6 @@ def carrier(tiny_llama: Path) -> Carrier:
         carrier.expected = Client(engine, PROMPT, outgoing=carrier).token_ids
         carrier.hold.release()
     return carrier
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    """Poll until the condition is true."""
-    waited = threading.Event()
-    for _ in range(int(DEADLINE / 0.005)):
-        if condition():
-            return
-        waited.wait(0.005)
-    raise AssertionError("it did not come to that")
 
 
 def test_others_go_on_while_one_loads(tiny_llama: Path, carrier: Carrier) -> None:

@@ -10,7 +10,7 @@ from kvbelt.engine.api import FinishReason, PrefixHashes, SamplingParams
 from kvbelt.engine.engine import Engine
 from kvbelt.engine.scheduler import Scheduler
 from kvbelt.wire.block_hash import chained, root
-from tests.engine.support import GREEDY, Carrier, Client, engine_of, prefix_of
+from tests.engine.support import GREEDY, Carrier, Client, abort_while_computed, between_steps, engine_of, prefix_of
 
 HEAD = list(b"what everybody's prompt begins with: ")
 TAILS = [list(b"and one"), list(b"another, and a longer one"), list(b"a third"), list(b"and one")]
@@ -69,7 +69,8 @@ def test_many_at_once_answer_the_same(tiny_llama: Path, num_blocks: int, seed: i
     expected = answers_without(tiny_llama, PROMPTS, params)
     with engine_of(tiny_llama, num_blocks=num_blocks, max_batch_tokens=7, max_running=6) as engine:
         for _ in range(3):
-            clients = [asked(engine, prompt, params) for prompt in PROMPTS]
+            with between_steps(engine):
+                clients = [asked(engine, prompt, params) for prompt in PROMPTS]
             assert [client.token_ids for client in clients] == expected
         load = engine.load()
     assert load.cache_hit_tokens_total > 0
@@ -103,10 +104,10 @@ def test_an_aborted_request_leaves_what_it_computed(tiny_llama: Path, phase: str
     """Its complete blocks are found afterwards, with the right contents."""
     prompt = HEAD * 3
     with engine_of(tiny_llama, max_batch_tokens=4, max_running=2) as engine:
-        victim = asked(engine, prompt, replace(GREEDY, max_tokens=100), name="victim")
-        if phase == "decoding":
-            victim.wait_tokens(3)
-        engine.abort("victim")
+        if phase == "prefill":
+            abort_while_computed(engine, "victim")
+        params = replace(GREEDY, max_tokens=100)
+        victim = asked(engine, prompt, params, name="victim", abort_at=3 if phase == "decoding" else None)
         assert victim.finish is FinishReason.ABORT
         assert asked(engine, prompt).token_ids == answers_without(tiny_llama, [prompt])[0]
 
