@@ -49,7 +49,7 @@ def test_a_deployment_that_is_well(two_p_two_d: SyncDeployment) -> None:
 
 def failed_transfers(deployment: SyncDeployment) -> float:
     """The failed transfers that the proxy has counted."""
-    text = httpx.get(deployment.url + "/metrics").text
+    text = get(deployment.url + "/metrics").text
     lines = [line for line in text.splitlines() if line.startswith("kvbelt_proxy_transfer_failures_total{")]
     return sum(float(line.rpartition(" ")[2]) for line in lines)
 
@@ -69,7 +69,7 @@ def test_every_link_of_what_runs_is_measured(one_p_one_d: SyncDeployment) -> Non
     until(lambda: re.search(both, measured_link(one_p_one_d)), what="both directions measured")
     assert failed_transfers(one_p_one_d) == before
     for process in ("prefill-0", "decode-0"):
-        belt = httpx.get(one_p_one_d.process(process).url + "/health").json()["belt"]
+        belt = get(one_p_one_d.process(process).url + "/health").json()["belt"]
         assert not belt["sends"]
         assert not belt["staging_bytes_used"]
         assert not belt["bytes_reserved"] + belt["bytes_quarantined"]
