@@ -33,6 +33,7 @@ from kvbelt.wire.probe import PROBE_REQUEST
 from kvbelt.worker.answers import DONE, AnswerChoice, ChatShape, CompletionShape, StreamUsage, event, usage_of
 from kvbelt.worker.generation import Generation
 from kvbelt.worker.links import MAX_PEERS_BYTES, MAX_PROBE_BYTES, connect_peers, probe_link
+from kvbelt.worker.messages import continued_text
 from kvbelt.worker.metrics import Gaps
 from kvbelt.worker.requests import (
     ITL_HEADER,
@@ -40,7 +41,6 @@ from kvbelt.worker.requests import (
     ChatRequest,
     CompletionRequest,
     StreamOptions,
-    continued_text,
     parse_chat,
     parse_completion,
     parse_handoff,

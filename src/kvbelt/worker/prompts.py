@@ -10,12 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import msgspec
-
 from kvbelt.engine.api import PrefixHashes
 from kvbelt.errors import RequestError, context_exceeded
 from kvbelt.wire.block_hash import block_hashes, chained, root
-from kvbelt.worker.requests import ChatMessage, ChatRequest, CompletionRequest, split_prompts
+from kvbelt.worker.messages import for_template, text_of
+from kvbelt.worker.requests import ChatRequest, CompletionRequest, split_prompts
 
 T = TypeVar("T")
 
@@ -67,7 +66,7 @@ class Prompts:
     async def of_chat(self, request: ChatRequest) -> Prompt:
         """The rendered conversation. Raises RequestError 400: there is no chat template, or it refuses the messages."""
         self._check_template(request)
-        size = sum(_length(message) for message in request.messages)
+        size = sum(len(text_of(message)) for message in request.messages)
         own = _own_template(request) is not None
         return await self._off_loop(lambda: self._named(self._rendered(request), request), _LONG + 1 if own else size)
 
@@ -177,13 +176,7 @@ class Prompts:
         own = _own_template(request)
         if own is None and not getattr(self._tokenizer, "chat_template", None):
             raise RequestError("this model has no chat template; use /v1/completions", status=400, param="messages")
-        messages = [
-            {key: value for key, value in msgspec.to_builtins(message).items() if value is not None}
-            for message in request.messages
-        ]
-        for message in messages:
-            if isinstance(message.get("content"), list):
-                message["content"] = "\n".join(part["text"] for part in message["content"])
+        messages = for_template(request.messages, own or str(self._tokenizer.chat_template))
         try:
             text = self._tokenizer.apply_chat_template(
                 messages,
@@ -213,11 +206,6 @@ def _template_words(request: ChatRequest) -> dict[str, Any]:
 def _own_template(request: ChatRequest) -> str | None:
     named: str | None = (request.chat_template_kwargs or {}).get("chat_template")
     return named if request.chat_template is None else request.chat_template
-
-
-def _length(message: ChatMessage) -> int:
-    content = message.content
-    return len(content or "") if not isinstance(content, list) else sum(len(str(part.get("text"))) for part in content)
 
 
 def _longest_token(tokenizer: Any) -> int | None:

@@ -82,10 +82,14 @@ class ChatMessage(msgspec.Struct, frozen=True):
     """One message. ``content`` is a text or a list of text parts."""
 
     role: str
-    content: str | list[dict[str, Any]] | None = None
+    content: str | list[str | dict[str, Any]] | None = None
+    refusal: str | None = None
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
 
 
 class ChatRequest(_Common, frozen=True, kw_only=True):
@@ -164,20 +168,7 @@ def parse_chat(body: bytes) -> ChatRequest:
             "continue_final_message and add_generation_prompt are both true; set one of them",
             param="continue_final_message",
         )
-    for message in request.messages:
-        for part in message.content if isinstance(message.content, list) else ():
-            if part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise RequestError(
-                    f"a message part has type {part.get('type')!r}; only text parts are supported", param="messages"
-                )
     return request
-
-
-def continued_text(request: ChatRequest) -> str:
-    """The last message's text, where the answer continues that message and the client wants all of it."""
-    last = request.messages[-1]
-    role = last.role if request.add_generation_prompt is False else "assistant"
-    return last.content if request.echo and last.role == role and isinstance(last.content, str) else ""
 
 
 def _require_range(name: str, value: int | None, least: int, most: int) -> None:
