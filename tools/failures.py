@@ -110,6 +110,15 @@ _PREFILL = (
         "proxy/test_failures.py::test_a_prefill_worker_that_refuses_is_quoted",
     ),
     Failure(
+        "It has no such model (404): an adapter that is loaded into some of the workers only",
+        "200, whole by a worker that has it. If none has it, the last one's 404.",
+        _NOTHING,
+        (O.PREFILL_FAILED, O.DECODE_5XX),
+        (_ATTEMPTS,),
+        ("model_missing",),
+        "proxy/test_failures.py::test_a_model_that_one_worker_lacks_is_served_by_the_other",
+    ),
+    Failure(
         "It is restarted",
         "200. The new process is connected to every decode worker before it gets requests.",
         "Decode: the slots of the earlier process.",

@@ -92,10 +92,32 @@ async def test_a_prefill_worker_that_answers_nonsense_leaves_the_answer_right(bo
 async def test_a_prefill_worker_that_refuses_is_quoted():
     """A 4xx is passed on, and no other worker is asked."""
     async with Deployment() as deployment:
-        deployment.prefill[0].script.status = 404
+        deployment.prefill[0].script.status = 422
         got = await deployment.ask(STREAM)
-        assert (got.status, got.json["error"]["message"]) == (404, "as scripted")
+        assert (got.status, got.json["error"]["message"]) == (422, "as scripted")
         assert not deployment.decode[0].requests
+
+
+@pytest.mark.parametrize("lacking", ["prefill", "decode"])
+@pytest.mark.parametrize("body", [BODY, STREAM, REDERIVED, BODY | {"max_tokens": 1}])
+@async_test
+async def test_a_model_that_one_worker_lacks_is_served_by_the_other(lacking, body):
+    """As an adapter that is loaded into one of them. Also after its first token has left."""
+    async with Deployment() as deployment:
+        getattr(deployment, lacking)[0].script.status = 404
+        got = await deployment.ask(body)
+        assert got.status == 200
+        assert await right(deployment, got, body)
+
+
+@pytest.mark.parametrize("body", [BODY, STREAM, BODY | {"max_tokens": 1}])
+@async_test
+async def test_a_model_that_no_worker_has_is_the_workers_404(body):
+    async with Deployment(prefill=2) as deployment:
+        for standin in (*deployment.prefill, *deployment.decode):
+            standin.script.status = 404
+        got = await deployment.ask(body)
+        assert (got.status, got.json["error"]["message"]) == (404, "as scripted")
 
 
 @pytest.mark.parametrize("body", [BODY, STREAM, REDERIVED])

@@ -92,6 +92,9 @@ REASONS: tuple[Reason, ...] = (
     Reason("prefill_5xx", _PREFILL, "the prefill worker answered with a status of 500 or above"),
     Reason("prefill_bad_answer", _PREFILL | _WARM, "the prefill worker's answer is not a completion"),
     Reason("prefill_refused", _PREFILL, "the prompt is too long for the prefill worker, but not for the decode worker"),
+    Reason(
+        "model_missing", _PREFILL | _DECODE, "the worker has no such model or adapter (404), but perhaps another one"
+    ),
     Reason("stale_connection", _PREFILL | _DECODE, "a kept connection was just being closed; sent again at once"),
     Reason("transfer_*", _PREFILL | _DECODE, "the transfer failed, with the prefill worker's reason (below)"),
     Reason("decode_unreachable", _DECODE, "no connection to the decode worker"),

@@ -164,7 +164,7 @@ class RequestHandler:
             arrived=self._record.began,
             levels=self._levels,
             splittable=may_prefill and self._why_whole is None and not one_token,
-            whole_on=Role.PREFILL if one_token else Role.DECODE,
+            whole_on=Role.PREFILL if one_token or plan.decode_lacks_model else Role.DECODE,
             silent=not client.view.stream and not one_token,
             prefix=self._prefix,
             exclude=plan.tried,

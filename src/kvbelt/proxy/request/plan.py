@@ -192,6 +192,7 @@ class Plan:
     after: tuple[str, ...] = ()  #: ... and of the failures after which the request was placed anew
     detail = ""  #: the latest failure or error, for people
     tried: frozenset[str] = frozenset()  #: incarnations that failed this request
+    decode_lacks_model = False  #: of a decode worker, so that a prefill worker may have to answer
     may_repeat = True  #: whether the call under way may end in ``STALE``: one of each attempt may
     _prefill_calls = 0
     _decode_calls = 0
@@ -199,7 +200,7 @@ class Plan:
     _failed_prefill = False  # and whether that was a prefill call
     _cause: str | None = None  # why the decode worker computes the prompt, if it comes to that
     _kv_failure: str | None = None  # why the transfer of the latest answer failed
-    _quotable = False  # the last decode worker answered 5xx
+    _quotable = False  # a worker's last answer is the client's, if no other worker is left
 
     def __init__(self, max_attempts: int) -> None:
         self._max_attempts = max_attempts
@@ -240,12 +241,15 @@ class Plan:
             self._failed_prefill = True
             if outcome is not O.PREFILL_FAILED:
                 self._kv_failure = result.reason
+            if result.reason == "model_missing":
+                self._quotable = True
             self._failed, self._cause = result.reason, self._kv_failure or result.reason
         elif outcome in _OF_DECODE:
             self.tried |= {result.incarnation}
             self._failed_prefill = False
             self._failed = self._cause = result.reason
             self._kv_failure, self._quotable = None, outcome is O.DECODE_5XX
+            self.decode_lacks_model |= result.reason == "model_missing"
         elif outcome is O.STALE:
             if not self.may_repeat:
                 raise UnplannedError("a second stale connection in one attempt")

@@ -145,11 +145,13 @@ class UpstreamCalls:
             await response.head()
             attempt.answered = monotonic()
             attempt.timing = response.headers.get(b"server-timing", b"")
-            if response.status < 500:
+            if response.status < 500 and response.status != 404:
                 return response
             answer = await self._read(response)
         except HttpError as error:
             return self._prefill_failed(error, may_repeat=may_repeat)
+        if response.status == 404:
+            return self._lacks_model(Outcome.PREFILL_FAILED, response, answer)
         worker.suspect()
         detail = f"{worker.name} answered {response.status}: {excerpt(answer)}"
         return self._failed(Outcome.PREFILL_FAILED, "prefill_5xx", detail)
@@ -214,7 +216,7 @@ class UpstreamCalls:
                 return self._failed(Outcome.STALE, "stale_connection", str(error))
             return self._decode_failed(error)
         record.decode_answered = attempt.answered = monotonic()
-        if response.status >= 500:
+        if response.status >= 500 or response.status == 404:
             return await self._decode_5xx(response)
         if response.status == 400 and self._another_takes_more():
             # The worker's own words stay out of the log: a refusal may quote the prompt.
@@ -276,17 +278,24 @@ class UpstreamCalls:
         return self._failed(Outcome.DECODE_FAILED, reason, str(error))
 
     async def _decode_5xx(self, response: Response) -> Result:
-        """The worker is stopping, loading, or has failed; its next health check may say so."""
+        """The worker is stopping, loading, or has failed; its next health check may say so. Or it lacks the model."""
         worker = self._selection.decode.worker
         try:
             self.response, self.body = response, await self._read(response)
         except HttpError as error:
             return self._decode_failed(error)
+        if response.status == 404:
+            return self._lacks_model(Outcome.DECODE_5XX, response, self.body)
         worker.suspect()
         detail = f"{worker.name} answered {response.status}: {excerpt(self.body)}"
         return self._failed(Outcome.DECODE_5XX, "decode_5xx", detail)
 
     # Both
+
+    def _lacks_model(self, outcome: Outcome, response: Response, body: bytes) -> Result:
+        """An adapter may be loaded into some workers only. If none has it, the client gets the last one's words."""
+        self.response, self.body = response, body
+        return self._failed(outcome, "model_missing", f"{self._attempt.worker} answered 404")
 
     async def _first_piece(
         self, response: Response, failed: Callable[[HttpError], Result], *, streams: bool | None = None
