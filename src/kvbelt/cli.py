@@ -15,8 +15,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
 from kvbelt import __version__
-from kvbelt.errors import MOST_SEQUENCES, KVBeltError, SettingsError
+from kvbelt.errors import KVBeltError, SettingsError
+from kvbelt.limits import limits_of
 from kvbelt.ops.arguments import (
+    add_limits,
     add_placement,
     add_worker_key,
     count,
@@ -70,17 +72,10 @@ def _add_worker(commands: "argparse._SubParsersAction[_Parser]") -> None:
     add("--threads", type=positive_int, help="CPU threads for the model")
     add("--no-prefix-caching", action="store_true", help="compute every prompt in full; reuse no cached prefix")
     add("--log-json", action="store_true", help="write the log as JSON, one object a line")
-    _add_sequences(worker)
+    add_limits(worker)
     add(
         "--trust-request-chat-template", action="store_true",
         help="run chat templates that requests bring: programs of any length, so only for clients that you trust",
-    )  # fmt: skip
-
-
-def _add_sequences(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--max-sequences", type=positive_int, default=MOST_SEQUENCES, metavar="N",
-        help="prompts times n that one request may ask for (default: %(default)s)",
     )  # fmt: skip
 
 
@@ -141,7 +136,7 @@ def _serve_worker(args: argparse.Namespace) -> None:
             max_model_len=args.max_model_len,
             max_batch_tokens=args.max_batch_tokens,
             max_running=args.max_running,
-            max_sequences=args.max_sequences,
+            limits=limits_of(args.limit),
             slo_itl_ms=args.slo_itl_ms,
             threads=args.threads,
             prefix_caching=not args.no_prefix_caching,
@@ -195,7 +190,7 @@ def _add_proxy(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--max-wait-seconds", type=positive_number, default=30.0, metavar="S",
         help="a request that has waited so long for a worker gets 429 (default: %(default)g)",
     )  # fmt: skip
-    _add_sequences(proxy)
+    add_limits(proxy)
     add(
         "--keep-requests", type=positive_int, default=1000, metavar="N",
         help="how many requests kvbelt why and the console can show (default: %(default)s)",
@@ -249,7 +244,7 @@ def _run_proxy(args: argparse.Namespace) -> int:
         slo_tpot_ms=args.slo_tpot_ms,
         max_waiting=args.max_waiting,
         max_wait_seconds=args.max_wait_seconds,
-        max_sequences=args.max_sequences,
+        limits=limits_of(args.limit),
         records_kept=args.keep_requests,
         record_prompts=args.record_prompts,
         open_console=args.open_console,

@@ -64,19 +64,5 @@ def context_exceeded(context: int, prompt: int, answer: int | None = None, *, at
     )
 
 
-MOST_SEQUENCES = 1024  #: that one request may ask for; vLLM's limit of prompts
-
-
-def require_sequences(prompts: int, n: int, most: int = MOST_SEQUENCES) -> None:
-    """Raises RequestError 400: one request would become more sequences than a request may."""
-    if prompts * n > most:
-        many = f"{prompts} prompts" if prompts > 1 else "1 prompt"
-        raise RequestError(
-            f"{many} with n = {n} are {prompts * n} answers, and one request may ask for {most} at most; send several "
-            "requests, or raise --max-sequences",
-            param="prompt" if prompts > 1 else "n",
-        )
-
-
 class ChannelError(KVBeltError):
     """Memory could not be registered or bytes could not be moved. The message has the vendor's text."""

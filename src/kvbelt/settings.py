@@ -16,7 +16,8 @@ import msgspec
 import yaml
 
 from kvbelt.channels.factory import ChannelSettings
-from kvbelt.errors import MOST_SEQUENCES, SettingsError
+from kvbelt.errors import SettingsError
+from kvbelt.limits import DEFAULTS, Limits
 from kvbelt.lmcache_keys import translated
 from kvbelt.security.keys import PROXY, Keys, load_keys
 from kvbelt.security.loopback import require_keys_beyond_loopback
@@ -212,7 +213,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 16
     max_batch_tokens: int | None = None
     max_running: int | None = None
-    max_sequences: int = MOST_SEQUENCES  #: of one request
+    limits: Limits = DEFAULTS
     max_model_len: int | None = None
     slo_itl_ms: float | None = None
     threads: int | None = None

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from kvbelt.errors import SettingsError, StartError
+from kvbelt.limits import Limits
 from kvbelt.proxy import Address, Proxy, ProxySettings
 from kvbelt.proxy.observe.spans import parse_server_timing
 from tests.http.support import Raw
@@ -55,6 +56,50 @@ async def test_too_large_a_body_is_413():
     """A body above the limit gets 413."""
     async with Deployment(max_body_bytes=100) as deployment:
         assert (await deployment.ask({"prompt": "x" * 200})).status == 413
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [
+        (b"application/json", 200),
+        (b"Application/JSON; charset=utf-8", 200),
+        (None, 200),
+        (b"text/plain", 415),
+        (b"application/x-www-form-urlencoded", 415),
+        (b"", 415),
+    ],
+)
+@async_test
+async def test_a_body_of_another_type_is_refused(kind, status):
+    """A client that says no type is believed to send JSON."""
+    async with Deployment() as deployment:
+        headers = () if kind is None else ((b"content-type", kind),)
+        got = await deployment.ask({"prompt": "x", "max_tokens": 3}, headers=headers)
+        assert got.status == status
+        assert status == 200 or "application/json" in got.json["error"]["message"]
+
+
+@async_test
+async def test_a_body_of_too_many_parts_is_refused():
+    """Before it is parsed, whatever the parts are."""
+    async with Deployment(limits=Limits(json_parts=100)) as deployment:
+        for more in ({"tools": [{}] * 101}, {f"a{i}": 0 for i in range(101)}, {"x": [[]] * 101}):
+            got = await deployment.ask({"prompt": "x", "max_tokens": 3} | more)
+            assert (got.status, "--limit json_parts=N" in got.json["error"]["message"]) == (400, True)
+        assert not deployment.decode[0].requests
+        assert (await deployment.ask({"prompt": [5] * 500, "max_tokens": 3})).status == 200
+
+
+@pytest.mark.parametrize("where", ["prompt", "messages", "tools", "response_format", "metadata"])
+@async_test
+async def test_json_that_is_nested_too_deeply_is_refused(where):
+    """In any field; no worker sees it."""
+    deep = b"[" * 5000 + b"]" * 5000
+    async with Deployment() as deployment:
+        got = await deployment.ask(b'{"prompt":"x","%b":%b}' % (where.encode(), deep))
+        assert got.status == 400
+        assert not deployment.prefill[0].requests
+        assert not deployment.decode[0].requests
 
 
 @async_test

@@ -7,6 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvbelt.errors import RequestError
+from kvbelt.limits import Limits
 from kvbelt.proxy.request import splice
 from kvbelt.proxy.request.body import ClientBody
 from kvbelt.proxy.request.prefill_answer import PrefillAnswer
@@ -113,7 +114,7 @@ def test_prompts_are_counted(prompt, count):
 def test_too_many_answers_are_refused(more, param):
     """Prompts times n; the message says how many were asked for at most."""
     with pytest.raises(RequestError, match="4 at most") as caught:
-        ClientBody(json.dumps(more).encode(), chat=False, most_sequences=4)
+        ClientBody(json.dumps(more).encode(), chat=False, limits=Limits(sequences=4))
     assert (caught.value.status, caught.value.param) == (400, param)
 
 
@@ -125,9 +126,9 @@ def test_too_many_answers_are_refused(more, param):
 def test_as_many_answers_as_allowed_are_not_refused(separators, prompts):
     """Whatever the texts contain."""
     body = json.dumps({"prompt": prompts}, separators=separators).encode()
-    assert ClientBody(body, chat=False, most_sequences=len(prompts)).num_prompts == len(prompts)
+    assert ClientBody(body, chat=False, limits=Limits(sequences=len(prompts))).num_prompts == len(prompts)
     with pytest.raises(RequestError):
-        ClientBody(body, chat=False, most_sequences=len(prompts) - 1)
+        ClientBody(body, chat=False, limits=Limits(sequences=len(prompts) - 1))
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ import threading
 import pytest
 from starlette.testclient import TestClient
 
+from kvbelt.cli import build_parser
 from kvbelt.engine.api import SamplingParams
-from kvbelt.errors import RequestError
+from kvbelt.errors import RequestError, SettingsError
+from kvbelt.limits import Limits, limits_of
 from kvbelt.worker.app import make_app
 from kvbelt.worker.generation import Generation
 from kvbelt.worker.prompts import Prompts
@@ -23,7 +25,7 @@ BOTH = "/v1/completions", "/v1/chat/completions"
 )
 def test_a_request_has_so_many_sequences_at_most(ready, more, status):
     """Prompts times n, refused before any of them is tokenized or submitted."""
-    ready.max_sequences = 8
+    ready.limits = Limits(sequences=8)
     reply = TestClient(make_app(ready)).post(BOTH[0], json={"max_tokens": 1} | more)
     assert reply.status_code == status
     assert ready.engine.load().waiting == 0
@@ -189,3 +191,45 @@ def test_a_template_that_fails_is_the_requests_fault(chat):
     status, answer = chat({"chat_template_kwargs": {"divisor": 0}})
     assert (status, answer["error"]["param"]) == (400, "messages")
     assert "division" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("messages", [{"role": "user", "content": "x"}] * 3), ("tools", [{}] * 3), ("stop", ["a", "b", "c"]),
+        ("stop_token_ids", [1, 2, 3]), ("logit_bias", {"1": 1, "2": 1, "3": 1}), ("allowed_token_ids", [1, 2, 3]),
+        ("bad_words", ["a", "b", "c"]),
+    ],
+)  # fmt: skip
+def test_a_field_of_too_many_entries_is_refused(ready, field, value):
+    """Each has a limit of its own, which the error names."""
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1} | {field: value}
+    ready.limits = Limits(**{field: 2})
+    reply = TestClient(make_app(ready)).post(BOTH[1], json=body)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (400, field)
+    assert f"2 are allowed; send fewer, or raise --limit {field}=N" in error["message"]
+
+
+@pytest.mark.parametrize("stop", ["x" * 11, ["x" * 6, "y" * 5]])
+def test_stop_strings_are_limited_together(ready, stop):
+    """What may become a stop string is held back and compared with each new token."""
+    ready.limits = Limits(stop_characters=10)
+    client = TestClient(make_app(ready))
+    assert client.post(BOTH[0], json={"prompt": [5], "max_tokens": 1, "stop": stop}).status_code == 400
+    assert client.post(BOTH[0], json={"prompt": [5], "max_tokens": 1, "stop": ["x" * 5, "y" * 5]}).status_code == 200
+
+
+def test_limits_are_settings():
+    """Of the proxy and of workers alike."""
+    for command in (["proxy"], ["worker", "--role", "both", "--model", "m"], ["up", "1p1d"]):
+        args = build_parser().parse_args([*command, "--limit", "stop=8", "--limit", "sequences=2"])
+        assert limits_of(args.limit) == Limits(stop=8, sequences=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("spots=1", "no limit 'spots'"), ("stop=no", "'no' is not"), ("stop", "''")]
+)
+def test_a_wrong_limit_is_named(text, said):
+    with pytest.raises(SettingsError, match=said):
+        limits_of([text])

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from kvbelt.limits import OPTION, limits_of
 from kvbelt.routing.placement import Mode
 from kvbelt.security.worker_api_key import load_worker_api_key
 
@@ -78,6 +79,19 @@ def worker_key_of(args: argparse.Namespace) -> str | None:
     """The key that the arguments name; None without one. Raises SettingsError: the file holds no usable key."""
     file: Path | None = args.worker_api_key_file
     return load_worker_api_key(file) if file is not None else None
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        OPTION, action="append", default=[], metavar="NAME=N",
+        help="what one request may ask for, e.g. --limit sequences=4096; repeatable (docs/limits.md has the names)",
+    )  # fmt: skip
+
+
+def limit_arguments(args: argparse.Namespace) -> tuple[str, ...]:
+    """The command line of what ``add_limits`` has read. Raises SettingsError: a limit is wrong."""
+    limits_of(args.limit)
+    return tuple(word for given in args.limit for word in (OPTION, given))
 
 
 _LEVELS: dict[str, dict[str, Any]] = {

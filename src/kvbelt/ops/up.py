@@ -15,8 +15,10 @@ from pathlib import Path
 
 from kvbelt.errors import KVBeltError, SettingsError
 from kvbelt.ops.arguments import (
+    add_limits,
     add_placement,
     add_worker_key,
+    limit_arguments,
     placement_arguments,
     port,
     positive_int,
@@ -70,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_worker_key(parser)
     add_placement(parser)
+    add_limits(parser)
     parser.add_argument("--host", default="127.0.0.1", help="where the proxy listens (default: 127.0.0.1)")
     parser.add_argument("--port", type=port, help=f"the proxy's port (default: {PROXY_PORT})")
     parser.add_argument("--auto-ports", action="store_true", help="use free ports instead of the well-known ones")
@@ -134,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
             model=prepare_model(args.model, terminal),
             engine=args.engine,
             vllm_python=python,
-            worker_args=tuple(args.worker_arg),
+            worker_args=(*args.worker_arg, *(limit_arguments(args) if args.engine == "embedded" else ())),
             dtype=args.dtype,
             device=device,
             host=args.host,
@@ -151,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
             log_dir=args.log_dir,
             restart=args.restart,
             start_timeout=args.start_timeout,
-            proxy_args=(*placement_arguments(args), *key_arguments),
+            proxy_args=(*placement_arguments(args), *key_arguments, *limit_arguments(args)),
             worker_api_key=key,
         )
         return asyncio.run(deploy(spec, terminal, serve))

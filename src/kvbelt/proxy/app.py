@@ -186,6 +186,11 @@ class Proxy:
 
     async def _generate(self, exchange: Exchange) -> None:
         path = exchange.request.path
+        kind = exchange.request.headers.get(b"content-type")
+        if kind is not None and kind.partition(b";")[0].strip().lower() != JSON[1]:
+            # Also so that a page of another origin cannot ask without a preflight request.
+            shown = kind[:80].decode("latin-1")
+            raise RequestError(f"content type {shown!r} is not supported; send {JSON[1].decode()}", status=415)
         await self._recorded(exchange, path, partial(RequestHandler, chat=path == _CHAT))
 
     async def _recorded(

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 
-from kvbelt.errors import MOST_SEQUENCES, SettingsError
+from kvbelt.errors import SettingsError
+from kvbelt.limits import DEFAULTS, Limits
 from kvbelt.routing.levels import ServiceLevels
 from kvbelt.routing.placement import Mode
 from kvbelt.security.keys import Keys
@@ -60,7 +61,7 @@ class ProxySettings:
     slo_tpot_ms: float = 0.0  #: 0: none
     max_waiting: int = 1024  #: requests that may wait for a worker; a further one is refused
     max_wait_seconds: float = 30.0  #: for a worker
-    max_sequences: int = MOST_SEQUENCES  #: prompts times n of one request
+    limits: Limits = DEFAULTS
     records_kept: int = 1000
     record_prompts: int = 0  #: characters of each prompt that its record keeps
     open_console: bool = False  #: the console needs no key: anyone who reaches this proxy can see its requests
@@ -108,7 +109,6 @@ class ProxySettings:
             "deadline_seconds", "kv_wait_seconds", "max_attempts", "connect_seconds", "health_interval_seconds",
             "health_timeout_seconds", "late_seconds", "warm_seconds", "rewarm_seconds", "max_body_bytes",
             "max_answer_bytes", "slo_ttft_ms", "records_kept", "discover_seconds", "max_waiting", "max_wait_seconds",
-            "max_sequences",
         ):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be positive")

@@ -23,7 +23,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from kvbelt.engine.api import FinishReason, Output
-from kvbelt.errors import RequestError, require_sequences
+from kvbelt.errors import RequestError
 from kvbelt.telemetry import get_logger
 from kvbelt.wire.api_error import error_body
 from kvbelt.wire.handoff import PrefillHandoff
@@ -47,7 +47,7 @@ from kvbelt.worker.requests import (
     parse_level,
     split_prompts,
 )
-from kvbelt.worker.sampling import echoes_only, sampling_of
+from kvbelt.worker.sampling import echoes_only, samplings_of
 from kvbelt.worker.service import Service
 
 log = get_logger(__name__)
@@ -127,14 +127,14 @@ class GenerateEndpoint:
     async def _serve(self, scope: Scope, receive: Receive, send: Send, body: bytes, request_id: str) -> None:
         service = self._service
         service.require_ready()
-        request = parse_chat(body) if self._chat else parse_completion(body)
+        request = (parse_chat if self._chat else parse_completion)(body, service.limits)
         service.require_model(request.model)
         prompts_asked = len(split_prompts(request.prompt)) if isinstance(request, CompletionRequest) else 1
-        require_sequences(prompts_asked, request.n or 1, service.max_sequences)
+        service.limits.require_sequences(prompts_asked, request.n or 1)
         handoff = parse_handoff(request.kv_transfer_params)
         itl_seconds = parse_level(Request(scope).headers.get(ITL_HEADER))
         bad_words = await service.prompts.bad_words_of(request)
-        samplings = [sampling_of(request, choice, bad_words) for choice in range(request.n or 1)]
+        samplings = samplings_of(request, bad_words)
         if isinstance(request, ChatRequest):
             prompts = [await service.prompts.of_chat(request)]
         else:

@@ -102,7 +102,7 @@ class Worker:
             engine_id=new_engine_id(self._keys),
             model_name=settings.served_model_name or settings.model_dir.name,
             aliases=(str(settings.model_dir), settings.model_dir.name),
-            max_sequences=settings.max_sequences,
+            limits=settings.limits,
         )
 
     async def run(self) -> None:

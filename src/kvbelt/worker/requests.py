@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from kvbelt.errors import RequestError
+from kvbelt.limits import DEFAULTS, Limits
 from kvbelt.wire.fields import INSTEAD, refused
 from kvbelt.wire.handoff import Handoff, handoff_of
 from kvbelt.wire.json_body import JsonDecoder
@@ -112,10 +113,12 @@ class ChatRequest(_Common, frozen=True, kw_only=True):
 _members = JsonDecoder[dict[str, Any]](dict[str, Any])
 
 
-def _decode(shape: type[T], body: bytes) -> T:
+def _decode(shape: type[T], body: bytes, limits: Limits) -> T:
     """The request, once it asks for nothing that this engine does not compute."""
     try:
+        limits.require_parts(body)
         members = _members.decode(body)
+        limits.require_fields(members)
         name = refused(members, chat=shape is ChatRequest)
         if name is not None:
             value = members[name]
@@ -141,9 +144,9 @@ def _decode(shape: type[T], body: bytes) -> T:
         raise RequestError(f"the request body is not valid JSON: {error}") from None
 
 
-def parse_completion(body: bytes) -> CompletionRequest:
+def parse_completion(body: bytes, limits: Limits = DEFAULTS) -> CompletionRequest:
     """Check all that does not need the model. Raises RequestError 400, with the field at fault."""
-    request = _decode(CompletionRequest, body)
+    request = _decode(CompletionRequest, body, limits)
     _check_common(request)
     if request.best_of not in (None, request.n or 1):
         raise RequestError(
@@ -153,8 +156,8 @@ def parse_completion(body: bytes) -> CompletionRequest:
     return request
 
 
-def parse_chat(body: bytes) -> ChatRequest:
-    request = _decode(ChatRequest, body)
+def parse_chat(body: bytes, limits: Limits = DEFAULTS) -> ChatRequest:
+    request = _decode(ChatRequest, body, limits)
     _check_common(request)
     _require_range("top_logprobs", request.top_logprobs, 0, MAX_LOGPROBS)
     if request.top_logprobs and not request.logprobs:

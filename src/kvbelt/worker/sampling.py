@@ -1,5 +1,6 @@
 """A request's fields as the engine's sampling parameters. The engine checks their ranges."""
 
+from dataclasses import replace
 from math import isnan
 
 from kvbelt.engine.api import SamplingParams
@@ -50,6 +51,16 @@ def sampling_of(
 def echoes_only(request: CompletionRequest | ChatRequest) -> bool:
     """Whether the prompt is all that is asked for. The engine always makes a token, which is then left out."""
     return isinstance(request, CompletionRequest) and bool(request.echo) and request.max_tokens == 0
+
+
+def samplings_of(
+    request: CompletionRequest | ChatRequest, bad_words: tuple[tuple[int, ...], ...] = ()
+) -> list[SamplingParams]:
+    """One a choice. They differ in their seeds alone, so that the rest is read once."""
+    first, n = sampling_of(request, 0, bad_words), request.n or 1
+    if first.seed is None:
+        return [first] * n
+    return [replace(first, seed=first.seed + choice) for choice in range(n)]
 
 
 def _logit_bias(given: dict[str, float]) -> dict[int, float]:

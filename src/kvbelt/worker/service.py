@@ -11,7 +11,8 @@ import msgspec
 from kvbelt.about import of_this_process
 from kvbelt.belt_metrics import belt_families, link_families, transport_families
 from kvbelt.engine.engine import Engine
-from kvbelt.errors import MOST_SEQUENCES, RequestError, context_exceeded
+from kvbelt.errors import RequestError, context_exceeded
+from kvbelt.limits import DEFAULTS, Limits
 from kvbelt.metrics import gauge, process_families, render
 from kvbelt.transfer.belt import Belt
 from kvbelt.wire.about import About
@@ -39,12 +40,12 @@ class Service:
         engine_id: EngineId,
         model_name: str,
         aliases: tuple[str, ...] = (),
-        max_sequences: int = MOST_SEQUENCES,
+        limits: Limits = DEFAULTS,
     ) -> None:
         self.role = role
         self.engine_id = engine_id
         self.model_name = model_name
-        self.max_sequences = max_sequences
+        self.limits = limits
         self._names = {"", model_name, *aliases}
         self.state = State.LOADING
         self._started = int(time.time())

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 import msgspec
 
-from kvbelt.errors import MOST_SEQUENCES, RequestError, require_sequences
+from kvbelt.errors import RequestError
+from kvbelt.limits import DEFAULTS, Limits
 from kvbelt.proxy.request import splice
 from kvbelt.routing.exactness import CARRIED, token_limit
 from kvbelt.routing.view import CHAT_ONLY, VIEWED, RequestView
@@ -54,15 +55,12 @@ _ONE_CHAT_TOKEN = b'"max_completion_tokens":1,' + _ONE_TOKEN
 class ClientBody:
     __slots__ = ("_body", "_members", "_numbers", "chat", "names", "num_prompts", "view")
 
-    def __init__(self, body: bytes, *, chat: bool, most_sequences: int = MOST_SEQUENCES) -> None:
-        """Parse. Raises RequestError: 400; not UTF-8, not a JSON object, a wrong field, or too many answers.
-
-        ``most_sequences``: prompts times ``n``, which the request may ask for.
-        """
+    def __init__(self, body: bytes, *, chat: bool, limits: Limits = DEFAULTS) -> None:
+        """Parse. Raises RequestError: 400; not UTF-8, not a JSON object, a wrong field, or too many answers."""
         self.chat = chat
         self._body = body
         self._numbers: bytes | None = None
-        self._members: Mapping[str, splice.Value] = self._parse(body)
+        self._members: Mapping[str, splice.Value] = self._parse(body, limits)
         #: Names of the members that are not null.
         self.names = frozenset(
             name
@@ -78,21 +76,23 @@ class ClientBody:
                 f"invalid request: {error}; correct the field and send the request again", param=_place(error)
             ) from None
         self._check()
-        self.num_prompts = 1 if chat else self._count_prompts(most_sequences)
-        require_sequences(self.num_prompts, self.view.n or 1, most_sequences)
+        self.num_prompts = 1 if chat else self._count_prompts(limits.sequences)
+        limits.require_sequences(self.num_prompts, self.view.n or 1)
 
-    def _parse(self, body: bytes) -> Mapping[str, splice.Value]:
+    def _parse(self, body: bytes, limits: Limits) -> Mapping[str, splice.Value]:
         try:
             if not body.isascii():
                 body.decode()
             cut = None if self.chat else splice.cut_numbers(body, b"prompt")
             if cut is not None:
                 rest, numbers = cut
+                limits.require_parts(rest)
                 members: dict[str, splice.Value] = dict(splice.members_of(rest))
                 prompt = members.get("prompt")
                 if prompt is not None and bytes(prompt) == splice.PLACEHOLDER:
                     members["prompt"] = self._numbers = numbers
                     return members
+            limits.require_parts(body)
             return dict(splice.members_of(body))
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise RequestError(f"the request body is not a JSON object in UTF-8: {error}") from None

@@ -111,9 +111,7 @@ class RequestHandler:
             self._selection.release()
 
     def _parse(self) -> None:
-        client = self._client = ClientBody(
-            self._exchange.request.body, chat=self._chat, most_sequences=self._settings.max_sequences
-        )
+        client = self._client = ClientBody(self._exchange.request.body, chat=self._chat, limits=self._settings.limits)
         self._record.stream = bool(client.view.stream)
         if self._settings.record_prompts:
             self._record.prompt = client.excerpt(self._settings.record_prompts)

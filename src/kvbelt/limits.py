@@ -1,0 +1,82 @@
+"""What one request may ask for, so that it takes nothing that others need (``docs/limits.md``). Pure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from kvbelt.errors import RequestError, SettingsError
+
+OPTION = "--limit"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """``json_parts`` and ``sequences`` hold in the proxy and in workers, the others in embedded workers.
+
+    vLLM has limits of its own, some of them the same.
+    """
+
+    sequences: int = 1024  #: prompts times n; vLLM's number of prompts
+    json_parts: int = 262_144  #: objects, lists and names in a body, some more if its texts contain such
+    messages: int = 16_384
+    tools: int = 1024
+    stop: int = 4  #: strings; OpenAI's and vLLM's number
+    stop_characters: int = 4096  #: in all of them
+    stop_token_ids: int = 1024
+    logit_bias: int = 4096
+    allowed_token_ids: int = 262_144
+    bad_words: int = 128  #: vLLM's number
+
+    def require_sequences(self, prompts: int, n: int) -> None:
+        """Raises RequestError 400: one request would become more sequences than a request may."""
+        if prompts * n > self.sequences:
+            many = f"{prompts} prompts" if prompts > 1 else "1 prompt"
+            raise RequestError(
+                f"{many} with n = {n} are {prompts * n} answers, and a request may ask for {self.sequences} at most; "
+                f"send several requests, or raise {OPTION} sequences=N",
+                param="prompt" if prompts > 1 else "n",
+            )
+
+    def require_parts(self, body: bytes) -> None:
+        """Raises RequestError 400: a body of so many parts would take too long to read."""
+        # A byte of each part. In a text they count as well, which tells less than to parse it costs.
+        parts = body.count(b"{") + body.count(b"[") + body.count(b'":')
+        if parts > self.json_parts:
+            raise RequestError(
+                f"the request body has {parts} objects, lists and names, and {self.json_parts} are allowed; send less, "
+                f"or raise {OPTION} json_parts=N"
+            )
+
+    def require_fields(self, members: Mapping[str, Any]) -> None:
+        """Raises RequestError 400: a field has more entries than it may."""
+        for name in _COUNTED:
+            value = members.get(name)
+            if isinstance(value, list | dict) and len(value) > (most := getattr(self, name)):
+                raise self._too_many(name, f"{len(value)} entries", most)
+        stop = members.get("stop")
+        size = sum(len(one) for one in (stop if isinstance(stop, list) else [stop]) if isinstance(one, str))
+        if size > self.stop_characters:
+            raise self._too_many("stop", f"{size} characters", self.stop_characters, "stop_characters")
+
+    def _too_many(self, field: str, has: str, most: int, name: str | None = None) -> RequestError:
+        setting = f"{OPTION} {name or field}=N"
+        return RequestError(f"{field} has {has}, and {most} are allowed; send fewer, or raise {setting}", param=field)
+
+
+DEFAULTS = Limits()
+
+_COUNTED = ("messages", "tools", "stop", "stop_token_ids", "logit_bias", "allowed_token_ids", "bad_words")
+_NAMES = tuple(field.name for field in fields(Limits))
+
+
+def limits_of(given: Sequence[str]) -> Limits:
+    """From ``NAME=N`` each. Raises SettingsError: there is no such limit, or the number is none."""
+    changed = {}
+    for text in given:
+        name, _, number = text.partition("=")
+        if name not in _NAMES:
+            raise SettingsError(f"{OPTION} {text}: there is no limit {name!r}; there are {', '.join(_NAMES)}")
+        if not number.isdecimal() or len(number) > 15 or int(number) < 1:
+            raise SettingsError(f"{OPTION} {text}: {number!r} is not a positive whole number")
+        changed[name] = int(number)
+    return replace(Limits(), **changed)
