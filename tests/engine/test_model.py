@@ -1,6 +1,7 @@
 """Which model folders are served, and which are refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from kvbelt.engine.engine import Engine
 from kvbelt.engine.model import PagedModel
 from kvbelt.engine.settings import EngineSettings
 from kvbelt.fingerprint import fingerprint
-from tests.engine.support import Client, engine_of, reference_greedy, save_model, small
+from tests.engine.support import GREEDY, Client, engine_of, reference_greedy, save_model, small
 
 SERVED = {
     "qwen2": Qwen2Config(**small()),
@@ -45,6 +46,56 @@ def test_architectures_answer_as_transformers_does(tmp_path: Path, name: str) ->
     with engine_of(folder, num_blocks=400, max_batch_tokens=8, max_running=4) as engine:
         clients = [Client(engine, prompt) for prompt in prompts]
         assert [client.token_ids for client in clients] == [reference_greedy(folder, prompt, 24) for prompt in prompts]
+
+
+#: Its original context has 16 tokens.
+LONGROPE = Phi3Config(
+    **small(pad_token_id=0),
+    original_max_position_embeddings=16,
+    rope_parameters={
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 3.0, 5.0, 7.0],
+        "original_max_position_embeddings": 16,
+    },
+)
+
+
+def test_longrope_follows_no_neighbour(tmp_path: Path) -> None:
+    """A short request answers the same alone and beside a long one, computed at once and token by token."""
+    folder = save_model(tmp_path / "longrope", LONGROPE)
+    with engine_of(folder, num_blocks=200) as engine:
+        alone = Client(engine, b"short").token_ids
+        beside = Client(engine, b"a long one, beyond the original length", replace(GREEDY, max_tokens=60))
+        beside.wait_tokens(1)
+        assert Client(engine, b"short").token_ids == alone
+        beside.wait()
+        at_once = Client(engine, [*b"short", *alone[:18]], replace(GREEDY, max_tokens=6))
+        assert at_once.token_ids == alone[18:]
+
+
+def test_longrope_is_chosen_by_the_longest_request(tmp_path: Path) -> None:
+    """And KV of one choice is refused where the other was made."""
+    folder = save_model(tmp_path / "longrope", LONGROPE)
+    answers, fingerprints = [], set()
+    for longest in (16, 64):
+        with engine_of(folder, max_model_len=longest) as engine:
+            answers.append(Client(engine, b"short", replace(GREEDY, max_tokens=8)).token_ids)
+            fingerprints.add(engine.fingerprint)
+    assert answers[0] == reference_greedy(folder, b"short", 8)  # never beyond the original length
+    assert answers[1] != answers[0]
+    assert len(fingerprints) == 2
+
+
+def test_a_model_that_follows_the_longest_request_of_a_step_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers' LongRoPE does by itself."""
+    folder = save_model(tmp_path / "longrope", LONGROPE)
+    monkeypatch.setattr("kvbelt.engine.model.settle_longrope", lambda _model, _most: "")
+    with pytest.raises(ModelError, match="follows the longest request of a step"):
+        PagedModel(folder, torch.device("cpu"), torch.float32)
 
 
 REFUSED = {

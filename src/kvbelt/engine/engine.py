@@ -67,7 +67,7 @@ class Engine:
         self.settings = settings
         self._clock = clock
         device = choose_device(settings)
-        self._model = PagedModel(settings.model_dir, device, choose_dtype(settings, device))
+        self._model = PagedModel(settings.model_dir, device, choose_dtype(settings, device), settings.max_model_len)
         self.tokenizer = self._model.tokenizer
         self.layout = self._model.layout(settings.block_size)
         self.pool = KVPool(
@@ -75,7 +75,8 @@ class Engine:
         )
         self.model_name = settings.model_dir.resolve().name
         try:
-            self.fingerprint = fingerprint(settings.model_dir)  #: of the folder's contents
+            #: Of the folder's contents, and of what has been chosen beside them.
+            self.fingerprint = fingerprint(settings.model_dir) + self._model.variant
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"the model in {settings.model_dir} cannot be fingerprinted: {error}") from error
         self.max_model_len = bound_length(settings, self._model.context, self.pool.num_blocks * settings.block_size)

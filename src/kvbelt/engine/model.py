@@ -3,7 +3,8 @@
 A model can be served if its attention goes through transformers' ``AttentionInterface`` and keeps ordinary keys and
 values. A model with another attention (soft caps, sinks, latent or linear attention, ALiBi) would compute wrong tokens
 without any error. So every model is tested at start: a few tokens go through it once with transformers' own attention,
-and in two chunks through a small pool of ours, and the logits must agree. Otherwise the model is refused with a
+and in two chunks through a small pool of ours, and the logits must agree. They must not change either when a token far
+behind, beyond each length at which the model may switch, is in the same step. Otherwise the model is refused with a
 ModelError.
 """
 
@@ -20,10 +21,12 @@ from kvbelt.engine import attention
 from kvbelt.engine.api import ModelError
 from kvbelt.engine.attention import LayerListener, Segment, Step
 from kvbelt.engine.pool import KVPool, PoolLayout
+from kvbelt.engine.rope import settle_longrope, switches
 
 #: Tokens of the test at start: two chunks, in more than one block.
 _PROOF_TOKENS = 12
 _PROOF_BLOCK = 4
+_PROOF_FARTHEST = 16384  #: a token's position; a farther one would take too much memory
 #: Largest difference of the test's logits, relative to their spread. Another order of summation makes a difference of
 #: 1e-5 in fp32 and 1e-2 in bf16; a soft cap or a wrong mask makes a far larger one.
 _PROOF_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
@@ -37,10 +40,13 @@ class PagedModel:
         tokenizer: the folder's tokenizer.
         eos_token_ids: tokens that end an answer, the tokenizer's first.
         context: most tokens that the model was trained for.
+        variant: tells its KV from that of the same model elsewhere; usually empty.
     """
 
-    def __init__(self, model_dir: Path, device: torch.device, dtype: torch.dtype | None) -> None:
-        """Load the model, move it to the device, and test it.
+    def __init__(
+        self, model_dir: Path, device: torch.device, dtype: torch.dtype | None, most_tokens: int | None = None
+    ) -> None:
+        """Load the model, move it to the device, and test it. ``most_tokens``: of a request, if not the context.
 
         Raises:
             ModelError: the folder is missing or unreadable, or holds a model that this engine cannot serve.
@@ -70,11 +76,14 @@ class PagedModel:
         self.config: Any = self._model.config.get_text_config(decoder=True)
         self.vocab_size: int = self.config.vocab_size
         self.context: int = getattr(self.config, "max_position_embeddings", None) or 2048
+        rope = settle_longrope(self._model, most_tokens or self.context)
+        self.variant = f"-{rope}rope" if rope else ""
         self.eos_token_ids = _eos_token_ids(self.tokenizer, self._model)
         if device.type == "cpu" and self.dtype is torch.float32:
             _store_inputs_first(self._model)
         try:
             self._prove()
+            self._prove_rows()
         except ModelError as error:
             raise ModelError(f"the model in {model_dir} cannot be served: {error}") from error
 
@@ -149,6 +158,32 @@ class PagedModel:
                 f"transformers' own (largest difference {difference:.3g}, spread {spread:.3g}): its attention does "
                 "something this engine does not know"
             )
+
+    @torch.inference_mode()
+    def _prove_rows(self) -> None:
+        """A token far behind must not change what the model computes of another request's first tokens."""
+        tokens = [(7 + 13 * i) % self.vocab_size for i in range(_PROOF_TOKENS)]
+        pool = KVPool(self.layout(_PROOF_BLOCK), 4, self.device)
+
+        def near(*beside: Segment) -> torch.Tensor:
+            rows = range(len(beside), len(beside) + _PROOF_TOKENS)
+            return self.forward(
+                pool, [*beside, Segment([0, 1, 2], 0, _PROOF_TOKENS)], tokens[: len(beside)] + tokens, rows
+            )
+
+        alone = near()
+        spread = (alone.max() - alone.min()).item()
+        for switch in (*switches(self.config), self.context - 1):
+            position = min(switch, self.context - 1, _PROOF_FARTHEST)
+            # One block many times over: what the far token sees does not matter.
+            far = Segment([3] * pool.layout.blocks(position + 1), position, 1)
+            difference = (alone - near(far)).abs().max().item()
+            if not difference <= _PROOF_TOLERANCE[self.dtype] * max(spread, 1e-6):
+                raise ModelError(
+                    f"{type(self._model).__name__} computes other logits of one request when another has a token at "
+                    f"position {position} (largest difference {difference:.3g}, spread {spread:.3g}): something in it "
+                    "follows the longest request of a step"
+                )
 
 
 def _store_inputs_first(model: torch.nn.Module) -> None:
