@@ -218,9 +218,12 @@ def test_a_killed_receiver_frees_the_senders_staging(kind, receiver):
         eventually(lambda: "stopping" not in p.belt.snapshot().sends, "nothing is waited for")
 
 
-def test_a_link_is_measured_both_ways(kind, receiver):
+def test_a_link_is_measured_both_ways(kind, receiver, monkeypatch):
     """A channel that cannot read gives figures of writes only."""
     _, address = receiver
+    # No pause of this machine makes an operation too slow for a larger one to follow.
+    monkeypatch.setattr(probing, "QUICK_SECONDS", 1000.0)
+    monkeypatch.setattr(probing, "PROBE_SECONDS", 1000.0)
     with Side(new_name("p"), "prefill", maker(kind)(), staging_blocks=4096, settings=SETTINGS) as p:
         assert Warmed(p, address).answer().ok
         probed = Asked(p, address.engine_id).answer()
@@ -243,6 +246,7 @@ def test_a_receiver_that_is_stopped_while_it_is_measured(kind, receiver, monkeyp
         with monkeypatch.context() as endless:
             endless.setattr(probing, "SMALL_ROUNDS", 1 << 60)
             endless.setattr(probing, "ENOUGH_SECONDS", 1e9)
+            endless.setattr(probing, "PROBE_SECONDS", 1e9)
             asked = Asked(p, address.engine_id)
             eventually(lambda: p.belt.snapshot().sends.get("writing"), "it is granted")
             process.send_signal(signal.SIGSTOP)
