@@ -216,3 +216,13 @@ def test_a_prefill_worker_that_generates_takes_more_answers(running: int) -> Non
     placement.submit(request(1000))
     placed = [booking for _, booking in placement.dispatch(1.0) if booking is not None]
     assert [one.prefill for one in placed] == ([prefill] if running else [])
+
+
+def test_an_answer_goes_to_the_worker_with_fewer_decodes_where_each_of_them_lengthens_a_step() -> None:
+    placement, (prefill, decode) = fleet()
+    for book in (prefill, decode):
+        book.costs = replace(COSTS, decode=3e-3)
+    request = Demand(1000, 50, 1.0, ServiceLevels(itl=None, tpot=0.02))
+    for _ in range(3):
+        placement.first_token(place(placement, replace(request, exclude=frozenset({"p0"})), 1.0), 1.0)
+    assert place(placement, replace(request), 1.0).decode is prefill

@@ -6,9 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvbelt.pacing.costs import StepCosts
 from kvbelt.routing.levels import ServiceLevels
 from kvbelt.simulate.load import Lengths, Load
-from kvbelt.simulate.outcome import Outcome
+from kvbelt.simulate.model import EngineModel
+from kvbelt.simulate.outcome import Judged, Outcome
+from kvbelt.simulate.profiles import H200_LLAMA_8B, Profile
 from kvbelt.simulate.scenario import Deployment, simulate
 
 POLICIES = ("elastic", "split", "whole", "round-robin", "least@2048", "fixed-split")
@@ -84,3 +87,22 @@ def test_costs_that_workers_report_are_what_placement_predicts_with() -> None:
     profile = Deployment().profile
     wrong = replace(profile, engine=replace(profile.engine, launch=1e-4))
     assert run("elastic", Deployment(1, 2, profile=wrong), Load(2.0, 20.0)).requests == 40
+
+
+@pytest.mark.parametrize("rate", [4.0, 6.2, 7.5])
+def test_decodes_are_spread_where_each_of_them_lengthens_a_step(rate: float) -> None:
+    """So it is on a CPU. Plain servers keep at most 4 points more; with all decodes on one worker, 10 to 20."""
+    costs = StepCosts(2.5e-3, 0.0, 65e-6, 30e-9, 1.4e-3, 0.9e-6, sigma=0.1, samples=1000)
+    engine = EngineModel(costs, most_prompt_tokens=512, most_requests=64, kv_capacity=73_000)
+    deployment = Deployment(profile=Profile(engine, H200_LLAMA_8B.network))
+    judged = Judged(ttft=0.248, tpot=0.0127)
+    levels = ServiceLevels(ttft=judged.ttft, itl=None, tpot=judged.tpot)
+    points = 0.0
+    for seed in (1, 2):
+        load = Load(rate, 60.0, lengths=(Lengths(1000, 50),), seed=seed)
+        elastic, least = (
+            simulate(policy, deployment, load.requests(), levels=levels, judged=judged, seed=seed).within_a
+            for policy in ("elastic", "least")
+        )
+        points += elastic - least
+    assert points / 2 >= -4.0

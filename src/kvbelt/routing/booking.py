@@ -93,6 +93,9 @@ TPOT_AIM = 0.96
 
 _ROUNDING = 1e-9
 
+#: A decode that lengthens a step by at most this share of the level is free for the others, as it is on a GPU.
+SMALL_SHARE = 0.02
+
 #: Share of a worker's KV memory that may be booked. Beyond it, an engine evicts and preempts.
 MOST_KV = 0.9
 
@@ -259,6 +262,14 @@ class WorkerBook:
     def decode_step(self, more: int, more_kv: int) -> float:
         """Seconds of a step without prompts after ``more`` decodes have joined, which read ``more_kv`` tokens."""
         return self.step + self._costs.decode * more + self._costs.kv_token * more_kv
+
+    def crowding(self, demand: Demand, mean_itl: float) -> float:
+        """Shares of the mean time between tokens that one more decode takes from the decodes here, added up."""
+        others = len(self.decodes) + self.arriving
+        if not others:
+            return 0.0
+        share = (self._costs.decode + self._costs.kv_token * demand.tokens) / mean_itl
+        return others * (share - SMALL_SHARE) if share > SMALL_SHARE else 0.0
 
     def too_slow_for(self, demand: Demand) -> bool:
         """Whether this worker would generate too slowly for the request's levels."""

@@ -251,6 +251,7 @@ class Placement:
         elastic, room = self.mode is Mode.ELASTIC, demand.tokens + demand.output
         short = itl is not None and demand.output <= SHORT
         calm = self._calm_seconds(now)
+        mean_itl, crowd = demand.levels.mean_itl or inf, rules.crowd * demand.levels.ttft
         decoders: list[WorkerBook] | None = None
         can_send = self._can_send
         best: tuple[WorkerBook, WorkerBook, int, float, float] | None = None
@@ -285,6 +286,7 @@ class Placement:
                     if not can_send(book, decode):
                         continue
                     violations, cost = broken + decode.too_slow_for(demand), seconds + rules.handover
+                    cost += crowd * decode.crowding(demand, mean_itl)
                     # The second token waits for the decode worker's step, which is long if it carries a prompt.
                     if short and ends <= left and (decode.prompts or now - decode.begun < demand.levels.ttft):
                         violations += 1
@@ -301,6 +303,7 @@ class Placement:
                     not decodes and not book.arriving and own + output * book.decode_step(1, demand.tokens) <= calm
                 )
                 seconds += rules.handover / 2 if is_calm else output * book.costs.base / (1 + decodes * decodes / FEW)
+            seconds += crowd * book.crowding(demand, mean_itl)
             if broken >= fewest and (broken > fewest or seconds >= least):
                 continue
             violations = broken + book.too_slow_for(demand)

@@ -26,6 +26,9 @@ class Rules:
     #: Cost of each second by which prefill delays a running decode. It decides only between plans that break equally
     #: many levels. A larger value leaves decode workers idle while prompts wait.
     delay: float = 0.02
+    #: Cost of one more decode, in TTFT levels, for the share of their level that it takes from the decodes beside it.
+    #: It spreads decodes where each of them lengthens a step, as on a CPU.
+    crowd: float = 6.0
     #: An idle prefill worker answers whole while at most so many requests are expected to run on each worker.
     calm: float = 0.7
     #: A worker without a request for so long is measured again: it may have been throttled, or relieved.
