@@ -29,7 +29,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "n zero": ({"n": 0}, "n", "0"),
     "logprobs too many": ({"logprobs": 500}, "logprobs", "500"),
     "logit_bias of a word": ({"logit_bias": {"x": 1}}, "logit_bias", "x"),
-    "json schema": ({"response_format": {"type": "json_object"}}, "response_format", "json_object"),
+    "an unknown format": ({"response_format": {"type": "xml"}}, "response_format", "xml"),
 }
 
 

@@ -117,6 +117,16 @@ class Output:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  #: on the first output, if they were asked for
 
 
+class AnswerGrammar(Protocol):
+    """Which tokens an answer may have, as it grows. Engine's thread."""
+
+    def restrict(self, logits: Any) -> None:
+        """Set the logits of tokens that may not come next to minus infinity, in place on one row."""
+
+    def accept(self, token_id: int) -> None:
+        """It has been generated."""
+
+
 class BlockHold(Protocol):
     """Blocks of a finished request that are still being read."""
 
@@ -187,6 +197,7 @@ class GenerationRequest:
     incoming: IncomingKV | None = None
     outgoing: OutgoingKV | None = None
     prefix: PrefixHashes | None = None  #: None: its blocks are not shared
+    grammar: AnswerGrammar | None = None  #: None: any tokens
     itl_seconds: float | None = None  #: that its tokens should not be apart by more; None: the engine's setting
 
 

@@ -36,6 +36,7 @@ from kvbelt.engine.api import (
     Output,
 )
 from kvbelt.engine.attention import Segment
+from kvbelt.engine.grammar import Grammars
 from kvbelt.engine.live import Live
 from kvbelt.engine.loading import Loaders
 from kvbelt.engine.model import PagedModel
@@ -83,6 +84,7 @@ class Engine:
         self.vocab_size = self._model.vocab_size
         self.eos_token_ids = self._model.eos_token_ids
         self._decoder = Decoder(self.tokenizer)
+        self.grammars = Grammars(self.tokenizer, self.vocab_size, self.eos_token_ids)
         self._scheduler = Scheduler(
             self.pool.allocator,
             block_size=settings.block_size,
@@ -336,6 +338,7 @@ class Engine:
                 live.request.prompt_token_ids,
                 live.sequence.token_ids[live.sequence.prompt_len :],
                 live.answer.end_token_ids,
+                live.request.grammar,
             )
             for live in sampling
         ]
@@ -343,8 +346,10 @@ class Engine:
 
     def _deliver(self, live: Live, sampled: Sampled) -> None:
         if sampled.token_id is None:
-            self._end(live, FinishReason.ERROR, error="the model's logits are NaN")
+            self._end(live, FinishReason.ERROR, error="the model's logits are NaN, or no token may come next")
             return
+        if live.request.grammar is not None:
+            live.request.grammar.accept(sampled.token_id)
         first = live.first_token is None
         if first:
             live.first_token = self._clock()

@@ -1,8 +1,8 @@
 """From logits to tokens.
 
-The order of the steps is vLLM's. The reported log probabilities are taken from the raw logits. Then come allowed tokens
-and bad words, bias, minimum length (end tokens are excluded) and penalties. Then the best token is taken, or
-temperature, min-p, top-k and top-p are applied and a token is drawn.
+The order of the steps is vLLM's. A grammar excludes tokens first. The reported log probabilities are taken from what is
+left of the raw logits. Then come allowed tokens and bad words, bias, minimum length (end tokens are excluded) and
+penalties. Then the best token is taken, or temperature, min-p, top-k and top-p are applied and a token is drawn.
 
 The draw is stateless. Output token *i* of a request with seed *s* uses one uniform number, a hash of (s, i), and
 inverts the distribution's cumulative sum in the order of token ids. It depends on no generator, device or batch, so a
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvbelt.engine.api import SamplingParams
+from kvbelt.engine.api import AnswerGrammar, SamplingParams
 
 #: Below this a temperature means greedy, as in vLLM: dividing by less overflows.
 GREEDY_TEMPERATURE = 1e-5
@@ -30,12 +30,13 @@ class SampleInput:
     seed: int
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]  #: so far
-    end_token_ids: Sequence[int]  #: excluded until min_tokens is reached
+    end_token_ids: Sequence[int]  #: excluded until min_tokens is reached, unless nothing else may come
+    grammar: AnswerGrammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One row's result. ``token_id`` is None if the logits were NaN."""
+    """One row's result. ``token_id`` is None if the logits were NaN, or no token was left."""
 
     token_id: int | None
     logprob: float | None = None
@@ -50,13 +51,16 @@ def uniform(seed: int, index: int) -> float:
 
 def sample(logits: torch.Tensor, rows: Sequence[SampleInput]) -> list[Sampled]:
     """Choose one token a row. ``logits``, ``[len(rows), vocab_size]`` in fp32, may be overwritten."""
+    for i, row in enumerate(rows):
+        if row.grammar is not None:
+            row.grammar.restrict(logits[i])
     reports = _Reports(logits, rows)
     for i, row in enumerate(rows):
         _adjust(logits[i], row)
     best, choice = logits.max(dim=-1)
     chosen = choice.tolist()
     # A NaN anywhere in a row makes its maximum NaN.
-    broken = best.isnan().tolist()
+    broken = (best.isnan() | (best == _NEVER)).tolist()
     drawing = [i for i, row in enumerate(rows) if not broken[i] and row.params.temperature >= GREEDY_TEMPERATURE]
     if drawing:
         drawn = _draw(logits if len(drawing) == len(rows) else logits[drawing], [rows[i] for i in drawing])
@@ -113,7 +117,11 @@ def _adjust(logits: torch.Tensor, row: SampleInput) -> None:
         ids = torch.tensor(list(params.logit_bias), device=logits.device)
         logits.index_add_(0, ids, torch.tensor(list(params.logit_bias.values()), device=logits.device))
     if len(row.output_token_ids) < params.min_tokens and row.end_token_ids:
-        logits[torch.tensor(list(row.end_token_ids), device=logits.device)] = _NEVER
+        ends = torch.tensor(list(row.end_token_ids), device=logits.device)
+        kept = logits[ends]
+        logits[ends] = _NEVER
+        if logits.max() == _NEVER:
+            logits[ends] = kept
     if params.repetition_penalty != 1.0:
         tokens = [*row.prompt_token_ids, *row.output_token_ids]
         seen = torch.tensor(tokens, dtype=torch.long, device=logits.device).unique()  # type: ignore[no-untyped-call]

@@ -49,6 +49,7 @@ from kvbelt.worker.requests import (
 )
 from kvbelt.worker.sampling import echoes_only, samplings_of
 from kvbelt.worker.service import Service
+from kvbelt.worker.structure import form_of
 
 log = get_logger(__name__)
 
@@ -143,6 +144,7 @@ class GenerateEndpoint:
         whole = handoff.answer_tokens if isinstance(handoff, PrefillHandoff) else samplings[0].max_tokens
         service.require_room(max(map(len, ids)), whole)
         shape = self._shape(request, request_id)
+        grammar = await service.prompts.matcher_of(form_of(request), service.engine.grammars)
         generation = Generation(
             service.engine,
             service.belt,
@@ -151,6 +153,7 @@ class GenerateEndpoint:
             samplings=samplings,
             handoff=handoff,
             itl_seconds=itl_seconds,
+            grammar=grammar,
         )
         try:
             await generation.start()  # refuses invalid token ids, which the tokenizer could not decode

@@ -15,6 +15,7 @@ from functools import partial
 
 from kvbelt.engine.api import FinishReason, GenerationRequest, InvalidRequestError, Output, SamplingParams
 from kvbelt.engine.engine import Engine
+from kvbelt.engine.grammar import Matcher
 from kvbelt.errors import RequestError
 from kvbelt.telemetry import get_logger
 from kvbelt.transfer.belt import Belt
@@ -52,8 +53,10 @@ class Generation:
         samplings: Sequence[SamplingParams],
         handoff: Handoff | None,
         itl_seconds: float | None,
+        grammar: Matcher | None = None,
     ) -> None:
-        """``samplings`` has one entry a choice; prompts and choices multiply."""
+        """``samplings`` has one entry a choice; prompts and choices multiply. Each answer follows the grammar."""
+        self._grammar = grammar
         self._engine = engine
         self._belt = belt
         # A client may repeat its request ids; the engine's must differ.
@@ -94,6 +97,7 @@ class Generation:
                                 outgoing=outgoing,
                                 prefix=prompt.prefix,
                                 itl_seconds=self._itl_seconds,
+                                grammar=None if self._grammar is None else self._grammar.copy(),
                             )
                         )
                     except InvalidRequestError as error:

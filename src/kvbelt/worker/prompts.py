@@ -10,11 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from kvbelt.engine.api import PrefixHashes
+from kvbelt.engine.api import InvalidRequestError, PrefixHashes
+from kvbelt.engine.grammar import Grammars, Matcher
 from kvbelt.errors import RequestError, context_exceeded
 from kvbelt.wire.block_hash import block_hashes, chained, root
 from kvbelt.worker.messages import for_template, text_of
 from kvbelt.worker.requests import ChatRequest, CompletionRequest, split_prompts
+from kvbelt.worker.structure import Form
 
 T = TypeVar("T")
 
@@ -84,6 +86,15 @@ class Prompts:
                     f"chat_template_kwargs has {word!r}, which is no variable of a chat template; leave it out",
                     param="chat_template_kwargs",
                 )
+
+    async def matcher_of(self, form: Form | None, grammars: Grammars) -> Matcher | None:
+        """Raises RequestError 400: the grammar cannot be followed."""
+        if form is None:
+            return None
+        try:
+            return await self._off_loop(lambda: grammars.matcher(form.grammar, param=form.param), _LONG + 1)
+        except InvalidRequestError as error:
+            raise RequestError(str(error), param=error.param) from error
 
     async def bad_words_of(self, request: CompletionRequest | ChatRequest) -> tuple[tuple[int, ...], ...]:
         """Each bad word as token ids, at the start of a text and inside one. Raises RequestError 400: it is empty."""

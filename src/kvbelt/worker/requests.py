@@ -65,6 +65,8 @@ class _Common(msgspec.Struct, frozen=True, kw_only=True):
     truncation_side: Literal["left", "right"] | None = None
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
     return_token_ids: bool | None = False
     return_tokens_as_token_ids: bool | None = False
     cache_salt: Annotated[str, Meta(min_length=1)] | None = None  #: only requests with the same one share blocks

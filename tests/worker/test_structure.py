@@ -1,0 +1,123 @@
+"""Answers that follow a grammar."""
+
+import json
+
+import jsonschema
+import pytest
+from starlette.testclient import TestClient
+from transformers import LlamaConfig
+
+from kvbelt.wire.health import Role
+from kvbelt.wire.ids import EngineId
+from kvbelt.worker.app import make_app
+from kvbelt.worker.prompts import Prompts
+from kvbelt.worker.service import Service
+from tests.engine.support import engine_of, save_model, small
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 5}, "age": {"type": "integer", "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    """A worker with a random model, which follows a form only where it is made to."""
+    folder = save_model(tmp_path_factory.mktemp("models") / "tiny", LlamaConfig(**small()))
+    with engine_of(folder, max_model_len=128) as engine:
+        engine.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        service = Service(role=Role.DECODE, engine_id=EngineId("d"), model_name="tiny")
+        prompts = Prompts(engine.tokenizer, engine.layout.block_size, engine.max_model_len)
+        service.become_ready(engine, prompts, None)
+        yield TestClient(make_app(service))
+        prompts.close()
+
+
+@pytest.fixture
+def ask(client):
+    """Asks for a completion; returns its text, whole and streamed, which must be equal."""
+
+    def asked(**changes):
+        body = {"prompt": "x", "max_tokens": 100, "temperature": 0, **changes}
+        whole = client.post("/v1/completions", json=body)
+        assert whole.status_code == 200, whole.text
+        (choice,) = whole.json()["choices"]
+        lines = client.post("/v1/completions", json=body | {"stream": True}).text.split("\n\n")
+        events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+        assert "".join(event["choices"][0]["text"] for event in events) == choice["text"]
+        assert choice["finish_reason"] == ("length" if changes.get("ignore_eos") else "stop")
+        return choice["text"]
+
+    return asked
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"temperature": 0}, {"temperature": 1, "seed": 3}, {"min_tokens": 90}, {"logprobs": 2}, {"ignore_eos": True}],
+)
+def test_an_answer_fits_its_schema(ask, changes):
+    """Whatever else is asked for: nothing may come behind its end."""
+    jsonschema.validate(json.loads(ask(response_format=FORMAT, **changes)), SCHEMA)
+
+
+def test_any_object(ask):
+    """``json_object``; the brace would hardly come first by itself."""
+    assert isinstance(json.loads(ask(response_format={"type": "json_object"}, logit_bias={"125": 100})), dict)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "fits"),
+    [
+        ({"choice": ["yes", 'say "no"']}, ("yes", 'say "no"')),
+        ({"regex": "ab{3}"}, ("abbb",)),
+        ({"json": {"enum": ["a", 1]}}, ('"a"', "1")),
+        ({"json": '{"const": null}', "regex": None}, ("null",)),
+    ],
+)
+def test_structured_outputs(ask, outputs, fits):
+    """VLLM's own field."""
+    assert ask(structured_outputs=outputs) in fits
+
+
+def test_each_choice_follows_the_form_by_itself(client):
+    """Drawn at chance, they are at different places of it."""
+    body = {"messages": [{"role": "user", "content": "x"}], "n": 3, "max_tokens": 100, "seed": 1}
+    answer = client.post("/v1/chat/completions", json=body | {"response_format": FORMAT}).json()
+    texts = [choice["message"]["content"] for choice in answer["choices"]]
+    assert len(set(texts)) > 1
+    for text in texts:
+        jsonschema.validate(json.loads(text), SCHEMA)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"response_format": {"type": "xml"}},
+        {"response_format": {"type": "json_schema"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "strange"}}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["x" * 70000]}}}},
+        {"response_format": "json"},
+        {"structured_outputs": {}},
+        {"structured_outputs": {"regex": "("}},
+        {"structured_outputs": {"regex": "a", "choice": ["b"]}},
+        {"structured_outputs": {"choice": []}},
+        {"structured_outputs": {"grammar": "root ::= x"}},
+        {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+    ],
+)
+def test_what_is_no_form_is_refused(client, changes):
+    """400, with the field's name."""
+    reply = client.post("/v1/completions", json={"prompt": "x", **changes})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, next(iter(changes)))
+
+
+def test_text_is_any_text(client):
+    """As if the field was not there."""
+    answers = [
+        client.post("/v1/completions", json={"prompt": "x", "temperature": 0, "max_tokens": 4, **changes}).json()
+        for changes in ({}, {"response_format": {"type": "text"}}, {"response_format": None})
+    ]
+    assert len({answer["choices"][0]["text"] for answer in answers}) == 1
