@@ -92,13 +92,22 @@ _PREFILL = (
         "e2e/real/test_failures.py::test_prefill_killed_after_the_transfer",
     ),
     Failure(
-        "It answers 5xx, or something other than a completion",
+        "It answers 5xx and is not well, or answers something other than a completion",
         _ELSEWHERE,
         "Prefill: blocks. Decode: the slot.",
         (O.PREFILL_FAILED,),
         (_ATTEMPTS, _PATHS),
         ("prefill_5xx", "prefill_bad_answer"),
         "proxy/test_failover.py::test_another_prefill_worker_takes_over",
+    ),
+    Failure(
+        "It answers 500 and is well: the request itself fails there",
+        "That 500. The request is not tried on another worker, where it would fail as well.",
+        "Prefill: blocks. Decode: the slot.",
+        (O.REFUSED,),
+        (_ATTEMPTS,),
+        ("prefill_5xx", "decode_5xx"),
+        "proxy/test_failover.py::test_a_request_that_a_decode_worker_fails_at_is_not_tried_on_the_next_one",
     ),
     Failure(
         "It refuses the request (4xx)",
@@ -186,7 +195,7 @@ _DECODE = (
         "transfer/test_warm.py::test_a_receiver_that_restarted_ends_what_was_under_way_to_its_earlier_life",
     ),
     Failure(
-        "It answers 5xx before anything was sent to the client",
+        "It answers 5xx before anything was sent to the client, and is not well",
         "200. Another decode worker answers. If none is left, the client gets the last one's answer.",
         "Prefill: blocks and staging memory.",
         (O.DECODE_5XX, O.LAST_WORDS),

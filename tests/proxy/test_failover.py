@@ -112,7 +112,7 @@ async def test_when_every_prefill_worker_fails_the_decode_worker_does_it_all():
     """Each prefill worker is asked once."""
     async with Deployment(prefill=2) as deployment:
         for prefill in deployment.prefill:
-            prefill.script.status = 500
+            prefill.script.status = 503
         got = await deployment.ask(BODY)
         assert got.path == "local; reason=prefill_5xx; after=prefill_5xx"
         assert await deployment.right(got, BODY)
@@ -166,7 +166,7 @@ async def test_an_answer_without_its_kv_is_kept_while_others_are_tried():
     async with Deployment(prefill=2) as deployment:
         first, second = deployment.prefill
         first.script.transfer_state = failing("write_failed")
-        second.script.status = 500
+        second.script.status = 503
         got = await deployment.ask(STREAM)
         assert got.path == "local; reason=transfer_write_failed; after=transfer_write_failed"
         assert await deployment.right(got, STREAM)
@@ -250,7 +250,7 @@ async def test_another_decode_worker_takes_over(how, reason, body):
         elif how == "lost":
             broken.script.die_before_head = True
         else:
-            broken.script.status = 500
+            broken.script.status = 503
         got = await deployment.ask(body)
         assert got.path.endswith(f"; after={reason}")
         assert await deployment.right(got, body)
@@ -287,9 +287,9 @@ async def test_the_last_decode_workers_answer_reaches_the_client():
     """The last 5xx answer is passed on when no decode worker is left."""
     async with Deployment(decode=2) as deployment:
         for decode in deployment.decode:
-            decode.script.status = 500
+            decode.script.status = 503
         got = await deployment.ask(BODY)
-        assert (got.status, got.json["error"]["message"]) == (500, "as scripted")
+        assert (got.status, got.json["error"]["message"]) == (503, "as scripted")
         assert [len(decode.requests) for decode in deployment.decode] == [1, 1]
 
 
@@ -438,9 +438,57 @@ async def test_the_prefill_worker_learns_of_a_full_buffer_before_the_decode_work
 async def test_without_further_attempts_nothing_is_tried_elsewhere():
     """With one attempt, the same failures end locally or in an error."""
     async with Deployment(prefill=2, decode=2, max_attempts=1) as deployment:
-        deployment.prefill[0].script.status = 500
+        deployment.prefill[0].script.status = 503
         assert (await deployment.ask(BODY)).path == "local; reason=prefill_5xx"
         for decode in deployment.decode:
             decode.script.die_before_head = True
         got = await deployment.ask(BODY)
         assert (got.status, got.json["error"]["reason"]) == (503, "decode_lost")
+
+
+@pytest.mark.parametrize("body", [BODY, STREAM, ONE_TOKEN], ids=["whole", "stream", "one token"])
+@async_test
+async def test_a_request_that_a_prefill_worker_fails_at_is_not_tried_on_the_next_one(body):
+    """The worker is well: it is the request, which would harm the next worker's other requests as well."""
+    async with Deployment(prefill=2, decode=2) as deployment:
+        deployment.prefill[0].script.status = 500
+        got = await deployment.ask(body)
+        assert (got.status, got.json["error"]["message"]) == (500, "as scripted")
+        assert not deployment.prefill[1].requests
+        assert not any(decode.requests for decode in deployment.decode)
+        assert ("prefill", "prefill_5xx") in reasons(await deployment.record())
+
+
+@pytest.mark.parametrize("body", [BODY, REDERIVED, BODY | {"prompt": ["a", "b"]}], ids=["whole", "re-derive", "local"])
+@async_test
+async def test_a_request_that_a_decode_worker_fails_at_is_not_tried_on_the_next_one(body):
+    async with Deployment(decode=2) as deployment:
+        deployment.decode[0].script.status = 500
+        got = await deployment.ask(body)
+        assert (got.status, got.json["error"]["message"]) == (500, "as scripted")
+        assert not deployment.decode[1].requests
+        assert ("decode", "decode_5xx") in reasons(await deployment.record())
+
+
+@async_test
+async def test_a_worker_that_answers_500_because_it_fails_is_replaced():
+    """As a vLLM server whose engine has died."""
+    async with Deployment(decode=2) as deployment:
+        deployment.decode[0].script.status, deployment.decode[0].script.health_status = 500, 503
+        got = await deployment.ask(BODY)
+        assert got.path.endswith("; after=decode_5xx")
+        assert await deployment.right(got, BODY)
+
+
+@pytest.mark.parametrize("refusing", ["prefill", "decode"])
+@async_test
+async def test_a_refusal_is_not_tried_elsewhere_because_contexts_differ(refusing):
+    """Only one for its length is, by a worker of a longer context."""
+    deployment = Deployment(decode=2)
+    for worker in (deployment.prefill[0], deployment.decode[0]):
+        worker.more_health = {"max_model_len": 100}
+    getattr(deployment, refusing)[0].script.status = 400
+    async with deployment:
+        got = await deployment.ask(REDERIVED)
+        assert (got.status, got.json["error"]["message"]) == (400, "as scripted")
+        assert not deployment.decode[1].requests

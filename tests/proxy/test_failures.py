@@ -70,7 +70,7 @@ async def test_a_prefill_worker_that_stops_answering_is_lost_by_its_health():
 async def test_a_prefill_worker_that_fails_with_5xx_leaves_the_answer_right():
     """The decode worker answers instead."""
     async with Deployment() as deployment:
-        deployment.prefill[0].script.status = 500
+        deployment.prefill[0].script.status = 503
         got = await deployment.ask(BODY)
         assert got.path == "local; reason=prefill_5xx"
         assert await right(deployment, got)

@@ -178,6 +178,7 @@ async def test_what_is_too_long_for_one_worker_is_answered_by_one_with_a_larger_
     deployment = Deployment(placement=Mode.ELASTIC)
     refusing = deployment.decode[0]
     refusing.script.status, refusing.more_health = 400, {"max_model_len": 100 if longer else MAX_MODEL_LEN}
+    refusing.script.body = b'{"error": {"message": "as scripted", "code": "context_length_exceeded"}}'
     async with deployment:
         got = await deployment.ask(SHORT)
         assert len(generated(refusing)) == 1

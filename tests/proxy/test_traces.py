@@ -112,7 +112,7 @@ async def test_a_request_is_one_trace_across_its_legs_and_the_transfer() -> None
 async def test_a_failed_leg_is_an_error_in_its_trace() -> None:
     """The request has no error if another worker answers it."""
     async with receiver() as (got, url), Deployment(prefill=2, otlp_endpoint=url) as deployment:
-        deployment.prefill[0].script.status = 500
+        deployment.prefill[0].script.status = 503
         assert (await deployment.ask(STREAM)).status == 200
         await eventually(lambda: got.spans)
         legs = [span for span in got.spans if span.name == "prefill leg"]

@@ -1,6 +1,7 @@
 """The calls of one request to its prefill and decode worker. Each ends in an outcome of the plan."""
 
 import logging
+import re
 from collections.abc import Callable
 from time import monotonic
 
@@ -29,6 +30,8 @@ Ended = Outcome | Result
 #: Seconds before the deadline at which waiting for KV ends: the decode worker can still compute the prompt, and the
 #: prefill worker has reported why the KV did not arrive. A tenth of the request's time where that is less.
 MARGIN_SECONDS = 1.0
+
+_CONTEXT = re.compile(rb"context_length_exceeded|context length|max_model_len")
 
 _STREAM = Outcome.STREAM  # fast to read
 
@@ -118,7 +121,7 @@ class UpstreamCalls:
         record.prefill_answered = monotonic()
         worker = self._selection.prefill.worker
         if response.status != 200:
-            if response.status == 400 and self._decode_takes_more():
+            if _exceeds_context(response, body) and self._decode_takes_more():
                 # The worker's own words stay out of the log: a refusal may quote the prompt.
                 return self._failed(Outcome.PREFILL_FAILED, "prefill_refused", f"{worker.name} answered 400")
             self._attempt.end()
@@ -152,6 +155,8 @@ class UpstreamCalls:
             return self._prefill_failed(error, may_repeat=may_repeat)
         if response.status == 404:
             return self._lacks_model(Outcome.PREFILL_FAILED, response, answer)
+        if response.status == 500 and await worker.survived(self._selection.prefill.chosen.incarnation):
+            return self._failed_by_itself(response, answer)
         worker.suspect()
         detail = f"{worker.name} answered {response.status}: {excerpt(answer)}"
         return self._failed(Outcome.PREFILL_FAILED, "prefill_5xx", detail)
@@ -218,12 +223,12 @@ class UpstreamCalls:
         record.decode_answered = attempt.answered = monotonic()
         if response.status >= 500 or response.status == 404:
             return await self._decode_5xx(response)
-        if response.status == 400 and self._another_takes_more():
-            # The worker's own words stay out of the log: a refusal may quote the prompt.
-            return self._failed(Outcome.DECODE_FAILED, "too_long", f"{held.worker.name} answered 400")
         attempt.timing = response.headers.get(b"server-timing", b"")
         self._selection.release_prefill()
         answer = await self._first_piece(response, self._decode_failed, streams=streams)
+        if answer is Outcome.REFUSED and _exceeds_context(response, self.body) and self._another_takes_more():
+            # The worker's own words stay out of the log: a refusal may quote the prompt.
+            return self._failed(Outcome.DECODE_FAILED, "too_long", f"{held.worker.name} answered 400")
         if response.status == 200 and not isinstance(answer, Result):
             self._selection.first_token()
         if (said := response.headers.get(b"x-kvbelt-kv")) is not None:
@@ -286,11 +291,21 @@ class UpstreamCalls:
             return self._decode_failed(error)
         if response.status == 404:
             return self._lacks_model(Outcome.DECODE_5XX, response, self.body)
+        if response.status == 500 and await worker.survived(self._selection.decode.chosen.incarnation):
+            return self._failed_by_itself(response, self.body)
         worker.suspect()
         detail = f"{worker.name} answered {response.status}: {excerpt(self.body)}"
         return self._failed(Outcome.DECODE_5XX, "decode_5xx", detail)
 
     # Both
+
+    def _failed_by_itself(self, response: Response, body: bytes) -> Result:
+        """The worker failed at this request and is well: the next one would fail at it, and at those beside it."""
+        attempt = self._attempt
+        detail = f"{attempt.worker} answered 500 and is well, so the request is not tried elsewhere: {excerpt(body)}"
+        self.response, self.body = response, body
+        self._failed(Outcome.REFUSED, f"{attempt.leg}_5xx", detail)
+        return Result(Outcome.REFUSED, detail=detail)
 
     def _lacks_model(self, outcome: Outcome, response: Response, body: bytes) -> Result:
         """An adapter may be loaded into some workers only. If none has it, the client gets the last one's words."""
@@ -340,6 +355,11 @@ class UpstreamCalls:
         log.log(level, "a %s call failed: %s", attempt.leg, detail, extra=about)
         held: Held = self._selection.prefill if attempt.leg == "prefill" else self._selection.decode
         return Result(outcome, reason, detail, held.chosen.incarnation)
+
+
+def _exceeds_context(response: Response, body: bytes) -> bool:
+    """Whether a worker has refused a request for its length, by our own code or by vLLM's words."""
+    return response.status == 400 and _CONTEXT.search(body) is not None
 
 
 def _was_stale(error: HttpError) -> bool:

@@ -234,6 +234,11 @@ class Worker:
         """Something went wrong with it: ask for its health now rather than at the next interval."""
         self._ask_now.set()
 
+    async def survived(self, incarnation: str) -> bool:
+        """Whether this incarnation is well, as it says when it is asked now."""
+        await self.check()
+        return self.healthy and self.endpoint.incarnation == incarnation
+
     async def wait_until_known(self) -> None:
         await self._known.wait()
 
