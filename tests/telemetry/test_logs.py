@@ -150,14 +150,17 @@ def test_closing_reports_dropped_events(logged):
 def test_dropped_events_are_reported_without_a_further_event():
     """A timer reports them when the window closes, without a further event."""
     text = io.StringIO()
-    handler = RateLimitedHandler(text, RepeatLimiter(allowed=1, window_seconds=0.02))
+    now = [0.0]
+    handler = RateLimitedHandler(text, RepeatLimiter(allowed=1, window_seconds=0.02), clock=lambda: now[0])
     log = logger_with(handler)
-    log.warning("again")
-    log.warning("again")
-    timer = handler._timer
-    timer.join(10)
-    handler.close()
+    with handler.lock:  # the timer waits for it
+        log.warning("again")
+        log.warning("again")
+        timer = handler._timer
+        now[0] = 0.02
+    timer.join(60)
     assert "1 more like this" in text.getvalue()
+    handler.close()
 
 
 def test_request_lines_have_a_limit_of_their_own():
