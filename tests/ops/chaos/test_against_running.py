@@ -24,6 +24,20 @@ async def chaos(deployment, *, stop=None, **config):
     return await run(ChaosConfig(**small | config), terminal, lambda _: None, stop or asyncio.Event())
 
 
+async def chaos_until(deployment, answers, **config):
+    """A run that is stopped after so many answers, however long they take."""
+    stop = asyncio.Event()
+
+    async def stop_under_load():
+        await eventually(lambda: deployment.proxy.context.records.ended_count > answers)
+        stop.set()
+
+    stopping = asyncio.create_task(stop_under_load())
+    result = await chaos(deployment, stop=stop, seconds=600.0, **config)
+    await stopping
+    return result
+
+
 @async_test
 async def test_a_running_deployment_is_asked_and_thrown_at():
     """Its decode worker gives the reference answers; faults that need processes are left out, with the reason."""
@@ -46,7 +60,7 @@ async def test_a_proxy_beyond_loopback_is_asked_with_its_key():
         for key, why in ((None, "--admin-key-file"), ("w" * 32, "does not take this admin key")):
             with pytest.raises(StartError, match=why):
                 await chaos(deployment, admin_key=key, seconds=1.0, kinds=())
-        result = await chaos(deployment, admin_key=KEY, seconds=1.0, kinds=())
+        result = await chaos_until(deployment, 40, admin_key=KEY, kinds=())
     assert f'"{result.failures[0].request_id}"' in result.failures[0].record
 
 
@@ -55,7 +69,7 @@ async def test_an_answer_that_is_not_the_reference_s_is_found():
     """A wrong first token is found, and the failure has the proxy's record."""
     async with Deployment() as deployment:
         deployment.prefill[0].script.first_text = "something else"
-        result = await chaos(deployment, seconds=2.0, kinds=())
+        result = await chaos_until(deployment, 40, kinds=())
     assert not report.held(result)
     assert result.outcomes[Outcome.WRONG] > 0
     assert f'"{result.failures[0].request_id}"' in result.failures[0].record
@@ -65,17 +79,11 @@ async def test_an_answer_that_is_not_the_reference_s_is_found():
 async def test_a_run_that_is_stopped_early_reports_what_it_found():
     """A stop after the load has begun gives a result; an earlier one raises."""
     async with Deployment() as deployment:
-        stop = asyncio.Event()
-
-        async def stop_under_load():
-            await eventually(lambda: deployment.proxy.context.records.ended_count > 10)
-            stop.set()
-
-        stopping = asyncio.create_task(stop_under_load())
-        result = await chaos(deployment, stop=stop, seconds=600.0)
-        await stopping
+        result = await chaos_until(deployment, 10)
         assert result.interrupted
         assert result.seconds < 300
+        stop = asyncio.Event()
+        stop.set()
         with pytest.raises(StoppedError):
             await chaos(deployment, stop=stop, seconds=60.0)
 
