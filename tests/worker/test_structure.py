@@ -4,15 +4,6 @@ import json
 
 import jsonschema
 import pytest
-from starlette.testclient import TestClient
-from transformers import LlamaConfig
-
-from kvbelt.wire.health import Role
-from kvbelt.wire.ids import EngineId
-from kvbelt.worker.app import make_app
-from kvbelt.worker.prompts import Prompts
-from kvbelt.worker.service import Service
-from tests.engine.support import engine_of, save_model, small
 
 SCHEMA = {
     "type": "object",
@@ -21,19 +12,6 @@ SCHEMA = {
     "additionalProperties": False,
 }
 FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    """A worker with a random model, which follows a form only where it is made to."""
-    folder = save_model(tmp_path_factory.mktemp("models") / "tiny", LlamaConfig(**small()))
-    with engine_of(folder, max_model_len=128) as engine:
-        engine.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-        service = Service(role=Role.DECODE, engine_id=EngineId("d"), model_name="tiny")
-        prompts = Prompts(engine.tokenizer, engine.layout.block_size, engine.max_model_len)
-        service.become_ready(engine, prompts, None)
-        yield TestClient(make_app(service))
-        prompts.close()
 
 
 @pytest.fixture

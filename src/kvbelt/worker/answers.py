@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from kvbelt.engine.api import Output, TokenLogprob, TopLogprob
+from kvbelt.engine.api import FinishReason, Output, TokenLogprob, TopLogprob
+from kvbelt.worker.tools import Call, Reader
 
 _encode = msgspec.json.Encoder().encode
 
@@ -26,14 +27,20 @@ class AnswerChoice:
     index: int
     prompt_token_ids: tuple[int, ...]
     echoed: int = 0  #: characters that are shown before its text
+    reader: Reader | None = None  #: of tool calls, where there may be some
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     last: Output | None = None
+    said: str = ""  #: by the last output, without calls
+    calls: Sequence[Call] = ()  #: that are complete since the last output
 
     def add(self, output: Output) -> None:
         self.text += output.text
+        self.said = output.text
+        if self.reader is not None:
+            self.said, self.calls = self.reader.push(output.text, last=output.finish_reason is not None)
         self.token_ids.extend(output.token_ids)
         self.logprobs.extend(output.logprobs)
         self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
@@ -73,6 +80,7 @@ class AnswerShape:
     wants_token_ids: bool
     tokens_by_id: bool  #: tokens of logprobs are named by their ids
     usage: StreamUsage
+    tool_is_named: bool  #: by the client, whose call is then no reason to finish
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.answer_id, "object": kind, "created": self.created, "model": self.model}
@@ -118,7 +126,7 @@ class CompletionShape(AnswerShape):
         body = {"index": choice.index, "text": echo, "logprobs": logprobs, "finish_reason": None}
         return [self._chunk(choice, body, generated=0)]
 
-    def chunk(self, choice: AnswerChoice, output: Output) -> dict[str, Any]:
+    def chunk(self, choice: AnswerChoice, output: Output) -> dict[str, Any] | None:
         body = self._choice(choice, output.text, output, output.logprobs)
         if self.wants_token_ids:
             body["prompt_token_ids"] = None
@@ -156,9 +164,9 @@ class ChatShape(AnswerShape):
             assert choice.last is not None
             body: dict[str, Any] = {
                 "index": choice.index,
-                "message": {"role": "assistant", "content": echo + choice.text},
+                "message": _message(choice, echo),
                 "logprobs": _chat_logprobs(choice.logprobs, by_id=self.tokens_by_id) if self.wants_logprobs else None,
-                "finish_reason": choice.last.finish_reason,
+                "finish_reason": self._finish(choice, choice.last),
                 "stop_reason": choice.last.stop_reason,
             }
             if self.wants_token_ids:
@@ -168,6 +176,12 @@ class ChatShape(AnswerShape):
         if self.wants_token_ids:
             answer["prompt_token_ids"] = choices[0].prompt_token_ids
         return answer
+
+    def _finish(self, choice: AnswerChoice, output: Output) -> str | None:
+        called = choice.reader is not None and choice.reader.calls
+        if called and output.finish_reason is FinishReason.STOP and not self.tool_is_named:
+            return "tool_calls"
+        return output.finish_reason
 
     def opening(self, choice: AnswerChoice, echo: str) -> list[dict[str, Any]]:
         """The role, and the last message's text where it is continued and wanted."""
@@ -179,20 +193,42 @@ class ChatShape(AnswerShape):
             for delta in deltas
         ]
 
-    def chunk(self, choice: AnswerChoice, output: Output) -> dict[str, Any]:
+    def chunk(self, choice: AnswerChoice, output: Output) -> dict[str, Any] | None:
+        """None: what has come is held back, since it may be a call."""
+        delta: dict[str, Any] = {"content": choice.said} if choice.said else {}
+        if choice.calls:
+            assert choice.reader is not None
+            first = len(choice.reader.calls) - len(choice.calls)
+            delta["tool_calls"] = [{"index": first + i, **_call(call)} for i, call in enumerate(choice.calls)]
+        if output.text and not (delta or output.logprobs or output.finish_reason or self.wants_token_ids):
+            return None
         body: dict[str, Any] = {
             "index": choice.index,
-            "delta": {"content": output.text} if output.text else {},
+            "delta": delta,
             "logprobs": _chat_logprobs(output.logprobs, by_id=self.tokens_by_id)
             if self.wants_logprobs and output.logprobs
             else None,
-            "finish_reason": output.finish_reason,
+            "finish_reason": self._finish(choice, output),
         }
         if output.finish_reason is not None:
             body["stop_reason"] = output.stop_reason
         if self.wants_token_ids:
             body["token_ids"] = output.token_ids
         return self._chunk(choice, body)
+
+
+def _message(choice: AnswerChoice, echo: str) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": echo + choice.text}
+    if choice.reader is not None:
+        message["content"] = echo + choice.reader.content
+        if choice.reader.calls:
+            message["content"] = message["content"] or None
+            message["tool_calls"] = [_call(call) for call in choice.reader.calls]
+    return message
+
+
+def _call(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 _LEAST = -9999.0  #: stands for minus infinity, which JSON does not have; as in vLLM

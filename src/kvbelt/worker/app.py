@@ -50,6 +50,7 @@ from kvbelt.worker.requests import (
 from kvbelt.worker.sampling import echoes_only, samplings_of
 from kvbelt.worker.service import Service
 from kvbelt.worker.structure import form_of
+from kvbelt.worker.tools import Reader, tools_of
 
 log = get_logger(__name__)
 
@@ -132,6 +133,9 @@ class GenerateEndpoint:
         service.require_model(request.model)
         prompts_asked = len(split_prompts(request.prompt)) if isinstance(request, CompletionRequest) else 1
         service.limits.require_sequences(prompts_asked, request.n or 1)
+        form = form_of(request)
+        tools = tools_of(request, form)
+        form = form if tools is None else tools.form
         handoff = parse_handoff(request.kv_transfer_params)
         itl_seconds = parse_level(Request(scope).headers.get(ITL_HEADER))
         bad_words = await service.prompts.bad_words_of(request)
@@ -143,8 +147,8 @@ class GenerateEndpoint:
         ids = [prompt.token_ids for prompt in prompts]
         whole = handoff.answer_tokens if isinstance(handoff, PrefillHandoff) else samplings[0].max_tokens
         service.require_room(max(map(len, ids)), whole)
-        shape = self._shape(request, request_id)
-        grammar = await service.prompts.matcher_of(form_of(request), service.engine.grammars)
+        shape = self._shape(request, request_id, tool_is_named=tools is not None and tools.names_one)
+        grammar = await service.prompts.matcher_of(form, service.engine.grammars)
         generation = Generation(
             service.engine,
             service.belt,
@@ -162,7 +166,14 @@ class GenerateEndpoint:
                 echoes = [continued_text(request)]
             elif request.echo:
                 echoes = await service.prompts.texts_of(ids)
-            run = _Run(service, generation, shape, ids, echoes, n=len(samplings), echoes_only=echoes_only(request))
+            choices = [
+                AnswerChoice(
+                    i * len(samplings) + c, prompt, len(echoes[i]), None if tools is None else Reader(tools.most_calls)
+                )
+                for i, prompt in enumerate(ids)
+                for c in range(len(samplings))
+            ]
+            run = _Run(service, generation, shape, choices, echoes, n=len(samplings), echoes_only=echoes_only(request))
             if request.stream:
                 await run.stream(send)
             else:
@@ -170,7 +181,9 @@ class GenerateEndpoint:
         finally:
             generation.cancel()
 
-    def _shape(self, request: CompletionRequest | ChatRequest, request_id: str) -> CompletionShape | ChatShape:
+    def _shape(
+        self, request: CompletionRequest | ChatRequest, request_id: str, *, tool_is_named: bool
+    ) -> CompletionShape | ChatShape:
         make = ChatShape if isinstance(request, ChatRequest) else CompletionShape
         prefix = "chatcmpl" if isinstance(request, ChatRequest) else "cmpl"
         wants = request.logprobs if isinstance(request, ChatRequest) else request.logprobs is not None
@@ -182,6 +195,7 @@ class GenerateEndpoint:
             wants_token_ids=bool(request.return_token_ids),
             tokens_by_id=bool(request.return_tokens_as_token_ids),
             usage=_usage_wanted(request.stream_options),
+            tool_is_named=tool_is_named,
         )
 
 
@@ -197,7 +211,7 @@ class _Run:
         service: Service,
         generation: Generation,
         shape: CompletionShape | ChatShape,
-        prompts: Sequence[tuple[int, ...]],
+        choices: Sequence[AnswerChoice],
         echoes: Sequence[str],
         *,
         n: int,
@@ -209,9 +223,7 @@ class _Run:
         self._shape = shape
         self._n = n
         self._echoes = [echo for echo in echoes for _ in range(n)]
-        self._choices = [
-            AnswerChoice(i * n + c, prompt, len(echoes[i])) for i, prompt in enumerate(prompts) for c in range(n)
-        ]
+        self._choices = choices
         self._first: Output | None = None
 
     async def whole(self) -> Response:
@@ -262,7 +274,8 @@ class _Run:
             events += self._shape.opening(self._choices[index], self._echoes[index])
         says_more = output.text or output.logprobs or output.finish_reason is not None
         if says_more or (self._shape.wants_token_ids and output.token_ids):
-            events.append(self._shape.chunk(self._choices[index], output))
+            chunk = self._shape.chunk(self._choices[index], output)
+            events += [] if chunk is None else [chunk]
         return b"".join(map(event, events))
 
     def _headers(self) -> dict[str, str]:

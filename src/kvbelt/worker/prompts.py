@@ -191,6 +191,7 @@ class Prompts:
         try:
             text = self._tokenizer.apply_chat_template(
                 messages,
+                tools=request.tools,
                 tokenize=False,
                 chat_template=own,
                 add_generation_prompt=request.add_generation_prompt is not False and not request.continue_final_message,

@@ -103,6 +103,7 @@ class ChatRequest(_Common, frozen=True, kw_only=True):
     echo: bool = False
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = True
     add_special_tokens: bool = False
     add_generation_prompt: bool | msgspec.UnsetType = msgspec.UNSET
     continue_final_message: bool = False
@@ -164,10 +165,6 @@ def parse_chat(body: bytes, limits: Limits = DEFAULTS) -> ChatRequest:
     _require_range("top_logprobs", request.top_logprobs, 0, MAX_LOGPROBS)
     if request.top_logprobs and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
-    if request.tools and request.tool_choice != "none":
-        raise RequestError(
-            "tools are not supported by the embedded engine; leave them out or send tool_choice 'none'", param="tools"
-        )
     if request.continue_final_message and request.add_generation_prompt is True:
         raise RequestError(
             "continue_final_message and add_generation_prompt are both true; set one of them",

@@ -12,13 +12,14 @@ from kvbelt.worker.requests import ChatRequest, CompletionRequest
 
 _MOST_CHARACTERS = 64 * 1024  #: of a schema, a pattern or choices; the compiler has limits of its own
 #: One way to write a value: a small model that may write any number of spaces goes on doing so.
-_JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
     grammar: str
     param: str  #: the field that it came in
+    schema: dict[str, Any] | None = None  #: that the grammar was made of
 
 
 def form_of(request: CompletionRequest | ChatRequest) -> Form | None:
@@ -31,32 +32,33 @@ def form_of(request: CompletionRequest | ChatRequest) -> Form | None:
             "response_format and structured_outputs are both there; send one of them", param="structured_outputs"
         )
     if wanted is not None:
-        return Form(_of_response_format(wanted), "response_format")
+        schema = _schema_wanted(wanted)
+        return Form(of_schema(schema, "response_format"), "response_format", schema)
     return None if outputs is None else Form(_of_structured_outputs(outputs), "structured_outputs")
 
 
 def of_schema(schema: Any, param: str) -> str:
     """A JSON value that fits the schema, itself JSON, parsed or not."""
     text = schema if isinstance(schema, str) else json.dumps(schema)
-    _require_size(text, param)
+    require_size(text, param)
     try:
-        grammar: str = LLMatcher.grammar_from_json_schema(text, overrides=_JSON_STYLE)
+        grammar: str = LLMatcher.grammar_from_json_schema(text, overrides=JSON_STYLE)
     except ValueError as error:
         raise RequestError(f"{param} has a schema that is none: {error!s:.400}", param=param) from None
     return grammar
 
 
-def _require_size(text: str, param: str) -> None:
+def require_size(text: str, param: str) -> None:
     if len(text) > _MOST_CHARACTERS:
         raise RequestError(
             f"{param} has {len(text)} characters; it may have {_MOST_CHARACTERS}, so send a smaller one", param=param
         )
 
 
-def _of_response_format(wanted: Mapping[str, Any]) -> str:
+def _schema_wanted(wanted: Mapping[str, Any]) -> dict[str, Any]:
     kind = wanted.get("type")
     if kind == "json_object":
-        return of_schema({"type": "object"}, "response_format")
+        return {"type": "object"}
     if kind != "json_schema":
         raise RequestError(
             f"response_format has type {kind!r:.80}; send text, json_object or json_schema", param="response_format"
@@ -68,7 +70,7 @@ def _of_response_format(wanted: Mapping[str, Any]) -> str:
             "response_format of type json_schema has no object in json_schema.schema; send the schema there",
             param="response_format",
         )
-    return of_schema(schema, "response_format")
+    return schema
 
 
 def _of_structured_outputs(outputs: Mapping[str, Any]) -> str:
@@ -84,12 +86,12 @@ def _of_structured_outputs(outputs: Mapping[str, Any]) -> str:
     if name == "json" and isinstance(value, str | dict):
         return of_schema(value, param)
     if name == "regex" and isinstance(value, str):
-        _require_size(value, param)
+        require_size(value, param)
         regex: str = LLMatcher.grammar_from_regex(value)
         return regex
     if name == "choice" and isinstance(value, list) and value and all(isinstance(one, str) and one for one in value):
         lark = "start: " + " | ".join(json.dumps(one) for one in value)
-        _require_size(lark, param)
+        require_size(lark, param)
         choice: str = LLMatcher.grammar_from_lark(lark)
         return choice
     raise RequestError(
