@@ -132,3 +132,20 @@ async def test_a_proxy_that_stood_still_while_it_asked_loses_no_worker():
         assert (await deployment.ask(BODY)).path == "first-token"
         decode.script.health_hangs = True
         await eventually(lambda: lost)  # silence is still noticed
+
+
+@async_test
+async def test_a_proxy_that_stood_still_while_a_server_described_itself_has_its_description():
+    """Without it a vLLM server would be one that takes and sends no KV."""
+    deployment = Deployment(health_timeout_seconds=0.1)
+    decode = deployment.decode[0]
+    health, decode.script.vllm_metrics = decode.health, ""
+
+    def stand_still():
+        time.sleep(0.3)  # the loop of both
+        return health()
+
+    decode.health = stand_still
+    async with deployment:
+        assert deployment.worker(decode).engine_id == "d0"
+        assert len(decode.described) == 1

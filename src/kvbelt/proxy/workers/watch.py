@@ -303,7 +303,7 @@ class Worker:
         steps = None
         if self._described is None:
             try:
-                async with asyncio.timeout(self._timeout):
+                async with stall_aware_clock.timeout(self._timeout):
                     response = await self.post_own(vllm_dialect.PATH, self._describe)
                     answer = await response.read(vllm_dialect.MAX_BYTES)
                 if response.status in _NEED_KEY:
