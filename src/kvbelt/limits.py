@@ -8,6 +8,8 @@ from kvbelt.errors import RequestError, SettingsError
 
 OPTION = "--limit"
 
+_NUMBERS_A_PART = 16  #: numbers cost less to read than the other parts of a body, and prompts consist of them
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -17,7 +19,7 @@ class Limits:
     """
 
     sequences: int = 1024  #: prompts times n; vLLM's number of prompts
-    json_parts: int = 262_144  #: objects, lists and names in a body, some more if its texts contain such
+    json_parts: int = 262_144  #: objects, lists and strings in a body, and sixteenths of its commas
     messages: int = 16_384
     tools: int = 1024
     stop: int = 4  #: strings; OpenAI's and vLLM's number
@@ -39,12 +41,16 @@ class Limits:
 
     def require_parts(self, body: bytes) -> None:
         """Raises RequestError 400: a body of so many parts would take too long to read."""
-        # A byte of each part. In a text they count as well, which tells less than to parse it costs.
-        parts = body.count(b"{") + body.count(b"[") + body.count(b'":')
+        if len(body) <= self.json_parts or len(body) - len(body.translate(None, b'{[",')) <= self.json_parts:
+            return
+        # A byte of each part. Brackets and commas of texts count as well: texts have few, and to leave them out is to
+        # parse. Quotes of texts are escaped.
+        strings = (body.count(b'"') - body.count(b'\\"')) // 2
+        parts = body.count(b"{") + body.count(b"[") + strings + body.count(b",") // _NUMBERS_A_PART
         if parts > self.json_parts:
             raise RequestError(
-                f"the request body has {parts} objects, lists and names, and {self.json_parts} are allowed; send less, "
-                f"or raise {OPTION} json_parts=N"
+                f"the request body has {parts} objects, lists and strings, and {self.json_parts} are allowed; send "
+                f"less, or raise {OPTION} json_parts=N"
             )
 
     def require_fields(self, members: Mapping[str, Any]) -> None:

@@ -83,11 +83,13 @@ async def test_a_body_of_another_type_is_refused(kind, status):
 async def test_a_body_of_too_many_parts_is_refused():
     """Before it is parsed, whatever the parts are."""
     async with Deployment(limits=Limits(json_parts=100)) as deployment:
-        for more in ({"tools": [{}] * 101}, {f"a{i}": 0 for i in range(101)}, {"x": [[]] * 101}):
+        wrong = {"tools": [{}] * 101}, {f"a{i}": 0 for i in range(101)}, {"x": [[]] * 101}, {"x": [1] * 1700}
+        for more in wrong:
             got = await deployment.ask({"prompt": "x", "max_tokens": 3} | more)
             assert (got.status, "--limit json_parts=N" in got.json["error"]["message"]) == (400, True)
         assert not deployment.decode[0].requests
-        assert (await deployment.ask({"prompt": [5] * 500, "max_tokens": 3})).status == 200
+        for prompt in ([5] * 1400, 'say "this": ' * 300):
+            assert (await deployment.ask({"prompt": prompt, "max_tokens": 3})).status == 200
 
 
 @pytest.mark.parametrize("where", ["prompt", "messages", "tools", "response_format", "metadata"])

@@ -80,19 +80,18 @@ class ClientBody:
         limits.require_sequences(self.num_prompts, self.view.n or 1)
 
     def _parse(self, body: bytes, limits: Limits) -> Mapping[str, splice.Value]:
+        limits.require_parts(body)
         try:
             if not body.isascii():
                 body.decode()
             cut = None if self.chat else splice.cut_numbers(body, b"prompt")
             if cut is not None:
                 rest, numbers = cut
-                limits.require_parts(rest)
                 members: dict[str, splice.Value] = dict(splice.members_of(rest))
                 prompt = members.get("prompt")
                 if prompt is not None and bytes(prompt) == splice.PLACEHOLDER:
                     members["prompt"] = self._numbers = numbers
                     return members
-            limits.require_parts(body)
             return dict(splice.members_of(body))
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise RequestError(f"the request body is not a JSON object in UTF-8: {error}") from None
