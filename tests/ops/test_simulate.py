@@ -21,7 +21,16 @@ def test_json_has_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
     (row,) = json.loads(capsys.readouterr().out)
     assert row["policy"] == "whole"
     assert row["requests"] == 20
-    assert {"ttft_p50", "ttft_max", "tpot_p99", "itl_p99", "within_a", "within_b", "tokens_per_second"} <= row.keys()
+    assert {
+        "ttft_p50",
+        "ttft_max",
+        "tpot_p99",
+        "itl_p99",
+        "within_a",
+        "within_b",
+        "tokens_per_second",
+        "busiest",
+    } <= row.keys()
 
 
 def test_costs_come_from_a_workers_health_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,6 +57,7 @@ def test_a_trace_is_replayed(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--dies", "x9@3"], "x9"),
         (["--trace", "/nowhere.jsonl"], "/nowhere.jsonl"),
         (["--costs", "/nowhere.json"], "/nowhere.json"),
+        (["--hot", "0.5", "--turns", "3"], "--hot 0.5 and --turns 3"),
     ],
 )
 def test_a_wrong_argument_is_named(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:

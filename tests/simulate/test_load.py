@@ -45,6 +45,14 @@ def test_a_conversations_prompt_grows_by_its_answers() -> None:
     assert follow(third, 30.0) is None
 
 
+def test_a_share_of_requests_begins_alike() -> None:
+    requests = Load(10.0, 100.0, lengths=(Lengths(1000, 10, 0.5),), hot=0.3).requests()
+    hot = [one for one in requests if one.conversation is not None]
+    assert len(hot) / len(requests) == pytest.approx(0.3, abs=0.05)
+    assert all(one.shared == min(one.prompt - 1, 900) for one in hot)
+    assert len({one.conversation for one in hot}) == 1
+
+
 def test_a_trace_is_read_line_by_line() -> None:
     lines = [
         b'{"arrival": 0, "prompt_tokens": 100, "output_tokens": 10, "conversation": "a"}',

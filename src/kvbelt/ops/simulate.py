@@ -57,6 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--think", type=positive_number, default=10.0, metavar="SECONDS", help="between turns, on average")
     add("--growth", type=positive_int, default=500, metavar="TOKENS", help="new in the prompt of each later turn")
     add(
+        "--hot", type=_share, default=0.0, metavar="0..1",
+        help="share of requests with one beginning, for nine tenths of the prompt; not with --turns",
+    )  # fmt: skip
+    add(
         "--trace", type=Path, metavar="FILE.jsonl",
         help="the requests, one a line: arrival (seconds), prompt_tokens, output_tokens, conversation",
     )  # fmt: skip
@@ -93,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def shown(outcomes: Sequence[Outcome]) -> list[str]:
-    """A table, in milliseconds and percent, and what was done with the requests."""
+    """A table, in milliseconds and percent; the busiest worker over the mean; and what was done with the requests."""
     rows = [
         (
             one.policy,
@@ -103,11 +107,22 @@ def shown(outcomes: Sequence[Outcome]) -> list[str]:
             f"{one.within_a:.1f}",
             f"{one.within_b:.1f}",
             f"{one.tokens_per_second:,.0f}",
+            f"{one.busiest:.2f}",
             ", ".join(f"{name} {share:.0f}" for name, share in one.actions.items()),
         )
         for one in outcomes
     ]
-    head = ("policy", "TTFT p50 / p99 / max", "TPOT p50 / p99", "ITL p99", "A %", "B %", "tokens/s", "actions, %")
+    head = (
+        "policy",
+        "TTFT p50 / p99 / max",
+        "TPOT p50 / p99",
+        "ITL p99",
+        "A %",
+        "B %",
+        "tokens/s",
+        "busiest",
+        "actions, %",
+    )
     return table(head, rows)
 
 
@@ -157,7 +172,11 @@ def _simulated(
             Lengths(prompt, output, args.range_ratio, share)
             for prompt, output, share in args.mix or [(args.prompt, args.output, 1.0)]
         )
-        load = Load(args.rate, args.seconds, args.arrivals, lengths, args.seed, args.turns, args.think, args.growth)
+        if args.hot and args.turns > 1:
+            raise SettingsError(f"--hot {args.hot:g} and --turns {args.turns} exclude each other; leave one out")
+        load = Load(
+            args.rate, args.seconds, args.arrivals, lengths, args.seed, args.turns, args.think, args.growth, args.hot
+        )
         requests, following = load.requests(), load.following()
     return simulate(name, deployment, requests, following=following, levels=levels, judged=judged, seed=args.seed)
 

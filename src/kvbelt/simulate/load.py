@@ -67,6 +67,7 @@ class Load:
     turns: int = 1  #: of a conversation
     think: float = 10.0  #: mean seconds between an answer and the next turn
     growth: int = 500  #: new prompt tokens of each later turn
+    hot: float = 0.0  #: share of requests that have one beginning, for nine tenths of the prompt; not with turns
 
     def requests(self) -> list[Request]:
         """The first requests of all conversations. As in ``vllm bench serve`` the gaps are scaled to fill the time."""
@@ -79,10 +80,14 @@ class Load:
         scale = number / self.rate / moment
         shares = [lengths.share for lengths in self.lengths]
         made = []
+        hot = Random(self.seed + 2)
         for index, at in enumerate(moments):
             lengths = self.lengths[0] if len(self.lengths) == 1 else chance.choices(self.lengths, shares)[0]
             prompt, output = lengths.draw(chance)
-            made.append(Request(index, at * scale, prompt, output, index if self.turns > 1 else None))
+            request = Request(index, at * scale, prompt, output, index if self.turns > 1 else None)
+            if hot.random() < self.hot:
+                request.conversation, request.shared = _HOT, min(prompt - 1, self.lengths[0].prompt * 9 // 10)
+            made.append(request)
         return made
 
     def following(self) -> Following:
@@ -101,6 +106,9 @@ class Load:
             return Request(request.number, at, shared + self.growth, request.output, talk, shared)
 
         return follow
+
+
+_HOT = -1  # the conversation of all requests with the hot prefix
 
 
 class _Line(msgspec.Struct, forbid_unknown_fields=True):

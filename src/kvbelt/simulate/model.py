@@ -1,8 +1,9 @@
 """The parameters of a simulated engine."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
+from math import hypot
 
 from kvbelt.pacing.costs import StepCosts
 from kvbelt.pacing.learner import StepLearner
@@ -30,7 +31,7 @@ _KV_OF_A_DECODE = 7600
 def learned_costs(model: EngineModel) -> StepCosts:
     """The costs that the worker reports, learned from steps of every kind as by real workers.
 
-    They are a compromise where a step is shorter than the sum of its parts.
+    They are a compromise where a step is shorter than the sum of its parts, and leave a step's noise unexplained.
     """
     learner, costs = StepLearner(), model.costs
     for _ in range(4):
@@ -45,4 +46,4 @@ def learned_costs(model: EngineModel) -> StepCosts:
                 seconds += model.jitter
                 seconds += model.launch * tokens / 2  # on average half of it is hidden
             learner.observe(seconds, tokens, context, decodes, kv)
-    return learner.costs
+    return replace(learner.costs, sigma=hypot(learner.costs.sigma, costs.sigma))

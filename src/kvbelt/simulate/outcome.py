@@ -33,12 +33,16 @@ class Outcome:
     within_b: float
     tokens_per_second: float
     actions: dict[str, float]
+    busiest: float  #: seconds that the busiest worker computed, over the mean of all
 
 
 DEFAULT_JUDGED = Judged()
 
 
-def outcome_of(policy: str, requests: Sequence[Request], judged: Judged = DEFAULT_JUDGED) -> Outcome:
+def outcome_of(
+    policy: str, requests: Sequence[Request], judged: Judged = DEFAULT_JUDGED, busy: Sequence[float] = (1.0,)
+) -> Outcome:
+    """``busy``: the seconds that each worker computed."""
     if unanswered := sum(not request.ended for request in requests):
         raise RuntimeError(f"{unanswered} of {len(requests)} requests were never answered")
     ttfts, tpots, within_a, within_b = [], [], 0, 0
@@ -75,6 +79,7 @@ def outcome_of(policy: str, requests: Sequence[Request], judged: Judged = DEFAUL
         within_b=100 * within_b / number,
         tokens_per_second=tokens / span,
         actions={name: 100 * times / number for name, times in sorted(actions.items())},
+        busiest=max(busy) * len(busy) / sum(busy),
     )
 
 

@@ -7,6 +7,7 @@ from heapq import heappop, heappush
 from kvbelt.routing.booking import Action, Booking, Demand, WorkerBook
 from kvbelt.routing.levels import ServiceLevels
 from kvbelt.routing.placement import Mode, Placement, Rules
+from kvbelt.routing.prefixes import Prefix
 from kvbelt.simulate.load import Request
 from kvbelt.simulate.model import learned_costs
 from kvbelt.simulate.world import SimulatedWorker, World
@@ -48,8 +49,9 @@ class Placed:
         self.placement.leave(self._books[worker])
 
     def arrived(self, request: Request, now: float) -> None:
-        held = {}
+        held, prefix = {}, None
         if request.conversation is not None or request.held:
+            prefix = _prefix_of(request)
             held = {worker.name: tokens for worker in self._world.workers if (tokens := worker.held(request))}
         asked = _Asked(
             request.prompt + request.generated,
@@ -58,6 +60,7 @@ class Placed:
             request.levels or self.levels,
             request.splittable,
             held=held,
+            prefix=prefix,
             request=request,
         )
         self.placement.submit(asked)
@@ -103,6 +106,15 @@ class Placed:
         request.action = f"{booking.action}{role}"
         prefill, decode = self._workers[booking.prefill.incarnation], self._workers[booking.decode.incarnation]
         self._world.send(request, prefill, decode, now)
+
+
+def _prefix_of(request: Request) -> Prefix | None:
+    """A prompt of four bytes a token, which begins as the others of its conversation."""
+    if request.conversation is None:
+        return None
+    own = request.prompt - request.shared
+    prompt = b"%08d" % request.conversation * (request.shared // 2) + b"%08d" % request.number * (own // 2)
+    return Prefix(prompt, request.prompt)
 
 
 #: With more workers the generated tokens are not counted at every dispatch.

@@ -90,4 +90,4 @@ def simulate(
     network = deployment.profile.network
     world = World(deployment.specs(most_tokens), policy, requests, network, following=following, seed=seed)
     world.run()
-    return outcome_of(name, world.requests, judged)
+    return outcome_of(name, world.requests, judged, [worker.engine.busy_seconds for worker in world.workers])
