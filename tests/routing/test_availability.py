@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from kvbelt.pacing.costs import DEFAULT_COSTS
 from kvbelt.routing.booking import Action, Demand, WorkerBook
 from kvbelt.routing.levels import ServiceLevels
 from kvbelt.routing.placement import CANDIDATES, Mode, Placement
@@ -151,16 +152,48 @@ def serve(placement, number, took=0.1):
     return booking.prefill.incarnation
 
 
+def told(factor, samples=1000, sigma=0.0):
+    """Costs that are so many times the default ones, as a worker tells them."""
+    costs = replace(
+        DEFAULT_COSTS, base=DEFAULT_COSTS.base * factor, token=DEFAULT_COSTS.token * factor, sigma=sigma,
+        samples=samples,
+    )  # fmt: skip
+    return StepsNow(costs=costs, prompt_tokens=0, decodes=0, kv_tokens=0, most_prompt_tokens=8192, most_requests=256)
+
+
+def test_costs_of_a_few_steps_are_not_believed():
+    """The first steps are slow. A worker that seems slow would get no others."""
+    _, book, _ = fleet(Mode.ELASTIC, prefill=0, decode=2)
+    before = book.costs
+    book.learn(told(10, samples=7))
+    assert book.costs is before
+    book.learn(told(10, samples=8))
+    assert book.costs.base == 10 * before.base
+
+
+def test_idle_workers_that_seem_about_equally_fast_share_the_requests():
+    """Their costs are known to 20 % only."""
+    placement, first, second = fleet(Mode.ELASTIC, prefill=0, decode=2)
+    first.learn(told(1, sigma=0.2))
+    second.learn(told(1.1, sigma=0.2))
+    used = [serve(placement, number) for number in range(100)]
+    assert 30 <= used.count(second.incarnation) <= 50
+
+
+def test_a_worker_whose_costs_are_too_high_does_not_get_all_requests():
+    """Each prompt ends earlier than its costs say. Those of the others would, too."""
+    placement, first, second = fleet(Mode.ELASTIC, prefill=0, decode=2)
+    for book in (first, second):
+        book.learn(told(1))
+    used = [serve(placement, number) for number in range(20)]
+    assert used.count(first.incarnation) == used.count(second.incarnation)
+
+
 def test_a_worker_that_was_slow_is_learnt_anew():
     """Few requests are enough for that."""
     placement, slow, fast = fleet(Mode.ELASTIC, prefill=0, decode=2)
-    costs = fast.costs
-    for book, factor in ((fast, 1), (slow, 5)):
-        steps = StepsNow(
-            costs=replace(costs, base=costs.base * factor, token=costs.token * factor, samples=9),
-            prompt_tokens=0, decodes=0, kv_tokens=0, most_prompt_tokens=8192, most_requests=256,
-        )  # fmt: skip
-        book.learn(steps)
+    fast.learn(told(1))
+    slow.learn(told(5))
     used = [serve(placement, number) for number in range(200)]
     assert 5 <= used.count(slow.incarnation) <= 12
 

@@ -104,3 +104,57 @@ def test_a_hot_prefix_does_not_pile_up(mode, share):
     for load in (world.tokens, world.computed) if share > 0.5 else (world.computed,):
         for group in (("w0", "w1"), ("w2", "w3")) if mode is Mode.ELASTIC else (("w0", "w1", "w2", "w3"),):
             assert max(load[name] for name in group) <= 1.5 * sum(load[name] for name in group) / len(group)
+
+
+HOT_PROMPT = "hello " * HOT
+
+
+def a_holder_at_work():
+    """Two workers. One holds a prefix, and generates an answer to a prompt that begins with it."""
+    placement = Placement()
+    books = [WorkerBook(f"w{number}", Role.DECODE) for number in range(2)]
+    for book in books:
+        placement.join(book)
+    first = asked(0.0, "first")
+    placement.submit(first)
+    ((_, booking),) = placement.dispatch(0.0)
+    placement.first_token(booking, 0.2)
+    holder, other = booking.prefill, next(book for book in books if book is not booking.prefill)
+    return placement, booking, holder, other
+
+
+def asked(now, own, begins=HOT_PROMPT, held=()):
+    prompt = f'"{begins}{own * 100}"'.encode()
+    return Demand(TOKENS, OUTPUT, now, ServiceLevels(), held=dict(held), prefix=Prefix(prompt, TOKENS))
+
+
+def placed(placement, wanted, now):
+    placement.submit(wanted)
+    ((_, booking),) = placement.dispatch(now)
+    return booking.prefill
+
+
+def test_a_prefix_that_is_in_use_is_computed_once_more_by_an_idle_worker():
+    placement, _, holder, other = a_holder_at_work()
+    wanted = asked(0.5, "second", held={holder.incarnation: HOT // 4})
+    assert placed(placement, wanted, 0.5) is other
+
+
+def test_a_prefix_of_a_request_that_has_ended_is_not():
+    """As the next turn of a conversation."""
+    placement, booking, holder, _ = a_holder_at_work()
+    placement.end(booking, 0.4)
+    wanted = asked(0.5, "second", held={holder.incarnation: HOT // 4})
+    assert placed(placement, wanted, 0.5) is holder
+
+
+def test_another_prefix_on_a_busy_worker_is_not():
+    placement, _, holder, _ = a_holder_at_work()
+    wanted = asked(0.5, "second", "something else " * HOT, {holder.incarnation: HOT // 4})
+    assert placed(placement, wanted, 0.5) is holder
+
+
+def test_no_copy_is_made_that_would_be_late():
+    placement, _, holder, _ = a_holder_at_work()
+    wanted = asked(0.1, "second", held={holder.incarnation: HOT // 4})
+    assert placed(placement, wanted, 0.5) is holder

@@ -49,6 +49,7 @@ class Plan(NamedTuple):
     tokens: int  #: prompt tokens to compute
     wait: float  #: seconds until the prefill worker is free
     own: float  #: seconds of computing the prompt
+    broken: float = 0.0  #: levels that it would break
 
     @property
     def ends(self) -> float:
@@ -100,6 +101,10 @@ SMALL_SHARE = 0.02
 MOST_KV = 0.9
 
 
+#: Costs of fewer steps are not believed: the first steps of an engine are slow, and a worker that seems slow gets no
+#: others.
+TELLING_STEPS = 8
+
 #: A shorter prompt takes mostly fixed costs, which say nothing about the pace.
 _TELLING_TOKENS = 256
 
@@ -135,6 +140,7 @@ class WorkerBook:
     arriving = 0  #: requests that will generate here once another worker has computed their prompt
     kv_tokens = 0  #: read in a step by the running decodes
     kv_booked = 0  #: booked for all requests that are, or will be, here
+    work = 0.0  #: seconds that were booked here lately
 
     def __init__(self, incarnation: str, lean: Role) -> None:
         self.incarnation = incarnation
@@ -150,7 +156,8 @@ class WorkerBook:
 
     def learn(self, steps: StepsNow) -> None:
         self.most_prompt_tokens, self.most_requests = steps.most_prompt_tokens, steps.most_requests
-        self.costs = steps.costs if steps.costs.samples else self.costs
+        if steps.costs.samples >= TELLING_STEPS:
+            self.costs = steps.costs
 
     @property
     def costs(self) -> StepCosts:
@@ -189,7 +196,8 @@ class WorkerBook:
             return
         took, expected = now - self.begun, booking.own
         if self._costs.samples:
-            self.lag += _WEIGHT * max(-expected, min(took - expected, expected))
+            # Never less than 0: a worker that is used would seem to be faster than those that are not.
+            self.lag = max(0.0, self.lag + _WEIGHT * max(-expected, min(took - expected, expected)))
         elif booking.tokens >= _TELLING_TOKENS:
             self.pace.learn(expected, took)
 

@@ -18,6 +18,7 @@ from kvbelt.routing.queue import Queue
 from kvbelt.routing.ranking import Ranking, decode_load, freedom
 from kvbelt.routing.rate import ArrivalRate
 from kvbelt.routing.rules import DEFAULT_RULES, Mode, Rules
+from kvbelt.routing.work import RecentWork, piles_up
 from kvbelt.wire.health import Role
 
 __all__ = ["CANDIDATES", "LOOKAHEAD", "Mode", "Placement", "Rules"]
@@ -42,6 +43,10 @@ FEW = 3
 
 #: Added to the violations of a plan that is taken only if there is no other: more than any number of requests.
 LAST_RESORT = 1_000_000
+
+#: Of idle workers, one that had more work than others must be faster by more than what its costs leave unexplained,
+#: times its work over the mean. At most so many times: a worker that is faster by more than that gets more work.
+MOST_UNEVEN = 2.0
 
 
 def _always(_prefill: WorkerBook, _decode: WorkerBook) -> bool:
@@ -82,6 +87,7 @@ class Placement:
         self._look_now = False  # a request may have no worker left
         self._pace = Pace()
         self._rate = ArrivalRate()
+        self._work = RecentWork()
         self.wake_at: float | None = None  #: when ``dispatch`` is due again, if nothing else happens
 
     # Workers
@@ -90,6 +96,7 @@ class Placement:
         """The worker is ready. Called again after ``settled`` has changed."""
         book.pace = self._pace
         self._free[book.lean].put(book)
+        self._work.join(book)
         if book.lean is Role.DECODE:
             self._decoders.put(book)
 
@@ -97,6 +104,7 @@ class Placement:
         """The worker gets no more requests. Its bookings stay until they end."""
         self._free[book.lean].drop(book)
         self._decoders.drop(book)
+        self._work.leave(book)
         self._look_now = True
 
     # Requests
@@ -195,7 +203,24 @@ class Placement:
         best = self._probe(demand, now)
         if best is not None:
             return best
-        return self._cheapest(demand, now, planned)
+        if demand.held:
+            return self._spread(demand, now, planned)
+        return self._cheapest(demand, now, planned, demand.held)
+
+    def _spread(self, demand: Demand, now: float, planned: dict[WorkerBook, float]) -> Plan | None:
+        """The cheapest plan, or one that makes a copy of a hot prefix because its holder has too much work.
+
+        A copy must not break a level more, nor make the request late.
+        """
+        held = demand.held
+        cheapest = plan = self._cheapest(demand, now, planned, held)
+        most_work = self.rules.hot * self._work.mean
+        while plan is not None and piles_up(demand, plan.prefill, held.get(plan.prefill.incarnation, 0), most_work):
+            held = {name: tokens for name, tokens in held.items() if name != plan.prefill.incarnation}
+            plan = self._cheapest(demand, now, planned, held)
+        if plan is None or cheapest is None or plan.broken > cheapest.broken or plan.ends > demand.due - now:
+            return cheapest
+        return plan
 
     def _probe(self, demand: Demand, now: float) -> Plan | None:
         """An idle worker without a recent request, to learn its speed again.
@@ -240,17 +265,17 @@ class Placement:
         return max(1, demand.tokens - demand.held.get(book.incarnation, 0))
 
     def _cheapest(  # noqa: C901, PLR0912, PLR0915 -- one pass, for speed
-        self, demand: Demand, now: float, planned: dict[WorkerBook, float]
+        self, demand: Demand, now: float, planned: dict[WorkerBook, float], held: dict[str, int]
     ) -> Plan | None:
         """The plan that breaks the fewest levels; among equals, the one that costs the fewest seconds.
 
         It runs for every request that arrives and, while requests wait, at every change. So it drops plans that cannot
         win as early as possible.
         """
-        rules, itl, left, held = self.rules, demand.levels.itl, demand.due - now, demand.held
+        rules, itl, left = self.rules, demand.levels.itl, demand.due - now
         elastic, room = self.mode is Mode.ELASTIC, demand.tokens + demand.output
         short = itl is not None and demand.output <= SHORT
-        calm = self._calm_seconds(now)
+        calm, mean_work = self._calm_seconds(now), self._work.mean
         mean_itl, crowd = demand.levels.mean_itl or inf, rules.crowd * demand.levels.ttft
         decoders: list[WorkerBook] | None = None
         can_send = self._can_send
@@ -275,6 +300,8 @@ class Placement:
                 broken += LAST_RESORT
             if broken >= fewest and (broken > fewest or ends >= least):
                 continue
+            if not wait and book.work and own + demand.output * book.step <= calm:
+                seconds += book.costs.sigma * own * min(MOST_UNEVEN, book.work / mean_work)
             if book.decodes:
                 broken += book.broken(delay, now)
                 if ends <= left:
@@ -313,8 +340,9 @@ class Placement:
             return None
         prefill, decode, tokens, wait, own = best
         if prefill is not decode:
-            return Plan(Action.SPLIT, "", prefill, decode, tokens, wait, own)
-        return Plan(Action.WHOLE, "prefill_busy" if prefill.decodes else "calm", prefill, prefill, tokens, wait, own)
+            return Plan(Action.SPLIT, "", prefill, decode, tokens, wait, own, fewest)
+        reason = "prefill_busy" if prefill.decodes else "calm"
+        return Plan(Action.WHOLE, reason, prefill, prefill, tokens, wait, own, fewest)
 
     def _candidates(self, demand: Demand) -> list[WorkerBook]:
         if demand.held or demand.exclude:
@@ -345,6 +373,8 @@ class Placement:
             decode.arriving += 1
         self._running.add(booking)
         prefill.used_at = decode.used_at = now
+        self._work.add(prefill, plan.own, now)
+        self._work.add(decode, demand.output * decode.step / (1 + len(decode.decodes)), now)
         self._probe_credit = min(1.0, self._probe_credit + self.rules.probes)
         if demand.silent and prefill is decode:
             heappush(self._silent, (booking.predicted, next(self._turn), booking))

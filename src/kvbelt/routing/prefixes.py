@@ -79,6 +79,15 @@ class Prefix:
         self.blocks = blocks  #: their hashes; the last one's is the rest's
         self.size = size  #: bytes of all of them
 
+    def tokens_like(self, other: "Prefix") -> int:
+        """Tokens with which both begin, as far as blocks tell."""
+        alike = 0
+        for mine, theirs in zip(self.blocks, other.blocks, strict=False):
+            if mine != theirs:
+                break
+            alike += 1
+        return int((self.size if alike == len(self.blocks) else _ENDS[alike]) * self.per_byte)
+
 
 class _Worker:
     __slots__ = (

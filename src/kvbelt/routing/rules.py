@@ -31,6 +31,8 @@ class Rules:
     crowd: float = 6.0
     #: An idle prefill worker answers whole while at most so many requests are expected to run on each worker.
     calm: float = 0.7
+    #: A worker that had so many times the mean work does not get requests for a hot prefix that it holds.
+    hot: float = 1.25
     #: A worker without a request for so long is measured again: it may have been throttled, or relieved.
     old: float = 10.0
     #: At most this share of requests measures a worker again.
