@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.http.support import Raw
 from tests.proxy.support import Deployment, async_test, eventually
 
 JSON = "application/json"
@@ -143,3 +144,13 @@ async def test_a_client_that_leaves_frees_its_place():
         assert await response.chunk()
         response.close()
         await eventually(lambda: not deployment.proxy.context.records.open)
+
+
+@async_test
+async def test_head_of_a_passed_on_route_is_its_get_without_the_body():
+    async with of_vllm({"/version": (200, JSON, [b'{"v": 1}'])}) as deployment, Raw(deployment.proxy.port) as raw:
+        raw.send(b"HEAD /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        answer = await raw.until_closed()
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert b"content-length: 8\r\n" in answer
+        assert answer.endswith(b"\r\n\r\n")
