@@ -11,6 +11,8 @@ import time
 
 import zmq
 
+from kvbelt.wire.handshake import PROTOCOL_VERSION
+
 
 def raw(port: int, data: bytes, times: int) -> None:
     """Connect, send bytes that are not ZeroMQ and close, this many times."""
@@ -48,7 +50,8 @@ def messages(ports: list[int], server: str, public: str, secret: str) -> None:
             dealer.connect(f"tcp://127.0.0.1:{port}")
             dealers.append(dealer)
     under_way()
-    rubbish = [b"", b"KB\x03" + os.urandom(300), os.urandom(1000), b"KB\x07", bytes(20_000), b"KB\x03\x81\xa4type"]
+    ours = bytes([*b"KB", PROTOCOL_VERSION])
+    rubbish = [b"", ours + os.urandom(300), os.urandom(1000), b"KB\x07", bytes(20_000), ours + b"\x81\xa4type"]
     for number in itertools.count():
         for dealer in dealers:
             try:

@@ -19,6 +19,7 @@ from kvbelt.wire import codec
 from kvbelt.wire import notification as n
 from kvbelt.wire import reservation as w
 from kvbelt.wire.handoff import DecodeOutcome, ReceiverAddress
+from kvbelt.wire.handshake import PROTOCOL_VERSION
 from kvbelt.wire.ids import EngineId, TransferId
 from tests.channels.memory import Fault, MemoryChannel, MemoryNetwork
 from tests.http.support import free_port
@@ -474,7 +475,7 @@ def test_noise_on_the_ports_is_counted_and_ignored(memory):
         unknown_peer.connect(f"tcp://127.0.0.1:{address.init_port}")
         unknown_peer.connect(f"tcp://127.0.0.1:{address.alloc_port}")
         for _ in range(4):
-            for frame in (b"", b"hello", bytes(62_000), b"KB\x03\xc1", b"KB\x63"):
+            for frame in (b"", b"hello", bytes(62_000), bytes([*b"KB", PROTOCOL_VERSION, 0xC1]), b"KB\x63"):
                 unknown_peer.send(frame)
         each = {"malformed": 6, "oversized": 2, "version": 2}
         eventually(lambda: d.belt.snapshot().refused_total == {"init": each, "alloc": each}, "all was counted")

@@ -1,5 +1,6 @@
 """Measuring a link: what is moved, what it disturbs, and how it ends."""
 
+import msgspec
 import pytest
 import torch
 
@@ -167,6 +168,21 @@ def test_what_others_have_in_the_buffer_is_not_touched(pair):
     assert Asked(p).answer().reason == ""
     there = slice(slot.offset, slot.offset + LAYOUT.slot_bytes(7))
     assert torch.equal(d.staging[there], before[there])
+
+
+def test_groups_of_layers_take_no_more_room(network):
+    """A measurement's share of the buffer is the same where a prompt has blocks of several groups."""
+    several = msgspec.structs.replace(LAYOUT, windows=(0, 20))
+    p, d = MemoryChannel("p", network), MemoryChannel("d", network)
+    size = {"layout": several, "staging_blocks": 256}
+    with Side("p", "prefill", p, **size) as p, Side("d", "decode", d, **size) as d:
+        assert Warmed(p, d.belt.receiver_address()).answer().ok
+        network.faults["d"] = Fault.STALL
+        asked = Asked(p)
+        eventually(lambda: d.belt.snapshot().bytes_reserved > 0, "it is granted")
+        assert d.belt.snapshot().bytes_reserved <= d.staging.numel() // probing.BUFFER_SHARE
+        del network.faults["d"]
+        assert asked.answer().reason == ""
 
 
 def test_an_open_transfer_is_not_disturbed(pair):

@@ -94,7 +94,7 @@ class LinkProbes:
             TransferId(f"probe-{self._engine_id}-{next(self._numbers)}"),
             self._engine_id,
             engine_id,
-            self._blocks_to_ask(peer.regions[0].num_bytes) * self._layout.block_size,
+            self._tokens_to_ask(peer.regions[0].num_bytes),
             self._layout,
             now + PROBE_SECONDS,
             self._times,
@@ -104,6 +104,10 @@ class LinkProbes:
         )
         self._open = _Open(transfer, Probing(reads=isinstance(self._channel, Reads)), on_end)
         self._sender.begin_to(transfer, peer)
+
+    def _tokens_to_ask(self, buffer_bytes: int) -> int:
+        groups = 1 + len(self._layout.windows)
+        return max(1, self._blocks_to_ask(buffer_bytes) // groups) * self._layout.block_size
 
     def _blocks_to_ask(self, buffer_bytes: int) -> int:
         slot, share = self._layout.slot_bytes(1), buffer_bytes // BUFFER_SHARE

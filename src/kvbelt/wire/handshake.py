@@ -18,7 +18,7 @@ import msgspec
 from kvbelt.wire.ids import EngineId
 from kvbelt.wire.layout import KVLayout
 
-PROTOCOL_VERSION = 3  #: grows with every change of a message; part of every frame (codec.py)
+PROTOCOL_VERSION = 4  #: grows with every change of a message; part of every frame (codec.py)
 
 
 class Compatibility(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

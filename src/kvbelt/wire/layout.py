@@ -3,11 +3,14 @@
 import msgspec
 
 
-class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The shape of a paged KV cache: ``num_layers`` tensors of equal blocks.
 
     A block of one layer is ``block_bytes`` contiguous bytes that hold ``block_size`` tokens. Their order inside the
     block is compared and never interpreted, because only whole blocks are sent.
+
+    Several groups of layers may share these tensors, each with blocks of its own. A prompt's blocks are those of the
+    first group, which are all that it has, and after them those of each other one, from ``first_kept`` on.
     """
 
     num_layers: int
@@ -17,10 +20,22 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: str
     order: str  #: order of the dimensions inside a block, e.g. ``"T2HD"``: token, K or V, head, element
     block_bytes: int  #: bytes of one block of one layer
+    windows: tuple[int, ...] = ()  #: of each group after the first, how far its layers look back, in tokens; 0: to all
 
     def blocks(self, num_tokens: int) -> int:
+        """All blocks of a prompt, of every group."""
+        end = self.end(num_tokens)
+        return end + sum(end - first_kept(num_tokens, window, self.block_size) for window in self.windows)
+
+    def end(self, num_tokens: int) -> int:
+        """Blocks of one group up to a prompt's end, those that it has left behind included."""
         return -(-num_tokens // self.block_size)
 
     def slot_bytes(self, num_blocks: int) -> int:
         """Bytes of so many blocks of every layer."""
         return self.num_layers * num_blocks * self.block_bytes
+
+
+def first_kept(num_tokens: int, window: int, block_size: int) -> int:
+    """The first block that the token after so many can see: of ``window`` tokens, itself included, if that is not 0."""
+    return max(num_tokens - window + 1, 0) // block_size if window else 0
