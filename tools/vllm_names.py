@@ -9,7 +9,7 @@ from pathlib import Path
 CONNECTOR = Path(__file__).parents[1] / "src/kvbelt/vllm"
 
 #: The modules that see vLLM's objects.
-MODULES = ("connector", "rank", "chunk_limit", "prometheus", "plugin", "refusals")
+MODULES = ("connector", "rank", "chunk_limit", "prometheus", "plugin", "refusals", "groups")
 
 BASE = "distributed/kv_transfer/kv_connector/v1/base.py"
 _METRICS = "distributed/kv_transfer/kv_connector/v1/metrics.py"
@@ -34,6 +34,8 @@ FILES = {
     "KVCacheConfig": _KV,
     "KVCacheGroupSpec": _KV,
     "KVCacheSpec": _KV,
+    "SlidingWindowSpec": _KV,
+    "SupportsHMA": BASE,
     "VllmConfig": "config/vllm.py",
     "ModelConfig": "config/model.py",
     "ParallelConfig": "config/parallel.py",
@@ -58,8 +60,10 @@ _CALLED = {
     "kv_cache_config": "KVCacheConfig",
     "_kv_cache_config": "KVCacheConfig",
     "kv_cache_groups": "KVCacheGroupSpec",
+    "group": "KVCacheGroupSpec",
     "kv_cache_spec": "KVCacheSpec",
     "spec": "KVCacheSpec",
+    "sliding": "SlidingWindowSpec",
     "vllm_config": "VllmConfig",
     "_vllm_config": "VllmConfig",
     "model": "ModelConfig",
@@ -77,6 +81,10 @@ _CALLED = {
 }
 
 
+#: Of a class that the connector is registered with, and does not derive from.
+_REGISTERED = ("SupportsHMA.request_finished_all_groups",)
+
+
 @dataclass(frozen=True)
 class Relied:
     """What the connector uses: ``Class.member`` and ``module/.name``, and where each class or module is."""
@@ -88,7 +96,7 @@ class Relied:
 
 @cache
 def relied_on() -> Relied:
-    names: set[str] = set()
+    names: set[str] = set(_REGISTERED)
     files = dict(FILES)
     hooks: dict[str, ast.FunctionDef] = {}
     for module in MODULES:

@@ -42,11 +42,19 @@ def pacing() -> Pacing:
 class BeltServer:
     """What one vLLM worker process has: KV, a belt, the worker's side."""
 
-    def __init__(self, role: str, network: MemoryNetwork, rank: Rank = Rank(), **settings: Any) -> None:  # noqa: B008
+    def __init__(
+        self,
+        role: str,
+        network: MemoryNetwork,
+        rank: Rank = Rank(),  # noqa: B008
+        windows: tuple[int, ...] = (),
+        **settings: Any,
+    ) -> None:
         self.kv = {f"model.layers.{i}.attn": torch.randn(BLOCKS, 2, BLOCK, WIDTH) for i in range(LAYERS)}
         block_bytes = 2 * BLOCK * WIDTH * 4
         pages = pages_of(self.kv, BLOCKS, block_bytes, "test")
-        layout = KVLayout(LAYERS, 2, WIDTH // 2, BLOCK, "float32", pages.order, block_bytes)
+        layout = KVLayout(LAYERS, 2, WIDTH // 2, BLOCK, "float32", pages.order, block_bytes, windows)
+        self.layout, self._groups = layout, 1 + len(windows)
         staging = torch.zeros(LAYERS * BLOCKS * block_bytes, dtype=torch.uint8)
         region = Region(staging.data_ptr(), staging.numel(), "cpu")
         sends = role == "prefill"
@@ -60,15 +68,18 @@ class BeltServer:
         self.belt.start()
         self.host = HostWorker(host_memory(pages.rows, LAYERS * block_bytes * 10)) if sends else None
         views = Background(partial(view_of, self.belt, NixlChannel(engine_id)))
-        self.side = WorkerSide(self.belt, LAYERS, CpuCompute(), self.host, held, rank.number, views)
+        self.side = WorkerSide(
+            self.belt, layout, CpuCompute(), self.host, held, rank.number, views, [self._groups] * LAYERS
+        )
         self.identity = RankIdentity(engine_id, self.belt.receiver_address(), 0, of_this_process(role))
 
     def step(self, commands: StepCommands, *, hooks: bool = True) -> None:
         """One step of the model runner."""
         self.side.begin_step(commands)
         if hooks:
-            for layer in range(LAYERS):
-                self.side.layer_written(layer)
+            for group in range(self._groups):
+                for layer in range(LAYERS):
+                    self.side.layer_written(layer, group)
         self.side.end_step()
 
     def close(self) -> None:

@@ -56,6 +56,22 @@ def test_shared_memory_is_moved_once() -> None:
     assert pages.layer_of == {"layers.0": 0, "layers.1": 0}
 
 
+def test_groups_share_rows() -> None:
+    """A layer of each group lies in a row; the last row has one group only."""
+    shared, last = heads_first(), heads_first()
+    kv = {"layers.0": shared, "layers.1": shared, "layers.2": last}
+    pages = pages_of(kv, BLOCKS, BYTES, "test")
+    assert pages.layer_of == {"layers.0": 0, "layers.1": 0, "layers.2": 1}
+    assert pages.sharing({"layers.0": 1, "layers.1": 0, "layers.2": 0}) == [2, 1]
+
+
+def test_layers_of_two_shapes_are_told_apart() -> None:
+    """A block is compared with that of the other side in every shape that it has."""
+    one, two = heads_first(), tokens_first()
+    both = pages_of({"layers.0": one, "layers.1": two}, BLOCKS, BYTES, "test").order
+    assert both == "; ".join(pages_of({"layers.0": each}, BLOCKS, BYTES, "test").order for each in (one, two))
+
+
 def test_the_order_tells_layouts_apart() -> None:
     """Servers with different layouts inside a block have different orders."""
     orders = {

@@ -1,13 +1,18 @@
 """What a vLLM is taken or refused for, without one: its version, its hooks, its KV layout."""
 
 import sys
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from packaging.version import Version
 
 import kvbelt.vllm
 from kvbelt.errors import StartError
-from kvbelt.vllm.versions import Age, age_of, hook_problems, hooks_of, layout_problem, wanted_layout
+from kvbelt.vllm.versions import Age, age_of, allow_groups, hook_problems, hooks_of, layout_problem, wanted_layout
 
 
 @pytest.mark.parametrize(
@@ -96,3 +101,50 @@ def test_a_vllm_without_named_layouts_has_one_that_fits() -> None:
     """So nothing is asked of it; nor on a CPU, where vLLM has one."""
     assert layout_problem(SimpleNamespace()) == ""
     assert wanted_layout("cpu") is None
+
+
+class Mark(ABC):
+    """As vLLM's ``SupportsHMA``."""
+
+    @abstractmethod
+    def request_finished_all_groups(self) -> None: ...
+
+
+@dataclass
+class Results:
+    finished_sending: set[str]
+
+
+@dataclass
+class ResultsWithFailures(Results):
+    failed_recving: set[str]
+
+
+@pytest.mark.parametrize(
+    ("base", "allowed"),
+    [
+        ({"SupportsHMA": Mark}, False),
+        ({"SupportsHMA": Mark, "KVConnectorTransferResults": Results}, False),
+        ({"SupportsHMA": Mark, "KVConnectorTransferResults": ResultsWithFailures}, True),
+    ],
+)
+def test_groups_are_allowed_where_vllm_takes_a_request_back(
+    monkeypatch: pytest.MonkeyPatch, base: dict[str, type], allowed: bool
+) -> None:
+    """Elsewhere vLLM goes on to make one group of all layers."""
+    path = "vllm.distributed.kv_transfer.kv_connector.v1"
+    parts = path.split(".")
+    for end in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:end]), ModuleType(parts[end - 1]))
+    sys.modules[path].base = SimpleNamespace(**base)
+    connector = type("Connector", (), {})
+    assert allow_groups(connector) == allowed
+    assert issubclass(connector, Mark) == allowed
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (scripts/test-vllm installs it)")
+def test_vllm_knows_that_the_connector_takes_groups() -> None:
+    """By the class that it asks for."""
+    from vllm.distributed.kv_transfer.kv_connector.v1 import supports_hma  # noqa: PLC0415 -- not installed everywhere
+
+    assert supports_hma(kvbelt.vllm.KVBeltConnector) == (Version(version("vllm")).release >= (0, 30))

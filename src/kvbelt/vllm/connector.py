@@ -30,17 +30,18 @@ from kvbelt.belt_setup import BeltOptions
 from kvbelt.errors import StartError
 from kvbelt.vllm.chunk_limit import ChunkLimit
 from kvbelt.vllm.figures import figures_of, host_families
+from kvbelt.vllm.groups import Groups, groups_of
 from kvbelt.vllm.identity import Rank, RankIdentity, ServerFacts, describe, together
 from kvbelt.vllm.loading import Loading
 from kvbelt.vllm.pacing import Pacing, StepLimits
 from kvbelt.vllm.prometheus import BeltProm, BeltStats
-from kvbelt.vllm.rank import RankProcess, start_rank
-from kvbelt.vllm.refusals import drafts_problem, engines_problem, policy_problem
+from kvbelt.vllm.rank import RankProcess, start_rank, without_belt
+from kvbelt.vllm.refusals import drafts_problem, engines_problem, policy_problem, store_problem
 from kvbelt.vllm.requests import PromptTokens
 from kvbelt.vllm.scheduler_side import SchedulerSide
 from kvbelt.vllm.settings import load_settings
 from kvbelt.vllm.step_messages import ScheduledPrompt, StepCommands, StepReport
-from kvbelt.vllm.versions import hit_source, layout_problem, wanted_layout
+from kvbelt.vllm.versions import hit_source, layout_problem, transfer_results, wanted_layout
 from kvbelt.wire.ids import EngineId
 
 log = logging.getLogger("kvbelt.vllm")
@@ -76,7 +77,8 @@ class KVBeltConnector(KVConnectorBase_V1):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         _log_like_vllm()
-        _require_possible(vllm_config, kv_cache_config)
+        self._groups = groups_of(kv_cache_config)
+        _require_possible(vllm_config, kv_cache_config, self._groups)
         transfer, model = vllm_config.kv_transfer_config, vllm_config.model_config
         self._num_ranks: int = vllm_config.parallel_config.tensor_parallel_size
         self._settings: BeltOptions = load_settings(
@@ -85,11 +87,14 @@ class KVBeltConnector(KVConnectorBase_V1):
             vllm_config.device_config.device_type,
             num_ranks=self._num_ranks,
         )
+        if problem := store_problem(self._groups, self._settings.host_bytes):
+            raise StartError(problem)
         names = model.served_model_name
         self._model_name = str(names[0] if isinstance(names, list) else names)
         self._scheduler: SchedulerSide | None = None
         self._local: Loading | None = None  # the scheduler's: of the worker in this process, if it is the only one
         self._rank: RankProcess | None = None
+        self._identity: RankIdentity | None = None
         self._cache_hit_source = hit_source(receives=self._settings.receives, keeps=bool(self._settings.host_bytes))
         if role is KVConnectorRole.SCHEDULER:
             # KV that does not come is computed here. vLLM's other policy fails the request.
@@ -99,10 +104,13 @@ class KVBeltConnector(KVConnectorBase_V1):
             config = vllm_config.scheduler_config
             self._chunks = ChunkLimit(config)
             self._uncut: set[str] = set()  # requests during which no prompt is cut
-            kv_tokens = kv_cache_config.num_blocks * block_size
+            # All groups share the blocks.
+            kv_tokens = kv_cache_config.num_blocks * block_size // len(kv_cache_config.kv_cache_groups)
             limits = StepLimits(block_size, config.max_num_batched_tokens, config.max_num_seqs, kv_tokens)
             pacing = Pacing(limits, time.monotonic)
-            self._scheduler = SchedulerSide(block_size, partial(describe, facts), pacing, time.monotonic)
+            self._scheduler = SchedulerSide(block_size, partial(describe, facts), pacing, time.monotonic, self._groups)
+            if self._groups.problem:
+                log.warning("this server takes and sends no KV, and answers whole requests: %s", self._groups.problem)
         elif self._settings.receives or self._settings.host_bytes:
             # Only where vLLM makes the worker's side does it tell the whole server's configuration.
             server = get_current_vllm_config_or_none()
@@ -116,14 +124,18 @@ class KVBeltConnector(KVConnectorBase_V1):
     # The worker's process.
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        if self._groups.problem:
+            self._identity = without_belt(self._settings, self._vllm_config.device_config.device_type)
+            return
         rank = Rank(get_tensor_model_parallel_rank(), self._num_ranks)
         self._rank = start_rank(
-            self._vllm_config, self._kv_cache_config, kv_caches, self._settings, self._model_name, rank
+            self._vllm_config, self._kv_cache_config, kv_caches, self._settings, self._model_name, rank, self._groups
         )
+        self._identity = self._rank.identity
         _LOADINGS[self._rank.identity.engine_id] = self._rank.worker.loading
 
     def get_handshake_metadata(self) -> RankMetadata | None:
-        return RankMetadata(self._rank.identity) if self._rank is not None else None
+        return RankMetadata(self._identity) if self._identity is not None else None
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
@@ -145,7 +157,7 @@ class KVBeltConnector(KVConnectorBase_V1):
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
         if self._rank is not None:
-            self._rank.worker.layer_written(self._rank.layer_of[layer_name])
+            self._rank.worker.layer_written(self._rank.layer_of[layer_name], self._rank.group_of.get(layer_name, 0))
 
     def wait_for_save(self) -> None:
         """End the step. Nothing is waited for: blocks are kept until they have been read."""
@@ -158,6 +170,12 @@ class KVBeltConnector(KVConnectorBase_V1):
             return None, None
         sent, loaded = self._rank.worker.finished(finished_req_ids)
         return sent or None, loaded or None
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """Likewise, with the requests that vLLM has to compute from their beginning."""
+        sent, loaded = self.get_finished(finished_req_ids)
+        failed = self._rank.worker.take_failed() if self._rank is not None else set()
+        return transfer_results(sent or set(), loaded or set(), failed)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._rank.worker.take_bad_blocks() if self._rank is not None else set()
@@ -202,14 +220,17 @@ class KVBeltConnector(KVConnectorBase_V1):
         settings = self._settings
         # Received KV must lie in the memory where the model runs, so that a step may wait for its copy.
         near = settings.buffer_device == self._vllm_config.device_config.device_type and not settings.overflow_bytes
-        if len(ranks) == 1 and settings.receives and near:
+        # And a step cannot take back a request of several groups.
+        if len(ranks) == 1 and settings.receives and near and not self._groups.several:
             self._local = _LOADINGS.get(server.engine_id)
         if server.host_places:
             log.info("%d blocks fit into host memory", server.host_places)
         self._side.on_workers_ready(server)
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
-        if self._settings.receives and self._vllm_config.cache_config.enable_prefix_caching:
+        # What a prefix cache holds of several groups is no beginning of what would travel.
+        one = not (self._groups.several or self._groups.problem)
+        if one and self._settings.receives and self._vllm_config.cache_config.enable_prefix_caching:
             self._side.watch_prefix_cache(lambda block_id: gpu_block_pool.blocks[block_id].block_hash)
 
     def on_new_request(self, request: Any) -> None:
@@ -232,7 +253,9 @@ class KVBeltConnector(KVConnectorBase_V1):
         return loadable.tokens, bool(loadable.tokens) and not loadable.now
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        self._side.on_allocated(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
+        block_ids, groups = blocks.get_block_ids(), self._groups
+        others = groups.others(block_ids)
+        self._side.on_allocated(request.request_id, groups.lead(block_ids), num_external_tokens, others)
         self._tell_local()
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
@@ -243,7 +266,7 @@ class KVBeltConnector(KVConnectorBase_V1):
             tokens = {request_id: count - len(drafts.get(request_id, ())) for request_id, count in tokens.items()}
         side.pacing.on_scheduled(tokens, began, cached.req_ids, cached.num_computed_tokens)
         self._cut_prompts()
-        scheduled = _scheduled(scheduler_output, side.followed)
+        scheduled = _scheduled(scheduler_output, side.followed, self._groups)
         return StepMetadata(side.take_step(scheduled, scheduler_output.preempted_req_ids or ()))
 
     def update_connector_output(self, connector_output: Any) -> None:
@@ -267,6 +290,12 @@ class KVBeltConnector(KVConnectorBase_V1):
         self._tell_local()
         return read, msgspec.to_builtins(answer)
 
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Likewise, in a vLLM that lets a connector have several groups."""
+        return self.request_finished(request, self._groups.lead(block_ids))
+
     def _cut_prompts(self) -> None:
         self._chunks.set(0 if self._uncut else self._side.pacing.chunk_tokens())
 
@@ -281,7 +310,7 @@ class KVBeltConnector(KVConnectorBase_V1):
         return self._scheduler
 
 
-def _require_possible(vllm_config: Any, kv_cache_config: Any) -> None:
+def _require_possible(vllm_config: Any, kv_cache_config: Any, groups: Groups) -> None:
     stages = vllm_config.parallel_config.pipeline_parallel_size
     if stages != 1:
         raise StartError(f"pipeline_parallel_size is {stages}; KVBeltConnector runs with 1 for now")
@@ -290,30 +319,28 @@ def _require_possible(vllm_config: Any, kv_cache_config: Any) -> None:
     transfer = vllm_config.kv_transfer_config
     if problem := engines_problem(vllm_config.parallel_config, transfer.engine_id):
         raise StartError(problem)
-    groups = len(kv_cache_config.kv_cache_groups)
-    if groups != 1:
-        raise StartError(
-            f"this model has {groups} kinds of KV cache; KVBeltConnector moves one "
-            "(--disable-hybrid-kv-cache-manager may make one of them)"
-        )
-    if problem := layout_problem(kv_cache_config):
+    if not kv_cache_config.kv_cache_groups:
+        raise StartError("this model has no KV cache, so there is nothing to send; serve it without KVBeltConnector")
+    if not groups.problem and (problem := layout_problem(kv_cache_config)):
         raise StartError(problem)
     if vllm_config.model_config.enable_sleep_mode:
         # The staging buffers lie in the memory that sleep gives back, and other servers go on writing there.
         raise StartError("a server with KVBeltConnector cannot sleep: leave out --enable-sleep-mode")
 
 
-def _scheduled(output: Any, followed: Container[str] | None) -> Iterable[ScheduledPrompt]:
+def _scheduled(output: Any, followed: Container[str] | None, groups: Groups) -> Iterable[ScheduledPrompt]:
     """The requests of a step that are new, are given blocks, or are ``followed``; with None all of them."""
     tokens = output.num_scheduled_tokens
     for new in output.scheduled_new_reqs:
-        yield ScheduledPrompt(new.req_id, new.block_ids[0], new.num_computed_tokens, tokens[new.req_id])
+        lead, others = groups.lead(new.block_ids), groups.others(new.block_ids)
+        yield ScheduledPrompt(new.req_id, lead, new.num_computed_tokens, tokens[new.req_id], others)
     cached = output.scheduled_cached_reqs
     for request_id, blocks, computed in zip(
         cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
     ):
         if blocks or followed is None or request_id in followed:
-            yield ScheduledPrompt(request_id, blocks[0] if blocks else (), computed, tokens[request_id])
+            lead, others = (groups.lead(blocks), groups.others(blocks)) if blocks else ((), ())
+            yield ScheduledPrompt(request_id, lead, computed, tokens[request_id], others)
 
 
 def _has_seed(request: Any) -> bool:

@@ -15,7 +15,9 @@ from functools import partial
 from kvbelt.errors import KVBeltError
 from kvbelt.transfer.belt import Belt
 from kvbelt.transfer.ports import Lost, ReceivedKV, SlotGoneError
+from kvbelt.vllm.groups import to_fill
 from kvbelt.vllm.step_messages import Arrived, Claim, Load, StepCommands
+from kvbelt.wire.layout import KVLayout
 
 log = logging.getLogger(__name__)
 
@@ -37,14 +39,16 @@ class Incoming:
 
 
 class Loading:
-    def __init__(self, belt: Belt) -> None:
+    def __init__(self, belt: Belt, layout: KVLayout) -> None:
         self._belt = belt
+        self._layout = layout
         self._lock = threading.Lock()
         self._incoming: dict[str, Incoming] = {}
         self._threads = ThreadPoolExecutor(_LOADERS, thread_name_prefix="kvbelt-load")
         # To be reported with the next output.
         self._loaded: set[str] = set()
         self._bad_blocks: set[int] = set()
+        self._failed: set[str] = set()
         self._received: dict[str, str] = {}
 
     def obey(self, commands: StepCommands) -> None:
@@ -74,12 +78,18 @@ class Loading:
             return None
         return Arrived(arrival.num_tokens, arrival.first_block)
 
-    def take_loaded(self) -> tuple[set[str], set[int]]:
-        """Requests whose loads have ended since the last call, and those of their blocks that were not filled."""
+    def take_loaded(self) -> tuple[set[str], set[int], set[str]]:
+        """What is new since the last call.
+
+        Returns:
+            Requests whose loads have ended, those of their blocks that were not filled, and those of the requests that
+            have to be computed from their beginning: with several groups of layers blocks say too little.
+        """
         with self._lock:
             loaded, self._loaded = self._loaded, set()
             bad, self._bad_blocks = self._bad_blocks, set()
-        return loaded, bad
+            failed, self._failed = self._failed, set()
+        return loaded, bad, failed
 
     def take_received(self) -> dict[str, str]:
         """Request to reason, of loads that have ended since the last call; an empty reason means success."""
@@ -160,11 +170,12 @@ class Loading:
 
     def _report(self, load: Load, reason: str, *, bad: bool) -> None:
         self._received[load.request_id] = reason
-        if bad:
+        if bad and load.others:
+            self._failed.add(load.request_id)
+        elif bad:
             self._bad_blocks.update(load.block_ids)
 
-    @staticmethod
-    def _fill(request_id: str, received: ReceivedKV, load: Load) -> str:
+    def _fill(self, request_id: str, received: ReceivedKV, load: Load) -> str:
         # One token more than is loaded, where this server derives the first token itself.
         if received.num_tokens not in (load.num_tokens, load.num_tokens + 1):
             log.error("request %s: KV of %d tokens for %d", request_id, received.num_tokens, load.num_tokens)
@@ -173,8 +184,11 @@ class Loading:
             # This server said that it had these blocks, so they were not sent; they have been evicted since.
             log.warning("request %s: blocks %d to %d are gone", request_id, load.first, received.first_block)
             return "prefix_evicted"
+        block_ids = load.block_ids if not load.others else to_fill(load, self._layout, received.num_tokens)
+        if block_ids is None:
+            return "window_edge"
         try:
-            received.scatter(load.block_ids, load.first)
+            received.scatter(block_ids, load.first)
         except SlotGoneError:
             return "slot_gone"
         except (KVBeltError, RuntimeError, ValueError):

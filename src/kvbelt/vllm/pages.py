@@ -22,12 +22,19 @@ class Pages:
     Attributes:
         rows: one tensor a layer, ``uint8 [num_blocks, block_bytes]``, over vLLM's own memory.
         layer_of: vLLM's name of a layer to its place in ``rows``; layers that share memory share the place.
-        order: backend, type, shape and strides of a block, for the handshake.
+        order: backend, type, shape and strides of a block, for the handshake; all of them where layers differ.
     """
 
     rows: list[torch.Tensor]
     layer_of: dict[str, int]
     order: str
+
+    def sharing(self, group_of: Mapping[str, int]) -> list[int]:
+        """How many groups have a layer at each place; ``group_of`` a layer is the first where it is not named."""
+        groups: list[set[int]] = [set() for _ in self.rows]
+        for name, place in self.layer_of.items():
+            groups[place].add(group_of.get(name, 0))
+        return [len(each) for each in groups]
 
 
 def pages_of(kv_caches: Mapping[str, torch.Tensor], num_blocks: int, block_bytes: int, backend: str) -> Pages:
@@ -39,24 +46,22 @@ def pages_of(kv_caches: Mapping[str, torch.Tensor], num_blocks: int, block_bytes
     rows: list[torch.Tensor] = []
     layer_of: dict[str, int] = {}
     place_of_address: dict[int, int] = {}
-    order = ""
+    orders: dict[str, None] = {}
     for name in sorted(kv_caches, key=_in_model_order):
         tensor = kv_caches[name]
         if not isinstance(tensor, torch.Tensor):
             raise StartError(
                 f"layer {name} keeps its state in a {type(tensor).__name__}; only attention KV can be moved"
             )
-        address = tensor.data_ptr()
+        row, address = _rows(name, tensor, num_blocks, block_bytes), tensor.data_ptr()
+        orders[f"{backend} {tensor.dtype} {tuple(tensor.shape[1:])} {tensor.stride()[1:]}".replace("torch.", "")] = None
         if address not in place_of_address:
             place_of_address[address] = len(rows)
-            rows.append(_rows(name, tensor, num_blocks, block_bytes))
-            order = order or f"{backend} {tensor.dtype} {tuple(tensor.shape[1:])} {tensor.stride()[1:]}".replace(
-                "torch.", ""
-            )
+            rows.append(row)
         layer_of[name] = place_of_address[address]
     if not rows:
         raise StartError("vLLM has registered no KV cache; a model without attention cannot be disaggregated")
-    return Pages(rows, layer_of, order)
+    return Pages(rows, layer_of, "; ".join(orders))
 
 
 def _in_model_order(name: str) -> tuple[int, str]:

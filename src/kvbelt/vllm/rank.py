@@ -16,6 +16,7 @@ from kvbelt.transfer.settings import BeltIdentity
 from kvbelt.vllm.background import Background
 from kvbelt.vllm.compute import CpuCompute, CudaCompute
 from kvbelt.vllm.figures import REPORT_SECONDS, Figure, families_of, figures_of
+from kvbelt.vllm.groups import Groups
 from kvbelt.vllm.held_prefixes import HeldPrefixes
 from kvbelt.vllm.host_memory import host_memory
 from kvbelt.vllm.host_worker import HostWorker
@@ -33,7 +34,8 @@ class RankProcess:
     """A running belt over vLLM's KV memory, and what drives it."""
 
     worker: WorkerSide
-    layer_of: dict[str, int]  #: vLLM's name of a layer to its number
+    layer_of: dict[str, int]  #: vLLM's name of a layer to its row in a block
+    group_of: dict[str, int]  #: and to its group
     identity: RankIdentity
     source: str  #: of its figures
     figures: Background[list[Figure]]
@@ -54,6 +56,7 @@ def start_rank(  # noqa: PLR0917 -- what vLLM knows, and what we do
     settings: BeltOptions,
     model_name: str,
     rank: Rank,
+    groups: Groups,
 ) -> RankProcess:
     """Start the belt of this rank.
 
@@ -61,7 +64,10 @@ def start_rank(  # noqa: PLR0917 -- what vLLM knows, and what we do
         StartError: a port is taken, or the memory cannot be moved as it is.
         SettingsError: the staging buffer is too small.
     """
-    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+    spec = groups.lead(kv_cache_config.kv_cache_groups).kv_cache_spec
+    group_of = {
+        layer: number for number, group in enumerate(kv_cache_config.kv_cache_groups) for layer in group.layer_names
+    }
     name, first = next(iter(kv_caches.items()))
     pages = pages_of(kv_caches, kv_cache_config.num_blocks, spec.page_size_bytes, _backend(vllm_config, name))
     with torch.inference_mode():  # so that the memory may be written, however vLLM has allocated it
@@ -74,6 +80,7 @@ def start_rank(  # noqa: PLR0917 -- what vLLM knows, and what we do
         dtype=str(first.dtype).removeprefix("torch."),
         order=pages.order,
         block_bytes=spec.page_size_bytes,
+        windows=groups.windows,
     )
     model = vllm_config.model_config
     weights = model_fingerprint(
@@ -109,14 +116,21 @@ def start_rank(  # noqa: PLR0917 -- what vLLM knows, and what we do
         settings.buffer_bytes,
     )
     return RankProcess(
-        WorkerSide(belt, len(pages.rows), compute, host, held, rank.number, views),
+        WorkerSide(belt, layout, compute, host, held, rank.number, views, pages.sharing(group_of)),
         pages.layer_of,
+        group_of,
         identity,
         f"rank {rank.number}",
         Background(lambda: figures_of(families_of(belt, channel)), REPORT_SECONDS),
         belt,
         compute,
     )
+
+
+def without_belt(settings: BeltOptions, device: str) -> RankIdentity:
+    """Of a server whose KV stays where it is."""
+    facts = about.of_this_process(settings.role, "vllm", device=device)
+    return RankIdentity(new_engine_id(settings.keys), None, 0, facts)
 
 
 def _backend(vllm_config: Any, layer_name: str) -> str:

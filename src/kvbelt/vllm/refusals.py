@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from kvbelt.vllm.groups import Groups
+
 #: What vLLM adds to the engine id of each data-parallel rank. For models without experts it forgets all else.
 _RANK_OF_SEVERAL = re.compile(r"_dp\d+$")
 
@@ -44,6 +46,16 @@ def policy_problem(transfer: Any, kv_transfer_config: Any | None) -> str | None:
         f"kv_load_failure_policy is {policy!r} for {name}, so that KV which does "
         'not come would fail its request; add "kv_load_failure_policy": "recompute" to the outer --kv-transfer-config, '
         f'beside "kv_connector": "{name}"'
+    )
+
+
+def store_problem(groups: Groups, host_bytes: int) -> str | None:
+    """Host memory keeps blocks of which each holds all layers."""
+    if not host_bytes or not (groups.several or groups.problem):
+        return None
+    return (
+        "local_cpu is on, and this model has more than one kind of KV cache, which host memory cannot keep: leave "
+        "local_cpu out, or add --disable-hybrid-kv-cache-manager, which may make one of them"
     )
 
 

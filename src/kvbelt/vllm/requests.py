@@ -116,6 +116,7 @@ class Outgoing:
     hashes: tuple[bytes, ...] = ()  #: of its whole blocks, if its KV may be shared
     state: SendState = SendState.WAITING
     block_ids: list[int] = field(default_factory=list)
+    others: tuple[list[int], ...] = ()  #: of each other group of layers
     announced: int = 0  #: blocks of ``block_ids`` that the worker was told of
     failure: str = ""
 

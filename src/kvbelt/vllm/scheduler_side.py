@@ -25,6 +25,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from kvbelt.belt_facts import BeltView
+from kvbelt.vllm.groups import NULL_BLOCK, ONE_GROUP, Groups, kept
 from kvbelt.vllm.handoff import BadHandoff, parse
 from kvbelt.vllm.held_prefixes import PrefixLedger
 from kvbelt.vllm.host_scheduler import HostCommands, HostScheduler
@@ -75,6 +76,7 @@ class SchedulerSide:
         describe: makes the server's description from its identity, the last view of each rank's belt, and its steps.
         pacing: of the server's steps.
         clock: seconds, from any origin.
+        groups: of the model's layers. If its KV cannot be moved, each prompt is computed where it is.
     """
 
     def __init__(
@@ -83,8 +85,10 @@ class SchedulerSide:
         describe: Callable[[RankIdentity | None, Mapping[int, BeltView], StepsNow], ServerDescription],
         pacing: Pacing,
         clock: Callable[[], float],
+        groups: Groups = ONE_GROUP,
     ) -> None:
         self._block_size = block_size
+        self._groups = groups
         self._describe = describe
         self.pacing = pacing
         self._clock = clock
@@ -130,7 +134,7 @@ class SchedulerSide:
     ) -> None:
         """A request has come; ``prompt``: None if its KV is not shared; ``generates``: it goes on after one token."""
         if params:
-            self._on_params(request_id, params, num_tokens)
+            self._on_params(request_id, params, num_tokens, generates=generates)
         request = self._requests.get(request_id)
         self.pacing.on_new_request(request_id, num_tokens, loads=isinstance(request, Incoming), generates=generates)
         uses_hashes = self.ledger if isinstance(request, Incoming) else self.host
@@ -142,11 +146,20 @@ class SchedulerSide:
         if self.host is not None and not isinstance(request, Incoming):
             self.host.on_new_request(request_id, num_tokens, hashes)
 
-    def _on_params(self, request_id: str, params: Mapping[str, Any], num_tokens: int) -> None:
-        message = parse(params, request_id)
+    def _on_params(self, request_id: str, params: Mapping[str, Any], num_tokens: int, *, generates: bool) -> None:
+        message, groups = parse(params, request_id), self._groups
         match message:
             case PrefillHandoff():
-                self._requests[request_id] = Outgoing(message, num_tokens, self._clock() + message.deadline_seconds)
+                outgoing = Outgoing(message, num_tokens, self._clock() + message.deadline_seconds)
+                # vLLM gives blocks of a window back as the answer goes on, read or not.
+                if groups.problem or (generates and any(groups.windows)):
+                    outgoing.state, outgoing.failure = SendState.ABANDONED, "kv_groups"
+                self._requests[request_id] = outgoing
+                return
+            case DecodeHandoff() if groups.problem:
+                incoming = Incoming(message, num_tokens, self._clock() + message.deadline_seconds)
+                incoming.state, incoming.outcome = LoadState.OVER, "kv_groups"
+                self._requests[request_id] = incoming
                 return
             case DecodeHandoff():
                 if self.ledger is None and self._content_of is not None:
@@ -216,8 +229,14 @@ class SchedulerSide:
     def _awaited(self, incoming: Incoming) -> bool:
         return incoming.state is LoadState.AWAITED and incoming.deadline > self._clock()
 
-    def on_allocated(self, request_id: str, block_ids: Sequence[int], num_loaded_tokens: int) -> None:
-        """The request has its blocks; so many tokens are to be loaded into them."""
+    def on_allocated(
+        self,
+        request_id: str,
+        block_ids: Sequence[int],
+        num_loaded_tokens: int,
+        others: Sequence[Sequence[int]] = (),
+    ) -> None:
+        """The request has its blocks, and those of the other groups; so many tokens are to be loaded into them."""
         if self.ledger is not None:
             self.ledger.taken(block_ids)
         incoming = self._incoming(request_id)
@@ -232,8 +251,10 @@ class SchedulerSide:
             case Effect.LOAD:
                 num_tokens = incoming.num_tokens - 1
                 first = (num_tokens - num_loaded_tokens) // self._block_size
-                blocks = tuple(block_ids[first : -(-num_tokens // self._block_size)])
-                self._loads.append(Load(request_id, first, blocks, num_tokens, incoming.now))
+                wanted = slice(first, -(-num_tokens // self._block_size))
+                of_others = tuple(tuple(each[wanted]) for each in others)
+                load = Load(request_id, first, tuple(block_ids[wanted]), num_tokens, incoming.now, of_others)
+                self._loads.append(load)
 
     def _conclude(self, incoming: Incoming, outcome: str) -> None:
         if outcome != incoming.outcome:
@@ -316,14 +337,25 @@ class SchedulerSide:
                 sends.append(Send(prompt.request_id, handoff, outgoing.num_tokens, outgoing.hashes))
             if outgoing.state is SendState.SENDING:
                 outgoing.block_ids += prompt.new_block_ids
+                outgoing.others = outgoing.others or tuple([] for _ in prompt.others)
+                for known, new in zip(outgoing.others, prompt.others, strict=False):
+                    known.extend(new)
                 num_tokens = min(prompt.num_computed_tokens + prompt.num_scheduled_tokens, outgoing.num_tokens)
                 last = num_tokens == outgoing.num_tokens
                 end = -(-num_tokens // self._block_size) if last else num_tokens // self._block_size
                 first, outgoing.announced = outgoing.announced, end
                 # Else nothing is complete yet, or this is a later step of a request whose prompt is complete.
                 if first != end:
-                    written.append(Written(prompt.request_id, first, tuple(outgoing.block_ids[first:end]), last))
+                    blocks = (*outgoing.block_ids[first:end], *(self._kept(outgoing) if last else ()))
+                    if self._groups.several and NULL_BLOCK in blocks:
+                        # Never complete, the transfer fails when the request ends.
+                        log.error("request %s: vLLM has given up blocks that are still seen", prompt.request_id)
+                        continue
+                    written.append(Written(prompt.request_id, first, blocks, last))
         return tuple(sends), tuple(written)
+
+    def _kept(self, outgoing: Outgoing) -> tuple[int, ...]:
+        return kept(outgoing.num_tokens, self._block_size, self._groups.windows, outgoing.others)
 
     def _prefix_changes(self, scheduled: Iterable[ScheduledPrompt]) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
         if self.ledger is None:

@@ -18,6 +18,8 @@ class ScheduledPrompt:
     new_block_ids: Sequence[int]
     num_computed_tokens: int  #: before the step
     num_scheduled_tokens: int
+    #: Of each other group of layers; ``new_block_ids`` are those of the first (``groups``).
+    others: tuple[Sequence[int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,10 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """After this step these blocks, from the prompt's block ``first`` on, are final in every layer."""
+    """After this step these blocks, from the prompt's block ``first`` on, are final in every layer.
+
+    With several groups of layers the last ones are followed by those of the other groups.
+    """
 
     request_id: str
     first: int
@@ -61,6 +66,8 @@ class Load:
     block_ids: tuple[int, ...]
     num_tokens: int
     now: bool = False  #: before this step's forward pass, which reads the blocks; else beside the running batch
+    #: Of each other group of layers, likewise; 0 where it wants none.
+    others: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

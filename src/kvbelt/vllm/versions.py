@@ -21,7 +21,7 @@ log = logging.getLogger("kvbelt.vllm")
 OLDEST, NEWEST = "0.26", "0.33"
 
 #: Hooks that vLLM calls only if it has them.
-OPTIONAL_HOOKS = frozenset({"get_required_kvcache_layout"})
+OPTIONAL_HOOKS = frozenset({"get_required_kvcache_layout", "get_transfer_results", "request_finished_all_groups"})
 
 
 class Age(Enum):
@@ -67,6 +67,7 @@ def load_connector() -> Any:
         )
     if age_of(version) is Age.NEWER:
         log.warning("vLLM %s has not been tried with this kvbelt, which knows %s to %s", version, OLDEST, NEWEST)
+    allow_groups(KVBeltConnector)
     return KVBeltConnector
 
 
@@ -118,6 +119,31 @@ def layout_problem(kv_cache_config: Any) -> str:
         f"vLLM's KV cache layout is {layout}, in which a block of one layer is not one run of bytes: "
         "unset VLLM_KV_CACHE_LAYOUT, or set it to LBNHC or LBHNC"
     )
+
+
+def allow_groups(connector: type) -> bool:
+    """Tell vLLM that the connector takes several groups of layers.
+
+    Not before 0.30: it could not take back a request with several groups whose KV did not come. Without our word such a
+    vLLM makes one group of all layers, or refuses the model.
+    """
+    try:
+        from vllm.distributed.kv_transfer.kv_connector.v1 import base  # noqa: PLC0415 -- takes seconds, as above
+
+        results, mark = base.KVConnectorTransferResults, base.SupportsHMA
+    except (ImportError, AttributeError):
+        return False
+    if "failed_recving" not in results.__annotations__:
+        return False
+    mark.register(connector)
+    return True
+
+
+def transfer_results(sent: set[str], loaded: set[str], failed: set[str]) -> Any:
+    """What a worker's loads and sends came to, as vLLM asks for it since 0.30."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults  # noqa: PLC0415 -- likewise
+
+    return KVConnectorTransferResults(finished_sending=sent, finished_recving=loaded, failed_recving=failed)
 
 
 def hit_source(*, receives: bool, keeps: bool) -> Any:

@@ -9,7 +9,7 @@ them no more. That takes microseconds, and is rare.
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from kvbelt.vllm.loading import Loading
 from kvbelt.vllm.step_messages import Send, StepCommands, StepReport, Written
 from kvbelt.wire.handoff import ReceiverAddress
 from kvbelt.wire.ids import EngineId
+from kvbelt.wire.layout import KVLayout
 
 log = logging.getLogger(__name__)
 
@@ -53,27 +54,30 @@ class WorkerSide:
     def __init__(  # noqa: PLR0917 -- its seams
         self,
         belt: Belt,
-        num_layers: int,
+        layout: KVLayout,
         compute: CpuCompute | CudaCompute,
         host: HostWorker | None = None,
         held: HeldPrefixes | None = None,
         rank: int = 0,
         views: Background[BeltView] | None = None,
+        sharing: Sequence[int] | None = None,
     ) -> None:
-        self.loading = Loading(belt)
+        """``sharing``: how many groups of layers have a layer in each row of a block; None: one."""
+        self.loading = Loading(belt, layout)
         self._belt = belt
         self._rank = rank
         self._held = held
         self._views = views
         self._host = host
-        self._num_layers = num_layers
+        self._sharing = sharing or [1] * layout.num_layers
         self._compute = compute
         self._lock = threading.Lock()
         self._outgoing: dict[str, Outgoing] = {}
         self._step = StepCommands()
-        self._layers_written: set[int] = set()  # in this step
+        self._written: dict[int, set[int]] = {}  # in this step, the groups of each row
         # To be reported with the next output.
         self._bad_blocks: set[int] = set()
+        self._failed: set[str] = set()
         self._sent: dict[str, str] = {}
         self._peers: dict[EngineId, str] = {}
 
@@ -81,7 +85,7 @@ class WorkerSide:
 
     def begin_step(self, commands: StepCommands) -> None:
         self._step = commands
-        self._layers_written.clear()
+        self._written.clear()
         if self._held is not None:
             self._held.update(commands.held, commands.gone)
         for request_id in commands.preempted:
@@ -101,11 +105,18 @@ class WorkerSide:
             for restore in commands.restores:
                 self._host.restore(restore)
 
-    def layer_written(self, layer: int) -> None:
-        """Inside the forward pass: this layer's keys and values have been computed, or queued on the device."""
-        if self._step.written and layer not in self._layers_written:
-            self._layers_written.add(layer)
-            self._hand_over(layer, self._compute.mark())
+    def layer_written(self, layer: int, group: int = 0) -> None:
+        """Inside the forward pass: this layer's keys and values have been computed, or queued on the device.
+
+        ``layer`` is its row in a block of its group's. A row goes once all groups have written it.
+        """
+        if not self._step.written:
+            return
+        written = self._written.setdefault(layer, set())
+        if group not in written:
+            written.add(group)
+            if len(written) == self._sharing[layer]:
+                self._hand_over(layer, self._compute.mark())
 
     def end_step(self) -> None:
         """After the forward pass, or once it is queued on the device."""
@@ -121,8 +132,8 @@ class WorkerSide:
                 self._host.keep(keep, mark)
         if step.written:
             # A pass that was replayed as one graph calls no hook in its layers.
-            for layer in range(self._num_layers):
-                if layer not in self._layers_written:
+            for layer, sharing in enumerate(self._sharing):
+                if len(self._written.get(layer, ())) < sharing:
                     self._hand_over(layer, mark)
         for outgoing, sending, prompt in self._sendings():
             if prompt.last:
@@ -146,8 +157,9 @@ class WorkerSide:
         }
         for request_id in sent:
             del self._outgoing[request_id]
-        loaded, bad = self.loading.take_loaded()
+        loaded, bad, failed = self.loading.take_loaded()
         self._bad_blocks |= bad
+        self._failed |= failed
         if self._host is not None:
             restored, bad = self._host.take_loaded()
             loaded |= restored
@@ -158,6 +170,11 @@ class WorkerSide:
         """Blocks of the loads last returned by ``finished`` that were not filled."""
         bad, self._bad_blocks = self._bad_blocks, set()
         return bad
+
+    def take_failed(self) -> set[str]:
+        """Of the loads last returned by ``finished`` those whose requests are to be computed from their beginning."""
+        failed, self._failed = self._failed, set()
+        return failed
 
     def take_report(self) -> StepReport:
         spoiled = self._host.take_spoiled() if self._host is not None else frozenset[int]()

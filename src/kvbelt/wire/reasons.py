@@ -121,6 +121,7 @@ REASONS: tuple[Reason, ...] = (
     Reason("out_of_order", _SEND | _RECEIVE | _CONTROL, "a part, or the commit, of a prompt in parts, before its turn"),
     Reason("wrong_size", _SEND | _RECEIVE, "a size does not follow from the layout or the reservation"),
     Reason("no_belt", _SEND | _RECEIVE | _WARM | _PROBE, "this worker has no belt", lasting=True),
+    Reason("kv_groups", _SEND | _RECEIVE, "the model has kinds of KV cache that cannot be sent", _HERE),
     Reason("probed", _SEND | _RECEIVE, "no prompt's transfer: `kvbelt doctor` has measured the link", _NOTHING),
     # Transfers: the prefill worker's side.
     Reason("receiver_full", _SEND | _ERROR | _PROBE, "the decode worker has had no room", _HERE),
@@ -163,6 +164,9 @@ REASONS: tuple[Reason, ...] = (
     Reason("expired_before_load", _RECEIVE, "the slot expired before the engine read it"),
     Reason("prefix_evicted", _RECEIVE, "blocks that the decode worker had when the KV was sent are evicted since"),
     Reason("slot_gone", _RECEIVE, "the slot expired before the engine read it (vLLM)"),
+    Reason(
+        "window_edge", _RECEIVE, "a sliding window of the decode worker's begins a block before what was sent", _HERE
+    ),
     Reason("wrong_length", _RECEIVE, "the KV has another number of tokens than the prompt"),
     Reason("copy_failed", _RECEIVE, "the KV could not be copied into the engine's blocks"),
     Reason("cached", _RECEIVE, "the decode worker's prefix cache has it all, so the KV is not read", _NOTHING),
