@@ -3,20 +3,16 @@
 import json
 
 import pytest
-from starlette.testclient import TestClient
 
 from kvbelt.engine.api import TokenLogprob, TopLogprob
 from kvbelt.worker.answers import _alternatives
-from kvbelt.worker.app import make_app
 
 EMOJI = list("😊é🚀".encode())
 
 
 @pytest.fixture
-def ask(ready):
+def ask(client):
     """Asks for these bytes as the answer, whole or streamed; returns its choices or the stream's."""
-    ready.engine.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    client = TestClient(make_app(ready))
 
     def asked(wanted, path="/v1/completions", **changes):
         body = {"max_tokens": len(wanted), "temperature": 0, "ignore_eos": True, "allowed_token_ids": wanted, **changes}
@@ -118,15 +114,15 @@ def test_the_prompt_is_echoed_with_its_logprobs(ask, most, stream):
     assert choices[-1]["finish_reason"] == "length"
 
 
-def test_a_token_that_is_left_out_is_not_counted(ready):
+def test_a_token_that_is_left_out_is_not_counted(client):
     """``max_tokens`` 0."""
     body = {"prompt": ["ab", "c"], "max_tokens": 0, "echo": True, "logprobs": 1}
-    answer = TestClient(make_app(ready)).post("/v1/completions", json=body).json()
+    answer = client.post("/v1/completions", json=body).json()
     assert [choice["text"] for choice in answer["choices"]] == ["ab", "c"]
     assert answer["usage"]["completion_tokens"] == 0
 
 
-def test_nothing_is_echoed_without_being_asked_for(ready):
+def test_nothing_is_echoed_without_being_asked_for(client):
     """``max_tokens`` 0 without ``echo`` asks for nothing."""
-    reply = TestClient(make_app(ready)).post("/v1/completions", json={"prompt": "ab", "max_tokens": 0})
+    reply = client.post("/v1/completions", json={"prompt": "ab", "max_tokens": 0})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "max_tokens")
