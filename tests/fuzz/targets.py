@@ -108,7 +108,7 @@ def prefill_answer(data: bytes) -> None:
     """A prefill worker's answer and what is made of it for the client."""
     with contextlib.suppress(ValueError):
         first = PrefillAnswer(data)
-        first.why_not_fast()
+        first.why_not_fast(streams=True)
         for chat in (False, True):
             merger = FirstTokenMerger(first, chat=chat, include_usage=True, token_ids=True)
             assert merger.opening("stop").endswith(b"\n\n")

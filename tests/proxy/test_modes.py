@@ -169,6 +169,19 @@ async def test_a_rederived_answer_is_the_decode_workers_own(fields):
         assert handoff["transfer_id"] == sent["transfer_id"]
 
 
+@pytest.mark.parametrize("asked", [None, True])
+@async_test
+async def test_special_tokens_that_the_prefill_worker_keeps_are_kept_in_the_rest(asked):
+    """Parsers of vLLM ask for them in a chat, and the continuation is a completion."""
+    body = {"messages": CHAT, "max_tokens": 9, "stream": True, "skip_special_tokens": asked}
+    async with Deployment() as deployment:
+        kept = {"transfer_id": "t", "state": "open", "special_tokens": True, "reasoning": "ended"}
+        deployment.prefill[0].script.transfer_state = kept
+        got = await deployment.ask(body, chat=True)
+        assert got.path == "first-token"
+        assert generated(deployment.decode[0])[0]["skip_special_tokens"] is bool(asked)
+
+
 @async_test
 async def test_several_prompts_are_the_decode_workers_alone():
     """The KV of several prompts may not fit the buffer together, so none is sent."""

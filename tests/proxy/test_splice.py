@@ -203,7 +203,7 @@ def test_a_prefill_answer_is_read(separators):
     body = prefill_body() | {"kv_transfer_params": {"transfer_id": "t", "state": "failed", "reason": "deadline"}}
     first = PrefillAnswer(json.dumps(body, separators=separators).encode())
     assert (first.text, first.token_id, json.loads(first.prompt_token_ids)) == (" a", 5, [1, 2])
-    assert (first.prompt_tokens, first.handoff.reason, first.why_not_fast()) == (2, "deadline", None)
+    assert (first.prompt_tokens, first.handoff.reason, first.why_not_fast(streams=True)) == (2, "deadline", None)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,22 @@ def test_a_prefill_answer_is_read(separators):
 )
 def test_a_first_token_that_cannot_be_shown_is_a_reason(choice, reason):
     """The decode worker derives it again."""
-    assert PrefillAnswer(json.dumps(prefill_body(**choice)).encode()).why_not_fast() == reason
+    assert PrefillAnswer(json.dumps(prefill_body(**choice)).encode()).why_not_fast(streams=True) == reason
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "streams", "reason"),
+    [
+        ("none", False, None), ("open", True, "parsed_message"), ("ended", True, None),
+        ("ended", False, "parsed_message"),
+    ],
+)  # fmt: skip
+def test_a_chat_is_continued_unparsed_only_where_nothing_is_parsed(reasoning, streams, reason):
+    """Whatever the first token looks like: a server's parser may find reasoning behind it."""
+    choice = {"message": {"content": "x"}}
+    state = {"transfer_id": "t", "state": "open", "reasoning": reasoning}
+    first = PrefillAnswer(json.dumps(prefill_body(**choice) | {"kv_transfer_params": state}).encode())
+    assert first.why_not_fast(streams=streams) == reason
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b'{"id":1}', json.dumps(prefill_body() | {"choices": []}).encode()])

@@ -36,12 +36,14 @@ from kvbelt.vllm.loading import Loading
 from kvbelt.vllm.pacing import Pacing, StepLimits
 from kvbelt.vllm.prometheus import BeltProm, BeltStats
 from kvbelt.vllm.rank import RankProcess, start_rank, without_belt
+from kvbelt.vllm.reasoning import ReasoningOfPrompts, keeps_special_tokens
 from kvbelt.vllm.refusals import drafts_problem, engines_problem, policy_problem, store_problem
 from kvbelt.vllm.requests import PromptTokens
 from kvbelt.vllm.scheduler_side import SchedulerSide
 from kvbelt.vllm.settings import load_settings
 from kvbelt.vllm.step_messages import ScheduledPrompt, StepCommands, StepReport
 from kvbelt.vllm.versions import hit_source, layout_problem, transfer_results, wanted_layout
+from kvbelt.wire.handoff import HandoffState
 from kvbelt.wire.ids import EngineId
 
 log = logging.getLogger("kvbelt.vllm")
@@ -103,6 +105,7 @@ class KVBeltConnector(KVConnectorBase_V1):
             facts = ServerFacts(self._settings.role, self._model_name, model.max_model_len)
             config = vllm_config.scheduler_config
             self._chunks = ChunkLimit(config)
+            self._reasoning = ReasoningOfPrompts(vllm_config)
             self._uncut: set[str] = set()  # requests during which no prompt is cut
             # All groups share the blocks.
             kv_tokens = kv_cache_config.num_blocks * block_size // len(kv_cache_config.kv_cache_groups)
@@ -286,6 +289,12 @@ class KVBeltConnector(KVConnectorBase_V1):
         if computed is not None:
             computed = PromptTokens(request.all_token_ids[: request.num_computed_tokens], computed.salt)
         read, answer = self._side.on_finished(request.request_id, computed, block_ids)
+        if isinstance(answer, HandoffState):
+            answer = msgspec.structs.replace(
+                answer,
+                reasoning=self._reasoning.of(request.prompt_token_ids),
+                special_tokens=keeps_special_tokens(request.sampling_params),
+            )
         self._uncut.discard(request.request_id)
         self._tell_local()
         return read, msgspec.to_builtins(answer)

@@ -96,6 +96,9 @@ class HandoffState(msgspec.Struct, frozen=True):
     state: Literal["open", "failed"]
     reason: str | None = None
     loaded_tokens: int = 0  #: tokens whose KV came from the prefill worker's host memory instead of being computed
+    #: Of a chat's answer, on a server with a reasoning parser: it may have reasoning, or that has ended in the prompt.
+    reasoning: Literal["none", "open", "ended"] = "none"
+    special_tokens: bool = False  #: the server keeps them in this answer's text
 
 
 class DecodeOutcome(msgspec.Struct, frozen=True, omit_defaults=True):

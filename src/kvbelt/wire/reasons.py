@@ -84,7 +84,9 @@ REASONS: tuple[Reason, ...] = (
     Reason("unknown_context", _CHOICE, "the decode worker does not say how long its context is"),
     Reason("context_exceeded", _CHOICE, "prompt and answer do not fit the context; the decode worker decides"),
     Reason("no_token_ids", _CHOICE, "the prefill worker's answer has no token ids"),
-    Reason("parsed_message", _CHOICE, "the first token was parsed into reasoning or a tool call"),
+    Reason(
+        "parsed_message", _CHOICE, "the first token was parsed, or the rest of the answer may be: reasoning, tool calls"
+    ),
     Reason("incomplete_text", _CHOICE, "the first token ends inside a character"),
     # Legs.
     Reason("prefill_unreachable", _PREFILL, "no connection to the prefill worker"),

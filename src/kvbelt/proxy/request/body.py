@@ -203,7 +203,13 @@ class ClientBody:
         return splice.object_of(kept)
 
     def for_continuation(
-        self, prompt_token_ids: bytes, first_token_id: int, max_tokens: int, handoff: DecodeHandoff | None
+        self,
+        prompt_token_ids: bytes,
+        first_token_id: int,
+        max_tokens: int,
+        handoff: DecodeHandoff | None,
+        *,
+        special_tokens: bool = False,
     ) -> bytes:
         """A completion of the prompt and its first token.
 
@@ -212,8 +218,11 @@ class ClientBody:
             first_token_id: the id that the client already has.
             max_tokens: the tokens that may follow.
             handoff: the KV's name; None if it is lost, so that the worker computes it.
+            special_tokens: the text has them, unless the client says something else.
         """
         kept = {name: value for name, value in self._members.items() if name in CARRIED}
+        if special_tokens and "skip_special_tokens" not in self.names:
+            kept["skip_special_tokens"] = b"false"
         kept["max_tokens"] = b"%d" % max_tokens
         for name in ("stream", "stream_options"):
             if name in self.names:

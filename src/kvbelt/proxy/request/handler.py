@@ -191,8 +191,9 @@ class RequestHandler:
         if first.routed:
             return Result(Outcome.KV_HOPELESS, "routed_experts")
         unfit = self._unfit
-        if unfit is None:
-            unfit = None if first.finish_reason == "stop" else first.why_not_fast() or self._why_not_continue(first)
+        if unfit is None and first.finish_reason != "stop":
+            streams = bool(self._client.view.stream)
+            unfit = first.why_not_fast(streams=streams) or self._why_not_continue(first)
         if unfit is None:
             self._first = first
             if first.finish_reason == "stop" or self._limit == 1:
@@ -227,8 +228,11 @@ class RequestHandler:
         assert ids is not None
         assert token_id is not None
 
+        state = self._first.handoff
+        special = self._chat and state is not None and state.special_tokens
+
         def continuation(handoff: DecodeHandoff | None) -> bytes:
-            return client.for_continuation(ids, token_id, more, handoff)
+            return client.for_continuation(ids, token_id, more, handoff, special_tokens=special)
 
         streams = self._exchange.started
         return await self._calls.decode(_COMPLETIONS, continuation, kv=step.kv, may_repeat=may_repeat, streams=streams)

@@ -107,12 +107,18 @@ class PrefillAnswer:
         choice: Members = dict(splice.members_of(_choices.decode(answer["choices"])[0]))
         return answer, choice, dict(splice.members_of(choice["message"])) if "message" in choice else {}
 
-    def why_not_fast(self) -> str | None:
-        """Why the client cannot have this token as it is; None: it can."""
+    def why_not_fast(self, *, streams: bool) -> str | None:
+        """Why the client cannot have this token as it is; None: it can.
+
+        ``streams``: the client's answer does. vLLM's parsers may take a whole answer otherwise than a streamed one.
+        """
         if self.token_id is None or self.prompt_token_ids is None:
             return "no_token_ids"
         message = self._message
         if message is not None and (message.reasoning or message.reasoning_content or message.tool_calls):
+            return "parsed_message"
+        reasoning = "none" if self.handoff is None or message is None else self.handoff.reasoning
+        if reasoning == "open" or (reasoning == "ended" and not streams):
             return "parsed_message"
         if not self.text or self.text.endswith(_REPLACEMENT):
             return "incomplete_text"
