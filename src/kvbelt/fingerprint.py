@@ -45,6 +45,16 @@ def fingerprint(model_dir: Path) -> str:
     return digest.hexdigest()[:32]
 
 
+def adapter_fingerprint(folder: Path) -> str:
+    """Of a LoRA adapter's folder, as above."""
+    digest = hashlib.sha256((folder / "adapter_config.json").read_bytes())
+    for path in sorted(folder.glob("adapter_model*.safetensors")):
+        _add_safetensors(digest, path)
+    for path in sorted(folder.glob("adapter_model*.bin")):
+        _add_opaque(digest, path)
+    return digest.hexdigest()[:32]
+
+
 def _add_safetensors(digest: "hashlib._Hash", path: Path) -> None:
     with path.open("rb") as file:
         prefix = file.read(8)

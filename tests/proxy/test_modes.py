@@ -183,6 +183,24 @@ async def test_special_tokens_that_the_prefill_worker_keeps_are_kept_in_the_rest
 
 
 @async_test
+async def test_an_adapter_s_first_token_is_shown_once_both_workers_have_proved_to_have_it():
+    """Under one name they may have different ones. Until it is known, the decode worker gives the first token."""
+    body = {"prompt": "x", "max_tokens": 9}
+    async with Deployment() as deployment:
+        told = {"transfer_id": "t", "state": "open", "adapter": "abc"}
+        deployment.prefill[0].script.transfer_state = told
+        assert (await deployment.ask(body)).path == "re-derive; reason=new_adapter"
+        assert (await deployment.ask(body)).path == "first-token"
+        # Under another name the decode worker may have another adapter.
+        assert (await deployment.ask(body | {"model": "x"})).path == "re-derive; reason=new_adapter"
+        assert {leg["kv_transfer_params"]["adapter"] for leg in generated(deployment.decode[0])} == {"abc"}
+        deployment.decode[0].script.kv = "recomputed; reason=adapter_differs"
+        await deployment.ask(body)
+        assert (await deployment.ask(body)).path == "local; reason=adapter_differs"
+        assert {model for _, model, _ in deployment.proxy.context.same_adapters} == {"x"}
+
+
+@async_test
 async def test_several_prompts_are_the_decode_workers_alone():
     """The KV of several prompts may not fit the buffer together, so none is sent."""
     body = {"prompt": ["a", "b"], "max_tokens": 9}

@@ -142,6 +142,7 @@ class Fleet:
             "VLLM_CPU_OMP_THREADS_BIND": "0|1" if "--tensor-parallel-size" in arguments else str(core),
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_SERVER_DEV_MODE": "1",  # for /reset_prefix_cache
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         }
         if traces is not None:
             command += ["--otlp-traces-endpoint", traces.endpoint]

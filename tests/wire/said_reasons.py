@@ -57,7 +57,16 @@ POSITIONS_IN = {"proxy/workers/notifications.py": {"add": 1}, "security/authenti
 
 #: Functions that return a reason.
 RETURNS = frozenset(
-    {"_why_not_fast", "_why_not_continue", "why_not_fast", "_fill", "run", "why_whole", "why_not_split"}
+    {
+        "_why_not_fast",
+        "_why_not_continue",
+        "_why_not_same",
+        "why_not_fast",
+        "_fill",
+        "run",
+        "why_whole",
+        "why_not_split",
+    }
 )
 
 _WORD = re.compile(r"[a-z][a-z0-9_]*")

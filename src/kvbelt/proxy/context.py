@@ -30,6 +30,8 @@ log = logging.getLogger("kvbelt.proxy")
 #: the prefill worker's notification, it did not learn of it.
 HEARSAY_SECONDS = 1.0
 
+_MOST_ADAPTERS = 4096  #: of which it is remembered that two workers have the same one
+
 
 class KVLostError(HttpError):
     """The KV that a decode worker waits for will not arrive. ``reason`` is of ``wire/reasons.py``."""
@@ -72,6 +74,8 @@ class Context:
         )
         self.token_counts = TokenCounts()
         self.output_lengths = OutputLengths()
+        #: Engine id, model and LoRA adapter: under this name this decode worker has the adapter.
+        self.same_adapters: set[tuple[str, str, str]] = set()
         self._waiting: dict[str, Waiting] = {}  # by transfer id
         self.incarnation = secrets.token_hex(6)  #: changes with each start of the proxy
         self._count = itertools.count(1)
@@ -79,6 +83,15 @@ class Context:
     def new_id(self) -> str:
         """A name that no other request or transfer has, of this or another proxy."""
         return f"{self.incarnation}-{next(self._count):x}"
+
+    def compared(self, decode: tuple[str, str, str], *, equal: bool) -> None:
+        """A decode worker was sent KV that was computed with this adapter; ``equal``: it has used it."""
+        if not equal:
+            self.same_adapters.discard(decode)
+        elif len(self.same_adapters) < _MOST_ADAPTERS:
+            self.same_adapters.add(decode)
+        else:
+            self.same_adapters = {decode}
 
     # Decode calls that wait for KV
 

@@ -28,6 +28,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvbelt.belt_setup import BeltOptions
 from kvbelt.errors import StartError
+from kvbelt.vllm.adapters import UNKNOWN, adapter_of, salt_of
 from kvbelt.vllm.chunk_limit import ChunkLimit
 from kvbelt.vllm.figures import figures_of, host_families
 from kvbelt.vllm.groups import Groups, groups_of
@@ -239,7 +240,10 @@ class KVBeltConnector(KVConnectorBase_V1):
     def on_new_request(self, request: Any) -> None:
         params, num_tokens = request.kv_transfer_params, request.num_prompt_tokens
         generates = request.max_tokens > 1
-        self._side.on_new_request(request.request_id, params, num_tokens, _tokens_of(request), generates=generates)
+        adapter = adapter_of(request.lora_request)
+        self._side.on_new_request(
+            request.request_id, params, num_tokens, _tokens_of(request), generates=generates, adapter=adapter
+        )
         # vLLM 0.32 on a CPU ends when a prompt of several steps has a seed.
         if _has_seed(request) and self._vllm_config.device_config.device_type == "cpu":
             self._uncut.add(request.request_id)
@@ -292,6 +296,7 @@ class KVBeltConnector(KVConnectorBase_V1):
         if isinstance(answer, HandoffState):
             answer = msgspec.structs.replace(
                 answer,
+                adapter=adapter_of(request.lora_request),
                 reasoning=self._reasoning.of(request.prompt_token_ids),
                 special_tokens=keeps_special_tokens(request.sampling_params),
             )
@@ -357,12 +362,15 @@ def _has_seed(request: Any) -> bool:
 
 
 def _tokens_of(request: Any) -> PromptTokens | None:
-    """The prompt, if its KV depends on tokens alone and may be taken from a cache."""
-    if request.lora_request is not None or request.mm_features or request.prompt_embeds is not None:
+    """The prompt, if its KV depends on tokens and a known adapter alone, and may be taken from a cache."""
+    if request.mm_features or request.prompt_embeds is not None:
+        return None
+    adapter = adapter_of(request.lora_request)
+    if adapter == UNKNOWN:
         return None
     if request.prompt_token_ids is None or request.skip_reading_prefix_cache:
         return None
-    return PromptTokens(request.prompt_token_ids, request.cache_salt or "")
+    return PromptTokens(request.prompt_token_ids, salt_of(request.cache_salt or "", adapter))
 
 
 def _log_like_vllm() -> None:

@@ -135,6 +135,7 @@ class Incoming:
     outcome: str | None = None  #: None: not known yet; empty: received; else the reason why not
     was_waited_for: bool = False  #: the belt was given time to say whether the KV has arrived
     now: bool = False  #: what vLLM was promised last has arrived
+    useless: str = ""  #: why the KV is not read even if it comes
 
     def on(self, event: LoadEvent) -> Effect:
         self.state, effect = LOADING[self.state, event]

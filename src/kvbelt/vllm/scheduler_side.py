@@ -131,10 +131,20 @@ class SchedulerSide:
         prompt: PromptTokens | None = None,
         *,
         generates: bool = True,
+        adapter: str = "",
     ) -> None:
-        """A request has come; ``prompt``: None if its KV is not shared; ``generates``: it goes on after one token."""
+        """A request has come.
+
+        Args:
+            request_id: of the request.
+            params: its ``kv_transfer_params``.
+            num_tokens: of its prompt.
+            prompt: None if its KV is not shared.
+            generates: it goes on after one token.
+            adapter: of ``adapters.adapter_of``.
+        """
         if params:
-            self._on_params(request_id, params, num_tokens, generates=generates)
+            self._on_params(request_id, params, num_tokens, adapter, generates=generates)
         request = self._requests.get(request_id)
         self.pacing.on_new_request(request_id, num_tokens, loads=isinstance(request, Incoming), generates=generates)
         uses_hashes = self.ledger if isinstance(request, Incoming) else self.host
@@ -146,7 +156,9 @@ class SchedulerSide:
         if self.host is not None and not isinstance(request, Incoming):
             self.host.on_new_request(request_id, num_tokens, hashes)
 
-    def _on_params(self, request_id: str, params: Mapping[str, Any], num_tokens: int, *, generates: bool) -> None:
+    def _on_params(
+        self, request_id: str, params: Mapping[str, Any], num_tokens: int, adapter: str, *, generates: bool
+    ) -> None:
         message, groups = parse(params, request_id), self._groups
         match message:
             case PrefillHandoff():
@@ -165,6 +177,8 @@ class SchedulerSide:
                 if self.ledger is None and self._content_of is not None:
                     self.ledger = PrefixLedger(self._content_of)
                 incoming = Incoming(message, num_tokens, self._clock() + message.deadline_seconds)
+                if message.adapter != adapter:
+                    incoming.useless = "adapter_differs"
                 self._requests[request_id] = incoming
                 if self._loaders.setdefault(message.transfer_id, incoming) is incoming:
                     self._claims[request_id] = incoming
@@ -227,7 +241,7 @@ class SchedulerSide:
         return Loadable(tokens, incoming.now)
 
     def _awaited(self, incoming: Incoming) -> bool:
-        return incoming.state is LoadState.AWAITED and incoming.deadline > self._clock()
+        return incoming.state is LoadState.AWAITED and not incoming.useless and incoming.deadline > self._clock()
 
     def on_allocated(
         self,
@@ -246,7 +260,8 @@ class SchedulerSide:
             return
         match incoming.on(LoadEvent.LOAD if num_loaded_tokens else LoadEvent.NO_LOAD):
             case Effect.DROP:
-                self._conclude(incoming, "cached" if incoming.deadline > self._clock() else "deadline")
+                in_time = "cached" if incoming.deadline > self._clock() else "deadline"
+                self._conclude(incoming, incoming.useless or in_time)
                 self._drop(request_id)
             case Effect.LOAD:
                 num_tokens = incoming.num_tokens - 1

@@ -69,11 +69,12 @@ class PrefillHandoff(msgspec.Struct, frozen=True, omit_defaults=True):
     answer_tokens: int | None = None
 
 
-class DecodeHandoff(msgspec.Struct, frozen=True):
+class DecodeHandoff(msgspec.Struct, frozen=True, omit_defaults=True):
     """To a decode worker: wait for the KV of this prompt under this name."""
 
     transfer_id: TransferId
     deadline_seconds: float
+    adapter: str = ""  #: with which the prefill worker has computed it (``HandoffState``)
 
 
 Handoff = PrefillHandoff | DecodeHandoff
@@ -98,6 +99,7 @@ class HandoffState(msgspec.Struct, frozen=True):
     loaded_tokens: int = 0  #: tokens whose KV came from the prefill worker's host memory instead of being computed
     #: Of a chat's answer, on a server with a reasoning parser: it may have reasoning, or that has ended in the prompt.
     reasoning: Literal["none", "open", "ended"] = "none"
+    adapter: str = ""  #: which LoRA adapter the prompt was computed with: equal for equal weights; empty: none
     special_tokens: bool = False  #: the server keeps them in this answer's text
 
 

@@ -87,6 +87,7 @@ REASONS: tuple[Reason, ...] = (
     Reason(
         "parsed_message", _CHOICE, "the first token was parsed, or the rest of the answer may be: reasoning, tool calls"
     ),
+    Reason("new_adapter", _CHOICE, "whether both workers have the same LoRA adapter under this name is to be seen"),
     Reason("incomplete_text", _CHOICE, "the first token ends inside a character"),
     # Legs.
     Reason("prefill_unreachable", _PREFILL, "no connection to the prefill worker"),
@@ -170,6 +171,7 @@ REASONS: tuple[Reason, ...] = (
         "window_edge", _RECEIVE, "a sliding window of the decode worker's begins a block before what was sent", _HERE
     ),
     Reason("wrong_length", _RECEIVE, "the KV has another number of tokens than the prompt"),
+    Reason("adapter_differs", _RECEIVE, "the prefill worker has another LoRA adapter under this name"),
     Reason("copy_failed", _RECEIVE, "the KV could not be copied into the engine's blocks"),
     Reason("cached", _RECEIVE, "the decode worker's prefix cache has it all, so the KV is not read", _NOTHING),
     Reason("dropped", _RECEIVE, "the request ended before its KV was read", _NOTHING),

@@ -193,7 +193,7 @@ class RequestHandler:
         unfit = self._unfit
         if unfit is None and first.finish_reason != "stop":
             streams = bool(self._client.view.stream)
-            unfit = first.why_not_fast(streams=streams) or self._why_not_continue(first)
+            unfit = first.why_not_fast(streams=streams) or self._why_not_continue(first) or self._why_not_same(first)
         if unfit is None:
             self._first = first
             if first.finish_reason == "stop" or self._limit == 1:
@@ -213,6 +213,11 @@ class RequestHandler:
             return "context_exceeded"  # the decode worker refuses or shortens it, as one server does
         self._limit = limit
         return None
+
+    def _why_not_same(self, first: PrefillAnswer) -> str | None:
+        """Whether the first token may be of another adapter than the rest."""
+        adapter = first.handoff.adapter if first.handoff is not None else ""
+        return "new_adapter" if adapter and self._calls.adapter_on_decode not in self._context.same_adapters else None
 
     async def _call_decode(self, step: Step) -> Ended:
         client, may_repeat = self._client, self._plan.may_repeat

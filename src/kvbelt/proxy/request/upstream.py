@@ -71,6 +71,13 @@ class UpstreamCalls:
         self._attempt: Attempt  # the latest call
         self._sending: Attempt  # the latest call that sends KV
         self._reads_kv = False  # the latest decode call
+        self._adapter = ""  # of the latest prefill worker's answer
+        self._model = ""  # that the client asks for
+
+    @property
+    def adapter_on_decode(self) -> tuple[str, str, str]:
+        """The latest prefill answer's LoRA adapter, as one that the decode worker may have under the same name."""
+        return self._selection.decode.worker.engine_id or "", self._model, self._adapter
 
     def remaining(self) -> float:
         """Seconds to the request's deadline; always positive."""
@@ -132,6 +139,8 @@ class UpstreamCalls:
         except ValueError as error:
             return self._failed(Outcome.PREFILL_FAILED, "prefill_bad_answer", f"{worker.name}: {error}")
         self._attempt.end()
+        self._model = client.view.model or ""
+        self._adapter = answer.handoff.adapter if answer.handoff is not None else ""
         return answer
 
     async def _call_prefill(self, body: bytes, transfer_id: TransferId, *, may_repeat: bool) -> Response | Result:
@@ -252,6 +261,8 @@ class UpstreamCalls:
     def _why_recomputed(self) -> str | None:
         """Why the decode worker has computed the prompt, as far as it has said; None: it has not."""
         kv = self._record.kv
+        if self._adapter and kv is not None:
+            self._context.compared(self.adapter_on_decode, equal=kv == "received")
         if kv is None or not kv.startswith("recomputed"):
             return None
         return as_word(kv.partition("reason=")[2].strip(), "kv_lost")
@@ -261,7 +272,7 @@ class UpstreamCalls:
         handoff = None
         if kv:
             seconds = min(self._settings.kv_wait_seconds, self._kv_seconds(1.0))
-            handoff = DecodeHandoff(TransferId(self._sending.transfer_id), seconds)
+            handoff = DecodeHandoff(TransferId(self._sending.transfer_id), seconds, self._adapter)
         response = await worker.post(target, self._headers_of(self._attempt), make_body(handoff))
         self._open.append(response)
         if not kv:
