@@ -4,18 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from kvbelt.pacing.costs import StepCosts
+from kvbelt.pacing.costs import DEFAULT_COSTS, StepCosts
 from kvbelt.routing.booking import Action, Booking, Demand, WorkerBook
 from kvbelt.routing.levels import ServiceLevels
-from kvbelt.routing.placement import Placement, Rules
+from kvbelt.routing.placement import Mode, Placement, Rules
 from kvbelt.wire.health import Role
 
 COSTS = StepCosts(5e-3, 2e-3, 25e-6, 0.0, 0.05e-3, 30e-9, samples=1000)
 LEVELS = ServiceLevels()
 
 
-def fleet(prefill: int = 1, decode: int = 1) -> tuple[Placement, list[WorkerBook]]:
-    placement = Placement()
+def fleet(prefill: int = 1, decode: int = 1, mode: Mode = Mode.ELASTIC) -> tuple[Placement, list[WorkerBook]]:
+    placement = Placement(mode)
     books = [WorkerBook(f"p{i}", Role.PREFILL) for i in range(prefill)]
     books += [WorkerBook(f"d{i}", Role.DECODE) for i in range(decode)]
     for book in books:
@@ -226,3 +226,21 @@ def test_an_answer_goes_to_the_worker_with_fewer_decodes_where_each_of_them_leng
     for _ in range(3):
         placement.first_token(place(placement, replace(request, exclude=frozenset({"p0"})), 1.0), 1.0)
     assert place(placement, replace(request), 1.0).decode is prefill
+
+
+@pytest.mark.parametrize("costs", [DEFAULT_COSTS, replace(COSTS, base=2 * COSTS.base)])
+@pytest.mark.parametrize("mode", [Mode.SPLIT, Mode.ELASTIC])
+def test_a_decode_worker_that_seems_slow_is_tried_again(mode: Mode, costs: StepCosts) -> None:
+    """It may have had a bad start, or not have told its costs yet; the others are known to be faster."""
+    placement, books = fleet(1, 2, mode)
+    for book in books[:2]:
+        book.costs = replace(COSTS, base=COSTS.base / 10)
+    books[2].costs = costs
+    used = 0
+    for number in range(240):  # for a minute
+        now = number / 4
+        booking = place(placement, demand(now, 1000), now)
+        used += booking.decode is books[2]
+        placement.first_token(booking, now + 0.02)
+        placement.end(booking, now + 0.1)
+    assert 4 <= used <= 12

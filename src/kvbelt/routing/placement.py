@@ -223,27 +223,39 @@ class Placement:
         return plan
 
     def _probe(self, demand: Demand, now: float) -> Plan | None:
-        """An idle worker without a recent request, to learn its speed again.
-
-        Otherwise a worker that was slow for a while would be avoided for ever.
-        """
-        if self._probe_credit < 1.0 or demand.exclude or 2 * max(demand.held.values(), default=0) > demand.tokens:
+        """A worker whose speed is to be learnt again answers the request."""
+        if 2 * max(demand.held.values(), default=0) > demand.tokens:
             return None
-        for ranking in (self._prefills, self._decodes):
-            book = ranking.head
-            if book is not None and now - book.used_at > self.rules.old and not book.requests and book.settled:
-                self._probe_credit = 0.0
-                tokens = self._to_compute(demand, book)
-                own, _ = book.prefill_seconds(tokens, demand.levels.itl)
-                return Plan(Action.WHOLE, "probe", book, book, tokens, 0.0, own)
-        return None
+        book = self._to_probe(self._prefills, demand, now) or self._to_probe(self._decodes, demand, now)
+        if book is None:
+            return None
+        tokens = self._to_compute(demand, book)
+        own, _ = book.prefill_seconds(tokens, demand.levels.itl)
+        return Plan(Action.WHOLE, "probe", book, book, tokens, 0.0, own)
+
+    def _to_probe(self, ranking: Ranking, demand: Demand, now: float) -> WorkerBook | None:
+        """An idle worker without a recent request, if the request may go to it to learn its speed again.
+
+        Otherwise a worker that was slow for a while, or has not told its costs, would be avoided for ever.
+        """
+        book = ranking.head
+        if self._probe_credit < 1.0 or demand.exclude or book is None:
+            return None
+        if now - book.used_at <= self.rules.old or book.requests or not book.settled:
+            return None
+        self._probe_credit = 0.0
+        return book
 
     def _split(self, demand: Demand, now: float) -> Plan | None:
         """The pair that is free first, or the worker if the request cannot be split."""
+        prefills = self._first(Role.PREFILL, demand) if demand.splittable else []
+        decoders = self._decoders_for(demand) if prefills else []
+        if decoders and (probed := self._to_probe(self._decodes, demand, now)) is not None:
+            decoders.insert(0, probed)
         pairs = (
             (Action.SPLIT, prefill, decode)
-            for prefill in (self._first(Role.PREFILL, demand) if demand.splittable else ())
-            for decode in self._decoders_for(demand)
+            for prefill in prefills
+            for decode in decoders
             if self._can_send(prefill, decode)
         )
         alone = (
