@@ -39,7 +39,7 @@ def test_unknown_role() -> None:
 
 
 def test_unknown_option_names_the_one_it_resembles() -> None:
-    assert "--decode-host" in refusal("proxy", "--decoder-hos", "x")
+    assert "--decode-host" in refusal("proxy", "--decode-hots", "x")
 
 
 def test_unknown_model_folder(tmp_path: Path) -> None:
