@@ -173,7 +173,7 @@ def test_logprobs_are_of_the_raw_distribution(tiny_llama: Path) -> None:
 
 @pytest.mark.parametrize("batch", [4, 64])
 def test_a_prompts_logprobs_are_those_of_the_model(tiny_llama: Path, batch: int) -> None:
-    """However the prompt is cut into chunks, whoever is beside it, and whatever is cached."""
+    """Chunks, other requests in the step, and cached blocks change nothing."""
     params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, logprobs=2, prompt_logprobs=2)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     with torch.inference_mode():

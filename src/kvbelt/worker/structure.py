@@ -44,7 +44,9 @@ def of_schema(schema: Any, param: str) -> str:
     try:
         grammar: str = LLMatcher.grammar_from_json_schema(text, overrides=JSON_STYLE)
     except ValueError as error:
-        raise RequestError(f"{param} has a schema that is none: {error!s:.400}", param=param) from None
+        raise RequestError(
+            f"the schema in {param} is not valid: {error!s:.400}; correct it and send the request again", param=param
+        ) from None
     return grammar
 
 
