@@ -2,8 +2,7 @@
 
 Pure: values in, values out, no vLLM, no threads, time injected. The tables in ``requests`` drive it.
 
-A request with a ``PrefillHandoff`` **sends**. With every step that computes a part of its prompt, the worker is told
-which blocks that step completes. Blocks cached from earlier prompts go along with the first.
+A request with a ``PrefillHandoff`` **sends** (``sends``).
 
 A request with a ``DecodeHandoff`` **loads**. Everything but its last token is promised to vLLM as loadable. On the fast
 path that is exactly the prefill worker's prompt; on the re-derive path the last token is computed here, so that the
@@ -25,7 +24,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from kvbelt.belt_facts import BeltView
-from kvbelt.vllm.groups import NULL_BLOCK, ONE_GROUP, Groups, kept
+from kvbelt.vllm.groups import ONE_GROUP, Groups
 from kvbelt.vllm.handoff import BadHandoff, parse
 from kvbelt.vllm.held_prefixes import PrefixLedger
 from kvbelt.vllm.host_scheduler import HostCommands, HostScheduler
@@ -40,10 +39,10 @@ from kvbelt.vllm.requests import (
     Outgoing,
     PromptTokens,
     SendEvent,
-    SendState,
     with_remaining_time,
 )
-from kvbelt.vllm.step_messages import Arrived, Claim, Load, ScheduledPrompt, Send, StepCommands, StepReport, Written
+from kvbelt.vllm.sends import Sends
+from kvbelt.vllm.step_messages import Arrived, Claim, Load, ScheduledPrompt, StepCommands, StepReport
 from kvbelt.wire.block_hash import block_hashes
 from kvbelt.wire.handoff import (
     DecodeHandoff,
@@ -93,6 +92,7 @@ class SchedulerSide:
         self.pacing = pacing
         self._clock = clock
         self._requests: dict[str, Outgoing | Incoming | Describe | Warm | BadHandoff] = {}
+        self._sends = Sends(self._requests, block_size, groups, clock)
         self._loaders: dict[TransferId, Incoming] = {}  # the request of several that loads a transfer
         self._claims: dict[str, Incoming] = {}  # of requests that the worker does not know yet
         self._drops: list[str] = []
@@ -159,16 +159,12 @@ class SchedulerSide:
     def _on_params(
         self, request_id: str, params: Mapping[str, Any], num_tokens: int, adapter: str, *, generates: bool
     ) -> None:
-        message, groups = parse(params, request_id), self._groups
+        message = parse(params, request_id)
         match message:
             case PrefillHandoff():
-                outgoing = Outgoing(message, num_tokens, self._clock() + message.deadline_seconds)
-                # vLLM gives blocks of a window back as the answer goes on, read or not.
-                if groups.problem or (generates and any(groups.windows)):
-                    outgoing.state, outgoing.failure = SendState.ABANDONED, "kv_groups"
-                self._requests[request_id] = outgoing
+                self._requests[request_id] = self._sends.begin(message, num_tokens, generates=generates)
                 return
-            case DecodeHandoff() if groups.problem:
+            case DecodeHandoff() if self._groups.problem:
                 incoming = Incoming(message, num_tokens, self._clock() + message.deadline_seconds)
                 incoming.state, incoming.outcome = LoadState.OVER, "kv_groups"
                 self._requests[request_id] = incoming
@@ -198,10 +194,6 @@ class SchedulerSide:
     def _incoming(self, request_id: str) -> Incoming | None:
         request = self._requests.get(request_id)
         return request if isinstance(request, Incoming) else None
-
-    def _outgoing(self, request_id: str) -> Outgoing | None:
-        request = self._requests.get(request_id)
-        return request if isinstance(request, Outgoing) else None
 
     def arrival_wait(self, request_id: str, num_computed_tokens: int) -> float | None:
         """Seconds worth waiting for the belt to say whether the KV has arrived; None: it makes no difference."""
@@ -299,8 +291,8 @@ class SchedulerSide:
     def take_step(self, scheduled: Iterable[ScheduledPrompt], preempted: Iterable[str]) -> StepCommands:
         """What the worker must know for the step that has just been scheduled."""
         scheduled, preempted = tuple(scheduled), tuple(preempted)
-        stopped = self._stop(preempted)
-        sends, written = self._send(scheduled)
+        stopped = self._sends.stop(preempted)
+        sends, written = self._sends.take_step(scheduled)
         held, gone = self._prefix_changes(scheduled)
         host = self.host.take_step(scheduled, preempted) if self.host is not None else HostCommands()
         told = self.take_claims()
@@ -330,48 +322,6 @@ class SchedulerSide:
             keeps=host.keeps,
         )
 
-    def _stop(self, preempted: Iterable[str]) -> list[str]:
-        stopped: list[str] = []
-        for request_id in preempted:
-            outgoing = self._outgoing(request_id)
-            if outgoing is not None and outgoing.on(SendEvent.PREEMPTED) is Effect.STOP:
-                # The decode worker is told by the belt, and computes the prompt itself.
-                outgoing.failure = "preempted"
-                stopped.append(request_id)
-        return stopped
-
-    def _send(self, scheduled: Iterable[ScheduledPrompt]) -> tuple[tuple[Send, ...], tuple[Written, ...]]:
-        sends: list[Send] = []
-        written: list[Written] = []
-        for prompt in scheduled:
-            outgoing = self._outgoing(prompt.request_id)
-            if outgoing is None:
-                continue
-            if outgoing.on(SendEvent.SCHEDULED) is Effect.SEND:
-                handoff = with_remaining_time(outgoing.handoff, outgoing.deadline, self._clock())
-                sends.append(Send(prompt.request_id, handoff, outgoing.num_tokens, outgoing.hashes))
-            if outgoing.state is SendState.SENDING:
-                outgoing.block_ids += prompt.new_block_ids
-                outgoing.others = outgoing.others or tuple([] for _ in prompt.others)
-                for known, new in zip(outgoing.others, prompt.others, strict=False):
-                    known.extend(new)
-                num_tokens = min(prompt.num_computed_tokens + prompt.num_scheduled_tokens, outgoing.num_tokens)
-                last = num_tokens == outgoing.num_tokens
-                end = -(-num_tokens // self._block_size) if last else num_tokens // self._block_size
-                first, outgoing.announced = outgoing.announced, end
-                # Else nothing is complete yet, or this is a later step of a request whose prompt is complete.
-                if first != end:
-                    blocks = (*outgoing.block_ids[first:end], *(self._kept(outgoing) if last else ()))
-                    if self._groups.several and NULL_BLOCK in blocks:
-                        # Never complete, the transfer fails when the request ends.
-                        log.error("request %s: vLLM has given up blocks that are still seen", prompt.request_id)
-                        continue
-                    written.append(Written(prompt.request_id, first, blocks, last))
-        return tuple(sends), tuple(written)
-
-    def _kept(self, outgoing: Outgoing) -> tuple[int, ...]:
-        return kept(outgoing.num_tokens, self._block_size, self._groups.windows, outgoing.others)
-
     def _prefix_changes(self, scheduled: Iterable[ScheduledPrompt]) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
         if self.ledger is None:
             return (), ()
@@ -386,10 +336,7 @@ class SchedulerSide:
 
     def on_report(self, report: StepReport, ended_loads: Iterable[str]) -> None:
         """A step's output has come back."""
-        for request_id, reason in report.sent.items():
-            outgoing = self._outgoing(request_id)
-            if outgoing is not None and reason:
-                outgoing.failure = reason
+        self._sends.on_report(report.sent)
         for request_id, reason in report.received.items():
             if (incoming := self._incoming(request_id)) is not None:
                 # Ranks report one by one; what one of them lacks, the request lacks.
