@@ -15,9 +15,9 @@ settings.register_profile("fixed", derandomize=True, deadline=None, suppress_hea
 settings.register_profile("random", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.load_profile("random" if os.environ.get("KVBELT_RANDOM_EXAMPLES") else "fixed")
 
-# UCX, which NIXL loads, brings libnl. Its destructor crashes (see _exit_now in kvbelt/cli.py), which would turn
-# pytest's status into 139. So glibc ends the process before any library's destructor runs. By then Python has ended,
-# and its reports are written.
+# UCX, which NIXL loads, brings libnl. Its destructor crashes (see _exit_now in kvbelt/ops/worker_command.py), which
+# would turn pytest's status into 139. So glibc ends the process before any library's destructor runs. By then Python
+# has ended, and its reports are written.
 _libc = ctypes.CDLL(None)
 _libc.on_exit(_libc["_exit"], None)
 

@@ -12,6 +12,9 @@ Packages that import none of the others (http, wire, engine, channels) raise the
 translate.
 """
 
+import difflib
+from collections.abc import Sequence
+
 
 class KVBeltError(Exception):
     """Every error that kvbelt raises on purpose."""
@@ -66,3 +69,9 @@ def context_exceeded(context: int, prompt: int, answer: int | None = None, *, at
 
 class ChannelError(KVBeltError):
     """Memory could not be registered or bytes could not be moved. The message has the vendor's text."""
+
+
+def resembling(word: str, known: Sequence[str]) -> str:
+    """`` (did you mean X?)`` if ``word`` looks like one of ``known``, else nothing."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""

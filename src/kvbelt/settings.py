@@ -5,10 +5,9 @@ An unknown key is an error that names the key it resembles. A value of the wrong
 key, the value's type and the right type.
 """
 
-import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +15,7 @@ import msgspec
 import yaml
 
 from kvbelt.channels.factory import ChannelSettings
-from kvbelt.errors import SettingsError
+from kvbelt.errors import SettingsError, resembling
 from kvbelt.limits import DEFAULTS, Limits
 from kvbelt.lmcache_keys import translated
 from kvbelt.security.keys import PROXY, Keys, load_keys
@@ -58,12 +57,6 @@ class BeltFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     pd_key_file: str | None = None  #: this process's secret CURVE key
     pd_trusted_keys_dir: str | None = None  #: the deployment's public keys
     pd_insecure: bool = False  #: listen beyond loopback without keys
-
-
-def resembling(word: str, known: Sequence[str]) -> str:
-    """`` (did you mean X?)`` if ``word`` looks like one of ``known``, else nothing."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def parse_belt_file(content: Mapping[str, Any], *, source: str, environ: Mapping[str, str] = os.environ) -> BeltFile:

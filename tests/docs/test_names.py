@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvbelt.cli import build_parser
+from kvbelt.cli import COMMANDS, build_parser
 from kvbelt.metrics import CATALOGUE
 from kvbelt.settings import BeltFile
 from tests.docs.pages import DOCS, PAGES, ROOT
@@ -28,9 +28,7 @@ NO_METRICS = {
 }
 DERIVED = re.compile(r"_(?:sum|count|bucket)$")
 METRIC = re.compile(r"`((?:kvbelt|lmcache|nixl_transfer)_[a-z_]+)")
-COMMAND = re.compile(
-    r"(?<!install )\bkvbelt (?:up|worker|proxy|why|top|doctor|chaos|demo|workers|deploy|keys|simulate)\b([^`\n|#&]*)"
-)
+COMMAND = re.compile(rf"(?<!install )\bkvbelt (?:{'|'.join(command.name for command in COMMANDS)})\b([^`\n|#&]*)")
 HEADER = re.compile(r"x-kvbelt-[a-z-]+")
 PATH = re.compile(
     r"`((?:src|tests|benchmarks|scripts|deploy|tools|proxy|transfer|wire|engine|vllm|channels)/[\w./-]+\w)`"

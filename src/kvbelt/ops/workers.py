@@ -14,9 +14,9 @@ from kvbelt.ops.tables import aligned
 from kvbelt.wire.workers import NewWorker
 
 
-def add_arguments(parser: argparse.ArgumentParser, make_parser: type[argparse.ArgumentParser]) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     proxy_client.add_arguments(parser, "--proxy")
-    verbs = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=make_parser)
+    verbs = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def verb(name: str, what: str, run: Any) -> argparse.ArgumentParser:
         made = verbs.add_parser(name, help=what)

@@ -13,7 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
-from kvbelt.errors import KVBeltError, SettingsError
+from kvbelt.errors import KVBeltError, SettingsError, resembling
 from kvbelt.ops.arguments import positive_int, positive_number
 from kvbelt.ops.chaos import report
 from kvbelt.ops.chaos.config import ChaosConfig
@@ -29,7 +29,6 @@ from kvbelt.ops.terminal import Terminal
 from kvbelt.ops.topology import Topology
 from kvbelt.ops.up import prepare_model
 from kvbelt.routing.placement import Mode
-from kvbelt.settings import resembling
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -10,8 +10,8 @@ from kvbelt.ops.deploy.kubernetes import GIB, OverlaySpec, write_overlay
 from kvbelt.ops.topology import Topology
 
 
-def add_arguments(parser: argparse.ArgumentParser, make_parser: type[argparse.ArgumentParser]) -> None:
-    kinds = parser.add_subparsers(required=True, metavar="WHERE", parser_class=make_parser)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(required=True, metavar="WHERE")
     k8s = kinds.add_parser("k8s", help="write a kustomize overlay for Kubernetes into a folder")
     k8s.set_defaults(run=run, parser=k8s)
     k8s.add_argument("--topology", required=True, help="XpYd, e.g. 4p8d")

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from kvbelt.errors import SettingsError
-from kvbelt.settings import resembling
+from kvbelt.errors import SettingsError, resembling
 
 #: The node label that NVIDIA's GPU feature discovery writes.
 PRODUCT_LABEL = "nvidia.com/gpu.product"

@@ -1,0 +1,153 @@
+"""``kvbelt proxy``: the OpenAI API in front of the workers."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvbelt.errors import SettingsError
+from kvbelt.limits import limits_of
+from kvbelt.ops.arguments import (
+    add_limits,
+    add_placement,
+    add_worker_key,
+    count,
+    hosts,
+    origins,
+    port,
+    ports,
+    positive_int,
+    positive_number,
+    worker_key_of,
+)
+
+if TYPE_CHECKING:
+    from kvbelt.security.keys import Keys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="where to listen")
+    add("--port", type=port, default=9100)
+    # The second names are those of LMCache's proxy.
+    for kind, other, word, first in (
+        ("prefill", "prefiller", "prefillers", 7100), ("decode", "decoder", "decoders", 7200),
+    ):  # fmt: skip
+        add(f"--{kind}-host", f"--{other}-host", type=hosts, default=["localhost"], metavar="HOST[,HOST]")
+        add(f"--{kind}-port", f"--{other}-port", type=ports, default=[first], metavar="PORT[,PORT]")
+        add(f"--num-{word}", type=count, metavar="N", help="on consecutive ports (default: 1)")
+    add(
+        "--discover", action="store_true", help="the hosts are DNS names, looked up regularly; each address is a worker"
+    )
+    for name in ("init", "alloc"):
+        about = "accepted for LMCache's command lines: decode workers tell their ports themselves"
+        add(f"--decoder-{name}-port", type=ports, metavar="PORT[,PORT]", help=about)
+    add("--notify-host", "--proxy-host", default="127.0.0.1", help="where workers report transfers")
+    add("--notify-port", "--proxy-port", type=port, default=7500)
+    add("--key-file", type=Path, metavar="FILE", help="this proxy's secret key (kvbelt keys new)")
+    add("--trusted-keys-dir", type=Path, metavar="DIR", help="public keys of the prefill workers")
+    add("--insecure", action="store_true", help="accept notifications beyond loopback without keys")
+    add("--admin-key-file", type=Path, metavar="FILE", help="the key for adding and removing workers")
+    add_worker_key(parser)
+    add("--deadline", type=positive_number, default=600.0, help="longest time of a request, in seconds")
+    add(
+        "--health-timeout", type=positive_number, default=3.0, metavar="SECONDS",
+        help="a worker that answers no health check for so long gets no new requests (default: %(default)g)",
+    )  # fmt: skip
+    add(
+        "--drain-seconds", type=positive_number, default=2.0,
+        help="time for open requests at shutdown (default: %(default)g)",
+    )  # fmt: skip
+    add_placement(parser)
+    add(
+        "--max-waiting", type=positive_int, default=1024, metavar="N",
+        help="requests that may wait for a worker; a further one gets 429 (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--max-wait-seconds", type=positive_number, default=30.0, metavar="S",
+        help="a request that has waited so long for a worker gets 429 (default: %(default)g)",
+    )  # fmt: skip
+    add_limits(parser)
+    add(
+        "--keep-requests", type=positive_int, default=1000, metavar="N",
+        help="how many requests kvbelt why and the console can show (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--record-prompts", type=count, nargs="?", const=500, default=0, metavar="CHARACTERS",
+        help="keep the start of each prompt in its record (default: none; without a number: 500)",
+    )  # fmt: skip
+    add("--open-console", action="store_true", help="show requests to every client, without a key")
+    add(
+        "--allowed-origins", type=origins, default=("*",), metavar="ORIGIN[,ORIGIN]",
+        help="web pages that may use this server, as https://HOST[:PORT] (default: *, all; '': none)",
+    )  # fmt: skip
+    add(
+        "--log-requests", type=count, default=20, metavar="N",
+        help="at most N log lines a second about requests; more are only counted (default: %(default)s; 0: none)",
+    )  # fmt: skip
+    add(
+        "--otlp-endpoint", metavar="URL",
+        help="send a trace of each request to this OTLP/HTTP receiver, e.g. http://127.0.0.1:4318 (default: "
+        "$OTEL_EXPORTER_OTLP_ENDPOINT, else no traces)",
+    )  # fmt: skip
+    add("--trace-ratio", type=float, metavar="0..1", help="share of requests to trace (default: all)")
+    add("--log-json", action="store_true", help="write the log as JSON, one object a line")
+
+
+def run(args: argparse.Namespace) -> int:
+    from kvbelt.proxy.app import run_proxy
+    from kvbelt.proxy.observe.tracer import wish_of
+    from kvbelt.proxy.settings import ProxySettings, addresses_of
+    from kvbelt.routing.placement import Mode
+    from kvbelt.security.admin_key import load_admin_key
+
+    for name in ("init", "alloc"):
+        if getattr(args, f"decoder_{name}_port") is not None:
+            print(f"--decoder-{name}-port is ignored: decode workers tell their ports themselves", file=sys.stderr)
+    endpoint, ratio = wish_of(os.environ)
+    settings = ProxySettings(
+        decode=addresses_of("decode", args.decode_host, args.decode_port, args.num_decoders),
+        prefill=addresses_of("prefill", args.prefill_host, args.prefill_port, args.num_prefillers),
+        host=args.host,
+        port=args.port,
+        notification_host=args.notify_host,
+        notification_port=args.notify_port,
+        deadline_seconds=args.deadline,
+        health_timeout_seconds=args.health_timeout,
+        placement=Mode(args.placement),
+        min_prompt_tokens=args.min_prompt_tokens,
+        slo_ttft_ms=args.slo_ttft_ms,
+        slo_itl_ms=args.slo_itl_ms,
+        slo_tpot_ms=args.slo_tpot_ms,
+        max_waiting=args.max_waiting,
+        max_wait_seconds=args.max_wait_seconds,
+        limits=limits_of(args.limit),
+        records_kept=args.keep_requests,
+        record_prompts=args.record_prompts,
+        open_console=args.open_console,
+        allowed_origins=args.allowed_origins,
+        drain_seconds=args.drain_seconds,
+        discover=args.discover,
+        request_lines_per_second=args.log_requests,
+        otlp_endpoint=args.otlp_endpoint or endpoint,
+        trace_ratio=args.trace_ratio if args.trace_ratio is not None else ratio,
+        keys=_proxy_keys(args.key_file, args.trusted_keys_dir, insecure=args.insecure),
+        insecure=args.insecure,
+        admin_key=load_admin_key(args.admin_key_file) if args.admin_key_file is not None else None,
+        worker_api_key=worker_key_of(args),
+    )
+    run_proxy(settings, log_json=args.log_json)
+    return 0
+
+
+def _proxy_keys(key_file: Path | None, trusted_dir: Path | None, *, insecure: bool) -> "Keys | None":
+    if key_file is None and trusted_dir is None:
+        return None
+    if key_file is None or trusted_dir is None:
+        raise SettingsError("--key-file and --trusted-keys-dir belong together; one of them is missing")
+    if insecure:
+        raise SettingsError("--insecure and --key-file contradict each other; remove one of them")
+    from kvbelt.security.keys import load_keys
+
+    return load_keys(key_file, trusted_dir)

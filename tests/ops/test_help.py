@@ -1,0 +1,86 @@
+"""The command line's help, and its complaints."""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from kvbelt.cli import COMMANDS, build_parser, main
+
+
+def leaves(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Every command that has no commands of its own."""
+    own = [action for action in parser._actions if isinstance(action.choices, dict)]
+    if not own:
+        yield parser
+    for action in own:
+        for command in action.choices.values():
+            yield from leaves(command)
+
+
+every_command = pytest.mark.parametrize("parser", leaves(build_parser()), ids=lambda parser: parser.prog)
+
+
+def test_kvbelt_alone_lists_its_commands_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each stands once, and the first group is where to start."""
+    with pytest.raises(SystemExit) as exited:
+        main([])
+    assert exited.value.code == 0
+    said = capsys.readouterr().out
+    assert re.findall(r"^  ([a-z]+)  ", said, re.MULTILINE) == [command.name for command in COMMANDS]
+    assert said.index("start here:") < said.index("  up ") < said.index("look at what runs:")
+
+
+def test_commands_with_commands_of_their_own_list_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exited:
+        main(["workers"])
+    assert exited.value.code == 0
+    assert "drain" in capsys.readouterr().out
+
+
+def test_help_loads_no_command() -> None:
+    """That is what makes it quick."""
+    heavy = "{'asyncio', 'kvbelt.ops.up', 'kvbelt.routing', 'kvbelt.settings'} & sys.modules.keys()"
+    code = f"import sys, kvbelt.cli\ntry: kvbelt.cli.main(['--help'])\nexcept SystemExit: print({heavy} or None)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.endswith("None\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["dotcor"], "there is no command 'dotcor' (did you mean 'doctor'?); kvbelt --help lists the commands"),
+        (["workers", "lst"], "there is no command 'lst' (did you mean 'list'?); kvbelt workers --help lists"),
+        (["worker", "--rol", "prefill"], "unknown argument --rol (did you mean '--role'?)"),
+        (["up", "--device", "cud"], "'cud' is not one of auto, cpu, cuda (did you mean 'cuda'?)"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_word_is_answered_with_the_right_one(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An abbreviated option is misspelt, too."""
+    with pytest.raises(SystemExit) as exited:
+        main(words)
+    assert exited.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["chaos", "--list"]], ids=" ".join)
+def test_a_reader_that_leaves_causes_no_traceback(words: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-m", "kvbelt", *words], stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert done.stderr == b""
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "tcsh"])
+def test_completion_scripts_name_commands_and_options(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    said = capsys.readouterr().out
+    assert "doctor" in said
+    assert "slo-ttft-ms" in said
