@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import re
 import warnings
 
 import pytest
@@ -84,8 +85,33 @@ def test_people_get_fields_behind_the_text(logged):
     """Text lines end with the fields, and have no colours without a terminal."""
     text = logged()
     logging.getLogger("kvbelt.test").info("TTFT %.1f ms", 12.34, extra={"request_id": "r1"})
-    assert "[info     ] TTFT 12.3 ms" in text.getvalue() or "[info] TTFT 12.3 ms" in text.getvalue()
-    assert "request_id=r1" in text.getvalue()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d\.\d{3} \[info\] TTFT 12\.3 ms +request_id=r1\n", text.getvalue())
+
+
+@pytest.mark.parametrize("json_lines", [False, True])
+def test_fields_of_other_packages_are_left_out(logged, json_lines):
+    """Uvicorn passes its text again with colours, for its own handler."""
+    text = logged(json=json_lines)
+    logging.getLogger("uvicorn.error").warning("up", extra={"color_message": "\x1b[36mup\x1b[0m"})
+    assert "up" in text.getvalue()
+    assert "color" not in text.getvalue()
+
+
+def test_engine_ids_are_short_for_people(logged):
+    """Twelve characters tell two of them apart; an id of the client stays as it is."""
+    text, request_id = logged(), "ab" * 16
+    engine_id = "93370347cd7cc2a2-6881515a11d9403e8e2ede0db89fe57b"
+    logging.getLogger("kvbelt.test").info("engine %s", engine_id, extra={"sender": engine_id, "request_id": request_id})
+    assert text.getvalue().count("6881515a11d9") == 2
+    assert "6881515a11d94" not in text.getvalue()
+    assert request_id in text.getvalue()
+
+
+def test_a_requests_line_says_each_thing_once(logged):
+    """Its fields are for JSON: the text has them already."""
+    text = logged()
+    logging.getLogger(REQUESTS).info("TTFT 1.0 ms", extra={"request_id": "r1", "ttft_ms": 1.0, "path": "local"})
+    assert text.getvalue().split(maxsplit=1)[1].split() == ["[info]", "TTFT", "1.0", "ms", "request_id=r1"]
 
 
 @pytest.mark.parametrize("json_lines", [False, True])

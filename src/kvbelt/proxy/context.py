@@ -77,7 +77,7 @@ class Context:
         #: Engine id, model and LoRA adapter: under this name this decode worker has the adapter.
         self.same_adapters: set[tuple[str, str, str]] = set()
         self._waiting: dict[str, Waiting] = {}  # by transfer id
-        self.incarnation = secrets.token_hex(6)  #: changes with each start of the proxy
+        self.incarnation = secrets.token_hex(4)  #: changes with each start of the proxy
         self._count = itertools.count(1)
 
     def new_id(self) -> str:

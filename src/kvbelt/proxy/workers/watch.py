@@ -337,7 +337,7 @@ class Worker:
             report = replace(report, steps=before.steps)
         self.endpoint = replace(self.endpoint, report=report, late=False)
         if report.health is not before.health:
-            log.info("worker %s (%s) is %s %s", self.name, self.role, report.health, report.detail)
+            self._log_change(before.health, report)
         if report.health is Health.LOST:
             if before.health is not Health.LOST or (before.silent and not report.silent):
                 self._lose(report.detail, answering=not report.silent)
@@ -350,6 +350,14 @@ class Worker:
         self._tell_of_change(shown)
         if said is not None:
             self._events.told_steps(self)
+
+    def _log_change(self, before: Health, report: Report) -> None:
+        if report.health is not Health.LOST:
+            log.info("worker %s (%s) is %s %s", self.name, self.role, report.health, report.detail)
+        elif before is Health.UNKNOWN:
+            log.info("worker %s (%s) does not answer yet: %s", self.name, self.role, report.detail)
+        else:
+            log.warning("worker %s (%s) is lost: %s", self.name, self.role, report.detail)
 
     def _announce(self) -> None:
         incarnation = self.endpoint.incarnation if self.healthy else None
