@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbelt.ops.bars import Bar, chart, drawn, milliseconds
+from kvbelt.ops.bars import Bar, axis_line, chart, drawn, milliseconds
 
 
 def test_bar_covers_its_share_of_the_axis():
@@ -37,12 +37,30 @@ def test_lines_are_aligned_and_carry_notes():
     """Labels and times stand in columns; a note stands behind its bar."""
     lines = chart([Bar("prefill", 0, 80), Bar("KV", 80, 20, "4.6 MB")], width=62, plain=True)
     assert lines == [
+        "                    0                 50.0            100 ms",
         "  prefill  80.0 ms  ################################",
         "  KV       20.0 ms                                  ########",
         "                    4.6 MB",
     ]
     wide = chart([Bar("KV", 0, 20, "4.6 MB")], width=100, plain=True)
-    assert wide == ["  KV  20.0 ms  " + "#" * 40 + "  4.6 MB"]
+    assert wide[1:] == ["  KV  20.0 ms  " + "#" * 40 + "  4.6 MB"]
+
+
+def test_a_bar_that_goes_on_has_a_sign_at_the_end_of_the_axis():
+    """Its time is that of all of it."""
+    assert chart([Bar("a", 0, 10), Bar("b", 5, 90)], width=40, plain=True, end=10)[1:] == [
+        "  a  10.0 ms  ########################",
+        "  b  90.0 ms              ###########>",
+    ]
+
+
+@given(st.floats(0.01, 1e6), st.integers(10, 60))
+def test_the_axis_has_its_width_and_its_ends(total, width):
+    """The first number is 0 and the last one the end."""
+    line = axis_line(total, width)
+    assert len(line) == max(width, len(f"0{milliseconds(total)} ms"))
+    assert line.startswith("0")
+    assert line.endswith(f"{milliseconds(total)} ms")
 
 
 def test_nothing_to_show_is_no_line():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvbelt.ops.waterfall import bars, lines
+from kvbelt.ops.waterfall import bars, end_of, lines
 from kvbelt.wire.request_record import REQUEST_RECORD
 
 
@@ -18,7 +18,7 @@ def body(record):
 
 
 def test_spans_stand_where_they_happened(body):
-    """Bars are at the record's times; what comes after the second token is left out."""
+    """Bars are at the record's times; the axis ends with the second token."""
     assert [(bar.label, bar.start, bar.duration) for bar in bars(parse(body))] == [
         ("proxy", 0.0, 1.0),
         ("queue", 1.0, 2.0),
@@ -27,7 +27,21 @@ def test_spans_stand_where_they_happened(body):
         ("KV wait", 85.0, 3.0),
         ("KV load", 88.5, 1.5),
         ("first decode step", 90.0, 40.0),
+        ("rest of the answer", 85.2, 814.8),
     ]
+    assert end_of(parse(body)) == 130.0
+
+
+def test_a_bar_beyond_the_axis_has_a_sign(body):
+    """The rest of the answer goes on; no other part does."""
+    assert [line.split("  ")[1] for line in lines(parse(body)) if "▶" in line] == ["rest of the answer"]
+    assert sum(">" in line for line in lines(parse(body), plain=True)[1:]) == 1
+
+
+def test_an_unknown_first_token_is_said(body):
+    """An answer in one piece is not shown as its first token."""
+    body["stream"], body["timings_ms"]["first_token"] = False, None
+    assert lines(parse(body))[-1] == "  first token unknown (not streamed), whole answer after 900 ms"
 
 
 def test_a_failed_leg_is_a_bar_with_its_reason(body):
@@ -49,9 +63,9 @@ def test_lines_name_bytes_rate_and_times(body):
     shown = lines(parse(body), width=120)
     text = "\n".join(shown)
     assert shown[0] == "request r1: first-token, 127.0.0.1:7100 → 127.0.0.1:7200"
-    assert "46.1 MB in 30 writes over nixl, 2.3 GB/s at prefill's pace; 4.00 ms after prefill" in text
+    assert "4.00 ms exposed, 16.0 ms beside the prefill; 46.1 MB in 30 writes over nixl" in text
     assert shown[-1] == "  first token after 85.2 ms, whole answer after 900 ms"
-    assert [line.split("  ")[1] for line in shown[1:4]] == ["proxy", "queue", "prefill"]
+    assert [line.split("  ")[1] for line in shown[2:5]] == ["proxy", "queue", "prefill"]
 
 
 def test_plain_lines_are_ascii(body):

@@ -46,7 +46,7 @@ def test_a_request_is_shown_with_its_waterfall(served, capsys):
     assert said.startswith(f"request good: first-token, {names[0]} → {names[1]}\n")
     assert "/v1/completions, status 200, " in said
     assert "first-token: the client got the prefill worker's first token" in said
-    assert "46.1 MB in 30 writes over nixl, 2.3 GB/s" in said
+    assert "4.00 ms exposed, 16.0 ms beside the prefill; 46.1 MB in 30 writes over nixl" in said
     for part in ("queue", "prefill", "transfer", "KV wait", "KV load", "first decode step"):
         assert f"\n  {part} " in said
     assert " tokens, " in said

@@ -44,32 +44,48 @@ def drawn(bar: Bar, total: float, width: int, *, plain: bool = False) -> str:
     cells = width * 8
     start = min(max(0, round(cells * bar.start / total)), cells - 1)
     end = min(max(start + 1, round(cells * (bar.start + bar.duration) / total)), cells)
+    # Rounding is no reason for the sign of a bar that goes on.
+    goes_on = bar.start + bar.duration > total * (1 + 1e-9)
     first, last = start // 8, (end - 1) // 8
     if plain:
-        return (" " * first + "#" * (last - first + 1)).ljust(width)
+        return _signed((" " * first + "#" * (last - first + 1)).ljust(width), ">" if goes_on else "")
     # Block characters grow from the left only, so a bar starts at a whole character and ends at an eighth.
     filled = max(1, end - 8 * first)
     text = " " * first + "█" * (filled // 8) + (_EIGHTHS[filled % 8 - 1] if filled % 8 else "")
-    return text.ljust(width)[:width]
+    return _signed(text.ljust(width)[:width], "▶" if goes_on else "")
 
 
-def chart(bars: Sequence[Bar], *, width: int = 80, plain: bool = False) -> list[str]:
-    """One line per bar: label, milliseconds, bar, note.
+def _signed(text: str, sign: str) -> str:
+    return text[:-1] + sign if sign else text
+
+
+def axis_line(total: float, width: int) -> str:
+    """The axis from 0 to ``total`` milliseconds, with a number at each end and, where it fits, in the middle."""
+    left, middle, right = "0", milliseconds(total / 2), f"{milliseconds(total)} ms"
+    line = left + right.rjust(width - len(left))
+    begin = width // 2 - len(middle) // 2
+    free = line[begin - 2 : begin + len(middle) + 2]
+    return line if free.strip() or begin < 2 else line[:begin] + middle + line[begin + len(middle) :]
+
+
+def chart(bars: Sequence[Bar], *, width: int = 80, plain: bool = False, end: float | None = None) -> list[str]:
+    """The time axis, and one line per bar: label, milliseconds, bar, note.
 
     Args:
         bars: in the order to show.
         width: characters per line; a note that does not fit goes on the next line.
         plain: ASCII only.
+        end: of the axis, in milliseconds; a bar that goes on has a sign there (default: the last bar's end).
     """
     if not bars:
         return []
-    total = max(bar.start + bar.duration for bar in bars)
+    total = max(bar.start + bar.duration for bar in bars) if end is None else end
     labels = max(len(bar.label) for bar in bars)
     times = [f"{milliseconds(bar.duration)} ms" for bar in bars]
     time_width = max(map(len, times))
     head_width = 2 + labels + 2 + time_width + 2
     axis = max(10, min(40, width - head_width - 2))
-    lines = []
+    lines = [" " * head_width + axis_line(total, axis)] if total > 0 else []
     for bar, time in zip(bars, times, strict=True):
         line = f"  {bar.label:<{labels}}  {time:>{time_width}}  {drawn(bar, total, axis, plain=plain)}"
         if bar.note and len(line) + 2 + len(bar.note) <= width:

@@ -6,30 +6,42 @@ from kvbelt.wire.request_record import DoneTransfer, RequestRecord, RequestSpan,
 
 def lines(record: RequestRecord, *, width: int = 100, plain: bool = False) -> list[str]:
     """A title, one bar per span, and the outcome."""
-    total = record.timings_ms.total
     title = f"request {record.request_id}: {record.decision.path}"
     if record.decision.reason:
         title += f" ({record.decision.reason})"
     arrow = "->" if plain else "→"
     way = f" {arrow} ".join(worker for worker in (record.workers.prefill, record.workers.decode) if worker)
-    shown = [title + (f", {way}" if way else ""), *chart(bars(record), width=width, plain=plain)]
-    if record.timings_ms.first_token is not None:
-        shown.append(f"  first token after {milliseconds(record.timings_ms.first_token)} ms")
-        if total is not None:
-            shown[-1] += f", whole answer after {milliseconds(total)} ms"
-        if record.timings_ms.between_tokens is not None and record.tokens:
-            shown[-1] += f": {record.tokens} tokens, {milliseconds(record.timings_ms.between_tokens)} ms per token"
+    shown = [title + (f", {way}" if way else ""), *chart(bars(record), width=width, plain=plain, end=end_of(record))]
+    if record.status == 200:
+        shown.append(f"  {_times(record)}")
     shown += [f"  error: {error}" for error in record.errors]
     return shown
 
 
+def _times(record: RequestRecord) -> str:
+    timings = record.timings_ms
+    first, total, between = timings.first_token, timings.total, timings.between_tokens
+    said = f"first token after {milliseconds(first)} ms" if first is not None else "first token unknown (not streamed)"
+    if total is not None:
+        said += f", whole answer after {milliseconds(total)} ms"
+    if between is not None and record.tokens:
+        said += f": {record.tokens} tokens, {milliseconds(between)} ms per token"
+    return said
+
+
 def bars(record: RequestRecord) -> list[Bar]:
-    """The spans before the second token; the rest of the answer would dwarf them."""
-    return [Bar(_label(span), span.start_ms, span.duration_ms, _note(record, span))
-            for span in record.spans if span.name != "answer"]  # fmt: skip
+    return [Bar(_label(span), span.start_ms, span.duration_ms, _note(record, span)) for span in record.spans]
+
+
+def end_of(record: RequestRecord) -> float | None:
+    """The axis ends with the second token, because the rest of the answer would dwarf the other parts."""
+    ends = [span.start_ms if span.name == "answer" else span.start_ms + span.duration_ms for span in record.spans]
+    return max(ends, default=None)
 
 
 def _label(span: RequestSpan) -> str:
+    if span.name == "answer":
+        return "rest of the answer"
     return f"{span.name} failed" if span.failed and span.name != "transfer" else span.name
 
 
@@ -45,10 +57,10 @@ def _transfer_note(transfer: Transfer) -> str:
         note += f" in {transfer.writes} writes over {transfer.channel}"
     if transfer.transport:
         note += f" by {transfer.transport}"
-    if transfer.gb_per_second is not None:
-        note += f", {transfer.gb_per_second:.3g} GB/s"
     if not isinstance(transfer, DoneTransfer):
         return f"failed: {transfer.reason}; {note}"
-    # A transfer that overlaps the prefill is as slow as the layers are computed; only its end matters.
-    paced = transfer.exposed_ms < transfer.milliseconds / 2
-    return note + (" at prefill's pace" if paced else "") + f"; {milliseconds(transfer.exposed_ms)} ms after prefill"
+    # A transfer that runs beside the prefill is as slow as the layers are computed: its rate says nothing.
+    if transfer.gb_per_second is not None and not transfer.overlapped_ms:
+        note += f", {transfer.gb_per_second:.3g} GB/s"
+    beside = f", {milliseconds(transfer.overlapped_ms)} ms beside the prefill" if transfer.overlapped_ms else ""
+    return f"{milliseconds(transfer.exposed_ms)} ms exposed{beside}; {note}"

@@ -17,7 +17,7 @@ from kvbelt.ops.arguments import positive_int
 from kvbelt.ops.bars import milliseconds
 from kvbelt.ops.tables import table
 from kvbelt.wire import reasons
-from kvbelt.wire.request_record import REQUEST_LIST, REQUEST_RECORD, RequestRecord
+from kvbelt.wire.request_record import REQUEST_LIST, REQUEST_RECORD, DoneTransfer, RequestRecord
 
 #: What each path means.
 PATHS = {
@@ -137,10 +137,22 @@ def list_lines(requests: Sequence[RequestRecord]) -> list[str]:
                 record.workers.decode or "-",
                 timings.first_token,
                 timings.between_tokens,
-                transfer.milliseconds if transfer is not None else None,
+                transfer.exposed_ms if isinstance(transfer, DoneTransfer) else None,
                 timings.total,
                 sum(attempt.reason is not None for attempt in record.attempts) or None,
             )
         )
-    head = ("UTC", "request", "status", "path", "prefill", "decode", "first ms", "next ms", "KV ms", "all ms", "failed")
+    head = (
+        "UTC",
+        "request",
+        "status",
+        "path",
+        "prefill",
+        "decode",
+        "first ms",
+        "next ms",
+        "KV exposed",
+        "answer ms",
+        "failed",
+    )
     return table(head, rows)

@@ -46,9 +46,9 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     decode_queue: float | None
     decode_headers: float | None  #: from the request to the decode worker to its headers
     first_decode_step: float | None
-    first_token: float | None  #: the moment at which it was handed to the client's socket
+    first_token: float | None  #: to the client's socket; not streamed: until the proxy had it, if it came by itself
     between_tokens: float | None  #: on average
-    total: float | None
+    total: float | None  #: until the whole answer was handed over
 
 
 class _Transfer(msgspec.Struct, frozen=True, kw_only=True, tag_field="state"):
@@ -69,6 +69,11 @@ class DoneTransfer(_Transfer, frozen=True, kw_only=True, tag="done"):
     tokens: int
     writes: int
     exposed_ms: float  #: from the end of the prompt's computation to the acknowledged commit
+
+    @property
+    def overlapped_ms(self) -> float:
+        """The part that ran beside the prompt's computation."""
+        return max(0.0, self.milliseconds - self.exposed_ms)
 
 
 class FailedTransfer(_Transfer, frozen=True, kw_only=True, tag="failed"):

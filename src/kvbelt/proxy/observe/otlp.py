@@ -16,7 +16,7 @@ from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, Trace
 
 from kvbelt import __version__
 from kvbelt.proxy.observe.records import Attempt, Record
-from kvbelt.proxy.observe.spans import Span, spans_of
+from kvbelt.proxy.observe.spans import ON_THE_WAY, Span, spans_of
 from kvbelt.proxy.observe.trace_context import new_span_id
 from kvbelt.wire.notification import TransferDone
 
@@ -66,7 +66,7 @@ class OtlpSender:
             leg = Span(f"{attempt.leg} leg", start, until - attempt.began, failed=failed)
             yield self._span(record, leg, (attempt.span_id, trace.span_id), _of_leg(attempt), SpanKind.CLIENT)
         for part in spans_of(record):
-            if part.name.endswith(" leg") or part.name == "answer":
+            if part.name.endswith(" leg") or part.name in ("answer", ON_THE_WAY):
                 continue
             attributes = _of_transfer(part.leg) if part.leg is not None and part.name == "transfer" else {}
             above = part.leg.span_id if part.leg is not None else trace.span_id
@@ -108,7 +108,6 @@ def _known(**attributes: str | float | None) -> Attributes:
 
 
 def _of_request(record: Record) -> Attributes:
-    ttft = None if record.first_token is None else record.first_token - record.began
     http: Attributes = {"http.request.method": "POST", "http.route": record.route}
     return (
         http
@@ -118,7 +117,7 @@ def _of_request(record: Record) -> Attributes:
             path=record.path,
             stream=record.stream,
             reason=record.reason,
-            ttft_seconds=ttft,
+            ttft_seconds=record.time_to_first_token,
             kv=record.kv,
         )
     )

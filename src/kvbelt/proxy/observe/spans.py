@@ -2,8 +2,9 @@
 
 Workers report how long a part took (``Server-Timing``), and the proxy knows when each leg began and ended. So the parts
 of a leg are laid end to end from its beginning: the queue and the prompt's computation of a prefill leg; the wait for
-KV, its scatter into blocks, and the first step of a decode leg. The transfer runs beside the prefill and ends
-``exposed_seconds`` after it. A failed leg is one part.
+KV, the queue, the scatter into blocks, and the first step of a decode leg. The transfer runs beside the prefill and
+ends ``exposed_seconds`` after it. A failed leg is one part. What is left between the parts was spent on the way: in the
+proxy, in HTTP, in a process that waited for a CPU.
 """
 
 import math
@@ -11,6 +12,11 @@ from dataclasses import dataclass
 
 from kvbelt.proxy.observe.records import Attempt, Record
 from kvbelt.wire.notification import TransferDone
+
+ON_THE_WAY = "on the way"  #: the name of the time between two parts
+
+#: A shorter time between two parts is not worth a line.
+_LEAST_GAP = 0.0005
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +51,33 @@ def spans_of(record: Record) -> list[Span]:
             found += _computed(attempt, start)
         else:
             found += _decode(record, attempt, start)
-    if record.first_token is not None and record.ended is not None:
-        found.append(Span("answer", record.first_token - began, record.ended - record.first_token))
-    return found
+    answer = _answer(record, found)
+    return [*_without_gaps(found, answer), *answer]
+
+
+def _answer(record: Record, before: list[Span]) -> list[Span]:
+    """From the first token; where that is not known, from the end of all other parts."""
+    if record.first_token is None or record.ended is None:
+        return []
+    start, ended = record.time_to_first_token, record.ended - record.began
+    if start is None:
+        start = min(ended, max(span.start + span.duration for span in before if span.name != "transfer"))
+    return [Span("answer", start, ended - start)]
+
+
+def _without_gaps(found: list[Span], answer: list[Span]) -> list[Span]:
+    """With a part for each time in which no other one runs. A transfer is beside the way, not on it."""
+    filled: list[Span] = []
+    reached = 0.0
+    for span in found:
+        if span.name != "transfer":
+            if span.start - reached > _LEAST_GAP:
+                filled.append(Span(ON_THE_WAY, reached, span.start - reached))
+            reached = max(reached, span.start + span.duration)
+        filled.append(span)
+    if answer and answer[0].start - reached > _LEAST_GAP:
+        filled.append(Span(ON_THE_WAY, reached, answer[0].start - reached))
+    return filled
 
 
 def parse_server_timing(header: bytes) -> dict[str, float]:
@@ -108,6 +138,7 @@ def _decode(record: Record, attempt: Attempt, start: float) -> list[Span]:
     step = told["prefill"] / 1e3 if "prefill" in told else max(0.0, headers - before)
     return [
         Span("KV wait", start, waited, attempt),
+        Span("decode queue", start + waited, queued, attempt),
         Span("KV load", start + waited + queued, loaded, attempt),
         Span("first decode step", start + before, step, attempt),
     ]

@@ -11,13 +11,23 @@ function axis(spans) {
 
 function transferNote({ transfer }) {
   if (!transfer) return "";
-  const parts = [bytes(transfer.bytes)];
+  const parts = [];
+  const beside = transfer.state === "done" ? Math.max(0, transfer.milliseconds - transfer.exposed_ms) : 0;
+  if (transfer.state === "done") parts.push(`${time(transfer.exposed_ms)} exposed`);
+  if (beside) parts.push(`${time(beside)} beside the prefill`);
+  parts.push(bytes(transfer.bytes));
   if (transfer.writes) parts.push(`${transfer.writes} writes`);
-  if (transfer.gb_per_second) parts.push(`${transfer.gb_per_second} GB/s`);
+  // Beside the prefill it is as slow as the layers are computed: its rate says nothing.
+  if (transfer.gb_per_second && !beside) parts.push(`${transfer.gb_per_second} GB/s`);
   if (transfer.channel) parts.push(transfer.channel);
   if (transfer.transport) parts.push(transfer.transport);
-  if (transfer.exposed_ms !== undefined && transfer.exposed_ms !== null) parts.push(`${time(transfer.exposed_ms)} after prefill`);
   return parts.join(", ");
+}
+
+/** The numbers of the axis, and a line for each in all tracks (by the style). */
+function scale(whole) {
+  const numbers = [0, 0.25, 0.5, 0.75, 1].map((share) => el("span", {}, share ? time(share * whole) : "0"));
+  return el("li", { class: "wf-scale", "aria-hidden": "true" }, el("span", { class: "wf-axis num muted" }, ...numbers));
 }
 
 function line(span, whole, record) {
@@ -25,6 +35,8 @@ function line(span, whole, record) {
   const from = Math.min(span.start_ms / whole, 1);
   bar.style.left = `${from * 100}%`;
   bar.style.width = `${Math.min(span.duration_ms / whole, 1 - from) * 100}%`;
+  const goesOn = (span.start_ms + span.duration_ms) / whole > 1 + 1e-6;
+  if (goesOn) bar.append("▸");
   const note = span.failed && span.name !== "transfer" ? `failed: ${span.failed}` : span.name === "transfer" ? (span.failed ? `failed: ${span.failed}; ` : "") + transferNote(record) : span.name === "answer" && record.tokens ? `${record.tokens} tokens, ${time(record.timings_ms.between_tokens)} between two` : "";
   return el(
     "li",
@@ -50,6 +62,13 @@ function placed(placing) {
   return parts.join(", ");
 }
 
+function times({ status, timings_ms: { first_token: first, total } }) {
+  if (status !== 200) return null;
+  const parts = [first === null ? "first token unknown (not streamed)" : `first token after ${time(first)}`];
+  if (total !== null) parts.push(`whole answer after ${time(total)}`);
+  return parts.join(", ");
+}
+
 function facts(record) {
   const { decision } = record;
   const told = [
@@ -57,6 +76,7 @@ function facts(record) {
     ["Why", decision.meaning],
     ["Placed", placed(record.placing)],
     ["KV", record.kv],
+    ["Times", times(record)],
     ["Came", `${clock(record.time)}, ${record.route}`],
     ["Prompt", record.prompt],
   ];
@@ -68,7 +88,7 @@ export function detail(record) {
   const failed = record.attempts.filter((attempt) => attempt.reason);
   const parts = [facts(record)];
   if (record.spans.length) {
-    parts.push(el("ol", { class: "waterfall", "aria-label": `Where the time of ${record.request_id} went` }, ...record.spans.map((span) => line(span, whole, record))));
+    parts.push(el("ol", { class: "waterfall", "aria-label": `Where the time of ${record.request_id} went` }, scale(whole), ...record.spans.map((span) => line(span, whole, record))));
   }
   if (failed.length) {
     parts.push(el("ul", { class: "attempts" }, ...failed.map((attempt) => el("li", {}, el("strong", {}, attempt.reason), ` ${attempt.leg} on ${attempt.worker}: ${attempt.detail}`))));
