@@ -67,10 +67,13 @@ def test_a_request_appears_and_opens_into_its_waterfall(visit, served):
     visit.page.get_by_role("button", name="while-looking").click()
     visit.page.locator("ol.waterfall").wait_for()  # it is asked for
     parts = visit.page.locator("ol.waterfall .wf-name").all_inner_texts()
-    assert [part.partition("\n")[0].partition("127")[0].strip() for part in parts] == [
-        "proxy", "queue", "prefill", "KV wait", "KV load", "first decode step", "rest of the answer",
+    names = [part.partition("\n")[0].partition("127")[0].strip() for part in parts]
+    assert [name for name in names if name != "on the way"] == [
+        "proxy", "queue", "prefill", "KV wait", "decode queue", "KV load", "first decode step", "rest of the answer",
     ]  # fmt: skip
     assert "6 tokens" in visit.page.locator("ol.waterfall").inner_text()
+    assert visit.page.locator("ol.waterfall .wf-axis span").count() == 5
+    assert "first token after" in visit.page.locator("dl.facts").inner_text()
 
 
 def test_a_worker_is_drained_with_the_key_and_used_again(visit, served):

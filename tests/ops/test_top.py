@@ -54,7 +54,7 @@ def test_one_frame_has_workers_rates_times_and_errors(served, capsys):
     assert lines[0].startswith(f"kvbelt 0.2.0 at {served.url}, toy, up ")
     assert re.search(r"requests/s, 0 under way, \S+ tokens/s", lines[1])
     assert re.fullmatch(r"first token +\S+ ms +\S+ ms", lines[5])
-    assert re.fullmatch(r"transfer +- +-", lines[7])
+    assert re.fullmatch(r"KV exposed +- +-", lines[7])
     head = next(index for index, line in enumerate(lines) if line.startswith("WORKER"))
     rows = [line.split() for line in lines[head + 1 : head + 5]]
     assert [row[:3] for row in rows] == [
@@ -171,7 +171,7 @@ def test_it_redraws_in_place_follows_the_size_and_ends_with_q(terminal, served):
     """Q ends it and leaves the terminal as it was."""
     terminal.until(lambda shown: shown.count(b"\033[H") >= 3)
     assert terminal.shown.startswith(ENTER)
-    assert [line.split()[0].decode() for line in last_frame(terminal.shown)[10:14]] == names(served)
+    assert [line.split()[0].decode() for line in last_frame(terminal.shown)[11:15]] == names(served)
     terminal.resize(40)
     terminal.shown = b""
     terminal.until(lambda shown: widest(shown) == 39)

@@ -62,6 +62,7 @@ def test_what_lies_within_the_window_is_counted(records):
     assert (live["requests_per_second"], live["transfers_per_second"]) == (0.3, 0.3)
     assert live["first_token_ms"] == {"count": 3, "p50": 200, "p99": 300}
     assert live["transfer_ms"] == {"count": 3, "p50": 10, "p99": 10}
+    assert live["transfer_exposed_ms"] == {"count": 3, "p50": 4, "p99": 4}
     assert live["legs"] == {"prefill": {"p:1": 0.3}, "decode": {}}
     assert live["links"] == [
         {

@@ -27,15 +27,13 @@ def frame(state: ConsoleState, *, url: str, width: int = 100, height: int = 0, g
     proxy, live = state.proxy, state.live
     clock = time.strftime("%H:%M:%S UTC", time.gmtime(proxy.time))
     model = proxy.model or "no model yet"
-    speed = live.transfer_gb_per_second.p50
     lines = [
         f"kvbelt {proxy.version} at {url}, {model}, up {_long(proxy.uptime_seconds)}, {clock}",
         gone
         or f"last {live.seconds:.0f} s: {_rate(live.requests_per_second)} requests/s, "
         f"{proxy.in_flight} under way, {_rate(live.tokens_per_second)} tokens/s, "
         f"{_rate(live.errors_per_second)} errors/s",
-        f"transfers {_rate(live.transfers_per_second)}/s, {bytes_of(live.bytes_per_second)}/s"
-        + ("" if speed is None else f", each at {_rate(speed)} GB/s (p50)"),
+        f"transfers {_rate(live.transfers_per_second)}/s, {bytes_of(live.bytes_per_second)}/s",
         "",
         *aligned([("", "P50", "P99"), *_times(live)], {1, 2}),
         "",
@@ -53,7 +51,8 @@ def _times(live: LiveStats) -> Iterator[tuple[str, ...]]:
     for name, found in (
         ("first token", live.first_token_ms),
         ("between tokens", live.between_tokens_ms),
-        ("transfer", live.transfer_ms),
+        ("KV exposed", live.transfer_exposed_ms),
+        ("KV transfer in all", live.transfer_ms),
     ):
         yield name, _ms(found.p50), _ms(found.p99)
 

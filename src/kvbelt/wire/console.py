@@ -64,11 +64,13 @@ class LiveStats(msgspec.Struct, frozen=True, kw_only=True):
     bytes_per_second: int
     first_token_ms: Percentiles
     between_tokens_ms: Percentiles
-    transfer_ms: Percentiles
+    transfer_ms: Percentiles  #: from the first write posted to the last one completed
     transfer_gb_per_second: Percentiles
     legs: LegRates
     links: list[LinkRates]
     last_errors: list[LastError]
+    #: From the end of a prompt's computation to its acknowledged commit: what the client may notice of a transfer.
+    transfer_exposed_ms: Percentiles = Percentiles(0, None, None)
 
 
 class RequestRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,6 +91,7 @@ class RequestRow(msgspec.Struct, frozen=True, kw_only=True):
     transfer_ms: float | None
     transfer_bytes: int | None
     error: str | None  #: its last one, shortened
+    transfer_exposed_ms: float | None = None
 
 
 class ConsoleState(msgspec.Struct, frozen=True, kw_only=True):

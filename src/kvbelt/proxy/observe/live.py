@@ -35,6 +35,7 @@ class _Window:
     first_token: list[float] = field(default_factory=list)
     between_tokens: list[float] = field(default_factory=list)
     transfer: list[float] = field(default_factory=list)
+    exposed: list[float] = field(default_factory=list)
     speed: list[float] = field(default_factory=list)
     legs: Counter[tuple[str, str]] = field(default_factory=Counter)
     links: dict[tuple[str, str], _Link] = field(default_factory=dict)
@@ -61,6 +62,7 @@ class _Window:
                 link.done += 1
                 link.num_bytes += told.num_bytes
                 self.transfer.append(told.seconds)
+                self.exposed.append(told.exposed_seconds)
                 if told.seconds > 0:
                     self.speed.append(told.num_bytes / told.seconds)
             else:
@@ -119,6 +121,7 @@ def live_stats(records: Records, now: float, seconds: float) -> LiveStats:
             )
             for (prefill, decode), link in sorted(window.links.items())
         ],
+        transfer_exposed_ms=_percentiles(window.exposed, 1e3),
         last_errors=_last_errors(islice(records.newest(), MOST_RECORDS)),
     )
 

@@ -74,6 +74,7 @@ def request_row(record: Record) -> RequestRow:
         between_tokens_ms=ms_between(0.0, record.between_tokens),
         total_ms=ms_between(record.began, record.ended),
         transfer_ms=_ms(done.seconds) if done is not None else None,
+        transfer_exposed_ms=_ms(done.exposed_seconds) if done is not None else None,
         transfer_bytes=done.num_bytes if done is not None else None,
         error=record.errors[-1][:_EXCERPT] if record.errors else None,
     )

@@ -32,7 +32,8 @@ export function showFigures({ proxy, live }) {
   show("First token, p50", duration(live.first_token_ms.p50), p99(live.first_token_ms));
   show("Between tokens, p50", duration(live.between_tokens_ms.p50), p99(live.between_tokens_ms));
   show("Tokens", [digits(live.tokens_per_second), "/s"], "of streamed answers");
-  show("KV transfer, p50", duration(live.transfer_ms.p50), p99(live.transfer_ms));
+  const whole = live.transfer_ms.count ? `, ${duration(live.transfer_ms.p50).join(" ")} in all` : "";
+  show("KV exposed, p50", duration(live.transfer_exposed_ms.p50), p99(live.transfer_exposed_ms) + whole);
   const [rate, unit] = size(live.bytes_per_second);
   show("KV sent", [rate, `${unit}/s`], `${digits(live.transfers_per_second)} transfers/s`);
 }

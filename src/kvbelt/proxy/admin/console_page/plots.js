@@ -13,7 +13,7 @@ const MOST_DOTS = 2000;
 const PLOTS = [
   ["Time to first token", "first_token_ms"],
   ["Time between tokens", "between_tokens_ms"],
-  ["KV transfer", "transfer_ms"],
+  ["KV transfer, exposed", "transfer_exposed_ms"],
 ];
 
 const panels = PLOTS.map(([title, field]) => {

@@ -139,7 +139,7 @@ export class Requests {
     say(made.pair, [row.prefill, row.decode].filter(Boolean).join(" → ") || "–");
     say(made.first, time(row.first_token_ms));
     say(made.between, time(row.between_tokens_ms));
-    say(made.transfer, time(row.transfer_ms));
+    say(made.transfer, time(row.transfer_exposed_ms));
     say(made.total, time(row.total_ms));
   }
 
