@@ -2,6 +2,8 @@
 
 import logging
 
+import pytest
+
 from kvbelt.proxy.observe.records import Record
 from kvbelt.proxy.observe.request_log import RequestLog, fields_of
 from tests.proxy.support import Deployment, async_test
@@ -11,7 +13,7 @@ PROMPT = "a word that no log line has: xylophone"
 
 def record_of(number, ttft=0.01):
     """A request that has ended."""
-    return Record(f"r{number}", "/v1/completions", began=0.0, unix_time=0.0, first_token=ttft, ended=0.1, status=200)
+    return Record(f"r{number}", "/v1/completions", 0.0, 0.0, stream=True, first_token=ttft, ended=0.1, status=200)
 
 
 @async_test
@@ -23,6 +25,7 @@ async def test_each_request_has_a_line(caplog):
         worker = deployment.prefill[0]
     (line,) = [one for one in caplog.records if one.name == "kvbelt.requests"]
     assert line.getMessage().startswith("TTFT ")
+    assert ", first-token, 127.0.0.1:" in line.getMessage()
     assert (line.request_id, line.status, line.path) == ("r1", 200, "first-token")
     assert line.prefill == f"127.0.0.1:{worker.port}"
     assert line.transfer_id
@@ -39,6 +42,16 @@ async def test_a_request_without_a_token_has_one_too(caplog):
     assert (line.getMessage(), line.request_id) == ("no token: status 400", "bad")
 
 
+@pytest.mark.parametrize(("path", "ttft"), [("first-token", "30.0 ms"), ("local", "unknown")])
+def test_a_whole_answer_is_not_its_first_token(path, ttft, caplog):
+    """The line of an answer in one piece has the time of each, and does not guess an unknown TTFT."""
+    caplog.set_level(logging.INFO, "kvbelt.requests")
+    record = Record("r", "/v1/completions", 0.0, 0.0, path=path, prefill_answered=0.03, first_token=0.09, ended=0.1)
+    RequestLog(2).ended(record)
+    assert caplog.records[-1].getMessage() == f"TTFT {ttft}, whole answer 100.0 ms, {path}"
+    assert getattr(caplog.records[-1], "ttft_ms", None) == (30.0 if path == "first-token" else None)
+
+
 @async_test
 async def test_beyond_the_rate_requests_are_counted(caplog):
     """One line a second has their number, mean and maximum."""
@@ -49,7 +62,11 @@ async def test_beyond_the_rate_requests_are_counted(caplog):
         log.ended(record_of(number, ttft=0.01 * (number + 1)))
     log.close()
     texts = [one.getMessage() for one in caplog.records]
-    assert texts == ["TTFT 10.0 ms", "TTFT 20.0 ms", "TTFT of 3 more: 40.0 ms on average, 50.0 ms at most"]
+    assert texts == [
+        "TTFT 10.0 ms, whole answer 100.0 ms",
+        "TTFT 20.0 ms, whole answer 100.0 ms",
+        "TTFT of 3 more: 40.0 ms on average, 50.0 ms at most",
+    ]
     now[0] = 1.0
     log.ended(record_of(9))
     assert caplog.records[-1].request_id == "r9"

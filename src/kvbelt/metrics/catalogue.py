@@ -20,8 +20,8 @@ _REQUESTS = group("Requests, at the proxy", By.PROXY,
       "the prefill workers' queue, else at the decode workers. `kvbelt why ID` of a slow request says which part it "
       "was"),
     H("kvbelt_ttft_seconds",
-      "Time to first token, in seconds. For an answer that is not streamed: until the proxy knew the first token, if "
-      "it did.", "as `lmcache_ttft`"),
+      "Time to first token, in seconds. Of an answer in one piece: until the proxy had the first token, if it came by "
+      "itself; the whole answer's time is `kvbelt_proxy_request_seconds`.", "as `lmcache_ttft`"),
     H("kvbelt_tpot_seconds", "Mean time between tokens at the client, of each streamed answer.",
       "grows with the decode workers' batches: see `kvbelt_decode_queue_size` and `kvbelt_inter_token_seconds`"),
     H("kvbelt_proxy_request_seconds", "Whole requests, from arrival to the end of the answer.",

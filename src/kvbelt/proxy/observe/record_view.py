@@ -133,7 +133,7 @@ def _timings(record: Record) -> Timings:
         decode_queue=decode.get("queue"),
         decode_headers=ms_between(record.decode_sent, record.decode_answered),
         first_decode_step=first_step,
-        first_token=ms_between(began, record.first_token),
+        first_token=ms_between(0.0, record.time_to_first_token),
         between_tokens=ms_between(0.0, record.between_tokens),
         total=ms_between(began, record.ended),
     )

@@ -63,7 +63,9 @@ class Record(msgspec.Struct, array_like=True, gc=False):
     prefill_answered: float | None = None
     decode_sent: float | None = None
     decode_answered: float | None = None  #: its headers have come, which tell what became of the KV
-    first_token: float | None = None  #: handed to the client's socket
+    #: The answer's first bytes were handed to the client's socket. Without a stream these are all of its bytes:
+    #: ``time_to_first_token`` is what is shown.
+    first_token: float | None = None
     decode_first: float | None = None  #: the decode worker's first bytes
     streaming: Response | None = None  #: the worker's answer, while it is relayed
     streamed: int = 0  #: its pieces, once it has ended
