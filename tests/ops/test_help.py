@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,39 @@ def leaves(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]
             yield from leaves(command)
 
 
-every_command = pytest.mark.parametrize("parser", leaves(build_parser()), ids=lambda parser: parser.prog)
+every_command = pytest.mark.parametrize("parser", list(leaves(build_parser())), ids=lambda parser: parser.prog)
+
+
+def valued(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Its options that take a value."""
+    return [action for action in parser._actions if action.option_strings and action.nargs != 0]
+
+
+@every_command
+def test_help_has_examples_that_parse(parser: argparse.ArgumentParser) -> None:
+    """Each stands under a line that says what it does."""
+    examples = [line.strip() for line in (parser.epilog or "").splitlines() if line.startswith("  kvbelt ")]
+    assert examples
+    for line in examples:
+        words = shlex.split(line.partition(" > ")[0])
+        args, unknown = build_parser().parse_known_args(words[1:])
+        assert unknown == []
+        assert args.parser.prog == parser.prog
+
+
+@every_command
+def test_every_option_says_what_it_does_and_its_default(parser: argparse.ArgumentParser) -> None:
+    """Repeatable ones start empty."""
+    assert [action.dest for action in parser._actions if not action.help] == []
+    shown = parser._get_formatter()
+    given = [one for one in valued(parser) if not one.required and not isinstance(one, argparse._AppendAction)]
+    assert [one.dest for one in given if "default" not in shown._expand_help(one)] == []
+
+
+@every_command
+def test_no_option_repeats_its_name_as_its_value(parser: argparse.ArgumentParser) -> None:
+    """--kv-gb takes GB, not KV_GB."""
+    assert [one.dest for one in valued(parser) if "_" in (one.metavar or one.dest) and not one.choices] == []
 
 
 def test_kvbelt_alone_lists_its_commands_in_groups(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,11 +3,14 @@
 import argparse
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from kvbelt.limits import OPTION, limits_of
 from kvbelt.routing.placement import Mode
 from kvbelt.security.worker_api_key import load_worker_api_key
+
+#: A parser, or a group of its options.
+_Options: TypeAlias = argparse._ActionsContainer  # noqa: SLF001 -- argparse has no public name for both
 
 
 def port(text: str) -> int:
@@ -68,10 +71,10 @@ def level(text: str) -> float:
     return value
 
 
-def add_worker_key(parser: argparse.ArgumentParser) -> None:
+def add_worker_key(parser: _Options) -> None:
     parser.add_argument(
         "--worker-api-key-file", type=Path, metavar="FILE",
-        help="the --api-key of vLLM servers, for kvbelt's own questions to them",
+        help="the --api-key of vLLM servers, for kvbelt's own questions to them (default: none)",
     )  # fmt: skip
 
 
@@ -81,7 +84,7 @@ def worker_key_of(args: argparse.Namespace) -> str | None:
     return load_worker_api_key(file) if file is not None else None
 
 
-def add_limits(parser: argparse.ArgumentParser) -> None:
+def add_limits(parser: _Options) -> None:
     parser.add_argument(
         OPTION, action="append", default=[], metavar="NAME=N",
         help="what one request may ask for, e.g. --limit sequences=4096; repeatable (docs/limits.md has the names)",
@@ -95,7 +98,7 @@ def limit_arguments(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 _LEVELS: dict[str, dict[str, Any]] = {
-    "ttft": {"type": positive_number, "default": 500.0, "help": "level to first token (default: %(default)g)"},
+    "ttft": {"type": positive_number, "default": 500.0, "help": "level to first token"},
     "itl": {
         "type": level, "default": 50.0,
         "help": "level between two tokens, for 99 of 100: prompts beside running requests are cut to it "
@@ -105,17 +108,16 @@ _LEVELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def add_placement(parser: argparse.ArgumentParser) -> None:
+def add_placement(parser: _Options) -> None:
     """How requests are placed: the arguments of ``kvbelt proxy`` that ``kvbelt up`` hands on."""
     add = parser.add_argument
     add(
         "--placement", choices=[str(mode) for mode in Mode], default=str(Mode.ELASTIC),
-        help="elastic: whole or split, by load; split: whole only where it must be; whole: never split "
-        "(default: %(default)s)",
+        help="elastic: whole or split, by load; split: whole only where it must be; whole: never split",
     )  # fmt: skip
     for name, given in _LEVELS.items():
         add(f"--slo-{name}-ms", metavar="MS", **given)
-    add("--min-prompt-tokens", type=count, default=0, metavar="N", help="shorter prompts are never split (default: 0)")
+    add("--min-prompt-tokens", type=count, default=0, metavar="N", help="shorter prompts are never split")
 
 
 def placement_arguments(args: argparse.Namespace) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from kvbelt.ops.arguments import positive_int
 from kvbelt.ops.deployment import Deployment
 from kvbelt.ops.extras import require_engine
 from kvbelt.ops.http_client import Address, Client, NoAnswerError, UnreadableReplyError
+from kvbelt.ops.parser import add_examples
 from kvbelt.ops.ports import check_free, seed_ports
 from kvbelt.ops.processes import SPLIT_ALL, DeploymentSpec
 from kvbelt.ops.terminal import Terminal
@@ -53,11 +54,16 @@ class DemoAnswer:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     up.add_model_arguments(parser)
-    parser.add_argument("--topology", default="1p1d", help="XpYd (default: 1p1d)")
+    parser.add_argument("--topology", default="1p1d", metavar="XpYd", help="X prefill and Y decode workers")
     parser.add_argument("--once", action="store_true", help="exit after the answer")
-    parser.add_argument("--prompt", default=QUESTION, help="the question")
-    parser.add_argument("--max-tokens", type=positive_int, default=60, help="longest answer, in tokens (default: 60)")
+    parser.add_argument("--prompt", default=QUESTION, metavar="TEXT", help="the question")
+    parser.add_argument("--max-tokens", type=positive_int, default=60, metavar="N", help="longest answer, in tokens")
     parser.add_argument("--verbose", action="store_true", help="show the workers' logs")
+    add_examples(
+        parser,
+        ("kvbelt demo", "ask, show where the time went, and serve on until Ctrl-C"),
+        ("kvbelt demo --once --prompt 'Why is the sky blue?'", "ask this, and end"),
+    )
 
 
 def run(args: argparse.Namespace) -> int:

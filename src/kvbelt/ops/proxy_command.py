@@ -21,57 +21,82 @@ from kvbelt.ops.arguments import (
     positive_number,
     worker_key_of,
 )
+from kvbelt.ops.parser import add_examples
 
 if TYPE_CHECKING:
     from kvbelt.security.keys import Keys
 
+_KEYS = "--key-file keys/proxy.key_secret --trusted-keys-dir keys/trusted"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--host", default="127.0.0.1", help="where to listen")
-    add("--port", type=port, default=9100)
+    _add_addresses(parser)
+    keys = parser.add_argument_group("keys")
+    add_worker_key(keys)
+    add = keys.add_argument
+    add("--key-file", type=Path, metavar="FILE", help="this proxy's secret key, of kvbelt keys new (default: none)")
+    add("--trusted-keys-dir", type=Path, metavar="DIR", help="the prefill workers' public keys (default: none)")
+    add("--insecure", action="store_true", help="accept notifications beyond loopback without keys")
+    add(
+        "--admin-key-file", type=Path, metavar="FILE", help="the key for changes to workers (default: none; no changes)"
+    )
+    add_placement(parser.add_argument_group("placement"))
+    limits = parser.add_argument_group("limits")
+    add = limits.add_argument
+    add("--deadline", type=positive_number, default=600.0, metavar="SECONDS", help="longest time of a request")
+    add(
+        "--health-timeout", type=positive_number, default=3.0, metavar="SECONDS",
+        help="a worker that answers no health check for so long gets no new requests",
+    )  # fmt: skip
+    add(
+        "--drain-seconds", type=positive_number, default=2.0, metavar="SECONDS",
+        help="time for open requests at shutdown",
+    )  # fmt: skip
+    add(
+        "--max-waiting", type=positive_int, default=1024, metavar="N",
+        help="requests that may wait for a worker; a further one gets 429",
+    )  # fmt: skip
+    add(
+        "--max-wait-seconds", type=positive_number, default=30.0, metavar="SECONDS",
+        help="a request that has waited so long for a worker gets 429",
+    )  # fmt: skip
+    add_limits(limits)
+    _add_records(parser)
+    add_examples(
+        parser,
+        ("kvbelt proxy --prefill-port 7100,7101 --decode-port 7200", "three workers on this host"),
+        (f"kvbelt proxy --prefill-host 10.0.0.5 --decode-host 10.0.0.7 {_KEYS}", "two workers on two hosts, with keys"),
+    )
+
+
+def _add_addresses(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("addresses").add_argument
+    add("--host", default="127.0.0.1", help="where clients come in")
+    add("--port", type=port, default=9100, help="its port")
     # The second names are those of LMCache's proxy.
     for kind, other, word, first in (
         ("prefill", "prefiller", "prefillers", 7100), ("decode", "decoder", "decoders", 7200),
     ):  # fmt: skip
-        add(f"--{kind}-host", f"--{other}-host", type=hosts, default=["localhost"], metavar="HOST[,HOST]")
-        add(f"--{kind}-port", f"--{other}-port", type=ports, default=[first], metavar="PORT[,PORT]")
+        add(f"--{kind}-host", f"--{other}-host", type=hosts, default=["localhost"], metavar="HOST[,HOST]",
+            help=f"the {kind} workers' hosts")  # fmt: skip
+        add(f"--{kind}-port", f"--{other}-port", type=ports, default=[first], metavar="PORT[,PORT]",
+            help="one for all of them, or one for each")  # fmt: skip
         add(f"--num-{word}", type=count, metavar="N", help="on consecutive ports (default: 1)")
     add(
         "--discover", action="store_true", help="the hosts are DNS names, looked up regularly; each address is a worker"
     )
     for name in ("init", "alloc"):
-        about = "accepted for LMCache's command lines: decode workers tell their ports themselves"
+        about = "taken for LMCache's command lines (default: what decode workers tell, which is always used)"
         add(f"--decoder-{name}-port", type=ports, metavar="PORT[,PORT]", help=about)
-    add("--notify-host", "--proxy-host", default="127.0.0.1", help="where workers report transfers")
-    add("--notify-port", "--proxy-port", type=port, default=7500)
-    add("--key-file", type=Path, metavar="FILE", help="this proxy's secret key (kvbelt keys new)")
-    add("--trusted-keys-dir", type=Path, metavar="DIR", help="public keys of the prefill workers")
-    add("--insecure", action="store_true", help="accept notifications beyond loopback without keys")
-    add("--admin-key-file", type=Path, metavar="FILE", help="the key for adding and removing workers")
-    add_worker_key(parser)
-    add("--deadline", type=positive_number, default=600.0, help="longest time of a request, in seconds")
-    add(
-        "--health-timeout", type=positive_number, default=3.0, metavar="SECONDS",
-        help="a worker that answers no health check for so long gets no new requests (default: %(default)g)",
-    )  # fmt: skip
-    add(
-        "--drain-seconds", type=positive_number, default=2.0,
-        help="time for open requests at shutdown (default: %(default)g)",
-    )  # fmt: skip
-    add_placement(parser)
-    add(
-        "--max-waiting", type=positive_int, default=1024, metavar="N",
-        help="requests that may wait for a worker; a further one gets 429 (default: %(default)s)",
-    )  # fmt: skip
-    add(
-        "--max-wait-seconds", type=positive_number, default=30.0, metavar="S",
-        help="a request that has waited so long for a worker gets 429 (default: %(default)g)",
-    )  # fmt: skip
-    add_limits(parser)
+    add("--notify-host", "--proxy-host", default="127.0.0.1", metavar="HOST", help="where workers report transfers")
+    add("--notify-port", "--proxy-port", type=port, default=7500, metavar="PORT", help="its port")
+
+
+def _add_records(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("records, logs and traces").add_argument
     add(
         "--keep-requests", type=positive_int, default=1000, metavar="N",
-        help="how many requests kvbelt why and the console can show (default: %(default)s)",
+        help="how many requests kvbelt why and the console can show",
     )  # fmt: skip
     add(
         "--record-prompts", type=count, nargs="?", const=500, default=0, metavar="CHARACTERS",

@@ -14,6 +14,7 @@ import msgspec
 
 from kvbelt.errors import SettingsError
 from kvbelt.ops.arguments import count, positive_int, positive_number
+from kvbelt.ops.parser import add_examples
 from kvbelt.ops.tables import table
 from kvbelt.ops.topology import Topology
 from kvbelt.pacing.costs import StepCosts
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--range-ratio", type=_share, default=0.0, metavar="0..1", help="lengths differ from their mean by up to this")
     add(
         "--mix", type=_mix, metavar="PROMPT/OUTPUT:SHARE,...",
-        help="several lengths instead of one, e.g. 7500/200:1,2000/1000:2",
+        help="several lengths, e.g. 7500/200:1,2000/1000:2 (default: one, of --prompt and --output)",
     )  # fmt: skip
     add("--turns", type=positive_int, default=1, metavar="N", help="of each conversation; prompts grow by each answer")
     add("--think", type=positive_number, default=10.0, metavar="SECONDS", help="between turns, on average")
@@ -62,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--trace", type=Path, metavar="FILE.jsonl",
-        help="the requests, one a line: arrival (seconds), prompt_tokens, output_tokens, conversation",
+        help="the requests, one a line: arrival (seconds), prompt_tokens, output_tokens, conversation (default: made)",
     )  # fmt: skip
     levels = parser.add_argument_group("service levels")
     add = levels.add_argument
@@ -75,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--profile", choices=sorted(PROFILES), default=next(iter(PROFILES)), help="default: %(default)s")
     add(
         "--costs", type=Path, metavar="FILE.json",
-        help="step costs instead of the profile's, in seconds, or a worker's health message with them",
+        help="step costs in seconds, or a worker's health message with them (default: the profile's)",
     )  # fmt: skip
     add("--max-num-batched-tokens", type=positive_int, metavar="N", help="tokens of a step (default: the profile's)")
     add("--max-num-seqs", type=positive_int, metavar="N", help="requests that run at once (default: the profile's)")
@@ -83,6 +84,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--slow", type=_share, default=0.0, metavar="0..1", help="share of each role's workers that are half as fast")
     add("--dies", type=_death, action="append", default=[], metavar="NAME@SECONDS", help="e.g. d0@60; repeatable")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    add_examples(
+        parser,
+        ("kvbelt simulate --workers 2p2d --rate 12", "what 12 requests a second would meet, by placement"),
+        ("kvbelt simulate --workers 0p4d --policy whole --policy least@2048", "four whole servers, two ways to choose"),
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from dataclasses import replace
 from kvbelt.errors import KVBeltError, SettingsError
 from kvbelt.ops import proxy_client
 from kvbelt.ops.arguments import positive_int, positive_number
+from kvbelt.ops.parser import add_examples
 from kvbelt.ops.top_frame import frame
 from kvbelt.wire.console import CONSOLE_STATE, ConsoleState
 
@@ -33,8 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     proxy_client.add_arguments(parser)
     parser.add_argument("--once", action="store_true", help="print one frame and exit")
     parser.add_argument("--json", action="store_true", help="print the proxy's JSON and exit")
-    parser.add_argument("--window", type=positive_int, default=10, metavar="SECONDS", help="for rates (default: 10)")
-    parser.add_argument("--interval", type=positive_number, default=1.0, metavar="SECONDS", help="default: 1")
+    parser.add_argument("--window", type=positive_int, default=10, metavar="SECONDS", help="of rates and percentiles")
+    parser.add_argument("--interval", type=positive_number, default=1.0, metavar="SECONDS", help="between two looks")
+    add_examples(
+        parser,
+        ("kvbelt top", "watch the deployment on this host"),
+        ("kvbelt top --url http://10.0.0.5:9100 --window 60", "watch another one, with rates of the last minute"),
+        ("kvbelt top --once", "print it once, as for a report"),
+    )
 
 
 def run(args: argparse.Namespace) -> int:

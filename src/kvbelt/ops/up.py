@@ -28,6 +28,7 @@ from kvbelt.ops.arguments import (
 from kvbelt.ops.deployment import Deployment
 from kvbelt.ops.extras import require_engine, require_vllm_of
 from kvbelt.ops.model_dir import find_model
+from kvbelt.ops.parser import add_examples
 from kvbelt.ops.ports import PROXY_PORT
 from kvbelt.ops.processes import DeploymentSpec, resolve_device
 from kvbelt.ops.supervisor import NotReadyError
@@ -51,7 +52,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: float32")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: auto")
     parser.add_argument("--threads", type=positive_int, help="CPU threads per worker (default: cores / workers)")
-    parser.add_argument("--log-dir", type=Path, help="also write each process's log to a file in this folder")
+    parser.add_argument(
+        "--log-dir", type=Path, metavar="DIR", help="also write each process's log to a file there (default: no)"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=port, help=f"the proxy's port (default: {PROXY_PORT})")
     parser.add_argument("--auto-ports", action="store_true", help="use free ports instead of the well-known ones")
     parser.add_argument(
-        "--kv-gb", type=positive_number, help="KV memory per worker in GB (default: the worker decides)"
+        "--kv-gb", type=positive_number, metavar="GB", help="KV memory per worker (default: the worker decides)"
     )
     parser.add_argument(
         "--transfer-channel",
@@ -87,9 +90,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--buffer-device", choices=["cpu", "cuda"], help="default: where the engine is")
     parser.add_argument(
-        "--buffer-gb", type=positive_number, default=1.0, help="staging memory on each side in GiB (default: 1)"
+        "--buffer-gb", type=positive_number, default=1.0, metavar="GIB", help="staging memory on each side"
     )
-    parser.add_argument("--max-model-len", type=positive_int, help="longest prompt plus answer, in tokens")
+    parser.add_argument(
+        "--max-model-len", type=positive_int, metavar="TOKENS", help="longest prompt plus answer (default: the model's)"
+    )
     parser.add_argument(
         "--no-prefix-caching", action="store_true", help="compute every prompt in full; reuse no cached prefix"
     )
@@ -100,7 +105,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--restart", action="store_true", help="restart a process that dies")
     parser.add_argument(
-        "--start-timeout", type=positive_number, default=600.0, help="seconds until all are ready (default: 600)"
+        "--start-timeout", type=positive_number, default=600.0, metavar="SECONDS", help="time until all are ready"
+    )
+    add_examples(
+        parser,
+        ("kvbelt up 1p1d", "a prefill worker, a decode worker and the proxy, with the demo model"),
+        ("kvbelt up 2p2d --model /models/llama --device cuda", "four workers, on four GPUs"),
+        ("kvbelt up 1p1d --engine vllm --vllm-python ~/vllm/bin/python --model /models/llama", "vLLM as the engine"),
     )
 
 

@@ -15,6 +15,7 @@ from kvbelt.errors import KVBeltError
 from kvbelt.ops import proxy_client, waterfall
 from kvbelt.ops.arguments import positive_int
 from kvbelt.ops.bars import milliseconds
+from kvbelt.ops.parser import add_examples
 from kvbelt.ops.tables import table
 from kvbelt.wire import reasons
 from kvbelt.wire.request_record import REQUEST_LIST, REQUEST_RECORD, DoneTransfer, RequestRecord
@@ -38,8 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="an answer's x-request-id or id (default: the last request's)")  # fmt: skip
     proxy_client.add_arguments(parser)
     parser.add_argument("--list", action="store_true", help="list the last requests, one per line")
-    parser.add_argument("--limit", type=positive_int, default=20, metavar="N", help="how many to list (default: 20)")
+    parser.add_argument("--limit", type=positive_int, default=20, metavar="N", help="how many to list")
     parser.add_argument("--json", action="store_true", help="print the proxy's JSON")
+    add_examples(
+        parser,
+        ("kvbelt why", "the last request"),
+        ("kvbelt why --list --limit 50", "the last 50, a line each"),
+        ("kvbelt why chatcmpl-069dbb814b82-3", "one of them, by its answer's id or x-request-id"),
+    )
 
 
 def run(args: argparse.Namespace) -> int:

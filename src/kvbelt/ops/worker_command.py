@@ -12,36 +12,49 @@ from typing import NoReturn
 from kvbelt.errors import KVBeltError
 from kvbelt.limits import limits_of
 from kvbelt.ops.arguments import add_limits, port, positive_int, positive_number
+from kvbelt.ops.parser import add_examples
 from kvbelt.wire.health import Role
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--role", required=True, choices=[role.value for role in Role])
-    add("--config", type=Path, metavar="FILE.yaml", help="default: $LMCACHE_CONFIG_FILE")
-    add("--model", required=True, help="a Hugging Face folder, or 'demo'")
-    add("--served-model-name", help="default: the folder's name")
-    add("--host", default="127.0.0.1")
-    add("--port", type=port, default=None, help="default: 7100 prefill, 7200 decode")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-    add("--kv-gb", type=positive_number, help="memory for KV blocks, in GB")
-    add("--block-size", type=positive_int, default=16, help="tokens per block")
-    add("--max-model-len", type=positive_int, help="default: the model's")
-    add("--max-batch-tokens", type=positive_int, help="tokens per step, prefill chunks included")
-    add("--max-running", type=positive_int, help="requests per step")
+    add("--role", required=True, choices=[role.value for role in Role], help="what it does for others")
+    add("--model", required=True, metavar="DIR", help="a Hugging Face folder, or 'demo'")
+    add("--served-model-name", metavar="NAME", help="what requests call the model (default: the folder's name)")
+    add("--config", type=Path, metavar="FILE.yaml", help="how KV travels (default: $LMCACHE_CONFIG_FILE)")
+    add("--host", default="127.0.0.1", help="where the proxy reaches it")
+    add("--port", type=port, default=None, help="its port (default: 7100 prefill, 7200 decode)")
+    add("--log-json", action="store_true", help="write the log as JSON, one object a line")
+    add = parser.add_argument_group("engine").add_argument
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where the model computes")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of weights and KV")
+    add("--kv-gb", type=positive_number, metavar="GB", help="memory for KV blocks (default: by what is free)")
+    add("--block-size", type=positive_int, default=16, metavar="TOKENS", help="tokens of a block")
+    add(
+        "--max-model-len", type=positive_int, metavar="TOKENS", help="longest prompt plus answer (default: the model's)"
+    )
+    add(
+        "--max-batch-tokens", type=positive_int, metavar="TOKENS",
+        help="tokens of a step, prefill chunks included (default: 512)",
+    )  # fmt: skip
+    add("--max-running", type=positive_int, metavar="N", help="requests of a step (default: 64)")
     add(
         "--slo-itl-ms", type=positive_number, metavar="MS",
         help="level between tokens of requests that name none: prompts beside them are cut to it (default: none)",
     )  # fmt: skip
-    add("--threads", type=positive_int, help="CPU threads for the model")
+    add("--threads", type=positive_int, metavar="N", help="CPU threads of the model (default: torch's choice)")
     add("--no-prefix-caching", action="store_true", help="compute every prompt in full; reuse no cached prefix")
-    add("--log-json", action="store_true", help="write the log as JSON, one object a line")
-    add_limits(parser)
-    add(
+    limits = parser.add_argument_group("what requests may do")
+    add_limits(limits)
+    limits.add_argument(
         "--trust-request-chat-template", action="store_true",
         help="run chat templates that requests bring: programs of any length, so only for clients that you trust",
     )  # fmt: skip
+    add_examples(
+        parser,
+        ("kvbelt worker --role prefill --config prefill.yaml --model demo", "a prefill worker on port 7100"),
+        ("kvbelt worker --role decode --config decode.yaml --model demo --port 7201", "a second decode worker"),
+    )
 
 
 def run(args: argparse.Namespace) -> NoReturn:

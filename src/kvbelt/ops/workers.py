@@ -9,6 +9,7 @@ from typing import Any
 from kvbelt.errors import SettingsError
 from kvbelt.ops import proxy_client
 from kvbelt.ops.arguments import positive_number
+from kvbelt.ops.parser import add_examples
 from kvbelt.ops.proxy_client import ProxyClient
 from kvbelt.ops.tables import aligned
 from kvbelt.wire.workers import NewWorker
@@ -26,20 +27,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shown = verb("list", "list all workers, and pairs that cannot exchange KV", _list)
     shown.add_argument("--json", action="store_true", help="print the proxy's JSON")
     joins = verb("add", "add a running worker", _add)
-    joins.add_argument("role", choices=["prefill", "decode"])
-    joins.add_argument("worker", metavar="HOST:PORT")
+    joins.add_argument("role", choices=["prefill", "decode"], help="what it does here")
+    joins.add_argument("worker", metavar="HOST:PORT", help="where it listens")
+    add_examples(shown, ("kvbelt workers list", "the workers of the proxy on this host"))
+    add_examples(joins, ("kvbelt workers --admin-key-file admin.key add decode 10.0.0.7:7200", "use one more"))
     for name, what, run in (
         ("remove", "remove a worker once no request needs it", _remove),
         ("drain", "give a worker no new requests and let it finish", _drain),
         ("undrain", "use a drained worker again", _undrain),
     ):
         changed = verb(name, what, run)
-        changed.add_argument("worker", metavar="HOST:PORT")
-        changed.add_argument("--role", choices=["prefill", "decode"], help="needed if the address is in both roles")
+        changed.add_argument("worker", metavar="HOST:PORT", help="its name in kvbelt workers list")
+        changed.add_argument(
+            "--role",
+            choices=["prefill", "decode"],
+            help="needed only if the address is in both (default: the one it is in)",
+        )
         if name != "undrain":
             changed.add_argument("--wait", type=positive_number, default=600.0, metavar="SECONDS",
-                                 help="how long to wait for its requests (default: 600)")  # fmt: skip
+                                 help="how long to wait for its requests")  # fmt: skip
             changed.add_argument("--no-wait", action="store_true", help="return at once")
+        add_examples(changed, (f"kvbelt workers --admin-key-file admin.key {name} 10.0.0.7:7200", what))
 
 
 def _list(args: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ from kvbelt.ops.chaos.run import StoppedError
 from kvbelt.ops.chaos.run import run as run_config
 from kvbelt.ops.extras import require_engine
 from kvbelt.ops.http_client import Address
+from kvbelt.ops.parser import add_examples
 from kvbelt.ops.processes import resolve_device
 from kvbelt.ops.proxy_client import add_key_argument, key_of
 from kvbelt.ops.terminal import Terminal
@@ -36,30 +37,35 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = ChaosConfig()
     parser.add_argument("topology", nargs="?", help="what to start: XpYd, e.g. 2p2d; left out with --url")
-    parser.add_argument("--url", type=_address, help="a running proxy; faults that need its processes are left out")
     parser.add_argument(
-        "--reference", type=_address, metavar="URL", help="with --url: an aggregated server for the reference answers"
+        "--url", type=_address, metavar="URL", help="a running proxy (default: none; TOPOLOGY is started)"
+    )
+    parser.add_argument(
+        "--reference",
+        type=_address,
+        metavar="URL",
+        help="with --url: an aggregated server for the reference answers (default: the proxy, before the faults)",
     )
     add_key_argument(parser)
     parser.add_argument("--model", default="tiny", help="tiny, demo, or a Hugging Face folder (default: tiny)")
     parser.add_argument(
-        "--minutes", type=positive_number, default=default.seconds / 60, help="duration of the load (default: 15)"
+        "--minutes", type=positive_number, default=default.seconds / 60, metavar="N", help="duration of the load"
     )
     parser.add_argument("--seed", type=int, help="for faults and questions (default: a new one, which is printed)")
     parser.add_argument(
-        "--every", type=positive_number, default=default.every, help="seconds between faults (default: 2.2)"
+        "--every", type=positive_number, default=default.every, metavar="SECONDS", help="time between faults"
     )
     parser.add_argument("--rate", type=positive_number, help="requests a second (default: by the machine's speed)")
     parser.add_argument("--faults", type=_kinds, default=KINDS, metavar="KIND,…", help="only these kinds; see --list")
     parser.add_argument("--list", action="store_true", help="list the kinds of faults and exit")
     parser.add_argument(
-        "--questions", type=positive_int, default=default.questions, help="number of different questions (default: 120)"
+        "--questions", type=positive_int, default=default.questions, metavar="N", help="how many different ones"
     )
     parser.add_argument(
-        "--longest", type=positive_int, default=default.longest, help="longest prompts, in tokens (default: 700)"
+        "--longest", type=positive_int, default=default.longest, metavar="TOKENS", help="longest prompts"
     )
     parser.add_argument(
-        "--max-model-len", type=positive_int, default=default.max_model_len, help="the workers' (default: 2048)"
+        "--max-model-len", type=positive_int, default=default.max_model_len, metavar="TOKENS", help="of the workers"
     )
     parser.add_argument(
         "--placement",
@@ -72,13 +78,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify",
         choices=["off", "sample", "always"],
-        help="the workers' pd_verify; off shows corruption that they would catch",
+        help="the workers' pd_verify (default: theirs); off shows corruption that they would catch",
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=default.dtype, help="default: float32")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: auto")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all results to FILE")
-    parser.add_argument("--log-dir", type=Path, help="write each process's log to a file in this folder")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all results to FILE (default: no)")
+    parser.add_argument(
+        "--log-dir", type=Path, metavar="DIR", help="also write each process's log to a file there (default: no)"
+    )
     parser.add_argument("--verbose", action="store_true", help="show the processes' logs")
+    add_examples(
+        parser,
+        ("kvbelt chaos 2p2d --minutes 2", "two minutes of load and faults on four workers"),
+        (
+            "kvbelt chaos --url http://127.0.0.1:9100 --minutes 1",
+            "load on a deployment that runs, and the faults it can take",
+        ),
+        ("kvbelt chaos --list", "the kinds of faults"),
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from kvbelt.ops.arguments import positive_int, positive_number
 from kvbelt.ops.deploy.gpus import gpu_named
 from kvbelt.ops.deploy.kubernetes import GIB, OverlaySpec, write_overlay
+from kvbelt.ops.parser import add_examples
 from kvbelt.ops.topology import Topology
 
 
@@ -14,25 +15,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(required=True, metavar="WHERE")
     k8s = kinds.add_parser("k8s", help="write a kustomize overlay for Kubernetes into a folder")
     k8s.set_defaults(run=run, parser=k8s)
-    k8s.add_argument("--topology", required=True, help="XpYd, e.g. 4p8d")
+    k8s.add_argument("--topology", required=True, metavar="XpYd", help="X prefill and Y decode workers")
     k8s.add_argument("--model", required=True, help="a model hub's name, or a path inside the workers")
     k8s.add_argument("--gpu", required=True, help="a100, b200, h100, h200, l4, l40s, or any")
-    k8s.add_argument("--gpus-per-worker", type=positive_int, default=1, metavar="N", help="tensor parallelism")
-    k8s.add_argument("--namespace", default="inference", help="default: %(default)s")
-    k8s.add_argument("--max-model-len", type=positive_int, default=8192, help="in tokens (default: %(default)s)")
     k8s.add_argument(
-        "--send-buffer-gb", type=positive_number, default=1.0, help="per prefill worker, in GiB (default: 1)"
+        "--gpus-per-worker", type=positive_int, default=1, metavar="N", help="of each worker: its tensor parallelism"
+    )
+    k8s.add_argument("--namespace", default="inference", metavar="NAME", help="where everything runs")
+    k8s.add_argument(
+        "--max-model-len", type=positive_int, default=8192, metavar="TOKENS", help="longest prompt plus answer"
     )
     k8s.add_argument(
-        "--receive-buffer-gb", type=positive_number, default=2.0, help="per decode worker, in GiB (default: 2)"
+        "--send-buffer-gb", type=positive_number, default=1.0, metavar="GIB", help="staging memory of a prefill worker"
     )
-    k8s.add_argument("--model-claim", metavar="PVC", help="a PersistentVolumeClaim to mount at /models")
-    k8s.add_argument("--rdma", metavar="RESOURCE", help="KV over RDMA; the device plugin's resource, e.g. rdma/ib")
-    k8s.add_argument("--autoscale", choices=["keda", "hpa"], help="between the topology and four times its size")
+    k8s.add_argument(
+        "--receive-buffer-gb", type=positive_number, default=2.0, metavar="GIB", help="and of a decode worker"
+    )
+    k8s.add_argument("--model-claim", metavar="PVC", help="a PersistentVolumeClaim to mount at /models (default: none)")
+    k8s.add_argument(
+        "--rdma", metavar="RESOURCE", help="KV over RDMA: the device plugin's resource, e.g. rdma/ib (default: TCP)"
+    )
+    k8s.add_argument(
+        "--autoscale", choices=["keda", "hpa"], help="between the topology and four times its size (default: no)"
+    )
     k8s.add_argument("--no-monitoring", action="store_true", help="write no ServiceMonitor and PodMonitor")
-    k8s.add_argument("--worker-image", default="kvbelt/kvbelt-vllm:0.2.0", help="default: %(default)s")
-    k8s.add_argument("--proxy-image", default="kvbelt/kvbelt-proxy:0.2.0", help="default: %(default)s")
+    k8s.add_argument(
+        "--worker-image", default="kvbelt/kvbelt-vllm:0.2.0", metavar="IMAGE", help="of prefill and decode workers"
+    )
+    k8s.add_argument("--proxy-image", default="kvbelt/kvbelt-proxy:0.2.0", metavar="IMAGE", help="of the proxy")
     k8s.add_argument("--output", type=Path, metavar="DIR", help="a new folder (default: kvbelt-XpYd)")
+    add_examples(
+        k8s,
+        (
+            "kvbelt deploy k8s --topology 2p4d --model meta-llama/Llama-3.1-8B-Instruct --gpu h100",
+            "six Pods and a proxy",
+        ),
+        (
+            "kvbelt deploy k8s --topology 2p2d --model /models/llama --model-claim models --gpu any --rdma rdma/ib",
+            "over RDMA",
+        ),
+    )
 
 
 def run(args: argparse.Namespace) -> int:

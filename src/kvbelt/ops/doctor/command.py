@@ -16,6 +16,7 @@ from kvbelt.ops.doctor.checks import preflight as preflight_checks
 from kvbelt.ops.doctor.finding import Finding, status_of
 from kvbelt.ops.http_client import Address
 from kvbelt.ops.model_dir import find_model
+from kvbelt.ops.parser import add_examples
 from kvbelt.ops.ports import PROXY_PORT
 from kvbelt.ops.proxy_client import add_key_argument, key_of
 from kvbelt.ops.terminal import wants_colour
@@ -28,14 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "ports before a start."
     )
     parser.add_argument("topology", nargs="?", help="XpYd, as for kvbelt up: check its ports and its ratio")
-    parser.add_argument("--url", help="the proxy of a running deployment, e.g. http://127.0.0.1:9100")
+    parser.add_argument("--url", help="the proxy of a running deployment (default: none; look before a start)")
     parser.add_argument("--config", type=Path, action="append", default=[], metavar="FILE", nargs="+",
                         help="the YAML files of the workers")  # fmt: skip
-    parser.add_argument("--model", help="a Hugging Face folder, or 'demo': check the buffers against its KV")
+    parser.add_argument(
+        "--model", help="a Hugging Face folder, or 'demo': check the buffers against its KV (default: not checked)"
+    )
     parser.add_argument(
         "--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the KV (default: auto)"
     )
-    parser.add_argument("--max-model-len", type=positive_int, help="default: the model's")
+    parser.add_argument(
+        "--max-model-len", type=positive_int, metavar="TOKENS", help="longest prompt plus answer (default: the model's)"
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: auto")
     parser.add_argument("--port", type=port, default=PROXY_PORT, help="the proxy's port (default: 9100)")
     parser.add_argument("--no-measure", action="store_true", help="do not start two processes to measure NIXL")
@@ -50,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_key_argument(parser)
     add_worker_key(parser)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    add_examples(
+        parser,
+        ("kvbelt doctor 2p2d --model demo", "would this start here?"),
+        ("kvbelt doctor --url http://127.0.0.1:9100", "what is wrong with what runs?"),
+        ("kvbelt doctor --config prefill.yaml decode.yaml", "do these two files fit each other?"),
+    )
 
 
 def run(args: argparse.Namespace) -> int:
