@@ -91,7 +91,7 @@ def _client_body(data: bytes, *, chat: bool) -> None:
             assert isinstance(msgspec.json.decode(leg), dict), "a body that was JSON has become something else"
     assert body.num_prompts >= 1
     assert TokenCounts().size_of("", body.prompt).tokens >= 1
-    assert body.limit is None or body.limit >= 1
+    assert body.fields.limit is None or body.fields.limit >= 1
 
 
 def completion_body(data: bytes) -> None:

@@ -10,6 +10,7 @@ from kvbelt.errors import RequestError
 from kvbelt.limits import Limits
 from kvbelt.proxy.request import splice
 from kvbelt.proxy.request.body import ClientBody
+from kvbelt.proxy.request.fields import KnownFields
 from kvbelt.proxy.request.prefill_answer import PrefillAnswer
 from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff, ReceiverAddress
 
@@ -70,7 +71,7 @@ def test_a_chat_leg_limits_tokens_by_both_names():
     """max_completion_tokens counts if both are sent."""
     body = {"messages": [{"role": "user", "content": "x"}], "max_completion_tokens": 9, "max_tokens": 5}
     client = ClientBody(json.dumps(body).encode(), chat=True)
-    assert client.limit == 9
+    assert client.fields.limit == 9
     leg = json.loads(client.for_prefill(PREFILL))
     assert (leg["max_tokens"], leg["max_completion_tokens"]) == (1, 1)
     assert leg["messages"] == body["messages"]
@@ -79,7 +80,7 @@ def test_a_chat_leg_limits_tokens_by_both_names():
 def test_a_name_sent_twice_counts_the_last_time():
     """The last value counts in every call, as in the worker's parser."""
     client = ClientBody(b'{"prompt":[1],"prompt":"b","max_tokens":3,"max_tokens":4}', chat=False)
-    assert client.limit == 4
+    assert client.fields.limit == 4
     assert json.loads(client.for_decode(DECODE))["prompt"] == "b"
 
 
@@ -244,3 +245,34 @@ def test_a_malformed_prefill_answer_is_an_error(body):
     """A malformed answer raises ValueError."""
     with pytest.raises(ValueError):
         PrefillAnswer(body)
+
+
+@pytest.mark.parametrize("prompts", [("a", "b"), ([1, 2], [3])])
+def test_equal_fields_are_worked_out_once(prompts):
+    """Requests that differ in their prompts alone share what follows from the rest; each has its own prompt."""
+    first, second = (
+        ClientBody(json.dumps({"model": "shared", "prompt": prompt, "max_tokens": 7}).encode(), chat=False)
+        for prompt in prompts
+    )
+    assert first.fields is second.fields
+    assert [json.loads(one.for_prefill(PREFILL))["prompt"] for one in (first, second)] == list(prompts)
+
+
+def test_a_chat_and_a_completion_share_no_fields():
+    """``logprobs: true`` is right in a chat, and a value that workers refuse in a completion."""
+    fields = {"model": "shared", "logprobs": True}
+    chat = ClientBody(json.dumps({"messages": [], **fields}).encode(), chat=True)
+    completion = ClientBody(json.dumps({"prompt": "x", **fields}).encode(), chat=False)
+    assert (chat.fields.may_be_refused, completion.fields.may_be_refused) == (False, True)
+
+
+def test_kept_fields_have_an_end():
+    """The oldest are forgotten, and long ones are not kept: a client cannot fill the memory."""
+    known = KnownFields(chat=False)
+    for number in range(300):
+        members = {"user": b"%d" % number}
+        known.of(members, splice.object_of(members))
+    long = splice.object_of({"user": b'"%b"' % (b"x" * 4096)})
+    known.of({}, long)
+    assert known.get(b'{"user":299}') is not None
+    assert (known.get(b'{"user":0}'), known.get(long)) == (None, None)

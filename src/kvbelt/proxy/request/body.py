@@ -5,175 +5,90 @@ request's KV.
 """
 
 import re
-from collections.abc import Mapping
 
 import msgspec
 
 from kvbelt.errors import RequestError
 from kvbelt.limits import DEFAULTS, Limits
 from kvbelt.proxy.request import splice
-from kvbelt.routing.exactness import CARRIED, token_limit
-from kvbelt.routing.view import CHAT_ONLY, VIEWED, RequestView
+from kvbelt.proxy.request.fields import HANDOFF, KnownFields
 from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff
 from kvbelt.wire.json_body import JsonDecoder
-from kvbelt.wire.lenient import fields_relaxed
-
-#: The API's default for completions.
-COMPLETIONS_MAX_TOKENS = 16
-
-#: What the embedded engine takes, and vLLM with its defaults.
-_MOST_CHOICES = 128
-_MOST_LOGPROBS = 20
-#: vLLM takes lower temperatures for 0, with which it makes one choice only.
-_GREEDY = 1e-5
 
 _LIST_OF_PROMPTS = re.compile(rb"""\[[ \t\r\n]*["\[]""")
 _LIST_OF_LISTS = re.compile(rb"\[[ \t\r\n]*\[")
-_NULL = b"null"
-_HANDOFF = "kv_transfer_params"
+_WITH_HANDOFF = splice.key(HANDOFF)
 _items: JsonDecoder[list[msgspec.Raw]] = JsonDecoder(list[msgspec.Raw])
-_view: JsonDecoder[RequestView] = JsonDecoder(RequestView)
 _encode = msgspec.json.Encoder().encode
-
-#: Left out of a prefill call: replaced below, or about tokens that it does not generate.
-_NOT_FOR_PREFILL = frozenset(
-    {
-        "stream", "stream_options", "n", "best_of", "echo", "max_tokens", "max_completion_tokens", "min_tokens",
-        "return_token_ids", "logprobs", "top_logprobs", "prompt_logprobs", _HANDOFF,
-    }
-)  # fmt: skip
-#: The model, the salt, and what a chat template writes before the messages.
-_BESIDE_PROMPT = (
-    "model", "cache_salt", "tools", "functions", "documents", "chat_template", "chat_template_kwargs",
-    "add_special_tokens",
-)  # fmt: skip
-
-_ONE_TOKEN = b'"max_tokens":1,"n":1,"stream":false,"return_token_ids":true,"kv_transfer_params":'
-_ONE_CHAT_TOKEN = b'"max_completion_tokens":1,' + _ONE_TOKEN
+_completions, _chats = KnownFields(chat=False), KnownFields(chat=True)
 
 
 class ClientBody:
-    __slots__ = ("_body", "_members", "_numbers", "chat", "names", "num_prompts", "view")
+    """One request.
+
+    Attributes:
+        fields: everything beside its prompt.
+        prompt: the prompt or the messages, as JSON.
+        num_prompts: how many it has.
+    """
+
+    __slots__ = ("_before", "_body", "chat", "fields", "num_prompts", "prompt")
 
     def __init__(self, body: bytes, *, chat: bool, limits: Limits = DEFAULTS) -> None:
         """Parse. Raises RequestError: 400; not UTF-8, not a JSON object, a wrong field, or too many answers."""
         self.chat = chat
         self._body = body
-        self._numbers: bytes | None = None
-        self._members: Mapping[str, splice.Value] = self._parse(body, limits)
-        #: Names of the members that are not null.
-        self.names = frozenset(
-            name
-            for name, value in self._members.items()
-            if name in ("prompt", "messages") or len(memoryview(value)) != 4 or bytes(value) != _NULL
-        )
-        read = VIEWED if chat else VIEWED - CHAT_ONLY
-        viewed = splice.object_of({name: value for name, value in self._members.items() if name in read})
-        try:
-            self.view = _viewed(viewed)
-        except msgspec.ValidationError as error:
-            raise RequestError(
-                f"invalid request: {error}; correct the field and send the request again", param=_place(error)
-            ) from None
-        self._check()
-        self.num_prompts = 1 if chat else self._count_prompts(limits.sequences)
-        limits.require_sequences(self.num_prompts, self.view.n or 1)
-
-    def _parse(self, body: bytes, limits: Limits) -> Mapping[str, splice.Value]:
+        self.num_prompts = 1
         limits.require_parts(body)
         try:
             if not body.isascii():
                 body.decode()
-            cut = None if self.chat else splice.cut_numbers(body, b"prompt")
-            if cut is not None:
-                rest, numbers = cut
-                members: dict[str, splice.Value] = dict(splice.members_of(rest))
-                prompt = members.get("prompt")
-                if prompt is not None and bytes(prompt) == splice.PLACEHOLDER:
-                    members["prompt"] = self._numbers = numbers
-                    return members
-            return dict(splice.members_of(body))
+            cut = None if chat else splice.cut_numbers(body, b"prompt")
+            if cut is None or not self._take_numbers(*cut):
+                self._take(splice.members_of(body), limits.sequences)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise RequestError(f"the request body is not a JSON object in UTF-8: {error}") from None
+        limits.require_sequences(self.num_prompts, self.fields.view.n or 1)
 
-    def _check(self) -> None:
-        needed = "messages" if self.chat else "prompt"
-        if needed not in self._members and "prompt_embeds" not in self.names:
-            raise RequestError(f"{needed} is missing; send it", param=needed)
-        for name in ("max_tokens", "max_completion_tokens"):
-            limit = getattr(self.view, name)
-            if limit is not None and limit < 0:
-                raise RequestError(f"{name} is {limit}; it must be at least 0", param=name)
-        if self.view.stream_options is not None and not self.view.stream:
-            raise RequestError("stream_options is only allowed with stream: true", param="stream_options")
+    def _take_numbers(self, rest: bytes, numbers: bytes) -> bool:
+        """Take a prompt of ids, which was cut out of the ``rest``; False: it is another list."""
+        fields = _completions.get(rest)
+        if fields is None:
+            members = splice.members_of(rest)
+            prompt = members.pop("prompt", None)
+            if prompt is None or bytes(prompt) != splice.PLACEHOLDER:
+                return False
+            fields = _completions.of(members, rest)
+        self.fields, self.prompt, self._before = fields, memoryview(numbers), b'{"prompt":'
+        return True
 
-    def _count_prompts(self, most: int) -> int:
-        """Their number; where it is more than ``most``, as many or fewer, which costs less to find out."""
-        if self._numbers is not None:
-            return 1
-        prompt = self.prompt
-        if _LIST_OF_PROMPTS.match(prompt) is None:  # else texts, lists of ids, or values that a worker refuses
-            return 1
-        return least if (least := _least_prompts(prompt)) > most else len(_items.decode(prompt))
+    def _take(self, members: dict[str, splice.Value], most: int) -> None:
+        name = "messages" if self.chat else "prompt"
+        prompt = members.pop(name, None)
+        self.fields = (_chats if self.chat else _completions).of(members, splice.object_of(members))
+        if prompt is None:
+            if "prompt_embeds" not in self.fields.names:
+                raise RequestError(f"{name} is missing; send it", param=name)
+            self.prompt, self._before = memoryview(splice.NULL), b""
+            return
+        self.prompt, self._before = memoryview(prompt), splice.key(name)
+        if not self.chat:
+            self.num_prompts = _count_prompts(self.prompt, most)
 
     def why_whole(self, context: int | None) -> str | None:
         """Why a worker is to answer all of it, of ``wire/reasons.py``; None: it may be split.
 
         ``context``: the shortest one of a worker, in tokens; None: it is not known.
         """
-        view = self.view
-        if self.limit == 0:
+        fields = self.fields
+        limit, view = fields.limit, fields.view
+        if limit == 0:
             return "no_tokens"
-        if self._may_be_refused(context):
+        if fields.may_be_refused or (limit is not None and context is not None and limit >= context):
             return "may_be_refused"
         if view.prompt_logprobs is not None or (view.echo and view.logprobs is not None):
             return "prompt_logprobs"  # a worker that is sent the prompt's KV does not compute them
-        return "no_prompt" if len(self.prompt) == len(_NULL) and bytes(self.prompt) == _NULL else None
-
-    def _may_be_refused(self, context: int | None) -> bool:
-        """Whether a worker may refuse the value of a field that a prefill call leaves out.
-
-        What is here is what either engine refuses by itself, without the prompt. One worker that is asked for all of it
-        refuses it at once, in its own words; of two, the second would do so after a whole prefill.
-        """
-        view, limit = self.view, self.limit
-        n = 1 if view.n is None else view.n
-        greedy = view.temperature is not None and view.temperature < _GREEDY
-        logprobs, top, least = view.logprobs, view.top_logprobs, view.min_tokens
-        return (
-            not 1 <= n <= _MOST_CHOICES
-            or (n > 1 and greedy)
-            or view.best_of not in (None, n)
-            or (
-                logprobs is not None
-                and (isinstance(logprobs, bool) is not self.chat or not 0 <= logprobs <= _MOST_LOGPROBS)
-            )
-            or (top is not None and (not 0 <= top <= _MOST_LOGPROBS or (top > 0 and not logprobs)))
-            or (least is not None and (least < 0 or (limit is not None and least > limit)))
-            or (limit is not None and context is not None and limit >= context)
-            or "use_beam_search" in self.names
-        )
-
-    @property
-    def limit(self) -> int | None:
-        """Tokens to generate; None: up to the model's context (chat only)."""
-        limit = token_limit(self.view)
-        return COMPLETIONS_MAX_TOKENS if limit is None and not self.chat else limit
-
-    @property
-    def include_usage(self) -> bool:
-        options = self.view.stream_options
-        return bool(options and options.include_usage)
-
-    @property
-    def prompt(self) -> memoryview:
-        """The prompt or the messages, as JSON."""
-        return memoryview(self._members.get("messages" if self.chat else "prompt", _NULL))
-
-    @property
-    def beside_prompt(self) -> bytes:
-        """What must be equal, too, before a worker shares KV between two prompts."""
-        return b"\n".join(self._members[name] for name in _BESIDE_PROMPT if name in self.names)
+        return "no_prompt" if self.prompt == splice.NULL else None
 
     def excerpt(self, characters: int) -> str:
         """The beginning of the prompt."""
@@ -184,23 +99,21 @@ class ClientBody:
 
     def plain(self) -> bytes:
         """The client's own body."""
-        if _HANDOFF not in self._members:
-            return self._body
-        return splice.object_of({name: value for name, value in self._members.items() if name != _HANDOFF})
+        return self._body if self.fields.no_handoff else self._with(self.fields.others)
 
     def for_prefill(self, handoff: PrefillHandoff) -> bytes:
         """A prefill call: one token with its ids, and the KV to the receiver."""
-        kept = {name: value for name, value in self._members.items() if name not in _NOT_FOR_PREFILL}
-        if self.view.min_tokens:
-            kept["min_tokens"] = b"1"
-        fixed = _ONE_CHAT_TOKEN if self.chat else _ONE_TOKEN
-        return b"".join((splice.object_of(kept)[:-1], b",", fixed, _encode(handoff), b"}"))
+        return self._with(self.fields.for_prefill, _WITH_HANDOFF, _encode(handoff))
 
     def for_decode(self, handoff: DecodeHandoff) -> bytes:
         """The client's own body, over the transferred KV."""
-        kept = {name: value for name, value in self._members.items() if name != _HANDOFF}
-        kept[_HANDOFF] = _encode(handoff)
-        return splice.object_of(kept)
+        return self._with(self.fields.others, _WITH_HANDOFF, _encode(handoff))
+
+    def _with(self, *members: bytes) -> bytes:
+        """The object of the prompt and these members, each with a comma before it."""
+        if self._before:
+            return b"".join((b"{", self._before[1:], self.prompt, *members, b"}"))
+        return b"".join((b"{", b"".join(members)[1:], b"}"))
 
     def for_continuation(
         self,
@@ -220,24 +133,25 @@ class ClientBody:
             handoff: the KV's name; None if it is lost, so that the worker computes it.
             special_tokens: the text has them, unless the client says something else.
         """
-        kept = {name: value for name, value in self._members.items() if name in CARRIED}
-        if special_tokens and "skip_special_tokens" not in self.names:
-            kept["skip_special_tokens"] = b"false"
-        kept["max_tokens"] = b"%d" % max_tokens
-        for name in ("stream", "stream_options"):
-            if name in self.names:
-                kept[name] = self._members[name]
-        if handoff is not None:
-            kept[_HANDOFF] = _encode(handoff)
-        rest = splice.object_of(kept)
-        return b"".join((b'{"prompt":', prompt_token_ids[:-1], b",%d]," % first_token_id, rest[1:]))
+        fields = self.fields
+        special = special_tokens and "skip_special_tokens" not in fields.names
+        return b"".join(
+            (
+                b'{"prompt":',
+                memoryview(prompt_token_ids)[:-1],
+                b',%d],"max_tokens":%d' % (first_token_id, max_tokens),
+                fields.carried,
+                b',"skip_special_tokens":false' if special else b"",
+                b"}" if handoff is None else _WITH_HANDOFF + _encode(handoff) + b"}",
+            )
+        )
 
 
-def _viewed(members: bytes) -> RequestView:
-    try:
-        return _view.decode(members)
-    except msgspec.ValidationError:
-        return msgspec.convert(fields_relaxed(msgspec.json.decode(members), RequestView), RequestView)
+def _count_prompts(prompt: memoryview, most: int) -> int:
+    """Their number; where it is more than ``most``, as many or fewer, which costs less to find out."""
+    if _LIST_OF_PROMPTS.match(prompt) is None:  # else texts, lists of ids, or values that a worker refuses
+        return 1
+    return least if (least := _least_prompts(prompt)) > most else len(_items.decode(prompt))
 
 
 def _least_prompts(prompt: memoryview) -> int:
@@ -249,9 +163,3 @@ def _least_prompts(prompt: memoryview) -> int:
     text = bytes(prompt)
     lists, texts = text.count(b"]") - 1, (text.count(b'"') - text.count(b'\\"')) // 2
     return lists if _LIST_OF_LISTS.match(text) else texts
-
-
-def _place(error: msgspec.ValidationError) -> str | None:
-    # msgspec ends its message with the place: "... - at `$.max_tokens`".
-    _, found, place = str(error).rpartition("`$.")
-    return place.rstrip("`").partition(".")[0].partition("[")[0] if found else None

@@ -26,7 +26,7 @@ from kvbelt.proxy.request.usage import Counts, counts_in, counts_of, with_detail
 from kvbelt.proxy.workers.dispatcher import NotPlacedError
 from kvbelt.routing.booking import Action, Demand
 from kvbelt.routing.decider import why_not_split
-from kvbelt.routing.exactness import ResponseMode, first_token
+from kvbelt.routing.exactness import ResponseMode
 from kvbelt.routing.prefixes import Prefix
 from kvbelt.routing.token_count import PromptSize
 from kvbelt.wire.handoff import DecodeHandoff
@@ -112,14 +112,14 @@ class RequestHandler:
 
     def _parse(self) -> None:
         client = self._client = ClientBody(self._exchange.request.body, chat=self._chat, limits=self._settings.limits)
-        self._record.stream = bool(client.view.stream)
+        fields, prompt, context = client.fields, client.prompt, self._context
+        self._record.stream = fields.stream
         if self._settings.record_prompts:
             self._record.prompt = client.excerpt(self._settings.record_prompts)
-        prompt, context = client.prompt, self._context
-        self._size = context.token_counts.size_of(client.view.model or "", prompt)
+        self._size = context.token_counts.size_of(fields.model, prompt)
         if client.num_prompts == 1 and context.dispatcher.wants_prefixes():
-            self._prefix = Prefix(prompt, self._size.tokens, client.beside_prompt)
-        first = first_token(client.view, client.names, num_prompts=client.num_prompts)
+            self._prefix = Prefix(prompt, self._size.tokens, fields.beside_prompt)
+        first = fields.first_of(client.num_prompts)
         self._unfit = first.reason
         fewest = self._settings.min_prompt_tokens
         self._why_whole = client.why_whole(context.fleet.shortest_context) or why_not_split(
@@ -158,12 +158,12 @@ class RequestHandler:
         one_token = self._one_token and may_prefill
         return Demand(
             tokens=self._size.tokens,
-            output=1 if one_token else context.output_lengths.expected(client.view.model or "", client.limit),
+            output=1 if one_token else context.output_lengths.expected(client.fields.model, client.fields.limit),
             arrived=self._record.began,
             levels=self._levels,
             splittable=may_prefill and self._why_whole is None and not one_token,
             whole_on=Role.PREFILL if one_token or plan.decode_lacks_model else Role.DECODE,
-            silent=not client.view.stream and not one_token,
+            silent=not client.fields.stream and not one_token,
             prefix=self._prefix,
             exclude=plan.tried,
         )
@@ -192,7 +192,7 @@ class RequestHandler:
             return Result(Outcome.KV_HOPELESS, "routed_experts")
         unfit = self._unfit
         if unfit is None and first.finish_reason != "stop":
-            streams = bool(self._client.view.stream)
+            streams = self._client.fields.stream
             unfit = first.why_not_fast(streams=streams) or self._why_not_continue(first) or self._why_not_same(first)
         if unfit is None:
             self._first = first
@@ -204,7 +204,7 @@ class RequestHandler:
         return _FIRST_TOKEN if unfit is None else Result(Outcome.UNFIT, unfit)
 
     def _why_not_continue(self, first: PrefillAnswer) -> str | None:
-        limit, context = self._client.limit, self._selection.decode.worker.endpoint.report.max_model_len
+        limit, context = self._client.fields.limit, self._selection.decode.worker.endpoint.report.max_model_len
         if context is None:
             return "unknown_context"
         if limit is None:
@@ -246,7 +246,7 @@ class RequestHandler:
 
     async def _send_first_token(self, _: Step) -> Ended:
         merger = self._merge()
-        if not self._client.view.stream:
+        if not self._client.fields.stream:
             return Outcome.KEPT
         reply = self._reply
         self._announced = reply.path
@@ -256,7 +256,7 @@ class RequestHandler:
 
     async def _finish(self, _: Step) -> Ended:
         merger, finish_reason = self._merge(), "stop" if self._first.finish_reason == "stop" else "length"
-        if self._client.view.stream:
+        if self._client.fields.stream:
             self._reply.start(EVENT_STREAM)
             self._exchange.end(merger.opening(finish_reason) + merger.ending())
             self._reply.told_first_token()
@@ -269,8 +269,8 @@ class RequestHandler:
         self._merger = FirstTokenMerger(
             self._first,
             chat=self._chat,
-            include_usage=client.include_usage,
-            token_ids=bool(client.view.return_token_ids),
+            include_usage=client.fields.include_usage,
+            token_ids=bool(client.fields.view.return_token_ids),
         )
         return self._merger
 
@@ -283,7 +283,7 @@ class RequestHandler:
                 reply.comment_path()
         else:
             reply.start((b"content-type", calls.response.headers[b"content-type"]))
-            if self._client.include_usage:
+            if self._client.fields.include_usage:
                 transform = self._own_events
         try:
             await reply.stream(calls.response, piece, transform, self._selection.booking)
@@ -343,8 +343,8 @@ class RequestHandler:
 
     def _learn_length(self, tokens: int) -> None:
         client, booking = self._client, self._selection.booking
-        if client.num_prompts == 1 and client.view.n in (None, 1):
-            self._context.output_lengths.learn(client.view.model or "", tokens, client.limit)
+        if client.num_prompts == 1 and client.fields.view.n in (None, 1):
+            self._context.output_lengths.learn(client.fields.model, tokens, client.fields.limit)
             if booking is not None:
                 booking.generated = tokens
 

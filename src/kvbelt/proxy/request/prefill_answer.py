@@ -103,9 +103,9 @@ class PrefillAnswer:
 
     def members(self) -> tuple[Members, Members, Members]:
         """The answer's members, those of its choice, and those of the choice's message, if it has one. Yours."""
-        answer: Members = dict(splice.members_of(self._rest))
-        choice: Members = dict(splice.members_of(_choices.decode(answer["choices"])[0]))
-        return answer, choice, dict(splice.members_of(choice["message"])) if "message" in choice else {}
+        answer = splice.members_of(self._rest)
+        choice = splice.members_of(_choices.decode(answer["choices"])[0])
+        return answer, choice, splice.members_of(choice["message"]) if "message" in choice else {}
 
     def why_not_fast(self, *, streams: bool) -> str | None:
         """Why the client cannot have this token as it is; None: it can.

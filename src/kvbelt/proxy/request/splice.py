@@ -25,8 +25,10 @@ Value = bytes | msgspec.Raw
 #: Stands where numbers were cut. A client that sends this string only spoils its own request.
 PLACEHOLDER = b'"\\u0000kvbelt cut\\u0000"'
 
+NULL = b"null"
+
 #: The top-level members of an object, values raw. Raises msgspec.DecodeError: not JSON, or no object.
-members_of = JsonDecoder[dict[str, msgspec.Raw]](dict[str, msgspec.Raw]).decode
+members_of = JsonDecoder[dict[str, Value]](dict[str, msgspec.Raw]).decode
 
 _keys: dict[str, bytes] = {}
 _KEYS_KEPT = 256
@@ -34,23 +36,26 @@ _BEFORE_LIST = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*(?=\[)")
 
 
 def key(name: str) -> bytes:
-    """``"name":``, escaped as needed."""
+    """``,"name":``, escaped as needed."""
     known = _keys.get(name)
     if known is None:
-        known = msgspec.json.encode(name) + b":"
+        known = b"," + msgspec.json.encode(name) + b":"
         if len(_keys) < _KEYS_KEPT:  # names come from clients
             _keys[name] = known
     return known
 
 
+def more_of(members: Mapping[str, Value]) -> bytes:
+    """These members, each with a comma before it."""
+    parts: list[Any] = []
+    for name, value in members.items():
+        parts += (key(name), value)
+    return b"".join(parts)
+
+
 def object_of(members: Mapping[str, Value]) -> bytes:
     """The object with these members."""
-    parts: list[Any] = []
-    before = b"{"
-    for name, value in members.items():
-        parts += (before, key(name), value)
-        before = b","
-    return b"".join(parts) + b"}" if parts else b"{}"
+    return b"{" + more_of(members)[1:] + b"}"
 
 
 def cut_numbers(body: bytes, name: bytes) -> tuple[bytes, bytes] | None:

@@ -114,7 +114,7 @@ class UpstreamCalls:
         receiver = decode.worker.endpoint.report.receiver or decode.chosen.report.receiver
         assert receiver is not None
         transfer_id = TransferId(self._context.new_id())
-        handoff = PrefillHandoff(transfer_id, receiver, self._kv_seconds(1.25), client.limit)
+        handoff = PrefillHandoff(transfer_id, receiver, self._kv_seconds(1.25), client.fields.limit)
         metrics.prefill_legs += 1
         try:
             response = await self._call_prefill(client.for_prefill(handoff), transfer_id, may_repeat=may_repeat)
@@ -139,7 +139,7 @@ class UpstreamCalls:
         except ValueError as error:
             return self._failed(Outcome.PREFILL_FAILED, "prefill_bad_answer", f"{worker.name}: {error}")
         self._attempt.end()
-        self._model = client.view.model or ""
+        self._model = client.fields.model
         self._adapter = answer.handoff.adapter if answer.handoff is not None else ""
         return answer
 
