@@ -94,6 +94,18 @@ class RequestRow(msgspec.Struct, frozen=True, kw_only=True):
     transfer_exposed_ms: float | None = None
 
 
+class Alarm(msgspec.Struct, frozen=True):
+    """Something that is wrong now."""
+
+    severity: str  #: ``critical`` or ``warning``
+    subject: str  #: the figure or the worker's column that shows it: ``first_token_ms``, ``waiting``, …
+    alert: str  #: the alert of ``deploy/prometheus`` that fires if it lasts
+    what: str  #: one line
+    change: str  #: what to do
+    worker: str = ""  #: ``host:port``; empty: it is of no one worker
+    role: str = ""
+
+
 class ConsoleState(msgspec.Struct, frozen=True, kw_only=True):
     proxy: ProxyStatus
     workers: list[WorkerRow]
@@ -101,6 +113,7 @@ class ConsoleState(msgspec.Struct, frozen=True, kw_only=True):
     live: LiveStats
     requests: list[RequestRow]  #: ended since ``after``, and under way; the newest first
     after: int  #: to send with the next question
+    alarms: list[Alarm] = []  #: the worst first; empty from an older version, too
 
 
 CONSOLE_STATE = JsonMessage(ConsoleState, "/kvbelt/console.json")

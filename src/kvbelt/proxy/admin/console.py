@@ -26,6 +26,7 @@ from kvbelt.http import JSON, Exchange, HttpError
 from kvbelt.proxy.admin.access import Access
 from kvbelt.proxy.admin.http import MethodError, number_of, refuse
 from kvbelt.proxy.context import Context
+from kvbelt.proxy.observe.alarms import alarms
 from kvbelt.proxy.observe.live import live_stats
 from kvbelt.proxy.observe.record_view import request_record, request_row
 from kvbelt.proxy.observe.records import Record
@@ -175,7 +176,8 @@ class Console:
         window = number_of(target, "window", otherwise=10, least=1, most=600)
         after = number_of(target, "after", otherwise=0, most=1 << 60)
         uptime = now - self._started
-        workers = context.fleet.rows()
+        workers, pairs = context.fleet.rows(), context.fleet.pair_rows()
+        live = live_stats(records, now, min(window, uptime))
         return ConsoleState(
             proxy=ProxyStatus(
                 version=__version__,
@@ -191,10 +193,11 @@ class Console:
                 placement=context.shadow.now(),
             ),
             workers=workers,
-            pairs=context.fleet.pair_rows(),
-            live=live_stats(records, now, min(window, uptime)),
+            pairs=pairs,
+            live=live,
             requests=[request_row(record) for record in self._rows(after, now)],
             after=records.ended_count,
+            alarms=alarms(workers, pairs, live),
         )
 
     def _rows(self, after: int, now: float) -> list[Record]:
