@@ -120,7 +120,7 @@ def test_command_1_ttft_in_the_proxys_log(two_p_two_d: SyncDeployment, two_p_two
 def test_command_2_nvidia_smi() -> None:
     """Without a GPU the doctor's finding is ``no GPU``."""
     if shutil.which("nvidia-smi") is None:
-        _, findings = doctor("--no-measure")
+        _, findings = doctor("1p1d", "--no-measure")
         assert [one["what"] for one in findings if one["name"] == "no_gpu"] == ["no GPU"]
         return
     assert "NVIDIA-SMI" in shell("timeout 5 watch -n 1 -t nvidia-smi | head -5; nvidia-smi").stdout

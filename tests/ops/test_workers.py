@@ -9,7 +9,7 @@ import pytest
 
 from kvbelt.cli import main
 from kvbelt.errors import SettingsError
-from kvbelt.ops.proxy_client import ProxyClient
+from kvbelt.ops.proxy_client import ProxyClient, proxy_url
 from kvbelt.proxy import Address, ProxySettings
 from kvbelt.security.admin_key import load_admin_key, write_admin_key
 from tests.ops.served import serving
@@ -96,8 +96,52 @@ def test_a_wrong_address_is_refused_before_a_request_is_sent(key_file, capsys):
     """A wrong address or URL is refused without a request."""
     assert main(["workers", "--admin-key-file", str(key_file), "add", "decode", "nowhere"]) == 2
     assert "HOST:PORT" in capsys.readouterr().err
-    assert main(["workers", "--proxy", "nowhere", "list"]) == 2
-    assert "not a URL of a proxy" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["workers", "--url", "ftp://nowhere", "list"])
+    assert "not the address of a proxy" in capsys.readouterr().err
+
+
+def test_the_proxy_is_named_before_or_after_the_verb_or_by_the_environment(served, capsys, monkeypatch):
+    """Each command takes an address in each form; --proxy is the older name of --url."""
+    place = served.url.removeprefix("http://")
+    ways = (["--url", place, "list"], ["list", "--url", f"{place}/v1"], ["--proxy", served.url, "list"], ["list"])
+    for words in ways:
+        if words == ["list"]:
+            monkeypatch.setenv("KVBELT_URL", place)
+        assert main(["workers", *words]) == 0
+    assert main(["top", "--once"]) == 0
+    assert main(["why", "--list"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("WORKER") == len(ways) + 1
+
+
+@pytest.mark.parametrize(
+    ("written", "url"),
+    [
+        ("127.0.0.1:9100", "http://127.0.0.1:9100"),
+        ("node-1", "http://node-1:9100"),
+        ("http://127.0.0.1:9100/v1", "http://127.0.0.1:9100"),
+        ("127.0.0.1:9200/v1/", "http://127.0.0.1:9200"),
+        ("https://serving.example/kvbelt", "https://serving.example:443/kvbelt"),
+        ("[::1]:9100", "http://[::1]:9100"),
+    ],
+)
+def test_all_forms_of_an_address_are_one(written, url):
+    """The API's own URL is as good as the proxy's."""
+    assert proxy_url(written) == url
+
+
+@pytest.mark.parametrize("written", ["", "http://", "ftp://x", "x:99999", "x:y", "a b", "http://x?y"])
+def test_what_is_no_address_is_refused(written):
+    with pytest.raises(ValueError):
+        proxy_url(written)
+
+
+def test_a_variable_that_is_no_address_is_named(monkeypatch, capsys):
+    """The error has the variable and its value."""
+    monkeypatch.setenv("KVBELT_URL", "ftp://x")
+    assert main(["workers", "list"]) == 2
+    assert "KVBELT_URL=ftp://x is not the address of a proxy" in capsys.readouterr().err
 
 
 def test_a_missing_proxy_is_reported(capsys):

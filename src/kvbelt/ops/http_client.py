@@ -58,14 +58,6 @@ class Address:
             raise ValueError(f"{url} is not an HTTP URL")
         return cls(parts.hostname, parts.port or (443 if tls else 80), tls)
 
-    @classmethod
-    def of_plain_url(cls, url: str) -> Self:
-        """As ``of_url``, but without TLS; the scheme may be missing."""
-        address = cls.of_url(url if "//" in url else f"http://{url}")
-        if address.tls:
-            raise ValueError(f"{url} is not a plain HTTP URL")
-        return address
-
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
 

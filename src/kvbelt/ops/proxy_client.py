@@ -13,6 +13,7 @@ import msgspec
 
 from kvbelt.errors import KVBeltError, SettingsError
 from kvbelt.ops.http_client import Address, Client, NoAnswerError, Reply
+from kvbelt.ops.ports import PROXY_PORT
 from kvbelt.security.admin_key import load_admin_key
 from kvbelt.wire.json_body import JsonMessage
 from kvbelt.wire.workers import WORKER_LIST, WORKER_ROW, NewWorker, WorkerList, WorkerRow
@@ -20,6 +21,7 @@ from kvbelt.wire.workers import WORKER_LIST, WORKER_ROW, NewWorker, WorkerList, 
 T = TypeVar("T")
 
 DEFAULT_URL = "http://127.0.0.1:9100"
+URL_VARIABLE = "KVBELT_URL"
 KEY_VARIABLE = "KVBELT_ADMIN_KEY_FILE"
 
 WORKERS = "/kvbelt/workers"
@@ -34,15 +36,76 @@ class ProxyRefusedError(KVBeltError):
         self.status = status
 
 
-def add_arguments(parser: argparse.ArgumentParser, flag: str = "--url") -> None:
-    parser.add_argument(flag, dest="url", default=DEFAULT_URL, metavar="URL", help="the proxy (default: %(default)s)")
-    add_key_argument(parser)
+def add_arguments(parser: argparse.ArgumentParser, *, again: bool = False) -> None:
+    """``again``: for a command's own commands, so that the options may be given before or after them."""
+    default = argparse.SUPPRESS if again else None
+    add_url_argument(parser, default=default)
+    add_key_argument(parser, default=default)
 
 
-def add_key_argument(parser: argparse.ArgumentParser) -> None:
+def add_url_argument(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
+    """``url_of`` reads it. ``--proxy`` is the older name."""
     parser.add_argument(
-        "--admin-key-file", type=Path, metavar="FILE", help=f"the proxy's admin key (default: ${KEY_VARIABLE})"
-    )
+        "--url", type=argument_of, default=default, metavar="URL",
+        help=f"the proxy, as HOST:PORT or a URL (default: ${URL_VARIABLE}, else {DEFAULT_URL})",
+    )  # fmt: skip
+    parser.add_argument("--proxy", dest="url", type=argument_of, default=default, help=argparse.SUPPRESS)
+
+
+def add_key_argument(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
+    parser.add_argument(
+        "--admin-key-file", type=Path, default=default, metavar="FILE",
+        help=f"the proxy's admin key (default: ${KEY_VARIABLE})",
+    )  # fmt: skip
+
+
+def proxy_url(text: str) -> str:
+    """One form of all that people write: ``http://HOST:PORT``, without the API's ``/v1``.
+
+    ``text`` may be a host, ``HOST:PORT``, or a URL. The port is 9100 where there is neither a scheme nor a port.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    bare = "//" not in text
+    parts = urlsplit(f"http://{text.strip()}" if bare else text.strip())
+    if parts.scheme not in ("http", "https") or parts.query or parts.fragment or " " in text.strip():
+        raise ValueError(text)
+    host, port = parts.hostname, parts.port  # raises ValueError: the port is no number, or too large
+    if not host:
+        raise ValueError(text)
+    port = port or (PROXY_PORT if bare else 443 if parts.scheme == "https" else 80)
+    shown = f"[{host}]" if ":" in host else host
+    return f"{parts.scheme}://{shown}:{port}{parts.path.rstrip('/').removesuffix('/v1')}"
+
+
+def argument_of(text: str) -> str:
+    try:
+        return proxy_url(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not the address of a proxy; say for example 127.0.0.1:9100 or {DEFAULT_URL}"
+        ) from None
+
+
+def url_of(args: argparse.Namespace) -> str:
+    """The proxy that the arguments or the environment name, else the default one.
+
+    Raises:
+        SettingsError: the variable is no address.
+    """
+    return args.url or url_of_environment() or DEFAULT_URL
+
+
+def url_of_environment() -> str | None:
+    """As ``url_of``; None: the variable is not set."""
+    named = os.environ.get(URL_VARIABLE)
+    try:
+        return proxy_url(named) if named else None
+    except ValueError:
+        raise SettingsError(
+            f"{URL_VARIABLE}={named} is not the address of a proxy; say for example {DEFAULT_URL}"
+        ) from None
 
 
 def key_of(args: argparse.Namespace) -> str | None:
@@ -65,7 +128,7 @@ class ProxyClient:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "ProxyClient":
-        return cls(args.url, key_of(args))
+        return cls(url_of(args), key_of(args))
 
     def request(self, method: str, path: str, body: object = None) -> Reply:
         """Send ``body`` as JSON.
@@ -74,15 +137,14 @@ class ProxyClient:
             ProxyRefusedError: the proxy answered with an error status.
             KVBeltError: no response.
         """
-        try:
-            address = Address.of_url(self.url)
-        except ValueError:
-            raise SettingsError(f"{self.url} is not a URL of a proxy; say for example {DEFAULT_URL}") from None
+        address = Address.of_url(self.url)
         path = urlsplit(self.url).path.rstrip("/") + path
         try:
             reply = asyncio.run(self._send(address, method, path, body))
         except NoAnswerError as error:
-            raise KVBeltError(f"no answer from the proxy at {self.url}: {error}") from None
+            raise KVBeltError(
+                f"no answer from the proxy at {self.url}: {error}; --url or {URL_VARIABLE} names another"
+            ) from None
         if reply.status >= 400:
             said = reply.json.get("error")
             message = said.get("message") if isinstance(said, dict) else None

@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     terminal = Terminal()
 
     async def serve(deployment: Deployment, stop: asyncio.Event) -> int:
-        terminal.info(f"add and remove workers: kvbelt workers --proxy {deployment.url} "
+        terminal.info(f"add and remove workers: kvbelt workers --url {deployment.url} "
                     f"--admin-key-file {deployment.admin_key_file} list")  # fmt: skip
         with contextlib.suppress(OSError):  # serve even if the reader is gone
             print(f"ready {deployment.url}", flush=True)

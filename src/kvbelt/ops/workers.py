@@ -16,11 +16,12 @@ from kvbelt.wire.workers import NewWorker
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    proxy_client.add_arguments(parser, "--proxy")
+    proxy_client.add_arguments(parser)
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def verb(name: str, what: str, run: Any) -> argparse.ArgumentParser:
         made = verbs.add_parser(name, help=what)
+        proxy_client.add_arguments(made, again=True)
         made.set_defaults(run=run, parser=made)
         return made
 
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _list(args: argparse.Namespace) -> int:
-    proxy = ProxyClient(args.url)
+    proxy = ProxyClient.of(args)
     if args.json:
         print(proxy.pretty(proxy_client.WORKERS))
         return 0

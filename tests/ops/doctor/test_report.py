@@ -8,6 +8,7 @@ from kvbelt.cli import main
 from kvbelt.ops.doctor import gpus, report, vllm_metrics
 from kvbelt.ops.doctor.finding import Finding, FindingKind, Severity, in_order
 from tests.http.support import free_port
+from tests.ops.served import serving
 
 CAUSE = Finding("dead_worker", Severity.ERROR, "it is dead", "others do its work", "start it", ("refused",))
 SYMPTOM = Finding("failures", Severity.ERROR, "requests failed", "see above", "", (), FindingKind.SYMPTOM)
@@ -43,9 +44,31 @@ def test_a_proxy_that_is_not_there_is_status_2(capsys: pytest.CaptureFixture[str
     assert json.loads(capsys.readouterr().out)["findings"][0]["name"] == "no_proxy"
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--url", "https://x:1"], ["--url", "http://x:99999"], ["2p2d", "--url", "http://x:1"], ["two"]]
-)
+def test_what_runs_is_found(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --url it is KVBELT_URL's, or that at the default port; a topology checks before a start."""
+    with serving(1, 1) as served:
+        port = served.deployment.proxy.port
+        for words, variable in (([], f"127.0.0.1:{port}"), (["--port", str(port)], "")):
+            monkeypatch.setenv("KVBELT_URL", variable)
+            assert main(["doctor", "--seconds", "0.1", "--no-probe", *words]) == 0
+            assert capsys.readouterr().out.startswith(f"http://127.0.0.1:{port}: 1p1d")
+        main(["doctor", "1p1d", "--no-measure", "--port", str(port)])
+        assert capsys.readouterr().out.startswith("before a start")
+
+
+def test_where_nothing_runs_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """Then it checks this machine."""
+    main(["doctor", "--no-measure", "--port", str(free_port())])
+    assert "no deployment runs at http://127.0.0.1:" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_a_url_that_is_none_is_a_wrong_argument(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["doctor", "--url", "http://x:99999"])
+    assert "not the address of a proxy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["2p2d", "--url", "http://x:1"], ["two"]])
 def test_bad_command_lines(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """A wrong command line gives one line and status 2."""
     assert main(["doctor", *arguments]) == 2

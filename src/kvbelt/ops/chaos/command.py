@@ -25,7 +25,7 @@ from kvbelt.ops.extras import require_engine
 from kvbelt.ops.http_client import Address
 from kvbelt.ops.parser import add_examples
 from kvbelt.ops.processes import resolve_device
-from kvbelt.ops.proxy_client import add_key_argument, key_of
+from kvbelt.ops.proxy_client import URL_VARIABLE, add_key_argument, argument_of, key_of, url_of_environment
 from kvbelt.ops.terminal import Terminal
 from kvbelt.ops.topology import Topology
 from kvbelt.ops.up import prepare_model
@@ -38,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = ChaosConfig()
     parser.add_argument("topology", nargs="?", help="what to start: XpYd, e.g. 2p2d; left out with --url")
     parser.add_argument(
-        "--url", type=_address, metavar="URL", help="a running proxy (default: none; TOPOLOGY is started)"
-    )
+        "--url", type=_address, metavar="URL",
+        help=f"a running proxy (default: ${URL_VARIABLE}, or none: TOPOLOGY is started)",
+    )  # fmt: skip
     parser.add_argument(
         "--reference",
         type=_address,
@@ -103,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
         for kind in KINDS:
             print(f"{kind.name:22} {kind.what}" + (f" (needs {kind.needs})" if kind.needs else ""))
         return 0
+    if args.topology is None and args.url is None and (named := url_of_environment()) is not None:
+        args.url = Address.of_url(named)
     if (args.topology is None) == (args.url is None):
         raise SettingsError("give either a topology to start, such as 2p2d, or --url of a proxy that runs")
     if args.topology is not None:
@@ -182,10 +185,10 @@ def _log(line: str) -> None:
 
 
 def _address(text: str) -> Address:
-    try:
-        return Address.of_plain_url(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not the address of a server; say http://HOST:PORT") from None
+    address = Address.of_url(argument_of(text))
+    if address.tls:
+        raise argparse.ArgumentTypeError(f"{text!r} is HTTPS; say http://HOST:PORT")
+    return address
 
 
 def _kinds(text: str) -> tuple[FaultKind, ...]:

@@ -18,18 +18,18 @@ from kvbelt.ops.http_client import Address
 from kvbelt.ops.model_dir import find_model
 from kvbelt.ops.parser import add_examples
 from kvbelt.ops.ports import PROXY_PORT
-from kvbelt.ops.proxy_client import add_key_argument, key_of
+from kvbelt.ops.proxy_client import URL_VARIABLE, add_key_argument, add_url_argument, key_of, url_of_environment
 from kvbelt.ops.terminal import wants_colour
 from kvbelt.ops.topology import Topology
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "With --url: find what is wrong with a running deployment. Without: check this machine, the files and the "
-        "ports before a start."
+        "Find what is wrong with the deployment that runs. With a topology, files or a model, or where none runs: "
+        "check this machine, the files and the ports before a start."
     )
     parser.add_argument("topology", nargs="?", help="XpYd, as for kvbelt up: check its ports and its ratio")
-    parser.add_argument("--url", help="the proxy of a running deployment (default: none; look before a start)")
+    add_url_argument(parser)
     parser.add_argument("--config", type=Path, action="append", default=[], metavar="FILE", nargs="+",
                         help="the YAML files of the workers")  # fmt: skip
     parser.add_argument(
@@ -58,23 +58,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_examples(
         parser,
         ("kvbelt doctor 2p2d --model demo", "would this start here?"),
-        ("kvbelt doctor --url http://127.0.0.1:9100", "what is wrong with what runs?"),
+        ("kvbelt doctor", "what is wrong with what runs?"),
         ("kvbelt doctor --config prefill.yaml decode.yaml", "do these two files fit each other?"),
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.url is not None:
-        given = [name for name in ("topology", "model") if getattr(args, name) is not None] + (
-            ["--config"] if args.config else []
+    planned = [name for name in ("topology", "model") if getattr(args, name) is not None] + (
+        ["--config"] if args.config else []
+    )
+    if args.url is not None and planned:
+        raise SettingsError(
+            f"--url checks a running deployment, {planned[0]} a deployment before its start; give one of the two"
         )
-        if given:
-            raise SettingsError(
-                f"--url checks a running deployment, {given[0]} a deployment before its start; give one of the two"
-            )
-        findings, what = _running(args)
-    else:
-        findings, what = _preflight(args)
+    url = None if planned else _url_of(args)
+    findings, what = _preflight(args, planned=bool(planned)) if url is None else _running(args, url)
     if args.json:
         print(report.as_json(findings, what))
     else:
@@ -83,27 +81,25 @@ def run(args: argparse.Namespace) -> int:
     return status_of(findings)
 
 
-def _running(args: argparse.Namespace) -> tuple[list[Finding], str]:
-    address = _address(args.url)
+def _url_of(args: argparse.Namespace) -> str | None:
+    """The proxy that is named, or that answers at the default address; None: there is none."""
+    if named := args.url or url_of_environment():
+        return str(named)
+    here = Address("127.0.0.1", args.port)
+    return f"http://{here}" if asyncio.run(gather.is_proxy(here)) else None
+
+
+def _running(args: argparse.Namespace, url: str) -> tuple[list[Finding], str]:
     how = gather.GatherOptions(
         seconds=args.seconds, probe=not args.no_probe, admin_key=key_of(args), worker_api_key=worker_key_of(args)
     )
-    evidence = asyncio.run(gather.gather_evidence(args.url, address, how))
+    evidence = asyncio.run(gather.gather_evidence(url, Address.of_url(url), how))
     prefill, decode = len(list(evidence.of("prefill"))), len(list(evidence.of("decode")))
-    what = f"{args.url}: {prefill}p{decode}d, {len(evidence.records)} requests in the last minutes"
+    what = f"{url}: {prefill}p{decode}d, {len(evidence.records)} requests in the last minutes"
     return diagnose(evidence), what
 
 
-def _address(url: str) -> Address:
-    try:
-        return Address.of_plain_url(url)
-    except ValueError:
-        raise SettingsError(
-            f"--url {url} is not the address of a proxy; say for example http://127.0.0.1:9100"
-        ) from None
-
-
-def _preflight(args: argparse.Namespace) -> tuple[list[Finding], str]:
+def _preflight(args: argparse.Namespace, *, planned: bool) -> tuple[list[Finding], str]:
     files = [file for group in args.config for file in group]
     options = preflight.PreflightOptions(
         topology=Topology.parse(args.topology) if args.topology else None,
@@ -117,4 +113,7 @@ def _preflight(args: argparse.Namespace) -> tuple[list[Finding], str]:
     )
     seen = asyncio.run(preflight.inspect(options))
     parts = ["this machine", *([str(options.topology)] if options.topology else []), *(map(str, files))]
-    return preflight_checks.diagnose(seen), "before a start: " + ", ".join(parts)
+    what = "before a start: " + ", ".join(parts)
+    if not planned:
+        what = f"no deployment runs at http://127.0.0.1:{args.port}; --url or {URL_VARIABLE} names another\n{what}"
+    return preflight_checks.diagnose(seen), what

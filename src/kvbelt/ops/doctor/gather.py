@@ -87,6 +87,16 @@ async def gather_evidence(url: str, address: Address, options: GatherOptions) ->
         )
 
 
+async def is_proxy(address: Address) -> bool:
+    """Whether a kvbelt proxy answers there."""
+    with Client(address) as proxy:
+        try:
+            (await proxy.get("/health")).read(PROXY_HEALTH, str(address))
+        except (NoAnswerError, UnreadableReplyError):
+            return False
+    return True
+
+
 async def _read(client: Client, path: str, message: JsonMessage[T], unreadable: list[str]) -> T | None:
     """The message at ``path``; None if there is no such route, no answer, or another message."""
     try:
