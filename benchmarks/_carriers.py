@@ -61,6 +61,7 @@ class OneSidedSender:
         metadata, there = peer
         self._polls = kind != "mooncake"
         self._channel = channel_of(kind)
+        self._channel.open({"cpu"})
         self._channel.register(region_of(memory))
         self._agent = self._channel.add_peer(metadata)
         self._channel.connect(self._agent)
@@ -82,6 +83,7 @@ class OneSidedReceiver:
     def __init__(self, kind: str, memory: Memory) -> None:
         self._polls = kind != "mooncake"
         self._channel = channel_of(kind)
+        self._channel.open({"cpu"})
         self._channel.register(region_of(memory))
         self.address = self._channel.local_metadata(), memory.ctypes.data
 

@@ -69,8 +69,8 @@ def make_belt(role: str, pool: torch.Tensor, staging_bytes: int) -> Belt:
         BeltSettings(),
         NixlChannel(engine_id),
         TorchPagedCopy(list(pool), staging if sends else None, None if sends else staging),
-        send_region=region_of(staging) if sends else None,
-        receive_region=None if sends else region_of(staging),
+        send_buffer=region_of(staging) if sends else None,
+        receive_buffer=None if sends else region_of(staging),
     )
     belt.start()
     return belt

@@ -102,8 +102,8 @@ class Side:
                 send_staging=staging if sends else None,
                 receive_staging=None if sends else staging,
             ),
-            send_region=region if sends else None,
-            receive_region=None if sends else region,
+            send_buffer=region if sends else None,
+            receive_buffer=None if sends else region,
         )
         self.belt.start()
 

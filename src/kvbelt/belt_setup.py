@@ -12,7 +12,7 @@ import torch
 from kvbelt.channels.factory import ChannelSettings, VendorChannel, make_channel
 from kvbelt.channels.ucx_tls import ucx_tls_problem
 from kvbelt.errors import SettingsError
-from kvbelt.paged_copy import TorchPagedCopy, region_of, staging_memory
+from kvbelt.paged_copy import Staging, TorchPagedCopy
 from kvbelt.security.keys import Keys
 from kvbelt.settings import BeltFile, channel_of
 from kvbelt.transfer.belt import Belt
@@ -92,6 +92,20 @@ def channel_for(options: BeltOptions, engine_id: EngineId, device: torch.device)
     )
 
 
+def _check_room(device: torch.device, options: BeltOptions) -> None:
+    """Warn of buffers that a GPU has no room for: they are taken when the first peer connects."""
+    if device.type == "cuda":
+        needed = options.buffer_bytes * (options.sends + options.receives)
+        free, _ = torch.cuda.mem_get_info(device)
+        if free < needed:
+            log.warning(
+                "%d bytes of %s are free, and the buffers need %d (pd_buffer_size): no KV may cross; leave more room",
+                free,
+                device,
+                needed,
+            )
+
+
 def make_belt(
     options: BeltOptions,
     identity: BeltIdentity,
@@ -118,17 +132,18 @@ def make_belt(
     buffer_device = device if options.buffer_device == "cuda" else torch.device("cpu")
     if options.buffer_device == "cuda" and device.type != "cuda":
         log.warning("pd_buffer_device is cuda, but the engine runs on the CPU: the staging buffer is in host memory")
+    _check_room(buffer_device, options)
     tls = os.environ.get("UCX_TLS")
     problem = ucx_tls_problem(tls, str(buffer_device)) if channel.name == "nixl" else None
     if problem is not None:
         log.warning("UCX_TLS=%s slows transfers down: %s", tls, problem)
 
-    def memory(num_bytes: int, on: torch.device) -> torch.Tensor | None:
-        return staging_memory(num_bytes, on, model_on=device) if num_bytes else None
+    def buffer(num_bytes: int, on: torch.device) -> Staging | None:
+        return Staging(num_bytes, on, model_on=device) if num_bytes else None
 
-    send = memory(options.buffer_bytes * options.sends, buffer_device)
-    receive = memory(options.buffer_bytes * options.receives, buffer_device)
-    overflow = memory(options.overflow_bytes * options.receives, torch.device("cpu"))
+    send = buffer(options.buffer_bytes * options.sends, buffer_device)
+    receive = buffer(options.buffer_bytes * options.receives, buffer_device)
+    overflow = buffer(options.overflow_bytes * options.receives, torch.device("cpu"))
     rank = identity.tp_rank
     init_port, alloc_port, liveness_port = (
         ports[rank] if ports else 0 for ports in (options.init_ports, options.alloc_ports, options.liveness_ports)
@@ -149,8 +164,8 @@ def make_belt(
         ),
         channel,
         TorchPagedCopy(layers, send_staging=send, receive_staging=receive, overflow_staging=overflow),
-        send_region=None if send is None else region_of(send),
-        receive_region=None if receive is None else region_of(receive),
-        overflow_region=None if overflow is None else region_of(overflow),
+        send_buffer=send,
+        receive_buffer=receive,
+        overflow_buffer=overflow,
         prefix=prefix,
     )

@@ -60,6 +60,7 @@ class End:
         self.memory = torch.zeros(num_bytes, dtype=torch.uint8)
         self.region = Region(self.memory.data_ptr(), num_bytes, "cpu")
         self.channel = channel
+        channel.open({"cpu"})
         channel.register(self.region)
 
     @property

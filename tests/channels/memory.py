@@ -5,7 +5,7 @@ from then on, until it is taken away.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -40,6 +40,9 @@ class MemoryChannel:
         self._peers: set[str] = set()
         self._in_flight: list[MemoryWrite] = []
         network.agents[agent] = self
+
+    def open(self, devices: Collection[str]) -> None:
+        """Nothing to load."""
 
     def register(self, region: Any) -> None:
         """Make a region reachable."""

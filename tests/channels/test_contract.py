@@ -5,7 +5,7 @@ import torch
 
 from kvbelt.channels.nixl import NixlChannel
 from kvbelt.errors import ChannelError
-from kvbelt.transfer.ports import Reads, Region
+from kvbelt.transfer.ports import Reads
 from tests.channels.carriers import REMOTE, End, environment, maker, need
 from tests.channels.memory import Fault, MemoryChannel, MemoryNetwork
 from tests.transfer.belts import eventually
@@ -148,16 +148,14 @@ def test_a_removed_peer_is_unknown_and_can_be_learnt_again(ends):
 def test_a_missing_nixl_backend_is_named():
     """The error names the missing backend and those that exist."""
     channel = NixlChannel("x", backends=["WARP"])
-    memory = torch.zeros(8, dtype=torch.uint8)
     with pytest.raises(ChannelError, match=r"no backend 'WARP'.*UCX"):
-        channel.register(Region(memory.data_ptr(), 8, "cpu"))
+        channel.open({"cpu"})
 
 
 def test_a_device_that_nixl_does_not_know_is_named():
     """An unknown device is refused before NIXL sees it."""
-    memory = torch.zeros(8, dtype=torch.uint8)
     with pytest.raises(ChannelError, match="device 'tpu'"):
-        NixlChannel("y").register(Region(memory.data_ptr(), 8, "tpu"))
+        NixlChannel("y").open({"tpu"})
 
 
 @pytest.fixture

@@ -6,14 +6,12 @@ from importlib import metadata
 
 import msgspec
 import pytest
-import torch
 
 from kvbelt.channels.factory import ChannelSettings, make_channel
 from kvbelt.channels.mooncake import MooncakeChannel
 from kvbelt.channels.mooncake_link import MAX_POSTED, Link, Peer
 from kvbelt.channels.nixl import NixlChannel
 from kvbelt.errors import ChannelError
-from kvbelt.transfer.ports import Region
 from tests.channels.carriers import End, need
 from tests.transfer.belts import eventually
 
@@ -24,20 +22,13 @@ def mooncake():
     need("mooncake")
 
 
-@pytest.fixture
-def memory():
-    """A region that is not written."""
-    tensor = torch.zeros(8, dtype=torch.uint8)
-    return Region(tensor.data_ptr(), 8, "cpu")
-
-
 def test_the_factory_makes_what_the_settings_say():
     """The factory makes the channel of the settings, without loading the vendor."""
     assert isinstance(make_channel(ChannelSettings(), "a", "127.0.0.1"), NixlChannel)
     assert isinstance(make_channel(ChannelSettings("mooncake"), "a", "127.0.0.1"), MooncakeChannel)
 
 
-def test_without_the_package_everything_that_is_needed_is_named(memory, monkeypatch):
+def test_without_the_package_everything_that_is_needed_is_named(monkeypatch):
     """The error names the package, its variant for GPUs, and Debian's libraries."""
     really = builtins.__import__
 
@@ -51,36 +42,36 @@ def test_without_the_package_everything_that_is_needed_is_named(memory, monkeypa
         ChannelError,
         match=r"kvbelt\[mooncake\].*kvbelt\[mooncake-cuda\].*libibverbs1 and librdmacm1: libibverbs\.so\.1",
     ):
-        MooncakeChannel("127.0.0.1").register(memory)
+        MooncakeChannel("127.0.0.1").open({"cpu"})
 
 
-def test_a_version_that_does_not_wait_for_the_peer_is_refused(mooncake, memory, monkeypatch):
+def test_a_version_that_does_not_wait_for_the_peer_is_refused(mooncake, monkeypatch):
     """A version that reports writes as done before they arrive is refused."""
     monkeypatch.setattr(metadata, "version", lambda package: "0.3.12.post1")
     with pytest.raises(ChannelError, match=r"is 0\.3\.12\.post1; install 0\.3\.13"):
-        MooncakeChannel("127.0.0.1").register(memory)
+        MooncakeChannel("127.0.0.1").open({"cpu"})
 
 
-def test_switching_the_acknowledgements_off_is_refused(mooncake, memory, monkeypatch):
+def test_switching_the_acknowledgements_off_is_refused(mooncake, monkeypatch):
     """The variable that makes writes end before they arrive is refused."""
     monkeypatch.setenv("MC_TCP_PROTO", "1")
     with pytest.raises(ChannelError, match="MC_TCP_PROTO=1"):
-        MooncakeChannel("127.0.0.1").register(memory)
+        MooncakeChannel("127.0.0.1").open({"cpu"})
 
 
 def test_memory_that_the_package_cannot_move_is_refused(mooncake):
     """The error names the package that can move the memory."""
     with pytest.raises(ChannelError, match="install mooncake-transfer-engine in its place"):
-        MooncakeChannel("127.0.0.1").register(Region(0, 8, "cuda"))
+        MooncakeChannel("127.0.0.1").open({"cuda"})
     with pytest.raises(ChannelError, match="device 'tpu'"):
-        MooncakeChannel("127.0.0.1").register(Region(0, 8, "tpu"))
+        MooncakeChannel("127.0.0.1").open({"tpu"})
 
 
-def test_rdma_without_a_device_is_refused(mooncake, memory, monkeypatch):
+def test_rdma_without_a_device_is_refused(mooncake, monkeypatch):
     """Mooncake itself would silently use TCP."""
     monkeypatch.delenv("MC_FORCE_TCP", raising=False)
     with pytest.raises(ChannelError, match="no RDMA device called warp_0; use tcp"):
-        MooncakeChannel("127.0.0.1", "rdma", "warp_0").register(memory)
+        MooncakeChannel("127.0.0.1", "rdma", "warp_0").open({"cpu"})
 
 
 def test_another_protocol_is_refused_with_both(mooncake):

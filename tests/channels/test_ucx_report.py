@@ -70,6 +70,7 @@ def test_only_transports_of_registered_memory_are_reported(monkeypatch: pytest.M
     memory = torch.zeros(1 << 12, dtype=torch.uint8)
     channel = NixlChannel(f"ways-{os.getpid()}")
     try:
+        channel.open({"cpu"})
         channel.register(region_of(memory))
         assert channel.choices() == (host,)
     finally:

@@ -145,7 +145,9 @@ def receiver(lines: Lines, now: list[float], keys: Keys | None = None) -> Receiv
         agent_metadata=b"",
         regions=(h.MemoryRegion(0, LAYOUT.slot_bytes(8), "cpu", 0),),
     )
-    return ReceiverDriver(welcome, belts(keys), lines, incoming, None, lambda call: True, lambda: now[0])
+    return ReceiverDriver(
+        engine, FIT, lambda: welcome, belts(keys), lines, incoming, None, lambda call: True, lambda: now[0]
+    )
 
 
 wild = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

@@ -73,6 +73,7 @@ class Side:
         pool_blocks: int = 64,
         layout: KVLayout = LAYOUT,
         settings: BeltSettings | None = None,
+        buffer_of: Callable[[Region], Any] = Region.take,
         **changes,
     ) -> None:
         self.layout = layout
@@ -81,6 +82,7 @@ class Side:
         region = Region(self.staging.data_ptr(), self.staging.numel(), "cpu")
         self.overflow = torch.zeros(overflow_blocks * layout.block_bytes, dtype=torch.uint8)
         overflow = Region(self.overflow.data_ptr(), self.overflow.numel(), "cpu") if overflow_blocks else None
+        self.buffer = buffer_of(region)
         sends = role != "decode"
         settings = settings or patient()
         self.belt = Belt(
@@ -93,9 +95,9 @@ class Side:
                 receive_staging=None if sends else self.staging,
                 overflow_staging=self.overflow if overflow is not None else None,
             ),
-            send_region=region if sends else None,
-            receive_region=None if sends else region,
-            overflow_region=overflow,
+            send_buffer=self.buffer if sends else None,
+            receive_buffer=None if sends else self.buffer,
+            overflow_buffer=overflow,
             prefix=prefix,
         )
         self.belt.start()

@@ -414,7 +414,7 @@ def test_without_a_share_a_silent_peer_takes_all_the_staging(monkeypatch):
 
     def everything(self, *arguments):
         init(self, *arguments)
-        self._share = self._region.num_bytes
+        self._share = self.buffer.num_bytes
 
     monkeypatch.setattr(WritePipeline, "__init__", everything)
     bounds = staging.Bounds((Prompt("a", 2), Prompt("b", 3)), 2, silent=frozenset("b"), at_once=True)

@@ -31,7 +31,7 @@ NOT_REASONS = frozenset(
         "reason", "transfer_id", "write", "read", "liveness", "sha256", "ipv4_mapped", "tcp", "tcp6", "sender",
         "receiver", "region", "offset", "first_block", "part_blocks", "verify", "num_tokens", "num_blocks", "prefix",
         "seconds", "unavailable", "upstream_error", "timeout_error", "internal_error", "local",
-        "rate_limit_error",
+        "rate_limit_error", "memory",
     }
 )  # fmt: skip
 _SETTING = re.compile(r"\w+_(seconds|bytes|port)")

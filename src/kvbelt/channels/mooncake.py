@@ -17,7 +17,7 @@ import ctypes
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib import metadata
 from typing import Any, Literal
 
@@ -77,18 +77,21 @@ class MooncakeChannel:
         memories = {"host" if region.device == "cpu" else region.device for region in self._regions}
         return tuple(Choice("", "write", memory, self._protocol) for memory in sorted(memories))
 
-    def register(self, region: Any) -> None:
+    def open(self, devices: Collection[str]) -> None:
         if self._prepare is not None:
             self._prepare()
             self._prepare = None
         vendor = _load(self._protocol)
-        if region.device not in ("cpu", "cuda"):
-            raise ChannelError(f"device {region.device!r}: mooncake moves memory of cpu and cuda devices here")
-        if region.device == "cuda" and not vendor.SUPPORT_CUDA:
+        for device in devices:
+            if device not in ("cpu", "cuda"):
+                raise ChannelError(f"device {device!r}: mooncake moves memory of cpu and cuda devices here")
+        if "cuda" in devices and not vendor.SUPPORT_CUDA:
             raise ChannelError(f"{PACKAGES[0]} moves no CUDA memory; install {PACKAGES[1]} in its place")
         if self._protocol == "rdma" and not _rdma_devices(vendor, self._device):
             named = f" called {self._device}" if self._device else ""
             raise ChannelError(f"mooncake_protocol is rdma, and this host has no RDMA device{named}; use tcp")
+
+    def register(self, region: Any) -> None:
         self._regions.append(region)
 
     def local_metadata(self) -> bytes:

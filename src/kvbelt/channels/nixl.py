@@ -14,7 +14,7 @@ Observations (docs/dependencies.md has the figures):
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 from kvbelt.channels.choice import Choice
@@ -47,7 +47,7 @@ def _place(device: str) -> tuple[str, int]:
 class NixlChannel:
     """``transfer.ports.Channel`` over a NIXL agent (see ``make_channel``).
 
-    The first ``register`` creates the agent, on the thread that uses it from then on.
+    ``open`` creates the agent, on the thread that uses it from then on.
     """
 
     name = "nixl"
@@ -79,9 +79,13 @@ class NixlChannel:
     def complaints() -> list[str]:
         return ucx_report().complaints()
 
-    def register(self, region: Any) -> None:
+    def open(self, devices: Collection[str]) -> None:
+        for device in devices:
+            _place(device)
         if self._agent is None:
             self._agent = self._make_agent()
+
+    def register(self, region: Any) -> None:
         memory, _ = _place(region.device)
         entries = [(region.address, region.num_bytes, region.device_index, "")]
         what = f"register {region.num_bytes} bytes of {region.device} memory"

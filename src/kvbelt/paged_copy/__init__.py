@@ -8,16 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from kvbelt.paged_copy.cpu import CpuPagedCopy
+from kvbelt.paged_copy.staging import Staging
 from kvbelt.transfer.ports import PagedCopy, Region
 
-__all__ = ["CpuPagedCopy", "TorchPagedCopy", "region_of", "staging_memory"]
-
-
-def staging_memory(num_bytes: int, device: torch.device, *, model_on: torch.device) -> torch.Tensor:
-    """Flat staging memory on ``device``; pinned if it is host memory and the model is on a GPU."""
-    # Unless it is pinned, an untouched page takes no memory, so a buffer may be large.
-    pinned = device.type == "cpu" and model_on.type == "cuda"
-    return torch.empty(num_bytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+__all__ = ["CpuPagedCopy", "Staging", "TorchPagedCopy", "region_of"]
 
 
 def region_of(staging: torch.Tensor) -> Region:
@@ -26,30 +20,31 @@ def region_of(staging: torch.Tensor) -> Region:
 
 def TorchPagedCopy(  # noqa: N802 -- a factory that reads as the class it makes
     layers: Sequence[torch.Tensor],
-    send_staging: torch.Tensor | None,
-    receive_staging: torch.Tensor | None,
-    overflow_staging: torch.Tensor | None = None,
+    send_staging: Staging | torch.Tensor | None,
+    receive_staging: Staging | torch.Tensor | None,
+    overflow_staging: Staging | torch.Tensor | None = None,
 ) -> PagedCopy:
     """The copier for the device of ``layers``: one tensor a layer, ``[num_blocks, ...]``, with contiguous blocks.
 
     Gathers write to ``send_staging``; scatters read ``receive_staging`` or, as region 1, ``overflow_staging``. They
-    are ``uint8``, of one dimension, on CUDA or the CPU (pinned, if the layers are on a GPU).
+    are on CUDA or the CPU (pinned, if the layers are on a GPU).
 
     Raises:
         ValueError: a block is not contiguous, layers differ, or a staging buffer is not a flat run of bytes.
     """
-    for staging in (send_staging, receive_staging, overflow_staging):
-        if staging is not None and (staging.dtype is not torch.uint8 or staging.dim() != 1):
-            raise ValueError(f"a staging buffer of {staging.dtype} with shape {tuple(staging.shape)}; uint8 and flat")
+    send, *received = [
+        Staging.of(given) if isinstance(given, torch.Tensor) else given
+        for given in (send_staging, receive_staging, overflow_staging)
+    ]
     blocks = [_blocks_of_bytes(layer) for layer in layers]
     if len({(layer.shape, layer.device) for layer in blocks}) > 1:
         raise ValueError(f"layers differ in blocks, bytes or device: {[tuple(layer.shape) for layer in blocks]}")
-    received = [staging for staging in (receive_staging, overflow_staging) if staging is not None]
+    receive = [staging for staging in received if staging is not None]
     if blocks and blocks[0].is_cuda:
         from kvbelt.paged_copy.cuda import CudaPagedCopy  # noqa: PLC0415 -- imports Triton, if it is installed
 
-        return CudaPagedCopy(blocks, send_staging, received)
-    return CpuPagedCopy(blocks, send_staging, received)
+        return CudaPagedCopy(blocks, send, receive)
+    return CpuPagedCopy(blocks, send, receive)
 
 
 def _blocks_of_bytes(layer: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from kvbelt.paged_copy.fences import DONE, Known, checked
+from kvbelt.paged_copy.staging import Staging
 from kvbelt.transfer.ports import Digest, Fence
 from kvbelt.wire.digest import WORD_BYTES, Cells, Words, plus, weights
 
@@ -52,13 +53,13 @@ class CpuPagedCopy:
     def __init__(
         self,
         layers: Sequence[torch.Tensor],
-        send_staging: torch.Tensor | None,
-        receive_staging: Sequence[torch.Tensor],
+        send_staging: Staging | None,
+        receive_staging: Sequence[Staging],
     ) -> None:
         self._layers: list[Bytes] = [layer.numpy() for layer in layers]
         self.block_bytes = self._layers[0].shape[1]
-        self._send: Bytes | None = None if send_staging is None else send_staging.numpy()
-        self._receive: list[Bytes] = [staging.numpy() for staging in receive_staging]
+        self._send = send_staging
+        self._receive = receive_staging
         self._weights = weights(-(-self.block_bytes // WORD_BYTES))
         self._fillers = ThreadPoolExecutor(_FILLING_THREADS, thread_name_prefix="scatter")
 
@@ -67,7 +68,7 @@ class CpuPagedCopy:
         assert self._send is not None
         blocks = self._layers[layer]
         ids = checked(block_ids, len(blocks))
-        staged = self._send[offset : offset + ids.size * self.block_bytes].reshape(-1, self.block_bytes)
+        staged = self._send.array[offset : offset + ids.size * self.block_bytes].reshape(-1, self.block_bytes)
         first = _run_start(ids)
         if first is not None:
             np.copyto(staged, blocks[first : first + ids.size])
@@ -78,10 +79,10 @@ class CpuPagedCopy:
 
     def digest_sent(self, offset: int, cells: Cells) -> Digest:
         assert self._send is not None
-        return Known(self._digest(self._send[offset:], cells))
+        return Known(self._digest(self._send.array[offset:], cells))
 
     def digest_received(self, offset: int, cells: Cells, region: int = 0) -> Digest:
-        return Known(self._digest(self._receive[region][offset:], cells))
+        return Known(self._digest(self._receive[region].array[offset:], cells))
 
     def _digest(self, staging: Bytes, cells: Cells) -> int:
         total = 0
@@ -108,7 +109,7 @@ class CpuPagedCopy:
         try:
             for layer, blocks in enumerate(self._layers):
                 start = offset + layer * stride
-                staged = self._receive[region][start : start + ids.size * self.block_bytes]
+                staged = self._receive[region].array[start : start + ids.size * self.block_bytes]
                 rows = staged.reshape(-1, self.block_bytes)
                 if first is not None:
                     copies.append(self._fillers.submit(np.copyto, blocks[first : first + ids.size], rows))

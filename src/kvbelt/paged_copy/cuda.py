@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from kvbelt.paged_copy.fences import checked
+from kvbelt.paged_copy.staging import Staging
 from kvbelt.transfer.ports import Digest, Fence
 from kvbelt.wire.digest import WORD_BYTES, Cells, Words, weights
 
@@ -70,8 +71,8 @@ class CudaPagedCopy:
     def __init__(
         self,
         layers: Sequence[torch.Tensor],
-        send_staging: torch.Tensor | None,
-        receive_staging: Sequence[torch.Tensor],
+        send_staging: Staging | None,
+        receive_staging: Sequence[Staging],
     ) -> None:
         self.block_bytes = layers[0].shape[1]
         # In the widest words that fit: byte by byte, an index costs as much as the byte that it moves.
@@ -79,23 +80,20 @@ class CudaPagedCopy:
         self._layers = [layer.view(self._word) for layer in layers]
         self._device = layers[0].device
         self._send = send_staging
-        self._receive = list(receive_staging)
+        self._receive = receive_staging
         self._weights = torch.from_numpy(weights(self.block_bytes // WORD_BYTES).view(np.int64)).to(self._device)
         self._gathers = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._scatters = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         # The layers of a prompt are gathered in turn, from the same blocks, so their ids are copied to the device once.
         self._last_gather: _Ids | None = None
         self._addresses = torch.tensor([layer.data_ptr() for layer in layers], dtype=torch.int64).to(self._device)
-        self._words = {
-            id(staging): _words(staging) for staging in (*self._receive, send_staging) if staging is not None
-        }
         self._kernels: ModuleType | None = None
         self._compile()
 
     def gather(self, layer: int, block_ids: Sequence[int], offset: int, ready: Any) -> Fence:
         """Copy paged blocks to ``send_staging`` once ``ready`` (a CUDA event, or None) has happened."""
         assert self._send is not None
-        staged = self._staged(self._send, len(block_ids), offset)
+        staged = self._staged(self._send.memory, len(block_ids), offset)
         with torch.cuda.stream(self._gathers):
             if ready is not None:
                 self._gathers.wait_event(ready)
@@ -122,15 +120,15 @@ class CudaPagedCopy:
         ids = checked(block_ids, len(self._layers[0]))
         self._check(staging, offset, (len(self._layers) - 1) * stride + ids.size * self.block_bytes)
         # Host memory is copied over the bus as a whole, and not word by word by a kernel.
-        if self._kernels is not None and staging.is_cuda and ids.size:
-            return [self._scatter_in_one(self._words[id(staging)], self._addresses, ids, offset, stride)]
-        return [self._scatter_in_layers(staging, ids, offset, stride)]
+        if self._kernels is not None and staging.device == "cuda" and ids.size:
+            return [self._scatter_in_one(staging.words, self._addresses, ids, offset, stride)]
+        return [self._scatter_in_layers(staging.memory, ids, offset, stride)]
 
     @staticmethod
-    def _check(staging: torch.Tensor, offset: int, num_bytes: int) -> None:
+    def _check(staging: Staging, offset: int, num_bytes: int) -> None:
         # A kernel would read other memory, or end CUDA for this process.
-        if offset < 0 or offset + num_bytes > staging.numel():
-            raise ValueError(f"bytes {offset} to {offset + num_bytes} of a staging buffer of {staging.numel()}")
+        if offset < 0 or offset + num_bytes > staging.num_bytes:
+            raise ValueError(f"bytes {offset} to {offset + num_bytes} of a staging buffer of {staging.num_bytes}")
 
     # With kernels.
 
@@ -185,12 +183,12 @@ class CudaPagedCopy:
 
     # With torch.
 
-    def _digest(self, staging: torch.Tensor, offset: int, cells: Cells, stream: torch.cuda.Stream) -> Digest:
+    def _digest(self, staging: Staging, offset: int, cells: Cells, stream: torch.cuda.Stream) -> Digest:
         self._check(staging, offset, (int(cells.rows[-1]) + 1) * self.block_bytes)
         if self._kernels is not None:
-            return self._digest_of_cells(self._words[id(staging)], offset, cells, stream)
+            return self._digest_of_cells(staging.words, offset, cells, stream)
         end = offset + (int(cells.rows[-1]) + 1) * self.block_bytes
-        blocks = staging[offset:end].view(torch.int64).view(-1, self.block_bytes // WORD_BYTES)
+        blocks = staging.memory[offset:end].view(torch.int64).view(-1, self.block_bytes // WORD_BYTES)
         result = torch.zeros((), dtype=torch.int64, pin_memory=True)
         with torch.cuda.stream(stream):
             # Few calls, because each waits for the interpreter: a sample's rows are read at once.
@@ -200,7 +198,7 @@ class CudaPagedCopy:
             at_once = max(_DIGEST_BYTES // self.block_bytes, 1)
             for begin in range(0, len(cells), at_once):
                 # Blocks in host memory are chosen there, so that only these cross the bus.
-                rows = (ids if staging.is_cuda else here[0])[begin : begin + at_once]
+                rows = (ids if staging.device == "cuda" else here[0])[begin : begin + at_once]
                 chosen = blocks.index_select(0, rows).to(self._device)
                 # In place, because another copy would be as large.
                 part = chosen.mul_(self._weights).sum(dim=1).mul_(keys[begin : begin + at_once]).sum()
@@ -254,8 +252,3 @@ class _InFlight:
 
 
 _IN_FLIGHT = _InFlight()
-
-
-def _words(staging: torch.Tensor) -> torch.Tensor:
-    # A view takes two calls, so it is created once.
-    return staging[: staging.numel() // WORD_BYTES * WORD_BYTES].view(torch.int64)

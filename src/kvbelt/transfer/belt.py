@@ -10,13 +10,13 @@ from kvbelt.security.loopback import require_keys_beyond_loopback
 from kvbelt.transfer.calls import call_back
 from kvbelt.transfer.driver import Driver
 from kvbelt.transfer.ports import (
+    Buffer,
     Channel,
     Lost,
     PagedCopy,
     PeerOutcome,
     PrefixIndex,
     ReceivedKV,
-    Region,
     TransferOutcome,
 )
 from kvbelt.transfer.send.driver import SenderDriver, refuse
@@ -36,15 +36,16 @@ from kvbelt.wire.steps import StepsNow
 class Belt:
     """Carries KV from this process to others and from others to this one.
 
-    A process may send (``send_region`` given), receive (``receive_region`` given), or both. ``copy`` is
-    constructed over the same staging memory: gathers go to ``send_region``, scatters come from
-    ``receive_region``, or, when that is full, from ``overflow_region``. ``prefix`` tells what this process's engine
-    holds already, and need not be sent. Callbacks run on the belt's thread, must return quickly and must not raise.
+    A process may send (``send_buffer`` given), receive (``receive_buffer`` given), or both. ``copy`` is
+    constructed over the same staging memory: gathers go to ``send_buffer``, scatters come from
+    ``receive_buffer``, or, when that is full, from ``overflow_buffer``. Buffers are taken when the first peer connects.
+    ``prefix`` tells what this process's engine holds already, and need not be sent. Callbacks run on the belt's
+    thread, must return quickly and must not raise.
 
     Raises:
         SettingsError: settings contradict each other, or this process would listen beyond loopback without keys.
 
-    The memory of the receive region must outlive the process's last peer, or the process: a sender that was
+    The memory of the receive buffer must outlive the process's last peer, or the process: a sender that was
     stopped may write when it wakes up.
     """
 
@@ -54,20 +55,20 @@ class Belt:
         settings: BeltSettings,
         channel: Channel,
         copy: PagedCopy | None,
-        send_region: Region | None,
-        receive_region: Region | None,
-        overflow_region: Region | None = None,
+        send_buffer: Buffer | None,
+        receive_buffer: Buffer | None,
+        overflow_buffer: Buffer | None = None,
         prefix: PrefixIndex | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if copy is None and (send_region or receive_region):
+        if copy is None and (send_buffer or receive_buffer):
             raise SettingsError("a belt with a buffer needs something that copies blocks to and from it")
-        if overflow_region is not None and receive_region is None:
+        if overflow_buffer is not None and receive_buffer is None:
             raise SettingsError("an overflow buffer needs a receive buffer that can overflow into it")
         keys = settings.keys
         if keys is not None and not speaks_for(keys.own.public, identity.engine_id):
             raise SettingsError(f"engine id {identity.engine_id} does not go with this process's key (new_engine_id)")
-        if receive_region is not None:
+        if receive_buffer is not None:
             require_keys_beyond_loopback(
                 settings.bind_host,
                 keys=keys is not None,
@@ -77,16 +78,16 @@ class Belt:
             )
         self.identity = identity
         self._settings = settings
-        self._sends = send_region is not None
-        self._receives = receive_region is not None
-        receive_regions = [region for region in (receive_region, overflow_region) if region is not None]
-        self._driver = Driver(identity, settings, channel, copy, send_region, receive_regions, prefix, clock)
+        self._sends = send_buffer is not None
+        self._receives = receive_buffer is not None
+        receive_buffers = [buffer for buffer in (receive_buffer, overflow_buffer) if buffer is not None]
+        self._driver = Driver(identity, settings, channel, copy, send_buffer, receive_buffers, prefix, clock)
 
     def start(self) -> None:
-        """Bind, register memory, start the thread.
+        """Bind, open the channel, start the thread.
 
         Raises:
-            StartError: a port is taken, or the memory could not be registered.
+            StartError: a port is taken, or the channel cannot move such memory.
         """
         self._driver.start()
 
@@ -172,7 +173,7 @@ class Belt:
     @property
     def _sender(self) -> SenderDriver:
         sender = self._driver.sender
-        assert sender is not None  # the belt has a send region, and was started
+        assert sender is not None  # the belt has a send buffer, and was started
         return sender
 
     def receive(

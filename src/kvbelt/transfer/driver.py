@@ -22,7 +22,8 @@ from kvbelt.security.refusals import Refusals
 from kvbelt.stall_aware_clock import StallAwareClock
 from kvbelt.transfer.calls import Calls
 from kvbelt.transfer.link_probe import LinkProbes
-from kvbelt.transfer.ports import Channel, PagedCopy, PrefixIndex, Region
+from kvbelt.transfer.memory import RegisteredBuffer
+from kvbelt.transfer.ports import Buffer, Channel, PagedCopy, PrefixIndex
 from kvbelt.transfer.receive.driver import ReceiverDriver
 from kvbelt.transfer.receive.incoming import IncomingTransfers, ReceiveTimes, nothing_held
 from kvbelt.transfer.receive.states import ReceiverState
@@ -63,8 +64,8 @@ class Driver:
         settings: BeltSettings,
         channel: Channel,
         copy: PagedCopy | None,
-        send_region: Region | None,
-        receive_regions: Sequence[Region],
+        send_buffer: Buffer | None,
+        receive_buffers: Sequence[Buffer],
         prefix: PrefixIndex | None,
         clock: Callable[[], float],
     ) -> None:
@@ -72,8 +73,8 @@ class Driver:
         self._settings = settings
         self._channel = channel
         self._copy = copy
-        self._send_region = send_region
-        self._receive_regions = receive_regions
+        self._send_buffer = RegisteredBuffer(send_buffer, channel) if send_buffer is not None else None
+        self._receive_buffers = [RegisteredBuffer(buffer, channel) for buffer in receive_buffers]
         self._prefix = prefix
         self.clock = StallAwareClock(clock)
         self._compatibility = identity.compatibility(channel.name)
@@ -88,9 +89,9 @@ class Driver:
         self._more = False  # the last turn left something to do at once
         self._refusals = Refusals()
         self._mechanism = "NULL"
-        self.sender: SenderDriver | None = None  #: set by ``start`` where there is a send region
+        self.sender: SenderDriver | None = None  #: set by ``start`` where there is a send buffer
         self.probes: LinkProbes | None = None  #: likewise
-        self.receiver: ReceiverDriver | None = None  #: set by ``start`` where there is a receive region
+        self.receiver: ReceiverDriver | None = None  #: set by ``start`` where there is a receive buffer
         # To the proxy; the second one from the first outcome on.
         self._steps: zmq.Socket[bytes] | None = None
         self._outcomes: zmq.Socket[bytes] | None = None
@@ -188,17 +189,18 @@ class Driver:
             # Apart from the ends of transfers, none of which may be replaced by another one.
             address, key = settings.notification_endpoint, settings.proxy_key
             self._steps = sockets.connect(zmq.PUSH, address, key, newest_only=True)
-        for region in (self._send_region, *self._receive_regions):
-            if region is not None:
-                self._channel.register(region)
-        if self._receive_regions:
+        sends = [self._send_buffer] if self._send_buffer is not None else []
+        devices = {buffer.device for buffer in (*sends, *self._receive_buffers)}
+        if devices:
+            self._channel.open(devices)
+        if self._receive_buffers:
             self.receiver = self._make_receiver(sockets)
-        if self._send_region is not None:
+        if self._send_buffer is not None:
             assert self._copy is not None
-            piece_bytes = settings.piece_bytes or PIECE_BYTES[self._send_region.device]
+            piece_bytes = settings.piece_bytes or PIECE_BYTES[self._send_buffer.device]
             layout = identity.layout
             pipeline = WritePipeline(
-                self._channel, self._copy, self._send_region, layout, piece_bytes, LinkTallies(self.clock)
+                self._channel, self._copy, self._send_buffer, layout, piece_bytes, LinkTallies(self.clock)
             )
             self.sender = SenderDriver(
                 identity.engine_id, layout, self._hello, settings, sockets, self._channel, pipeline, self.clock
@@ -219,21 +221,24 @@ class Driver:
         incoming = IncomingTransfers(
             self._identity.engine_id,
             self._identity.layout,
-            [region.num_bytes for region in self._receive_regions],
+            [buffer.num_bytes for buffer in self._receive_buffers],
             times,
             settings.verify,
             self._prefix.held if self._prefix is not None else nothing_held,
         )
-        welcome = Welcome(
+        who = self._identity.engine_id, self._compatibility
+        return ReceiverDriver(*who, self._welcome, settings, sockets, incoming, self._copy, self.ask, self.clock)
+
+    def _welcome(self) -> Welcome:
+        regions = [buffer.take() for buffer in self._receive_buffers]
+        return Welcome(
             engine_id=self._identity.engine_id,
             compatibility=self._compatibility,
             agent_metadata=self._channel.local_metadata(),
             regions=tuple(
-                MemoryRegion(region.address, region.num_bytes, region.device, region.device_index)
-                for region in self._receive_regions
+                MemoryRegion(region.address, region.num_bytes, region.device, region.device_index) for region in regions
             ),
         )
-        return ReceiverDriver(welcome, settings, sockets, incoming, self._copy, self.ask, self.clock)
 
     def _hello(self, receiver: EngineId) -> Hello:
         return Hello(
@@ -346,7 +351,7 @@ class Driver:
             received_total=dict(receiver.incoming.ended_total) if receiver else {},
             received_bytes_total=receiver.incoming.committed_bytes_total if receiver else 0,
             reused_bytes_total=receiver.incoming.reused_bytes_total if receiver else 0,
-            staging_bytes=self._send_region.num_bytes if self._send_region else 0,
+            staging_bytes=self._send_buffer.num_bytes if self._send_buffer else 0,
             staging_bytes_used=sender.pipeline.staging_bytes_used if sender else 0,
             sends=dict(sends.states()) if sends is not None else {},
             sent_total=dict(sends.ended_total) if sends is not None else {},

@@ -4,7 +4,7 @@
 engine may call from any thread; callbacks run on the belt's thread and must return quickly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,6 +28,27 @@ class Region:
     def place(self) -> str:
         """As ``Channel.write`` wants it: ``"cpu"``, ``"cuda:1"``."""
         return self.device if self.device == "cpu" else f"{self.device}:{self.device_index}"
+
+    def take(self) -> "Region":
+        return self
+
+
+class Buffer(Protocol):
+    """Memory for a region, which may be taken later: a ``Region`` is a buffer that has been taken."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    @property
+    def device(self) -> str:
+        """``"cpu"`` or ``"cuda"``."""
+
+    def take(self) -> Region:
+        """The same region each time.
+
+        Raises:
+            ChannelError: the device has not that much memory.
+        """
 
 
 class Fence(Protocol):
@@ -96,15 +117,22 @@ class Channel(Protocol):
 
     name: str
 
-    def register(self, region: Region) -> None:
-        """Make a region reachable. Once a region, before ``local_metadata``.
+    def open(self, devices: Collection[str]) -> None:
+        """Make ready to move memory of these devices (``"cpu"``, ``"cuda"``).
 
         Raises:
-            ChannelError: the vendor is not installed, too old, or cannot move this memory.
+            ChannelError: the vendor is not installed, too old, or cannot move such memory.
+        """
+
+    def register(self, region: Region) -> None:
+        """Make a region reachable. Once a region.
+
+        Raises:
+            ChannelError: the vendor cannot move this memory.
         """
 
     def local_metadata(self) -> bytes:
-        """What a peer needs to reach this process's regions."""
+        """What a peer needs to reach the regions that are registered by now."""
 
     def add_peer(self, metadata: bytes) -> str:
         """Add a peer. Returns its agent name.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kvbelt.errors import StartError
-from kvbelt.paged_copy import TorchPagedCopy, staging_memory
+from kvbelt.paged_copy import Staging, TorchPagedCopy
 from kvbelt.transfer.ports import Digest
 from kvbelt.transfer.receive.handles import wait_for
 from kvbelt.vllm.pages import Pages
@@ -52,12 +52,12 @@ def prove(kv_caches: Mapping[str, torch.Tensor], pages: Pages) -> None:
         view[sources] = blocks
         written.append(blocks)
 
-    sent, received = (staging_memory(num_layers * stride, device, model_on=device) for _ in range(2))
+    sent, received = (Staging(num_layers * stride, device, model_on=device) for _ in range(2))
     copy = TorchPagedCopy(pages.rows, send_staging=sent, receive_staging=received)
     _settle(device)
     wait_for([copy.gather(layer, sources, layer * stride, None) for layer in range(num_layers)])
     cells = Choice(TransferId("proof"), len(targets), "always").of_layers(num_layers, 0, len(targets))
-    _plain(received)[:] = _plain(sent)
+    _plain(received.memory)[:] = _plain(sent.memory)
     _settle(device)
     if _value(copy.digest_sent(0, cells)) != _value(copy.digest_received(0, cells)):
         raise StartError(f"two digests of the same blocks differ on {device}; is its memory sound?")

@@ -141,6 +141,7 @@ REASONS: tuple[Reason, ...] = (
     Reason("untrusted_key", _SEND | _WARM, "the decode worker's key is not trusted here", lasting=True),
     Reason("another_key", _SEND | _CONTROL | _WARM, "the engine id does not belong to the key", lasting=True),
     Reason("too_many_peers", _SEND | _WARM, "this prefill worker has its largest number of connections"),
+    Reason("no_memory", _SEND | _WARM, "the prefill worker has no memory for its send buffer (`pd_buffer_size`)"),
     Reason("not_yet", _WARM, "the handshake still goes on; the proxy asks again"),
     Reason("sends_nothing", _WARM | _PROBE, "this worker has no buffer to send from", lasting=True),
     Reason("channel", _SEND | _WARM, "the channel cannot reach the decode worker"),

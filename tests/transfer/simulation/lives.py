@@ -281,8 +281,9 @@ class DecodeWorker(Life):
             agent_metadata=self.engine_id.encode(),
             regions=tuple(MemoryRegion(RECEIVE[number], size * CELL, "cpu", 0) for number, size in enumerate(cells)),
         )
+        who = self.engine_id, self.compatibility
         self.receiver = ReceiverDriver(
-            welcome, self.settings, self.lines, self.incoming, self.copy, self.do, self.clock
+            *who, lambda: welcome, self.settings, self.lines, self.incoming, self.copy, self.do, self.clock
         )
         self.receiver.deliveries = Hands(self)
         #: The reader of each transfer that was claimed here: the one who waits or holds, or the last one.

@@ -51,6 +51,7 @@ class _Memory:
 def _end(device: str) -> tuple[NixlChannel, Region, _Memory]:
     memory = _Memory(device)
     channel = NixlChannel(f"doctor-{os.getpid()}")
+    channel.open({memory.region.device})
     channel.register(memory.region)
     return channel, memory.region, memory
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import msgspec
 import zmq
 
+from kvbelt.errors import ChannelError
 from kvbelt.security.keys import fingerprint, speaks_for
 from kvbelt.transfer.ports import Lost, PagedCopy, ReceivedKV
 from kvbelt.transfer.receive.checks import Checks
@@ -17,7 +18,15 @@ from kvbelt.transfer.receive.states import CancelRead, FromOwner
 from kvbelt.transfer.settings import BeltSettings
 from kvbelt.transfer.sockets import Sockets
 from kvbelt.wire import codec
-from kvbelt.wire.handshake import PROTOCOL_VERSION, HandshakeMessage, HandshakeRefused, Hello, Welcome, first_difference
+from kvbelt.wire.handshake import (
+    PROTOCOL_VERSION,
+    Compatibility,
+    HandshakeMessage,
+    HandshakeRefused,
+    Hello,
+    Welcome,
+    first_difference,
+)
 from kvbelt.wire.ids import EngineId, TransferId
 from kvbelt.wire.reservation import Cancel, Cancelled, Expired, FromReceiver, FromSender, Refused, Reserve
 
@@ -47,7 +56,9 @@ class KnownSender:
 class ReceiverDriver:
     def __init__(  # noqa: PLR0917 -- its seams
         self,
-        welcome: Welcome,
+        engine_id: EngineId,
+        compatibility: Compatibility,
+        welcome: Callable[[], Welcome],
         settings: BeltSettings,
         sockets: Sockets,
         incoming: IncomingTransfers,
@@ -55,7 +66,9 @@ class ReceiverDriver:
         ask: Callable[..., object],
         clock: Callable[[], float],
     ) -> None:
-        self._welcome = welcome
+        self._engine_id = engine_id
+        self._compatibility = compatibility
+        self._welcome = welcome  # takes the receive buffer
         self._settings = settings
         self._sockets = sockets
         self._checks = Checks(copy, settings.verify)
@@ -110,8 +123,7 @@ class ReceiverDriver:
                 self._refusals.add(name, error.reason, error)
                 if isinstance(error, codec.VersionError) and socket is self._init_socket:
                     ours, theirs = str(PROTOCOL_VERSION), str(error.theirs)
-                    here = self._welcome.engine_id
-                    refused = HandshakeRefused(engine_id=here, field="protocol", ours=ours, theirs=theirs)
+                    refused = HandshakeRefused(engine_id=self._engine_id, field="protocol", ours=ours, theirs=theirs)
                     Sockets.send(socket, frames[0], self._handshakes.encode(refused))
 
     def tick(self, now: float) -> None:
@@ -158,26 +170,29 @@ class ReceiverDriver:
 
     def _greet(self, hello: Hello, key: str | None) -> HandshakeMessage:
         """The answer to a Hello from the holder of ``key``."""
-        ours = self._welcome
+        here = self._engine_id
 
         def refuse(field: str, mine: str, theirs: str) -> HandshakeRefused:
             detail = f"prefill worker {hello.engine_id}: {field} is {mine} here and {theirs} there"
             self._refusals.add("init", f"refused_{field.rpartition('.')[2]}", detail)
-            return HandshakeRefused(engine_id=ours.engine_id, field=field, ours=mine, theirs=theirs)
+            return HandshakeRefused(engine_id=here, field=field, ours=mine, theirs=theirs)
 
         if not _may_speak(key, hello.engine_id):
             detail = f"the holder of key {fingerprint(key or '')} claims to be prefill worker {hello.engine_id}"
             self._refusals.add("init", "another_key", detail)
-            return HandshakeRefused(
-                engine_id=ours.engine_id, field="key", ours=fingerprint(key or ""), theirs=hello.engine_id
-            )
-        if hello.receiver != ours.engine_id:
-            return refuse("engine_id", ours.engine_id, hello.receiver)
+            return HandshakeRefused(engine_id=here, field="key", ours=fingerprint(key or ""), theirs=hello.engine_id)
+        if hello.receiver != here:
+            return refuse("engine_id", here, hello.receiver)
         if hello.role not in ("prefill", "both"):
             return refuse("role", "prefill or both", hello.role)
-        difference = first_difference(ours.compatibility, hello.compatibility)
+        difference = first_difference(self._compatibility, hello.compatibility)
         if difference is not None:
             return refuse(*difference)
+        try:
+            welcome = self._welcome()
+        except ChannelError as error:
+            log.warning("no prefill worker can send KV here: %s", error)
+            return refuse("memory", "not to be had", "to be sent to")
         now = self._clock()
         self._forget_senders(now)
         known = self._senders.get(hello.engine_id)
@@ -187,7 +202,7 @@ class ReceiverDriver:
             self._senders[hello.engine_id] = KnownSender(now)
             self._opening_until = now + self._settings.opening_seconds
         token = self._liveness.token(hello.engine_id)
-        return msgspec.structs.replace(ours, liveness_port=self._liveness.port, liveness_token=token)
+        return msgspec.structs.replace(welcome, liveness_port=self._liveness.port, liveness_token=token)
 
     def _forget_senders(self, now: float) -> None:
         busy = self.incoming.senders()
@@ -213,7 +228,7 @@ class ReceiverDriver:
             self._refusals.add("alloc", "no_handshake", f"a {type(message).__name__} of {message.sender}")
             transfer_id = message.transfer_id
             if isinstance(message, Reserve):
-                detail = f"{message.sender} has had no handshake with {self._welcome.engine_id}"
+                detail = f"{message.sender} has had no handshake with {self._engine_id}"
                 self._send(route, Refused(transfer_id=transfer_id, reason="no_handshake", detail=detail))
             elif isinstance(message, Cancel):
                 # An unknown sender has nothing here, so its end message is acknowledged: rule 4 of send/states.py.

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 
 import zmq
 
+from kvbelt.errors import ChannelError
 from kvbelt.transfer.calls import call_back
 from kvbelt.transfer.ports import Channel, PeerOutcome, TransferOutcome
 from kvbelt.transfer.send.load import Target
@@ -67,7 +68,7 @@ class SenderDriver:
         )
 
     def begin(self, transfer: SenderSession, address: ReceiverAddress) -> None:
-        problem = self.peers.distrust(address)
+        problem = self._problem(address)
         if problem is None and transfer.transfer_id in self.transfers:
             problem = "duplicate_transfer", f"transfer {transfer.transfer_id} is already under way"
         if problem is not None:
@@ -89,7 +90,7 @@ class SenderDriver:
             self.abort(transfer, reason)
 
     def warm(self, address: ReceiverAddress, on_end: Callable[[PeerOutcome], None]) -> None:
-        problem = self.peers.distrust(address)
+        problem = self._problem(address)
         if problem is not None:
             call_back(on_end, PeerOutcome(False, *problem))
             return
@@ -98,6 +99,16 @@ class SenderDriver:
         self._warming.setdefault(peer, []).append(on_end)
         if peer.ready:
             self._warmed(peer, PeerOutcome(ok=True, reason="", detail=""))
+
+    def _problem(self, address: ReceiverAddress) -> tuple[str, str] | None:
+        """Why nothing can be sent to an address: reason and detail. Takes the send buffer."""
+        problem = self.peers.distrust(address)
+        if problem is None:
+            try:
+                self.pipeline.buffer.take()
+            except ChannelError as error:
+                return "no_memory", str(error)
+        return problem
 
     def _peer_at(self, address: ReceiverAddress) -> Peer:
         for other in self.peers.replaced_by(address):

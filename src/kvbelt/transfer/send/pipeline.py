@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 from kvbelt.errors import ChannelError, SettingsError
 from kvbelt.transfer.arena import Arena
-from kvbelt.transfer.ports import Channel, Digest, PagedCopy, Region, WriteHandle
+from kvbelt.transfer.ports import Buffer, Channel, Digest, PagedCopy, WriteHandle
 from kvbelt.transfer.send.links import LinkTallies
 from kvbelt.transfer.send.load import Load, PartLoad, Piece, Target
 from kvbelt.transfer.send.plan import Run, Span, by_part, plan_writes, take_batch
@@ -42,25 +42,25 @@ class WritePipeline:
         self,
         channel: Channel,
         copy: PagedCopy,
-        region: Region,
+        buffer: Buffer,
         layout: KVLayout,
         piece_bytes: int,
         links: LinkTallies | None = None,
     ) -> None:
-        if region.num_bytes < layout.block_bytes:
+        if buffer.num_bytes < layout.block_bytes:
             raise SettingsError(
-                f"the sender's buffer has {region.num_bytes} bytes; one block of one layer needs {layout.block_bytes} "
+                f"the sender's buffer has {buffer.num_bytes} bytes; one block of one layer needs {layout.block_bytes} "
                 "(raise pd_buffer_size)"
             )
         self._channel = channel
         self._copy = copy
-        self._region = region
+        self.buffer = buffer
         self._layout = layout
         self.links = links
-        self._staging = Arena(region.num_bytes)
+        self._staging = Arena(buffer.num_bytes)
         # At least two pieces must fit, or nothing overlaps.
-        self._piece_blocks = max(1, min(piece_bytes, region.num_bytes // 2) // layout.block_bytes)
-        self._share = max(region.num_bytes // 4, self._piece_blocks * layout.block_bytes)
+        self._piece_blocks = max(1, min(piece_bytes, buffer.num_bytes // 2) // layout.block_bytes)
+        self._share = max(buffer.num_bytes // 4, self._piece_blocks * layout.block_bytes)
         self._held: Counter[str] = Counter()  # staging bytes by agent
         self._transfers: dict[TransferId, SenderSession] = {}  # until they have stopped
         self._reports: Reports = []
@@ -214,14 +214,10 @@ class WritePipeline:
         return offset, num_blocks
 
     def _post(self, load: Load, piece: Piece, now: float) -> None:
-        target = load.target
+        target, region = load.target, self.buffer.take()
         assert target is not None
         spans = plan_writes(
-            piece.runs,
-            target.shape,
-            target.shape.part(piece.part),
-            self._region.address + piece.offset,
-            target.slot_address,
+            piece.runs, target.shape, target.shape.part(piece.part), region.address + piece.offset, target.slot_address
         )
         if load.first_write is None:
             load.first_write = now
@@ -229,7 +225,7 @@ class WritePipeline:
         self.num_writes += 1
         if self.links is not None:
             piece.link = self.links.posting(target.agent, piece.num_blocks * self._layout.block_bytes)
-        piece.write = self._channel.write(target.agent, spans, self._region.place, target.device)
+        piece.write = self._channel.write(target.agent, spans, region.place, target.device)
         if target.choice is not None:
             piece.digest = self._digest(target.choice, piece)
 
@@ -248,8 +244,9 @@ class WritePipeline:
         self._held[target.agent] += num_blocks * self._layout.block_bytes
         piece = Piece(0, (), offset, num_blocks)
         transfer.load.pieces.append(piece)
+        region = self.buffer.take()
         try:
-            piece.write = post(Span(self._region.address + offset, target.slot_address, num_bytes), self._region.place)
+            piece.write = post(Span(region.address + offset, target.slot_address, num_bytes), region.place)
         except ChannelError as error:
             self.fail(transfer, piece, "write_failed", str(error))
         return piece
