@@ -188,7 +188,7 @@ class WorkerBook:
             self.begun = now
         self.prompts.remove(booking)
         # Summed anew each time, so that small errors of predictions do not add up.
-        self.free_at = self.begun + sum(one.own for one in self.prompts)
+        self.free_at = self.begun + sum([one.own for one in self.prompts])
 
     def computed(self, booking: Booking, now: float) -> None:
         """Learn from the duration of the worker's first prompt."""

@@ -10,7 +10,7 @@ prefill, and the delay of each decode beside it. ``docs/placement.md`` explains 
 
 from collections.abc import Callable
 from heapq import heappop, heappush
-from itertools import chain, count
+from itertools import count
 from math import inf
 
 from kvbelt.routing.booking import Action, Booking, Demand, Pace, Plan, WorkerBook
@@ -33,7 +33,9 @@ LOOKAHEAD = 8
 #: its next prompt before it is free, so a later pass is still in time.
 PAUSE = 100e-6
 
-_PREFILL, _DECODE = Role.PREFILL, Role.DECODE  # fast to read
+# Fast to read.
+_PREFILL, _DECODE = Role.PREFILL, Role.DECODE
+_SPLIT, _WHOLE = Action.SPLIT, Action.WHOLE
 
 #: An answer of at most so many tokens misses its ITL level by one long gap: that gap is more than 1 of 100.
 SHORT = 100
@@ -231,7 +233,7 @@ class Placement:
             return None
         tokens = self._to_compute(demand, book)
         own, _ = book.prefill_seconds(tokens, demand.levels.itl)
-        return Plan(Action.WHOLE, "probe", book, book, tokens, 0.0, own)
+        return Plan(_WHOLE, "probe", book, book, tokens, 0.0, own)
 
     def _to_probe(self, ranking: Ranking, demand: Demand, now: float) -> WorkerBook | None:
         """An idle worker without a recent request, if the request may go to it to learn its speed again.
@@ -248,29 +250,32 @@ class Placement:
 
     def _split(self, demand: Demand, now: float) -> Plan | None:
         """The pair that is free first, or the worker if the request cannot be split."""
-        prefills = self._first(Role.PREFILL, demand) if demand.splittable else []
+        found = (self._pair(demand, now) if demand.splittable else None) or self._one(demand)
+        if found is None:
+            return None
+        prefill, decode = found
+        tokens, wait = self._to_compute(demand, prefill), prefill.wait(now)
+        own, _ = prefill.prefill_seconds(tokens, demand.levels.itl)
+        return Plan(_WHOLE if prefill is decode else _SPLIT, "", prefill, decode, tokens, wait, own)
+
+    def _pair(self, demand: Demand, now: float) -> tuple[WorkerBook, WorkerBook] | None:
+        prefills = self._first(_PREFILL, demand)
         decoders = self._decoders_for(demand) if prefills else []
         if decoders and (probed := self._to_probe(self._decodes, demand, now)) is not None:
             decoders.insert(0, probed)
-        pairs = (
-            (Action.SPLIT, prefill, decode)
-            for prefill in prefills
-            for decode in decoders
-            if self._can_send(prefill, decode)
-        )
-        alone = (
-            (Action.WHOLE, book, book)
-            for role in (demand.whole_on, Role.DECODE)
-            for book in self._first(role, demand)
-            if book.has_room(demand.tokens + demand.output)
-        )
-        found = next(chain(pairs, alone), None)
-        if found is None:
-            return None
-        action, prefill, decode = found
-        tokens, wait = self._to_compute(demand, prefill), prefill.wait(now)
-        own, _ = prefill.prefill_seconds(tokens, demand.levels.itl)
-        return Plan(action, "", prefill, decode, tokens, wait, own)
+        for prefill in prefills:
+            for decode in decoders:
+                if self._can_send(prefill, decode):
+                    return prefill, decode
+        return None
+
+    def _one(self, demand: Demand) -> tuple[WorkerBook, WorkerBook] | None:
+        room = demand.tokens + demand.output
+        for role in (demand.whole_on, _DECODE):
+            for book in self._first(role, demand):
+                if book.has_room(room):
+                    return book, book
+        return None
 
     @staticmethod
     def _to_compute(demand: Demand, book: WorkerBook) -> int:
@@ -352,9 +357,9 @@ class Placement:
             return None
         prefill, decode, tokens, wait, own = best
         if prefill is not decode:
-            return Plan(Action.SPLIT, "", prefill, decode, tokens, wait, own, fewest)
+            return Plan(_SPLIT, "", prefill, decode, tokens, wait, own, fewest)
         reason = "prefill_busy" if prefill.decodes else "calm"
-        return Plan(Action.WHOLE, reason, prefill, prefill, tokens, wait, own, fewest)
+        return Plan(_WHOLE, reason, prefill, prefill, tokens, wait, own, fewest)
 
     def _candidates(self, demand: Demand) -> list[WorkerBook]:
         if demand.held or demand.exclude:
@@ -392,9 +397,7 @@ class Placement:
             heappush(self._silent, (booking.predicted, next(self._turn), booking))
         # A second try takes no turn. Otherwise, if one of two workers fails, each would get one kind of try only.
         used = not demand.exclude
-        self._moved(prefill, used=used)
-        if decode is not prefill:
-            self._moved(decode, used=used)
+        self._moved(prefill, decode, used=used)
         return booking
 
     def first_token(self, booking: Booking, now: float) -> None:
@@ -412,9 +415,7 @@ class Placement:
         if prefill is not decode:
             decode.arriving -= 1
         decode.add_decode(booking, now)
-        self._moved(prefill)
-        if decode is not prefill:
-            self._moved(decode)
+        self._moved(prefill, decode)
 
     def end(self, booking: Booking, now: float) -> None:
         """The request needs no worker any more. May be called again."""
@@ -429,11 +430,11 @@ class Placement:
             return
         decode.kv_booked -= booking.demand.tokens + booking.demand.output
         self._running.discard(booking)
-        if decode is not prefill:
-            self._moved(prefill)
-        self._moved(decode)
+        self._moved(prefill, decode)
 
-    def _moved(self, book: WorkerBook, *, used: bool = False) -> None:
-        self._free[book.lean].moved(book, used=used)
-        if book.lean is _DECODE:
-            self._decoders.moved(book, used=used)
+    def _moved(self, prefill: WorkerBook, decode: WorkerBook, *, used: bool = False) -> None:
+        self._free[decode.lean].moved(decode, used=used)
+        if decode.lean is _DECODE:
+            self._decoders.moved(decode, used=used)
+        if prefill is not decode:
+            self._prefills.moved(prefill, used=used)

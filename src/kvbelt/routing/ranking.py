@@ -25,7 +25,7 @@ class Ranking:
     """Workers sorted by a key, and those with equal keys by their turn.
 
     A request changes its workers several times between two reads of the order. So a change only marks the worker, and
-    the next read sorts.
+    the next read sorts, unless one worker is all there is.
     """
 
     def __init__(self, key: Callable[[WorkerBook], tuple[float, int]]) -> None:
@@ -35,6 +35,7 @@ class Ranking:
         self._books: dict[str, WorkerBook] = {}
         self._turns: dict[WorkerBook, int] = {}  # unique, so that a sort never compares two workers
         self._changed: set[WorkerBook] = set()
+        self._alone = False  # the order has one worker, and no other one has joined
         self._turn = count()
 
     def put(self, book: WorkerBook) -> None:
@@ -42,6 +43,7 @@ class Ranking:
         if self._books.get(book.incarnation) is not book:
             self.drop(book)
             self._books[book.incarnation], self._turns[book] = book, next(self._turn)
+            self._alone = False
         self._changed.add(book)
 
     def moved(self, book: WorkerBook, *, used: bool = False) -> None:
@@ -57,6 +59,7 @@ class Ranking:
         if before is not None:
             del self._turns[before]
             self._changed.add(before)
+            self._alone = False
 
     def __len__(self) -> int:
         return len(self._turns)
@@ -64,13 +67,13 @@ class Ranking:
     @property
     def head(self) -> WorkerBook | None:
         """The first one."""
-        if self._changed:
+        if self._changed and not self._alone:
             self._sort()
         return self._order[0][3] if self._order else None
 
     def first(self, number: int, also: Iterable[str] = ()) -> list[WorkerBook]:
         """The first workers, then those of ``also`` that are here."""
-        if self._changed:
+        if self._changed and not self._alone:
             self._sort()
         books = [place[3] for place in self._order[:number]]
         if also and len(self._order) > number:
@@ -91,3 +94,4 @@ class Ranking:
             if place is not None:
                 places[book] = place
         self._changed.clear()
+        self._alone = len(order) == 1
