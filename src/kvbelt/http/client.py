@@ -10,8 +10,10 @@ import httptools
 
 from kvbelt.http.errors import ConnectError, HttpError, PeerClosedError, ProtocolViolationError
 from kvbelt.http.limits import ClientLimits
-from kvbelt.http.message import add_header, encode_head
-from kvbelt.http.response import Response, Stage
+from kvbelt.http.message import add_header, encode_lines
+from kvbelt.http.response import DATA, END, HEAD, Response
+
+_MOST_BEGUN = 64
 
 #: A host that has gone is noticed within 25 s. A process that stands still is not: its kernel answers.
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
@@ -79,7 +81,7 @@ class ClientConnection(asyncio.Protocol):
         if response is not None:
             if self._until_eof and exc is None:
                 response.complete = True
-                response.reached(Stage.END)
+                response.reached(END)
             else:
                 how = "mid-answer" if response.started else "without an answer"
                 response.fail(
@@ -119,15 +121,15 @@ class ClientConnection(asyncio.Protocol):
                 self.fail(ProtocolViolationError(f"{self._name} sent a head of more than {limit} bytes"))
             return
         if response.complete:
-            response.reached(Stage.END)
+            response.reached(END)
         elif response.buffered:
-            response.reached(Stage.DATA)
+            response.reached(DATA)
             if response.buffered > response.pause_bytes and not self._paused:
                 self._paused = True
                 self._transport.pause_reading()
-                response.reached(Stage.END)  # a reader of the whole body sees that it is too large
+                response.reached(END)  # a reader of the whole body sees that it is too large
         else:
-            response.reached(Stage.HEAD)
+            response.reached(HEAD)
 
     # Called by the parser
 
@@ -156,8 +158,10 @@ class ClientConnection(asyncio.Protocol):
         self._until_eof = b"content-length" not in headers and b"chunked" not in headers.get(b"transfer-encoding", b"")
 
     def on_body(self, body: bytes) -> None:
-        if self._response is not None:
-            self._response.add(body)
+        response = self._response
+        if response is not None:
+            response.chunks.append(body)
+            response.buffered += len(body)
 
     def on_message_complete(self) -> None:
         response = self._response
@@ -192,6 +196,7 @@ class Pool:
         self._limits = limits or ClientLimits()
         self._tls = tls
         self._authority = (f"[{host}]:{port}" if ":" in host else f"{host}:{port}").encode()
+        self._begun: dict[tuple[str, str], bytes] = {}  # first lines of heads, by method and target
         self._idle: dict[ClientConnection, float] = {}  # connection → when it became idle; the newest last
         self._open: set[ClientConnection] = set()
         self._closed = False
@@ -242,10 +247,18 @@ class Pool:
         return f"<Pool {self.name} {len(self._open)} open, {len(self._idle)} idle>"
 
     def _encode(self, method: str, target: str, headers: Sequence[tuple[bytes, bytes]], body: bytes | None) -> bytes:
-        lines = [(b"host", self._authority), *headers]
-        if body is not None:
-            lines.append((b"content-length", b"%d" % len(body)))
-        return encode_head(b"%b %b HTTP/1.1\r\n" % (method.encode(), target.encode()), lines) + (body or b"")
+        begin = self._begun.get((method, target))
+        if begin is None:
+            begin = encode_lines(
+                b"%b %b HTTP/1.1\r\n" % (method.encode(), target.encode()), [(b"host", self._authority)]
+            )
+            if len(self._begun) < _MOST_BEGUN:  # targets may come from clients
+                self._begun[method, target] = begin
+        lines = encode_lines(b"", headers)
+        if body is None:
+            return b"".join((begin, lines, b"\r\n"))
+        # One copy of a body that may be long.
+        return b"".join((begin, lines, b"content-length: %d\r\n\r\n" % len(body), body))
 
     def _take_idle(self) -> ClientConnection | None:
         oldest = asyncio.get_running_loop().time() - self._limits.idle_seconds

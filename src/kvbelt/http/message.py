@@ -63,18 +63,24 @@ def add_header(headers: Headers, name: bytes, value: bytes) -> None:
     headers[name] = value
 
 
-def encode_head(first_line: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """A head up to and including its empty line.
+def encode_lines(first_line: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """The first lines of a head.
 
     Raises:
         ValueError: a header contains a line break, which would start a new header.
     """
-    lines = [b"%b: %b\r\n" % header for header in headers]
-    head = b"".join([first_line, *lines, b"\r\n"])
-    breaks = len(lines) + 2
+    lines = [first_line, *[b"%b: %b\r\n" % header for header in headers]]
+    head = b"".join(lines)
+    # The first line may be empty: then the head goes on.
+    breaks = len(lines) if first_line else len(lines) - 1
     if head.count(b"\n") != breaks or head.count(b"\r") != breaks:
         raise ValueError(f"a line break inside a header: {head!r}")
     return head
+
+
+def encode_head(first_line: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """A head up to and including its empty line. Raises ValueError: as ``encode_lines``."""
+    return encode_lines(first_line, headers) + b"\r\n"
 
 
 class _Clock:

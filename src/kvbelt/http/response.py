@@ -17,6 +17,9 @@ class Stage(IntEnum):
     END = 2
 
 
+HEAD, DATA, END = Stage  # on Python 3.11, reading an enum's member takes longer than a call
+
+
 class Source(Protocol):
     """What a response needs of its connection."""
 
@@ -49,7 +52,7 @@ class Response:
     error: HttpError | None = None
     pieces: int = 0  #: of the body that were read; about one for each chunk of a chunked body
     buffered: int = 0  #: bytes of the body that were not read yet
-    _chunks: list[bytes] = field(default_factory=list)
+    chunks: list[bytes] = field(default_factory=list)  #: them
     _stage: Stage = Stage.HEAD
     _waiter: "asyncio.Future[None] | None" = None
 
@@ -60,7 +63,7 @@ class Response:
             HttpError: the connection ended, or the answer was not HTTP.
         """
         if not self.head_complete:
-            await self._wait(Stage.HEAD)
+            await self._wait(HEAD)
         if not self.head_complete and self.error is not None:
             raise self.error
 
@@ -74,7 +77,7 @@ class Response:
         self.pause_bytes = max_bytes
         while not self.complete and self.error is None and self.buffered <= max_bytes:
             self._source.resume()
-            await self._wait(Stage.END)
+            await self._wait(END)
         if self.buffered > max_bytes:
             self.close()
             raise TooLargeError(f"the answer is larger than {max_bytes} bytes")
@@ -88,9 +91,9 @@ class Response:
         Raises:
             HttpError: the connection ended before the body did (once everything that arrived was returned).
         """
-        if not self._chunks and not self.complete and self.error is None:
-            await self._wait(Stage.DATA)
-        if self._chunks:
+        if not self.chunks and not self.complete and self.error is None:
+            await self._wait(DATA)
+        if self.chunks:
             data = self._take()
             if not self.complete:
                 self._source.resume()
@@ -110,10 +113,10 @@ class Response:
             self._source.fail(error)
 
     def _take(self) -> bytes:
-        chunks = self._chunks
+        chunks = self.chunks
         self.pieces += len(chunks)
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        self._chunks = []
+        self.chunks = []
         self.buffered = 0
         return data
 
@@ -135,11 +138,7 @@ class Response:
         if waiter is not None and stage >= self._stage and not waiter.done():
             waiter.set_result(None)
 
-    def add(self, data: bytes) -> None:
-        self._chunks.append(data)
-        self.buffered += len(data)
-
     def fail(self, error: HttpError) -> None:
         if not self.complete and self.error is None:
             self.error = error
-            self.reached(Stage.END)
+            self.reached(END)
