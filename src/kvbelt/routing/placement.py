@@ -36,6 +36,7 @@ PAUSE = 100e-6
 # Fast to read.
 _PREFILL, _DECODE = Role.PREFILL, Role.DECODE
 _SPLIT, _WHOLE = Action.SPLIT, Action.WHOLE
+_ELASTIC, _BY_ROLE = Mode.ELASTIC, Mode.SPLIT
 
 #: An answer of at most so many tokens misses its ITL level by one long gap: that gap is more than 1 of 100.
 SHORT = 100
@@ -165,7 +166,7 @@ class Placement:
 
     def _may_have(self, plan: Plan, demand: Demand, now: float, planned: dict[WorkerBook, float]) -> bool:
         """Whether a prompt is handed over although its worker has others."""
-        if self.mode is not Mode.ELASTIC or plan.wait <= self._margin(plan, demand):
+        if self.mode is not _ELASTIC or plan.wait <= self._margin(plan, demand):
             return True
         # A worker that is late with its only prompt may be free at any moment.
         book = plan.prefill
@@ -200,7 +201,7 @@ class Placement:
         return [book for book in books if book.incarnation not in exclude] if exclude else books
 
     def _best(self, demand: Demand, now: float, planned: dict[WorkerBook, float]) -> Plan | None:
-        if self.mode is Mode.SPLIT:
+        if self.mode is _BY_ROLE:
             return self._split(demand, now)
         best = self._probe(demand, now)
         if best is not None:
@@ -290,7 +291,7 @@ class Placement:
         win as early as possible.
         """
         rules, itl, left = self.rules, demand.levels.itl, demand.due - now
-        elastic, room = self.mode is Mode.ELASTIC, demand.tokens + demand.output
+        elastic, room = self.mode is _ELASTIC, demand.tokens + demand.output
         short = itl is not None and demand.output <= SHORT
         calm, mean_work = self._calm_seconds(now), self._work.mean
         mean_itl, crowd = demand.levels.mean_itl or inf, rules.crowd * demand.levels.ttft
@@ -363,7 +364,7 @@ class Placement:
 
     def _candidates(self, demand: Demand) -> list[WorkerBook]:
         if demand.held or demand.exclude:
-            return self._first(Role.PREFILL, demand) + self._first(Role.DECODE, demand)
+            return self._first(_PREFILL, demand) + self._first(_DECODE, demand)
         return self._prefills.first(CANDIDATES) + self._decodes.first(CANDIDATES)
 
     def _calm_seconds(self, now: float) -> float:
@@ -422,6 +423,7 @@ class Placement:
         prefill, decode = booking.prefill, booking.decode
         if booking in decode.decodes:
             decode.remove_decode(booking)
+            prefill = decode  # the other one is not changed
         elif booking in prefill.prompts:
             prefill.remove_prompt(booking, now)
             if prefill is not decode:

@@ -38,7 +38,9 @@ _COMPLETIONS = "/v1/completions"
 
 # The outcomes of most requests: on Python 3.11, reading an enum's member takes longer than a call.
 _SPLIT, _FIRST_TOKEN = Outcome.SPLIT, Outcome.FIRST_TOKEN
-_SENT, _DONE = Outcome.SENT, Outcome.DONE
+_SENT, _DONE, _UNSPLIT = Outcome.SENT, Outcome.DONE, Outcome.UNSPLIT
+_PREFILL, _DECODE = Role.PREFILL, Role.DECODE
+_ONLY_PREFILL = ResponseMode.PREFILL_ONLY
 _PLACED_APART = Action.SPLIT
 
 _UNPLACED = {
@@ -125,7 +127,7 @@ class RequestHandler:
         self._why_whole = client.why_whole(context.fleet.shortest_context) or why_not_split(
             first, self._size.tokens, fewest
         )
-        self._one_token = first.mode is ResponseMode.PREFILL_ONLY and self._why_whole is None
+        self._one_token = first.mode is _ONLY_PREFILL and self._why_whole is None
 
     async def _perform(self, step: Step) -> None:
         plan, record, perform = self._plan, self._record, self._PERFORM
@@ -150,7 +152,7 @@ class RequestHandler:
         if step.continues or not self._plan.may_prefill:
             return Outcome.UNSPLIT  # because of what failed
         reason = self._record.placed_because = self._why_whole or self._context.dispatcher.why_whole(booking)
-        return Result(Outcome.UNSPLIT, reason)
+        return Result(_UNSPLIT, reason)
 
     def _demanded(self, step: Step) -> Demand:
         client, plan, context = self._client, self._plan, self._context
@@ -162,7 +164,7 @@ class RequestHandler:
             arrived=self._record.began,
             levels=self._levels,
             splittable=may_prefill and self._why_whole is None and not one_token,
-            whole_on=Role.PREFILL if one_token or plan.decode_lacks_model else Role.DECODE,
+            whole_on=_PREFILL if one_token or plan.decode_lacks_model else _DECODE,
             silent=not client.fields.stream and not one_token,
             prefix=self._prefix,
             exclude=plan.tried,

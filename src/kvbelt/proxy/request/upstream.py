@@ -33,7 +33,7 @@ MARGIN_SECONDS = 1.0
 
 _CONTEXT = re.compile(rb"context_length_exceeded|context length|max_model_len")
 
-_STREAM = Outcome.STREAM  # fast to read
+_STREAM, _REFUSED, _DONE = Outcome.STREAM, Outcome.REFUSED, Outcome.DONE  # fast to read
 
 
 class UpstreamCalls:
@@ -235,7 +235,7 @@ class UpstreamCalls:
         attempt.timing = response.headers.get(b"server-timing", b"")
         self._selection.release_prefill()
         answer = await self._first_piece(response, self._decode_failed, streams=streams)
-        if answer is Outcome.REFUSED and _exceeds_context(response, self.body) and self._another_takes_more():
+        if answer is _REFUSED and _exceeds_context(response, self.body) and self._another_takes_more():
             # The worker's own words stay out of the log: a refusal may quote the prompt.
             return self._failed(Outcome.DECODE_FAILED, "too_long", f"{held.worker.name} answered 400")
         if response.status == 200 and not isinstance(answer, Result):
@@ -255,8 +255,8 @@ class UpstreamCalls:
         record = self._record
         if self._reads_kv and record.kv is None:
             record.kv = self._sending.kv
-            return Result(Outcome.DONE, self._why_recomputed())
-        return Outcome.DONE
+            return Result(_DONE, self._why_recomputed())
+        return _DONE
 
     def _why_recomputed(self) -> str | None:
         """Why the decode worker has computed the prompt, as far as it has said; None: it has not."""

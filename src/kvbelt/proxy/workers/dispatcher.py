@@ -22,7 +22,7 @@ from kvbelt.wire.health import Role
 #: Placements from which the speed of the queue is told.
 _RECENT = 64
 
-_SPLIT = Action.SPLIT  # fast to read
+_SPLIT, _BY_ROLE = Action.SPLIT, Mode.SPLIT  # fast to read
 
 
 class NotPlacedError(Exception):
@@ -134,7 +134,7 @@ class Dispatcher:
         """Whether it matters which workers hold a prompt."""
         if self._changed:
             self._take_in_changes()
-        return self._prefixes.useful and self.placement.mode is not Mode.SPLIT
+        return self._prefixes.useful and self.placement.mode is not _BY_ROLE
 
     async def place(self, demand: Demand) -> Place:
         """Its place, until ``give_back``. Raises NotPlacedError."""

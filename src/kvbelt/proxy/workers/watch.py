@@ -35,6 +35,8 @@ _NEED_KEY = frozenset({401, 403})
 
 _MAX_HEALTH_BYTES = 64 * 1024
 
+_LOST = Health.LOST  # fast to read
+
 
 def _bearer(key: str | None) -> tuple[tuple[bytes, bytes], ...]:
     return () if key is None else ((b"authorization", b"Bearer " + key.encode()),)
@@ -147,7 +149,7 @@ class Worker:
 
     @property
     def lost(self) -> bool:
-        return self.endpoint.report.health is Health.LOST
+        return self.endpoint.report.health is _LOST
 
     @property
     def engine_id(self) -> EngineId | None:
@@ -195,7 +197,7 @@ class Worker:
         self._leave_if_idle()
 
     def _leave_if_idle(self) -> None:
-        if self.endpoint.standing is Standing.LEAVING and self.in_flight == 0:
+        if self.in_flight == 0 and self.endpoint.standing is Standing.LEAVING:
             self._events.left(self)
 
     def admit(self, incarnation: str) -> None:
