@@ -10,5 +10,11 @@ def lopsided(prefill: int, decode: int) -> str | None:
         return None
     return (
         f"{prefill} prefill workers feed {decode} decode worker{'' if decode == 1 else 's'}: first tokens arrive soon, "
-        f"then answers wait for decoding; usual is 1:1 or 1:2, such as {decode}p{prefill}d"
+        f"then answers wait for decoding; usual is 1:1 or 1:2, such as {even(prefill, decode)}"
     )
+
+
+def even(prefill: int, decode: int) -> str:
+    """As many workers at 1:1, with one more decode worker where their number is odd."""
+    workers = prefill + decode
+    return f"{workers // 2}p{workers - workers // 2}d"

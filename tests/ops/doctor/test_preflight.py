@@ -100,7 +100,7 @@ def test_a_topology_with_many_more_prefill_workers(seen) -> None:
     """The seed's third anti-pattern is a warning."""
     found = wrong(seen(topology=Topology(5, 2)))
     assert found["ratio"].severity is Severity.WARNING
-    assert "2p5d" in found["ratio"].change
+    assert "3p4d" in found["ratio"].change
 
 
 def test_kvbelt_up_warns_of_such_a_topology(capsys) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from statistics import median
 
+from kvbelt.ops.doctor.host import HostSeen
+from kvbelt.ops.doctor.scrape import NOTHING, Counted
 from kvbelt.wire.about import About, LinkTotals
 from kvbelt.wire.health import PlacementNow, WorkerHealth
 from kvbelt.wire.load import NO_LOAD
@@ -62,6 +64,8 @@ class WorkerSeen:
     skew_seconds: float | None = None  #: its clock minus the doctor's
     skew_within: float = 0.0  #: uncertainty of that
     needs_key: bool = False  #: it refused the doctor's question for its key, or for the lack of one
+    warming: bool = False  #: its first connections are still being made
+    counted: Counted = NOTHING  #: while the doctor looked
 
     @property
     def answers(self) -> bool:
@@ -133,6 +137,9 @@ class Evidence:
     unreadable: tuple[str, ...] = ()  #: messages that this version cannot read: sender and field
     gpus: tuple[GpuSeen, ...] | None = None  #: None: no GPU here, or no nvidia-smi
     seconds: float = 0.0  #: length of the observation
+    host: HostSeen | None = None  #: the doctor's
+    proxy_counted: Counted = NOTHING  #: while the doctor looked
+    counted_seconds: float = 0.0  #: how long that was
 
     def of(self, role: str) -> Iterator[WorkerSeen]:
         """The workers of one role."""
@@ -140,6 +147,15 @@ class Evidence:
 
     def worker(self, name: str) -> WorkerSeen | None:
         return next((worker for worker in self.workers if worker.name == name), None)
+
+    def here(self) -> tuple[WorkerSeen, ...]:
+        """The workers on the doctor's host."""
+        boot_id = self.host.boot_id if self.host is not None else ""
+        return tuple(
+            worker
+            for worker in self.workers
+            if boot_id and worker.about is not None and worker.about.machine.boot_id == boot_id
+        )
 
     def within_host(self, pair: PairSeen) -> bool:
         prefill, decode = self.worker(pair.prefill), self.worker(pair.decode)

@@ -10,8 +10,9 @@ from typing import TypeVar
 
 import msgspec
 
-from kvbelt.ops.doctor import gpus, link_probe, trial, vllm_metrics
+from kvbelt.ops.doctor import gpus, host, link_probe, trial, vllm_metrics
 from kvbelt.ops.doctor.evidence import Evidence, PairSeen, Sample, TrialResult, WorkerSeen
+from kvbelt.ops.doctor.scrape import NOTHING, Counted, scrape
 from kvbelt.ops.http_client import Address, Client, NoAnswerError, Reply, UnreadableReplyError
 from kvbelt.wire.about import ABOUT, About, LinkTotals
 from kvbelt.wire.handoff import ReceiverAddress
@@ -23,7 +24,7 @@ from kvbelt.wire.workers import WORKER_LIST, PairRow, WorkerRow
 
 T = TypeVar("T")
 
-_REQUESTS = "/kvbelt/requests"
+_REQUESTS = "/kvbelt/requests?limit=1000"
 
 #: Between two samples of a worker's load.
 PAUSE_SECONDS = 0.25
@@ -62,16 +63,20 @@ async def gather_evidence(url: str, address: Address, options: GatherOptions) ->
         observers = [_WorkerObserver(row, unreadable, options.worker_api_key) for row in health.workers]
         known = {(pair.prefill, pair.decode): pair for pair in listed.pairs} if listed is not None else {}
         try:
-            pairs, graphics = await asyncio.gather(
-                _observe_workers(observers, known, options), gpus.sample(3, options.seconds / 3)
+            before, since = await scrape(proxy), time.monotonic()
+            pairs, graphics, here = await asyncio.gather(
+                _observe_workers(observers, known, options),
+                gpus.sample(3, options.seconds / 3),
+                host.observe(options.seconds),
             )
+            grown, counted_seconds = (await scrape(proxy)).since(before), time.monotonic() - since
         finally:
             for observer in observers:
                 observer.client.close()
         await _see_again(proxy, observers, unreadable)
         # Failures during the observation count, too.
         later = await _read(proxy, _REQUESTS, REQUEST_LIST, unreadable) or requests
-        since = time.time() - options.recent_seconds
+        oldest = time.time() - options.recent_seconds
         return Evidence(
             url,
             proxy_about=about,
@@ -79,11 +84,14 @@ async def gather_evidence(url: str, address: Address, options: GatherOptions) ->
             placement=health.placement,
             workers=tuple(observer.result() for observer in observers),
             pairs=tuple(pairs),
-            records=tuple(one for one in later.requests if one.time >= since) if later is not None else (),
+            records=tuple(one for one in later.requests if one.time >= oldest) if later is not None else (),
             records_shown=requests is not None,
             unreadable=tuple(dict.fromkeys(unreadable)),
             gpus=graphics,
             seconds=time.monotonic() - began,
+            host=here,
+            proxy_counted=grown,
+            counted_seconds=counted_seconds,
         )
 
 
@@ -145,6 +153,7 @@ class _WorkerObserver:
     samples: list[Sample] = field(default_factory=list)
     receiver: ReceiverAddress | None = None
     needs_key: bool = False  #: it refused the doctor's question for its key, or for the lack of one
+    counted: Counted = NOTHING  #: at the beginning; in the end, while the doctor looked
     is_vllm: bool = False  #: its /health has no body, and it describes itself in kv_transfer_params
 
     def __post_init__(self) -> None:
@@ -164,6 +173,7 @@ class _WorkerObserver:
         self.answer = ""
         self.is_vllm = reply.status == 200 and not reply.body
         self._take_health(reply)
+        self.counted = await scrape(self.client)
         asked = time.time()
         await (self._describe() if self.is_vllm else self._ask_about())
         if self.about is not None:
@@ -220,6 +230,7 @@ class _WorkerObserver:
 
     async def finish(self) -> None:
         """Ask again what has moved."""
+        self.counted = (await scrape(self.client)).since(self.counted)
         await (self._describe() if self.is_vllm else self._ask_about())
 
     def engine_ids(self) -> list[str]:
@@ -247,6 +258,8 @@ class _WorkerObserver:
             skew_seconds=skew,
             skew_within=within,
             needs_key=self.needs_key,
+            warming=row.warming,
+            counted=self.counted,
         )
 
 

@@ -14,6 +14,8 @@ from kvbelt.ops.doctor.checks import (
     levels,
     links,
     presence,
+    pressure,
+    sizing,
     transport,
     versions,
 )
@@ -24,6 +26,7 @@ Check = Callable[[Evidence], Iterator[Finding]]
 
 CHECKS: tuple[Check, ...] = (
     presence.proxy_answers,
+    presence.prefill_there,
     presence.workers_alive,
     identity.models_equal,
     versions.kvbelt_equal,
@@ -37,6 +40,11 @@ CHECKS: tuple[Check, ...] = (
     capacity.buffer_full,
     capacity.decode_slow,
     capacity.prefill_overloaded,
+    pressure.kv_memory,
+    pressure.proxy,
+    pressure.memory,
+    pressure.cpu,
+    sizing.prefill,
     links.probed,
     links.measured_links,
     capacity.ratio,
@@ -46,10 +54,16 @@ CHECKS: tuple[Check, ...] = (
     presence.workers_slow,
     versions.clocks,
     versions.hash_seeds,
+    transport.between_hosts,
     transport.complaints,
+    pressure.refused,
+    failures.damaged,
     failures.recent,
     levels.splitting_off,
+    failures.local,
+    failures.late_transfers,
     levels.missed,
+    levels.late_first_tokens,
     failures.where_time_goes,
 )
 

@@ -5,7 +5,7 @@ from statistics import median
 
 from kvbelt.ops.doctor.evidence import Evidence, WorkerSeen
 from kvbelt.ops.doctor.finding import Finding, Severity
-from kvbelt.routing.ratio import MOST_PREFILL_PER_DECODE
+from kvbelt.routing.ratio import MOST_PREFILL_PER_DECODE, even
 from kvbelt.wire.request_record import FailedTransfer, RequestRecord
 
 #: The seed's threshold: with more waiting requests, there are too few workers of this role.
@@ -35,6 +35,15 @@ def _many(worker: WorkerSeen) -> bool:
     return worker.waiting > QUEUE
 
 
+def _crowded(evidence: Evidence, role: str) -> list[WorkerSeen]:
+    """Those with many waiting requests; if there are many only in all workers together, as the alerts count, these."""
+    workers = list(evidence.of(role))
+    found = [worker for worker in workers if _many(worker)]
+    if not found and sum(worker.waiting for worker in workers) > QUEUE:
+        found = [worker for worker in workers if worker.waiting >= 1]
+    return found
+
+
 def _long(worker: WorkerSeen, waited: float | None) -> bool:
     # Earlier waits only matter while requests still wait.
     return waited is not None and waited > WAIT_MS and worker.waiting >= 1
@@ -60,14 +69,14 @@ def _others(evidence: Evidence, role: str, records_timing: str) -> tuple[str, ..
 
 def decode_overloaded(evidence: Evidence) -> Iterator[Finding]:
     """Many requests wait in the decode workers."""
-    found = [worker for worker in evidence.of("decode") if _many(worker)]
+    found = _crowded(evidence, "decode")
     if found:
         yield _decode(evidence, found)
 
 
 def decode_slow(evidence: Evidence) -> Iterator[Finding]:
     """Few requests wait, but for long. A full receive buffer comes first, because it limits how many can wait."""
-    if any(_many(worker) for worker in evidence.of("decode")):
+    if _crowded(evidence, "decode"):
         return
     records = evidence.records
     found = [w for w in evidence.of("decode") if _long(w, _waited(records, "decode_queue", "decode", w.name))]
@@ -173,7 +182,8 @@ def _round_up(num_bytes: float) -> int:
 def prefill_overloaded(evidence: Evidence) -> Iterator[Finding]:
     """Many prompts wait, or wait for long, in the prefill workers."""
     waited = {w.name: _waited(evidence.records, "queue", "prefill", w.name) for w in evidence.of("prefill")}
-    found = [w for w in evidence.of("prefill") if _many(w) or _long(w, waited[w.name])]
+    crowded = _crowded(evidence, "prefill")
+    found = [w for w in evidence.of("prefill") if w in crowded or _long(w, waited[w.name])]
     if not found:
         return
     prefill, decode = len(list(evidence.of("prefill"))), len(list(evidence.of("decode")))
@@ -205,7 +215,7 @@ def lopsided(prefill: int, decode: int, *seen: str) -> Iterator[Finding]:
             Severity.WARNING,
             f"{prefill} prefill workers for {decode} decode workers",
             "first tokens come soon, then requests wait in the decode workers' queues: decode is the bottleneck",
-            f"1:1 or 1:2 is usual: kvbelt up {decode}p{prefill}d has as many workers",
+            f"1:1 or 1:2 is usual: kvbelt up {even(prefill, decode)} has as many workers",
             (f"{prefill}:{decode}; more than {MOST_PREFILL_PER_DECODE} to 1", *seen),
         )
 

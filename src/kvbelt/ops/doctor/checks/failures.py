@@ -7,7 +7,7 @@ from statistics import median, quantiles
 from kvbelt.ops.doctor.evidence import Evidence
 from kvbelt.ops.doctor.finding import Finding, FindingKind, Severity
 from kvbelt.wire.reasons import Where, find
-from kvbelt.wire.request_record import RequestRecord
+from kvbelt.wire.request_record import DoneTransfer, RequestRecord
 
 #: Paths that are chosen without a fault.
 _CHOSEN = {"first-token", "re-derive", "prefill-only"}
@@ -16,6 +16,18 @@ _CHOSEN = {"first-token", "re-derive", "prefill-only"}
 _PARTS = ("proxy", "queue", "prefill", "kv_wait", "load", "decode_queue", "first_decode_step")
 
 _MOST_REASONS = 6
+
+#: Reasons for which one worker answers a request although nothing is wrong; the alert KVBeltLocalFallback leaves them
+#: out as well.
+ON_PURPOSE = frozenset({
+    "calm", "prefill_busy", "probe", "placement_whole", "splitting_loses", "short_prompt", "many_prompts", "no_tokens",
+    "may_be_refused", "no_prompt", "prompt_logprobs", "routed_experts", "decode_has_no_receiver",
+})  # fmt: skip
+LOCAL_SHARE = 0.1
+_DAMAGED = {"digest", "no_digest"}
+
+LATE_TRANSFER_MS = 500.0
+_LEAST = 10  #: fewer requests or transfers say nothing
 
 
 def recent(evidence: Evidence) -> Iterator[Finding]:
@@ -57,6 +69,69 @@ def recent(evidence: Evidence) -> Iterator[Finding]:
         "the findings above explain them; docs/failures.md explains every reason",
         f"kvbelt why {next(iter(example.values()), 'REQUEST_ID')}",
         tuple(lines),
+        FindingKind.SYMPTOM,
+    )
+
+
+def damaged(evidence: Evidence) -> Iterator[Finding]:
+    """KV whose digest was wrong when it had landed."""
+    found = [
+        (record.request_id, f"{attempt.worker} → {record.workers.decode}: {reason}")
+        for record in evidence.records
+        for attempt in record.attempts
+        for reason in (attempt.reason or "", getattr(attempt.transfer, "reason", ""))
+        if reason.removeprefix("transfer_") in _DAMAGED
+    ]
+    if found:
+        yield Finding(
+            "damaged_kv",
+            Severity.ERROR,
+            f"KV of {len(dict(found))} requests arrived damaged, and was not used",
+            "memory, a card or the network between these two workers changes data",
+            "remove both workers (kvbelt workers remove), test memory and network; pd_verify: always in every file "
+            "meanwhile",
+            tuple(dict.fromkeys(f"{where}, such as {request}" for request, where in found)),
+        )
+
+
+def local(evidence: Evidence) -> Iterator[Finding]:
+    """Many requests were answered by one worker, and not because that was better."""
+    known = [record for record in evidence.records if record.decision.path]
+    reasons = Counter(
+        record.decision.reason or "unknown"
+        for record in known
+        if record.decision.path == "local" and record.decision.reason not in ON_PURPOSE
+    )
+    if len(known) < _LEAST or sum(reasons.values()) <= LOCAL_SHARE * len(known):
+        return
+    yield Finding(
+        "local_fallback",
+        Severity.WARNING,
+        f"{sum(reasons.values())} of {len(known)} requests of the last minutes were computed by one worker, "
+        "although they were to be split",
+        "prompts then compete with answers on the decode workers",
+        "the findings above say why; docs/failures.md explains every reason",
+        tuple(
+            f"{count} times {reason}" + (f" ({found.meaning})" if (found := find(reason)) is not None else "")
+            for reason, count in reasons.most_common(_MOST_REASONS)
+        ),
+        FindingKind.SYMPTOM,
+    )
+
+
+def late_transfers(evidence: Evidence) -> Iterator[Finding]:
+    """Transfers that end long after their prompt's computation."""
+    exposed = [record.transfer.exposed_ms for record in evidence.records if isinstance(record.transfer, DoneTransfer)]
+    if len(exposed) < _LEAST or (late := quantiles(exposed, n=10)[8]) <= LATE_TRANSFER_MS:
+        return
+    yield Finding(
+        "late_transfers",
+        Severity.WARNING,
+        f"a tenth of the transfers end {late:,.0f} ms or more after their prompt's computation",
+        "the client waits for the second token that long; the first findings say why: a slow link, a full receive "
+        "buffer, or no CPU",
+        "with none of these above, see where the time went: kvbelt why REQUEST_ID",
+        (f"exposed: median {median(exposed):,.0f} ms of {len(exposed)} transfers",),
         FindingKind.SYMPTOM,
     )
 

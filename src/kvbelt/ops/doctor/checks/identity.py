@@ -73,6 +73,9 @@ def pairs_connected(evidence: Evidence) -> Iterator[Finding]:
             yield _unkeyed(pair)
         elif pair.state == "failed" and not (pair.trial is not None and pair.trial.ok):
             known = find(pair.reason)
+            if pair.reason == "channel" or of_data_path(pair.detail):
+                yield _no_data_path(pair)
+                continue
             yield Finding(
                 "pair_failed",
                 Severity.ERROR,
@@ -82,6 +85,31 @@ def pairs_connected(evidence: Evidence) -> Iterator[Finding]:
                 "pd_peer_liveness_port) to the prefill worker, and set pd_peer_host to an address that it can reach",
                 (f"{pair.reason}: {pair.detail}".rstrip(": "), *((f"that is: {known.meaning}",) if known else ())),
             )
+
+
+def of_data_path(said: str) -> bool:
+    """Whether NIXL or UCX failed, after the control ports had answered."""
+    return "NIXL_ERR" in said or "UCX" in said
+
+
+def _no_data_path(pair: PairSeen) -> Finding:
+    return Finding(
+        "data_path",
+        Severity.ERROR,
+        f"prefill worker {pair.prefill} reaches the control ports of decode worker {pair.decode}, but NIXL moves "
+        "nothing to it",
+        "UCX opens connections of its own, on addresses and ports that it chooses: control ports say nothing of them",
+        DATA_PATH,
+        (f"{pair.reason}: {pair.detail}".rstrip(": "),),
+    )
+
+
+DATA_PATH = (
+    "on several networks name the one that joins the hosts: export UCX_NET_DEVICES=eth1 (or mlx5_0:1) on both; through "
+    "a firewall: export UCX_TCP_PORT_RANGE=20000-20100, and open these ports between the workers; in containers: mount "
+    "/sys, from which UCX reads its devices, and for RDMA /dev/infiniband with ulimit -l unlimited; ucx_info -d shows "
+    "what UCX sees"
+)
 
 
 def _unkeyed(pair: PairSeen) -> Finding:

@@ -1,7 +1,7 @@
 """Service levels that are not met, and what the time goes to instead."""
 
 from collections.abc import Iterator, Sequence
-from statistics import median
+from statistics import fmean, median, quantiles
 
 from kvbelt.ops.doctor.evidence import Evidence
 from kvbelt.ops.doctor.finding import Finding, FindingKind, Severity
@@ -12,6 +12,9 @@ SHARE = 0.9
 
 #: Fewer requests say nothing.
 LEAST = 20
+
+#: The alert DisaggHighTTFT's threshold, for the p99.
+TTFT_MS = 500.0
 
 _Judged = Sequence[tuple[RequestRecord, Placing]]
 
@@ -31,7 +34,7 @@ def missed(evidence: Evidence) -> Iterator[Finding]:
     cause, change = _of_late(late) if len(late) >= len(slow) else _OF_SLOW
     yield Finding(
         "levels_not_met",
-        Severity.NOTE,
+        Severity.WARNING,
         f"{within / len(judged):.0%} of {len(judged)} requests were within their service levels",
         cause,
         change,
@@ -42,6 +45,75 @@ def missed(evidence: Evidence) -> Iterator[Finding]:
         ),
         FindingKind.SYMPTOM,
     )
+
+
+def late_first_tokens(evidence: Evidence) -> Iterator[Finding]:
+    """The slowest of the last first tokens are above the alert's threshold."""
+    known = [record for record in evidence.records if record.timings_ms.first_token is not None]
+    first = [record.timings_ms.first_token or 0.0 for record in known]
+    if len(first) < LEAST or (last := quantiles(first, n=100)[98]) <= TTFT_MS:
+        return
+    slow = [record for record in known if (record.timings_ms.first_token or 0.0) > TTFT_MS]
+    cause, change = _of_slow(slow, evidence)
+    slowest = max(slow, key=lambda record: record.timings_ms.first_token or 0.0)
+    yield Finding(
+        "ttft_high",
+        Severity.WARNING,
+        f"time to first token: p99 {last:,.0f} ms, median {median(first):,.0f} ms",
+        cause,
+        change,
+        (
+            f"{len(slow)} of {len(first)} requests above {TTFT_MS:g} ms: {_parts(slow)}",
+            f"the slowest: kvbelt why {slowest.request_id}",
+        ),
+        FindingKind.SYMPTOM,
+    )
+
+
+#: Where the time to a first token goes, and what to do about each part.
+_PARTS: dict[str, tuple[str, str]] = {
+    "waited": (
+        "requests wait in the proxy, because all workers are busy",
+        "add workers: the finding prefill_workers has their number, kvbelt simulate tries others",
+    ),
+    "queue": ("prompts wait in the worker's queue", "add prefill workers (kvbelt workers add prefill HOST:7100)"),
+    "prefill": (
+        "computing the prompt takes longest: prompts are long, or the worker is slow",
+        "faster workers or a GPU, shorter prompts, or a level that can be met (--slo-ttft-ms)",
+    ),
+    "kv_wait": ("the decode worker waits for KV", "see the links and buffers above"),
+    "decode_queue": ("requests wait in the decode worker", "add decode workers (kvbelt workers add decode HOST:7200)"),
+}
+
+
+def _mean_parts(slow: Sequence[RequestRecord]) -> dict[str, float]:
+    """Milliseconds of each part, on average."""
+    re_derived = [record for record in slow if record.decision.path == "re-derive"]
+    found = {"waited": fmean(record.placing.waited_ms if record.placing is not None else 0.0 for record in slow)}
+    for name in ("queue", "prefill", "kv_wait", "decode_queue"):
+        # After a first token of the prefill worker, what the decode worker does is not part of it.
+        of = re_derived if name in ("kv_wait", "decode_queue") else slow
+        found[name] = sum(getattr(record.timings_ms, name) or 0.0 for record in of) / len(slow)
+    return found
+
+
+def _parts(slow: Sequence[RequestRecord]) -> str:
+    return "means in ms: " + ", ".join(f"{name} {value:,.0f}" for name, value in _mean_parts(slow).items())
+
+
+def _of_slow(slow: Sequence[RequestRecord], evidence: Evidence) -> tuple[str, str]:
+    parts = _mean_parts(slow)
+    whole = fmean(record.timings_ms.first_token or 0.0 for record in slow)
+    largest = max(parts, key=lambda name: parts[name])
+    if sum(parts.values()) < whole / 2:
+        return (
+            "most of it is in no part that a worker reports: between the processes, in the proxy, or without a CPU",
+            "kvbelt why of the slowest, and the findings cpu_full and proxy_busy",
+        )
+    cause, change = _PARTS[largest]
+    if largest == "prefill" and evidence.host is not None and evidence.here():
+        cause += f"; this host's CPU was {evidence.host.cpu_used:.0%} busy"
+    return cause, change
 
 
 def splitting_off(evidence: Evidence) -> Iterator[Finding]:

@@ -1,6 +1,7 @@
 """The speed of the links between workers."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from statistics import median
 
 from kvbelt.ops.doctor.evidence import Evidence, PairSeen
 from kvbelt.ops.doctor.finding import Finding, Severity
@@ -12,6 +13,8 @@ SLOW_GB_PER_SECOND = 0.03
 #: A slower link is slow if it is busy as well.
 MODEST_GB_PER_SECOND = 0.3
 BUSY_SHARE = 0.5
+#: Of the other links' rates. A link with less is slow.
+BEHIND_OTHERS = 0.2
 #: Between GPUs of one host: NVLink has hundreds of GB/s, PCIe tens.
 NVLINK_GB_PER_SECOND = 5.0
 
@@ -110,7 +113,11 @@ def _span(values: Sequence[float], form: str) -> str:
 
 def slow(evidence: Evidence) -> Iterator[Finding]:
     """Links whose bytes per busy time are too few."""
-    found = [(pair, severity) for pair in evidence.pairs if (severity := _how_slow(pair, evidence)) is not None]
+    found = [
+        (pair, severity)
+        for pair in evidence.pairs
+        if (severity := _how_slow(pair, evidence) or _behind_others(pair, evidence)) is not None
+    ]
     if not found:
         return
     worst = max(found, key=lambda one: one[1].status)[1]
@@ -151,6 +158,20 @@ def _how_slow(pair: PairSeen, evidence: Evidence) -> Severity | None:
     if rate < MODEST_GB_PER_SECOND and link.busy_seconds > BUSY_SHARE * evidence.seconds > 0:
         return Severity.WARNING
     return Severity.WARNING if _slow_nvlink(pair, link, evidence) else None
+
+
+def _behind_others(pair: PairSeen, evidence: Evidence) -> Severity | None:
+    """Whether it has moved much less than the other links between hosts, as KVBeltLinkSlow compares them."""
+    rates = {
+        one: one.link.gb_per_second
+        for one in evidence.pairs
+        if one.link is not None
+        and one.link.gb_per_second is not None
+        and one.link.busy_seconds >= _LEAST_BUSY_SECONDS
+        and not _carried_by_cpu(one, evidence)
+    }
+    behind = len(rates) > 1 and pair in rates and rates[pair] < BEHIND_OTHERS * median(rates.values())
+    return Severity.WARNING if behind else None
 
 
 def _late(writes: int, num_bytes: int, seconds: float) -> float:
@@ -207,12 +228,17 @@ def probed(evidence: Evidence) -> Iterator[Finding]:
             (pair.trial.detail,),
         )
     rest = [pair for pair in evidence.pairs if pair not in failed and (pair.link is not None or pair.trial is not None)]
+    whole = len(rest) + len(failed) == len(evidence.pairs)
     if rest:
         yield Finding(
             "links",
             Severity.NOTE,
-            f"{len(rest)} of {len(evidence.pairs)} pairs carry KV",
-            "computed from what the prefill workers have sent",
+            f"{len(rest)} of {len(evidence.pairs)} pairs carry KV"
+            if whole
+            else (f"KV has gone over {len(rest)} of {len(evidence.pairs)} pairs; the others were not needed"),
+            "computed from what the prefill workers have sent"
+            if whole
+            else "round robin joins each prefill worker to one decode worker where their numbers have a common divisor",
             "",
             tuple(
                 measured(pair) + (f"; trial prompt {pair.trial.seconds * 1e3:.0f} ms" if pair.trial else "")

@@ -20,8 +20,10 @@ def proxy_answers(evidence: Evidence) -> Iterator[Finding]:
             "start it (kvbelt up 1p1d, or kvbelt proxy …), or give its address with --url http://HOST:9100",
             (evidence.proxy_answer,),
         )
-    elif not any(worker.state == "ready" for worker in evidence.of("decode")) and not any(
-        worker.state == "ready" for worker in evidence.of("both")
+    elif not any(
+        worker.state == "ready" and worker.standing == "active"
+        for worker in evidence.workers
+        if worker.role != "prefill"
     ):
         yield Finding(
             "no_decode_worker",
@@ -33,6 +35,20 @@ def proxy_answers(evidence: Evidence) -> Iterator[Finding]:
                 f"{worker.name}: {worker.state}, {worker.standing} {worker.detail}".rstrip()
                 for worker in evidence.of("decode")
             ),
+        )
+
+
+def prefill_there(evidence: Evidence) -> Iterator[Finding]:
+    """A prefill worker, where there should be one."""
+    workers = list(evidence.of("prefill"))
+    if workers and not any(worker.state == "ready" and worker.standing == "active" for worker in workers):
+        yield Finding(
+            "no_prefill_worker",
+            Severity.ERROR,
+            "no prefill worker is ready",
+            "decode workers compute all prompts themselves, beside their answers",
+            "start a prefill worker, then: kvbelt workers add prefill HOST:PORT (or undrain one that is drained)",
+            tuple(f"{one.name}: {one.state}, {one.standing} {one.detail}".rstrip() for one in workers),
         )
 
 
@@ -67,6 +83,15 @@ def workers_alive(evidence: Evidence) -> Iterator[Finding]:
                 "the proxy sends it no requests: the network between the two is cut, slow or filtered",
                 f"on the proxy's host: curl -m 3 http://{worker.name}/health",
                 (f"the proxy says: {worker.state}, {worker.detail}",),
+            )
+        elif worker.warming and worker.standing == "active":
+            yield Finding(
+                "worker_not_ready",
+                Severity.NOTE,
+                f"{worker.role} worker {worker.name} is being connected to the other side",
+                "others are preferred meanwhile; if it lasts for minutes, the pairs below say why",
+                "kvbelt workers list shows the pairs that cannot be connected",
+                (worker.detail,) if worker.detail else (),
             )
         elif worker.needs_key:
             yield Finding(

@@ -93,6 +93,26 @@ def choices(evidence: Evidence) -> Iterator[Finding]:
                 )
 
 
+def between_hosts(evidence: Evidence) -> Iterator[Finding]:
+    """TCP between hosts, which is right where there is no RDMA."""
+    lines = tuple(
+        f"prefill worker {worker.name}: UCX: {choice.scope} {choice.operation} by {choice.transport}"
+        for worker in evidence.of("prefill")
+        if worker.about is not None
+        for choice in worker.about.transports
+        if choice.operation == "write" and choice.scope == "inter-node" and choice.over_tcp
+    )
+    if lines:
+        yield Finding(
+            "tcp_between_hosts",
+            Severity.NOTE,
+            "KV goes over TCP between hosts",
+            "that is expected without InfiniBand or RoCE, and slow with them",
+            "with RDMA: see that the container has the device (ibv_devinfo), and that UCX_TLS allows rc",
+            lines,
+        )
+
+
 def complaints(evidence: Evidence) -> Iterator[Finding]:
     """UCX's own warnings."""
     lines = tuple(
