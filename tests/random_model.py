@@ -27,7 +27,9 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embed
 def random_model_dir(source: Path) -> Path:
     """The folder of the random model with ``source``'s tokenizer."""
     command = [sys.executable, "-m", "tests.random_model", str(source)]
-    return make_once(cache_dir() / f"random-v{VERSION}", command, "the random model of the tests", print)
+    return make_once(
+        cache_dir() / f"random-v{VERSION}", command, "the random model of the tests", print, needed_bytes=0
+    )
 
 
 def write(source: Path, folder: Path, kind: str = "") -> None:

@@ -206,6 +206,7 @@ def test_up_refuses_gpus_that_could_not_reach_each_other(monkeypatch, tmp_path, 
     (tmp_path / "model").mkdir()
     arguments = ["up", "1p1d", "--auto-ports", "--device", "cuda", "--model", str(tmp_path / "model")]
     monkeypatch.setattr("kvbelt.ops.up.prepare_model", lambda name, console: Path(name))
+    monkeypatch.setattr("kvbelt.ops.up.require_device", lambda *given: None)
     assert main(arguments) == 2
     assert "--allow-slow-gpus" in capsys.readouterr().err
 

@@ -6,6 +6,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvbelt.ops.start_board import StartBoard
 from kvbelt.ops.terminal import MAX_LINE_BYTES, LineSplitter, Terminal, wants_colour
 
 
@@ -77,10 +78,33 @@ def test_closed_terminal_ends_the_showing_and_nothing_else():
     terminal.info("this either")
 
 
-def test_quiet_console_shows_the_launchers_lines_only():
-    """With logs off, the launcher's own lines remain."""
+def test_without_logs_warnings_are_shown_once_all_is_ready():
+    """With logs off, the launcher's own lines remain, and processes' warnings while it serves."""
     stream = io.StringIO()
     terminal = Terminal(stream, show_logs=False)
-    terminal.log("proxy", "chatter")
+    terminal.log("p", "10:45:15 [warning  ] slow start")
     terminal.info("news")
-    assert stream.getvalue() == "up | news\n"
+    terminal.serving = True
+    terminal.log("p", "10:45:15 [info     ] chatter")
+    terminal.log("p", "10:45:15 [warning  ] worker lost")
+    assert stream.getvalue() == "up | news\np  | 10:45:15 [warning  ] worker lost\n"
+
+
+def test_progress_is_redrawn_in_place_on_a_terminal(monkeypatch):
+    """Each process has one line, which the next state replaces; without a terminal each change is a line."""
+    monkeypatch.setenv("TERM", "xterm")
+    tty, file = TtyStream(), io.StringIO()
+    for stream in (tty, file):
+        board = StartBoard(["a", "proxy"], Terminal(stream, colour=False))
+        board.show(["loading", "waiting: a: 503"], 1.0)
+        board.show(["ready", "ready"], 2.0)
+        board.show(["ready", "ready"], 3.0)
+        board.close()
+    assert "\033[1A" in tty.getvalue()
+    assert "✔ a      ready  2 s" in tty.getvalue().rpartition("\033[1A")[2]
+    assert file.getvalue().splitlines() == [
+        "up | a loading the model, 1.0 s",
+        "up | proxy waiting for workers, 1.0 s",
+        "up | a ready after 2.0 s",
+        "up | proxy ready after 2.0 s",
+    ]

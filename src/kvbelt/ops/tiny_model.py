@@ -38,7 +38,7 @@ def tiny_model_dir(progress: Callable[[str], None]) -> Path:
     if not target.is_dir():
         require("the tiny model", "embedded", "torch", "transformers", "tokenizers")
     command = [sys.executable, "-m", "kvbelt.ops.tiny_model"]
-    return make_once(target, command, "the tiny random model (once, some seconds)", progress)
+    return make_once(target, command, "the tiny random model (once, some seconds)", progress, needed_bytes=5_000_000)
 
 
 def _write(folder: Path) -> None:

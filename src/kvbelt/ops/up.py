@@ -1,6 +1,7 @@
 """``kvbelt up``: starts a whole deployment with one command, and ends it cleanly.
 
-Standard output gets one line, ``ready URL``, once a request would succeed; logs and progress go to standard error.
+Standard output gets one line, ``ready URL``, once a request would succeed, unless it is a terminal. Progress, and then
+the next steps for a person, go to standard error.
 Exit status: 0 after Ctrl-C, SIGTERM or SIGHUP; 1 if a process died before all were ready; 2 if the start was refused
 (wrong topology, port taken, no such model).
 """
@@ -10,10 +11,11 @@ import asyncio
 import contextlib
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
-from kvbelt.errors import KVBeltError, SettingsError
+from kvbelt.errors import KVBeltError, SettingsError, StartError
 from kvbelt.ops.arguments import (
     add_limits,
     add_placement,
@@ -25,12 +27,15 @@ from kvbelt.ops.arguments import (
     positive_number,
     worker_key_of,
 )
+from kvbelt.ops.banner import banner
 from kvbelt.ops.deployment import Deployment
 from kvbelt.ops.extras import require_engine, require_vllm_of
 from kvbelt.ops.model_dir import find_model
 from kvbelt.ops.parser import add_examples
-from kvbelt.ops.ports import PROXY_PORT
+from kvbelt.ops.ports import PROXY_PORT, check_free, seed_ports
 from kvbelt.ops.processes import DeploymentSpec, resolve_device
+from kvbelt.ops.running import age, running_deployments
+from kvbelt.ops.start_checks import crowded, require_device, require_memory, require_model
 from kvbelt.ops.supervisor import NotReadyError
 from kvbelt.ops.terminal import Terminal
 from kvbelt.ops.topology import Topology
@@ -58,7 +63,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("topology", help="XpYd, e.g. 1p1d or 2p2d; 0p1d is one aggregated server")
+    parser.add_argument(
+        "topology",
+        nargs="?",
+        default="1p1d",
+        help="XpYd, e.g. 1p1d or 2p2d; 0p1d is one aggregated server (default: %(default)s)",
+    )
     add_model_arguments(parser)
     parser.add_argument(
         "--engine", choices=["embedded", "vllm"], default="embedded", help="the workers' engine (default: embedded)"
@@ -73,6 +83,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ARG",
         help="one more argument for every worker, e.g. --worker-arg=--enforce-eager; repeatable",
     )
+    parser.add_argument(
+        "--proxy-arg",
+        action="append",
+        default=[],
+        metavar="ARG",
+        help="one more argument for the proxy, e.g. --proxy-arg=--log-requests=0; repeatable",
+    )
+    parser.add_argument("--logs", action="store_true", help="show what the processes log")
     add_worker_key(parser)
     add_placement(parser)
     add_limits(parser)
@@ -109,70 +127,111 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_examples(
         parser,
-        ("kvbelt up 1p1d", "a prefill worker, a decode worker and the proxy, with the demo model"),
+        ("kvbelt up", "a prefill worker, a decode worker and the proxy, with the demo model"),
         ("kvbelt up 2p2d --model /models/llama --device cuda", "four workers, on four GPUs"),
         ("kvbelt up 1p1d --engine vllm --vllm-python ~/vllm/bin/python --model /models/llama", "vLLM as the engine"),
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    terminal = Terminal()
+    terminal = Terminal(show_logs=args.logs)
+    started = time.monotonic()
 
     async def serve(deployment: Deployment, stop: asyncio.Event) -> int:
-        terminal.info(f"add and remove workers: kvbelt workers --url {deployment.url} "
-                    f"--admin-key-file {deployment.admin_key_file} list")  # fmt: skip
-        with contextlib.suppress(OSError):  # serve even if the reader is gone
-            print(f"ready {deployment.url}", flush=True)
+        for line in banner(
+            url=deployment.url,
+            model=args.model,
+            topology=str(deployment.spec.topology),
+            key=deployment.admin_key_file,
+            logs=deployment.logs,
+            seconds=time.monotonic() - started,
+        ):
+            terminal.say(line)
+        if not sys.stdout.isatty():  # for programs; a person has read it
+            with contextlib.suppress(OSError):  # serve even if the reader is gone
+                print(f"ready {deployment.url}", flush=True)
         await stop.wait()
-        terminal.info("stopping")
         return 0
 
     try:
-        topology = Topology.parse(args.topology)
-        if (problem := lopsided(topology.prefill, topology.decode)) is not None:
-            terminal.error(problem)
-        python, device = args.vllm_python, args.device
-        if python is None:
-            require_engine(f"kvbelt up --engine {args.engine}", args.engine)
-        elif args.engine != "vllm":
-            raise SettingsError("--vllm-python is for --engine vllm; embedded workers run in kvbelt's own environment")
-        else:
-            python = python.expanduser().absolute()  # a link in a virtual environment must stay one
-            device = resolve_device(device, require_vllm_of(python))
-        key = worker_key_of(args)
-        if key is not None and args.engine != "vllm":
-            raise SettingsError("--worker-api-key-file is for --engine vllm; embedded workers ask for no key")
-        key_arguments = () if key is None else ("--worker-api-key-file", str(args.worker_api_key_file))
-        spec = DeploymentSpec(
-            topology=topology,
-            model=prepare_model(args.model, terminal),
-            engine=args.engine,
-            vllm_python=python,
-            worker_args=(*args.worker_arg, *(limit_arguments(args) if args.engine == "embedded" else ())),
-            dtype=args.dtype,
-            device=device,
-            host=args.host,
-            port=args.port,
-            auto_ports=args.auto_ports,
-            threads=args.threads,
-            kv_gb=args.kv_gb,
-            transfer_channel=args.transfer_channel,
-            buffer_device=args.buffer_device,
-            buffer_gb=args.buffer_gb,
-            max_model_len=args.max_model_len,
-            prefix_caching=not args.no_prefix_caching,
-            allow_slow_gpus=args.allow_slow_gpus,
-            log_dir=args.log_dir,
-            restart=args.restart,
-            start_timeout=args.start_timeout,
-            proxy_args=(*placement_arguments(args), *key_arguments, *limit_arguments(args)),
-            worker_api_key=key,
-        )
+        spec = _checked(args, terminal)
         return asyncio.run(deploy(spec, terminal, serve))
     except KeyboardInterrupt:  # a signal before the loop handles signals
         return 0
     except KVBeltError as error:
         return report(error)
+
+
+def _checked(args: argparse.Namespace, terminal: Terminal) -> DeploymentSpec:
+    """What to start. Checks all that can be checked at once, and only then makes a model that is missing.
+
+    Raises:
+        KVBeltError: it cannot start; nothing was made.
+    """
+    topology = Topology.parse(args.topology)
+    if (problem := lopsided(topology.prefill, topology.decode)) is not None:
+        terminal.error(problem)
+    if not args.auto_ports:
+        _require_ports(topology, args.host, args.port or PROXY_PORT)
+    python, device, torch = args.vllm_python, args.device, None
+    if python is None:
+        require_engine(f"kvbelt up --engine {args.engine}", args.engine)
+    elif args.engine != "vllm":
+        raise SettingsError("--vllm-python is for --engine vllm; embedded workers run in kvbelt's own environment")
+    else:
+        python = python.expanduser().absolute()  # a link in a virtual environment must stay one
+        torch = require_vllm_of(python)
+        device = resolve_device(device, torch)
+    require_device(device, torch)
+    key = worker_key_of(args)
+    if key is not None and args.engine != "vllm":
+        raise SettingsError("--worker-api-key-file is for --engine vllm; embedded workers ask for no key")
+    key_arguments = () if key is None else ("--worker-api-key-file", str(args.worker_api_key_file))
+    spec = DeploymentSpec(
+        topology=topology,
+        model=prepare_model(args.model, terminal),
+        served_name=args.model,
+        engine=args.engine,
+        vllm_python=python,
+        worker_args=(*args.worker_arg, *(limit_arguments(args) if args.engine == "embedded" else ())),
+        dtype=args.dtype,
+        device=device,
+        host=args.host,
+        port=args.port,
+        auto_ports=args.auto_ports,
+        threads=args.threads,
+        kv_gb=args.kv_gb,
+        transfer_channel=args.transfer_channel,
+        buffer_device=args.buffer_device,
+        buffer_gb=args.buffer_gb,
+        max_model_len=args.max_model_len,
+        prefix_caching=not args.no_prefix_caching,
+        allow_slow_gpus=args.allow_slow_gpus,
+        log_dir=args.log_dir,
+        logs_shown=args.logs,
+        restart=args.restart,
+        start_timeout=args.start_timeout,
+        proxy_args=(*placement_arguments(args), *key_arguments, *limit_arguments(args), *args.proxy_arg),
+        worker_api_key=key,
+    )
+    require_model(spec.model, spec.engine)
+    for warning in (require_memory(spec), crowded(spec)):
+        if warning is not None:
+            terminal.error(warning)
+    return spec
+
+
+def _require_ports(topology: Topology, host: str, proxy: int) -> None:
+    try:
+        check_free(list(seed_ports(topology, proxy=proxy).uses(host)))
+    except StartError as error:
+        if not (others := running_deployments()):
+            raise
+        other = others[0]
+        raise StartError(
+            f"{error}. A deployment runs already since {age(other)}: {other.topology} at {other.url}, started by "
+            f"process {other.pid}; stop it with: kill {other.pid}"
+        ) from None
 
 
 def prepare_model(name: str, terminal: Terminal) -> Path:

@@ -16,11 +16,21 @@ _KV_ROLE = {"prefill": "kv_producer", "decode": "kv_consumer"}
 
 
 def vllm_argv(
-    role: str, *, python: Path | None, model: Path, host: str, port: int, dtype: str, max_model_len: int | None
+    role: str,
+    *,
+    python: Path | None,
+    model: Path,
+    host: str,
+    port: int,
+    dtype: str,
+    max_model_len: int | None,
+    served_name: str | None = None,
 ) -> tuple[str, ...]:
     """One server's command line; ``role`` is ``prefill``, ``decode`` or ``both`` (an aggregated server)."""
     argv = [str(python or sys.executable), "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
-    argv += ["--host", host, "--port", str(port), "--dtype", dtype, "--served-model-name", model.name]
+    # The first name is the one that answers carry.
+    names = dict.fromkeys([served_name or model.name, model.name])
+    argv += ["--host", host, "--port", str(port), "--dtype", dtype, "--served-model-name", *names]
     argv += ["--enable-prompt-tokens-details"]  # the proxy learns from them what the server holds
     if max_model_len is not None:
         argv += ["--max-model-len", str(max_model_len)]

@@ -63,7 +63,7 @@ class Notifications:
             socket.bind(f"tcp://{host}:{port or '*'}")
         except zmq.ZMQError as error:
             raise StartError(
-                f"cannot listen for notifications on {host}:{port}: {error}; choose another port"
+                f"cannot listen for notifications on {host}:{port}: {error}; choose another --notify-port"
             ) from None
         self.mechanism = mechanism_of(socket)
         self._listening = True

@@ -1,0 +1,85 @@
+"""What is refused before anything is made or started."""
+
+import json
+
+import pytest
+
+from kvbelt.errors import StartError
+from kvbelt.ops import model_cache, start_checks
+from kvbelt.ops.losses import meaning
+from kvbelt.ops.start_checks import crowded, require_device, require_memory, require_model, weight_bytes
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model's folder: 1,000 bytes of bfloat16 weights."""
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": "bfloat16"}))
+    return tmp_path
+
+
+def test_cuda_is_refused_without_a_gpu(monkeypatch):
+    """--device cuda names what is missing: the GPU, or torch's CUDA."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(StartError, match="no GPU is visible"):
+        require_device("cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(StartError, match=r"torch 2\.13\.0\+cpu is a build without CUDA"):
+        require_device("cuda", "2.13.0+cpu")
+    require_device("cuda", "2.13.0")
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
+        ({"model_type": "llamma"}, "knows no model type 'llamma'"),
+        ({"model_type": "gemma3", "text_config": {"attn_logit_softcapping": 50.0}}, "soft-caps"),
+    ],
+)
+def test_a_model_that_cannot_be_served_is_refused_by_its_config(folder, config, problem):
+    """The type is refused before any weight is read, for the embedded engine only."""
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StartError, match=problem):
+        require_model(folder, "embedded")
+    require_model(folder, "vllm")
+
+
+def test_weights_count_in_the_type_they_are_served_in(folder):
+    """bfloat16 weights take twice their file's size in float32."""
+    assert weight_bytes(folder, "float32") == 2000
+    assert weight_bytes(folder, "bfloat16") == 1000
+
+
+def test_too_little_memory_is_refused_and_little_is_a_warning(spec, folder):
+    """Weights that do not fit are refused; KV that might not fit is a warning."""
+    with pytest.raises(StartError, match=r"2 workers need 0\.7 GB .* 0\.1 GB"):
+        require_memory(spec, available=100_000_000)
+    assert "with full KV memory" in (require_memory(spec, available=1_000_000_000) or "")
+    assert require_memory(spec, available=10_000_000_000) is None
+
+
+def test_workers_that_share_a_core_are_told(spec, monkeypatch):
+    """More workers than cores is a warning."""
+    monkeypatch.setattr(start_checks, "cpu_cores", lambda: 1)
+    assert crowded(spec) == "2 workers share 1 CPU core; all will be slow"
+
+
+def test_a_full_disk_is_refused_before_a_model_is_made(tmp_path):
+    """The message has both sizes."""
+    with pytest.raises(StartError, match="needs 1000000000000 MB"):
+        model_cache.make_once(tmp_path / "m", ["false"], "the model", print, needed_bytes=10**18)
+
+
+@pytest.mark.parametrize(
+    ("role", "left", "said"),
+    [
+        ("decode", [], "decode-0 was the only decode worker: requests get 503"),
+        ("prefill", [], "prefill-0 was the only prefill worker: decode workers compute"),
+        ("decode", ["decode-1"], "1 decode worker serves on: decode-1"),
+        ("proxy", [], "no client can connect"),
+    ],
+)
+def test_the_end_of_a_process_is_explained(role, left, said):
+    """What its end means depends on who is left of its role."""
+    assert said in meaning(f"{role}-0", role, left)
