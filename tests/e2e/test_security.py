@@ -57,7 +57,15 @@ def over_the_belt(url: str) -> bool:
 def hello(receiver: str) -> bytes:
     """A well-formed Hello of an unknown model."""
     fit = h.Compatibility(
-        protocol=1, model="x", fingerprint="x", layout=LAYOUT, tp_size=1, tp_rank=0, hash_scheme="x", channel="nixl"
+        protocol=1,
+        model="x",
+        fingerprint="x",
+        layout=LAYOUT,
+        tp_size=1,
+        tp_rank=0,
+        hash_scheme="x",
+        channel="nixl",
+        kv_heads=1,
     )
     message = h.Hello(
         engine_id=EngineId("x"),

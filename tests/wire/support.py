@@ -17,7 +17,15 @@ LAYOUT = KVLayout(
 
 
 FIT = h.Compatibility(
-    protocol=1, model="m", fingerprint="f", layout=LAYOUT, tp_size=1, tp_rank=0, hash_scheme="xxh3", channel="nixl"
+    protocol=1,
+    model="m",
+    fingerprint="f",
+    layout=LAYOUT,
+    tp_size=1,
+    tp_rank=0,
+    hash_scheme="xxh3",
+    channel="nixl",
+    kv_heads=3,
 )
 
 

@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from kvbelt.wire.handshake import first_difference
+from kvbelt.wire.handshake import Compatibility, Difference, Share, first_difference, share
 from tests.wire.support import FIT, LAYOUT
 
 
@@ -20,7 +20,7 @@ def test_a_model_is_its_fingerprint():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("protocol", 2), ("tp_size", 2), ("tp_rank", 1), ("hash_scheme", "sha"), ("channel", "mooncake")],
+    [("protocol", 2), ("kv_heads", 4), ("hash_scheme", "sha"), ("channel", "mooncake")],
 )
 def test_every_field_is_compared(field, value):
     """The difference has both values."""
@@ -41,3 +41,41 @@ def test_a_dtype_is_named_before_what_follows_from_it():
     changed = msgspec.structs.replace(LAYOUT, dtype="bfloat16", block_bytes=768)
     difference = first_difference(FIT, msgspec.structs.replace(FIT, layout=changed))
     assert str(difference) == "dtype: ours float32, theirs bfloat16"
+
+
+def rank(number: int, size: int, kv_heads: int = 4, *, runs: int = 16) -> Compatibility:
+    """A rank of a model whose blocks have 64 bytes of each head."""
+    heads = max(1, kv_heads // size)
+    layout = msgspec.structs.replace(LAYOUT, num_kv_heads=heads, block_bytes=64 * heads, head_runs=runs)
+    return msgspec.structs.replace(FIT, layout=layout, tp_rank=number, tp_size=size, kv_heads=kv_heads)
+
+
+def test_servers_of_different_degrees_fit():
+    """Their blocks of as many heads are equal. One head may lie in its block in any way."""
+    assert first_difference(rank(0, 2), rank(0, 1)) is None
+    assert first_difference(rank(0, 4, runs=1), rank(1, 2)) is None
+    assert first_difference(rank(0, 2, runs=1), rank(0, 1)).field == "layout.head_runs"
+
+
+def test_degrees_without_known_heads_do_not_fit():
+    """Neither the model's heads are known, nor can a block be cut."""
+    two, one = (msgspec.structs.replace(each, kv_heads=0) for each in (rank(0, 2), rank(0, 1)))
+    assert first_difference(two, one) == ("tp_size", "2", "1")
+    difference = first_difference(rank(0, 2, runs=0), rank(0, 1, runs=0))
+    assert difference == ("layout.num_kv_heads", "2", "4")
+
+
+def test_two_ranks_share_what_both_have():
+    """Each says which of its own heads travel; all of them is no cut."""
+    one, second = rank(0, 1), rank(1, 2)
+    half = msgspec.structs.replace(second.layout)
+    assert share(one, second, sends=True) == Share(half, range(2, 4))
+    assert share(second, one, sends=False) == Share(half, None)
+    assert share(one, second, sends=False) == Share(half, range(2, 4))
+    assert share(second, second, sends=True) == Share(second.layout)
+
+
+def test_two_ranks_without_a_common_head_are_refused():
+    """Both are named."""
+    assert share(rank(1, 2), rank(0, 4), sends=True) == Difference("tp_rank", "1 of 2", "0 of 4")
+    assert share(rank(0, 2), rank(1, 2), sends=True) == Difference("tp_rank", "0 of 2", "1 of 2")

@@ -43,10 +43,8 @@ class ReceiverAddress(msgspec.Struct, frozen=True, omit_defaults=True):
             raise ValueError(f"host is {self.host[:64]!r}; it must be a host's name or address")
         _require_ports(self)
 
-    def of_rank(self, rank: int) -> "ReceiverAddress | None":
-        """The address of one rank; None: the worker has no such rank."""
-        if rank > len(self.ranks):
-            return None
+    def of_rank(self, rank: int) -> "ReceiverAddress":
+        """The address of one rank."""
         if rank == 0:
             return msgspec.structs.replace(self, ranks=())
         other = self.ranks[rank - 1]
@@ -75,6 +73,7 @@ class DecodeHandoff(msgspec.Struct, frozen=True, omit_defaults=True):
     transfer_id: TransferId
     deadline_seconds: float
     adapter: str = ""  #: with which the prefill worker has computed it (``HandoffState``)
+    tp_size: int | None = None  #: ranks of the prefill worker (``HandoffState``); None: as many as the reader has
 
 
 Handoff = PrefillHandoff | DecodeHandoff
@@ -101,6 +100,7 @@ class HandoffState(msgspec.Struct, frozen=True):
     reasoning: Literal["none", "open", "ended"] = "none"
     adapter: str = ""  #: which LoRA adapter the prompt was computed with: equal for equal weights; empty: none
     special_tokens: bool = False  #: the server keeps them in this answer's text
+    tp_size: int | None = None  #: tensor-parallel ranks that send; None: the worker does not say
 
 
 class DecodeOutcome(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -3,8 +3,9 @@
 Rules:
 
 1. The sender sends ``Hello`` to the receiver's init port; the answer is ``Welcome`` or ``HandshakeRefused``.
-2. Everything that must be equal is in ``Compatibility`` and nowhere else. A refusal names the first field that
-   differs, with both values.
+2. Everything that must fit is in ``Compatibility`` and nowhere else. A refusal names the first field that differs, with
+   both values. All fields must be equal, except that each side may have its own tensor-parallel degree: the two ranks
+   must then have heads for each other (``shards``), and blocks of these heads must be equal.
 3. Both sides compare: the receiver before it tells where its memory is, the sender before it writes.
 4. The exchange may be repeated at any time and then changes nothing.
 
@@ -17,12 +18,13 @@ import msgspec
 
 from kvbelt.wire.ids import EngineId
 from kvbelt.wire.layout import KVLayout
+from kvbelt.wire.shards import heads_of, pieces_for
 
-PROTOCOL_VERSION = 4  #: grows with every change of a message; part of every frame (codec.py)
+PROTOCOL_VERSION = 5  #: grows with every change of a message; part of every frame (codec.py)
 
 
 class Compatibility(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What must be equal on both sides, in the order in which it is compared."""
+    """What must fit on both sides, in the order in which it is compared."""
 
     protocol: int
     model: str
@@ -32,6 +34,7 @@ class Compatibility(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tp_rank: int
     hash_scheme: str
     channel: str
+    kv_heads: int  #: of the model, on all ranks together; 0: not known, and only equal degrees fit
 
 
 class MemoryRegion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -87,24 +90,51 @@ class Difference(NamedTuple):
 
 
 def first_difference(ours: Compatibility, theirs: Compatibility) -> Difference | None:
-    """The first field in which two sides differ, or None when they fit."""
-    for field in ("protocol", "fingerprint", "layout", "tp_size", "tp_rank", "hash_scheme", "channel"):
+    """The first field in which two servers differ, or None when they fit. Which ranks they are does not matter."""
+    for field in ("protocol", "fingerprint", "layout", "kv_heads", "tp_size", "hash_scheme", "channel"):
         mine, other = getattr(ours, field), getattr(theirs, field)
-        if mine == other:
+        if mine == other or (field == "tp_size" and ours.kv_heads):
             continue
         if field == "fingerprint":
             return Difference("model", f"{ours.model} (fingerprint {mine})", f"{theirs.model} (fingerprint {other})")
         if field == "layout":
-            return _layout_difference(mine, other)
+            if difference := _layout_difference(mine, other):
+                return difference
+            continue
         return Difference(field, str(mine), str(other))
     return None
 
 
-def _layout_difference(ours: KVLayout, theirs: KVLayout) -> Difference:
+def _layout_difference(ours: KVLayout, theirs: KVLayout) -> Difference | None:
+    heads = min(ours.num_kv_heads, theirs.num_kv_heads)
+    mine, other = ours.of_heads(heads) or ours, theirs.of_heads(heads) or theirs
     # dtype first: it changes block_bytes too, and it is the setting that a user knows.
     for field in ("dtype", *(name for name in KVLayout.__struct_fields__ if name != "dtype")):
-        mine, other = getattr(ours, field), getattr(theirs, field)
-        if mine != other:
+        if getattr(mine, field) != getattr(other, field):
             name = field if field == "dtype" else f"layout.{field}"
-            return Difference(name, str(mine), str(other))
-    raise AssertionError("two unequal layouts without an unequal field")
+            return Difference(name, str(getattr(ours, field)), str(getattr(theirs, field)))
+    return None
+
+
+class Share(NamedTuple):
+    """What of every block of one rank travels to or from one rank of the other side."""
+
+    layout: KVLayout  #: of what travels
+    heads: range | None = None  #: of this rank's heads; None: all
+
+
+def share(ours: Compatibility, theirs: Compatibility, *, sends: bool) -> Share | Difference:
+    """Our part of what travels between two ranks whose servers fit; ``sends``: it travels from us to them."""
+    sender, receiver = (ours, theirs) if sends else (theirs, ours)
+    pieces = pieces_for(receiver.tp_rank, sender.tp_size, receiver.tp_size, ours.kv_heads)
+    piece = next((piece for piece in pieces if piece.sender == sender.tp_rank), None)
+    if piece is None:
+        return Difference("tp_rank", *(f"{side.tp_rank} of {side.tp_size}" for side in (ours, theirs)))
+    if ours.tp_size == theirs.tp_size:
+        return Share(ours.layout)
+    count = len(piece.heads)
+    cut = ours.layout.of_heads(count)
+    if cut is None:
+        return Difference("layout.num_kv_heads", str(ours.layout.num_kv_heads), str(theirs.layout.num_kv_heads))
+    first = piece.heads.start - heads_of(ours.tp_rank, ours.tp_size, ours.kv_heads).start
+    return Share(cut, None if count == ours.layout.num_kv_heads else range(first, first + count))

@@ -9,6 +9,9 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     A block of one layer is ``block_bytes`` contiguous bytes that hold ``block_size`` tokens. Their order inside the
     block is compared and never interpreted, because only whole blocks are sent.
 
+    With tensor parallelism a block has the heads of one rank. All of them follow each other ``head_runs`` times in it
+    (once for each token, for example). So some heads can be cut out of a block, and make a block of fewer heads.
+
     Several groups of layers may share these tensors, each with blocks of its own. A prompt's blocks are those of the
     first group, which are all that it has, and after them those of each other one, from ``first_kept`` on.
     """
@@ -18,9 +21,23 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     head_dim: int
     block_size: int
     dtype: str
-    order: str  #: order of the dimensions inside a block, e.g. ``"T2HD"``: token, K or V, head, element
+    #: Order of the dimensions inside a block, e.g. ``"T2HD"``: token, K or V, head, element. It does not tell how many
+    #: heads there are where ``head_runs`` is known.
+    order: str
     block_bytes: int  #: bytes of one block of one layer
     windows: tuple[int, ...] = ()  #: of each group after the first, how far its layers look back, in tokens; 0: to all
+    head_runs: int = 0  #: 0: one head's bytes cannot be told from another's
+
+    def of_heads(self, count: int) -> "KVLayout | None":
+        """Of so many of these heads; None: a block cannot be cut."""
+        if count == self.num_kv_heads:
+            # How often one head follows itself says nothing.
+            return self if count > 1 else msgspec.structs.replace(self, head_runs=0)
+        if not self.head_runs or not 0 < count < self.num_kv_heads:
+            return None
+        cut = self.block_bytes // self.num_kv_heads * count
+        runs = self.head_runs if count > 1 else 0
+        return msgspec.structs.replace(self, num_kv_heads=count, block_bytes=cut, head_runs=runs)
 
     def blocks(self, num_tokens: int) -> int:
         """All blocks of a prompt, of every group."""

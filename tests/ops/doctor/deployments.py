@@ -10,7 +10,7 @@ from kvbelt.wire.handshake import Compatibility
 from kvbelt.wire.layout import KVLayout
 
 LAYOUT = KVLayout(30, 3, 64, 16, "float32", "T2HD", 24576)
-FITS = Compatibility(2, "demo", "abc", LAYOUT, 1, 0, "xxh3", "nixl")
+FITS = Compatibility(2, "demo", "abc", LAYOUT, 1, 0, "xxh3", "nixl", 3)
 HERE = Machine("host", "boot", "net:[1]", 1)
 IDLE = Sample(running=1, waiting=0, blocks_total=1000, blocks_free=900, receive_bytes=1 << 29)
 

@@ -142,6 +142,7 @@ def _hello(sender: EngineId, receiver: EngineId) -> h.Hello:
         tp_rank=0,
         hash_scheme="x",
         channel="x",
+        kv_heads=1,
     )
     return h.Hello(engine_id=sender, receiver=receiver, role="prefill", compatibility=fit)
 

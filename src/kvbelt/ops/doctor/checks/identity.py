@@ -51,8 +51,7 @@ def _mixed(found: Mapping[tuple[str, str], str], evidence: Evidence) -> Finding:
         f"{whom} do not serve the same model in the same form",
         "neither can use the other's KV: the pair is refused before any memory is shared, and the decode worker "
         "computes prompts itself",
-        "start all with the same --model, --dtype and --block-size (vLLM: and attention backend and "
-        "--tensor-parallel-size)"
+        "start all with the same --model, --dtype and --block-size (vLLM: and attention backend)"
         + (
             f"; they serve {' and '.join(named)}"
             if len(named) > 1
