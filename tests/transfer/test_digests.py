@@ -94,6 +94,9 @@ class EndsBetweenLooks:
     def __init__(self):
         self.asked = 0
 
+    def of(self, heads):
+        return self
+
     def digest_received(self, offset, cells, region=0):
         return self
 

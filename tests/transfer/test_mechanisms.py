@@ -423,7 +423,7 @@ def test_without_a_share_a_silent_peer_takes_all_the_staging(monkeypatch):
 
 def test_without_smaller_pieces_the_gaps_a_silent_peer_leaves_are_lost(monkeypatch):
     """A transfer stops although half of the staging is free, because no full piece fits."""
-    monkeypatch.setattr(WritePipeline, "_gap", lambda self, num_blocks: (None, num_blocks))
+    monkeypatch.setattr(WritePipeline, "_gap", lambda self, num_blocks, block_bytes: (None, num_blocks))
     prompts = (Prompt("a", 1), Prompt("a", 2), Prompt("b", 1), Prompt("b", 1))
     bounds = staging.Bounds(prompts, 4, piece=2, silent=frozenset("b"), at_once=True)
     assert "no way out" in found(staged, bounds)

@@ -9,6 +9,7 @@ import torch
 from kvbelt.paged_copy import TorchPagedCopy
 from kvbelt.wire.digest import Choice
 from kvbelt.wire.ids import TransferId
+from kvbelt.wire.layout import KVLayout
 
 DEVICES = [
     "cpu",
@@ -139,3 +140,54 @@ def test_a_second_receive_buffer_is_scattered_from_by_its_number(device):
     copy = TorchPagedCopy(layers, None, receive.to(device), overflow)
     finish(*copy.scatter([4], 64, 0, region=1))
     assert torch.equal(layers[0][4].cpu(), overflow[64:128])
+
+
+CUTS = [range(1), range(2, 3), range(1, 3)]
+
+
+def make_cut(device, heads, width):
+    """Two layers of ten blocks, ``[4, 2, 3 heads, width]`` in words of four bytes, and a copier of some heads."""
+    layers = [torch.randint(1 << 30, (10, 4, 2, 3, width), dtype=torch.int32, device=device) for _ in range(2)]
+    send, receive = (torch.zeros(64 << 10, dtype=torch.uint8, device=device) for _ in range(2))
+    block_bytes = layers[0][0].numel() * 4
+    layout = KVLayout(2, 3, width, 16, "int32", "x", block_bytes, head_runs=8)
+    whole = TorchPagedCopy(layers, send_staging=send, receive_staging=receive)
+    return layers, send, receive, whole.of_heads(heads, layout)
+
+
+@pytest.mark.parametrize("width", [8, 7], ids=["words", "bytes"])
+@pytest.mark.parametrize("heads", CUTS, ids=str)
+@pytest.mark.parametrize("block_ids", ORDERS, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_some_heads_are_gathered_and_scattered(device, block_ids, heads, width):
+    """What lies in staging is a block of these heads alone. All other bytes, of other heads too, stay as they are."""
+    layers, send, receive, copy = make_cut(device, heads, width)
+    finish(copy.gather(1, block_ids, 4096, None))
+    staged = layers[1][block_ids][..., heads.start : heads.stop, :].contiguous()
+    expected = torch.zeros_like(send)
+    expected[4096 : 4096 + staged.numel() * 4] = staged.view(torch.uint8).reshape(-1)
+    assert torch.equal(send, expected)
+
+    before = [layer.clone() for layer in layers]
+    receive[8192 : 8192 + 4096] = torch.randint(256, (4096,), dtype=torch.uint8, device=device)
+    num_bytes = staged.numel() * 4
+    finish(*copy.scatter(block_ids, 8192, num_bytes))
+    for number, layer in enumerate(layers):
+        start = 8192 + number * num_bytes
+        came = receive[start : start + num_bytes].view(torch.int32).view(staged.shape)
+        before[number][block_ids, ..., heads.start : heads.stop, :] = came
+        assert torch.equal(layer, before[number])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_digest_of_some_heads_is_of_their_bytes(device):
+    """A block of them has as many bytes as they have."""
+    _, send, _, copy = make_cut(device, range(1, 3), 8)
+    send.random_(0, 256)
+    num_bytes = copy.block_bytes
+    assert num_bytes == 4 * 2 * 2 * 8 * 4
+    whole = TorchPagedCopy([torch.zeros(4, num_bytes, dtype=torch.uint8)], send.cpu(), None)
+    cells = Choice(TransferId("a"), 20, "always").of_run(0, 0, 20)
+    digests = [copy.digest_sent(0, cells), whole.digest_sent(0, cells)]
+    finish(*digests)
+    assert digests[0].value() == digests[1].value()

@@ -7,6 +7,7 @@ for every thread that copies.
 A digest is the product of a matrix of words with a vector of weights (9 GB/s on one core).
 """
 
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -16,10 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvbelt.paged_copy.cuts import cut
 from kvbelt.paged_copy.fences import DONE, Known, checked
 from kvbelt.paged_copy.staging import Staging
 from kvbelt.transfer.ports import Digest, Fence
 from kvbelt.wire.digest import WORD_BYTES, Cells, Words, plus, weights
+from kvbelt.wire.layout import KVLayout
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -47,7 +50,8 @@ class _FutureFence:
 class CpuPagedCopy:
     """``PagedCopy`` on CPU. Gathers are complete when the call returns.
 
-    Scatters into neighbouring blocks run on two threads, which copy different layers.
+    Scatters into neighbouring blocks run on two threads, which copy different layers. ``layers`` are ``[num_blocks,
+    bytes]``, or ``[num_blocks, runs, bytes]`` of some heads.
     """
 
     def __init__(
@@ -57,7 +61,9 @@ class CpuPagedCopy:
         receive_staging: Sequence[Staging],
     ) -> None:
         self._layers: list[Bytes] = [layer.numpy() for layer in layers]
-        self.block_bytes = self._layers[0].shape[1]
+        self._shape = self._layers[0].shape[1:]
+        self.block_bytes = math.prod(self._shape)
+        self._given = layers, send_staging, receive_staging
         self._send = send_staging
         self._receive = receive_staging
         self._weights = weights(-(-self.block_bytes // WORD_BYTES))
@@ -68,14 +74,21 @@ class CpuPagedCopy:
         assert self._send is not None
         blocks = self._layers[layer]
         ids = checked(block_ids, len(blocks))
-        staged = self._send.array[offset : offset + ids.size * self.block_bytes].reshape(-1, self.block_bytes)
+        staged = self._send.array[offset : offset + ids.size * self.block_bytes].reshape(-1, *self._shape)
         first = _run_start(ids)
         if first is not None:
             np.copyto(staged, blocks[first : first + ids.size])
+        elif not blocks.flags.c_contiguous:
+            # ``take`` would make a copy of all blocks first.
+            staged[:] = blocks[ids]
         else:
             # The ids are in range; "raise" would check them again and make a second copy.
             np.take(blocks, ids, axis=0, out=staged, mode="clip")
         return DONE
+
+    def of_heads(self, heads: range, layout: KVLayout) -> "CpuPagedCopy":
+        layers, send, receive = self._given
+        return CpuPagedCopy(cut(layers, heads, layout), send, receive)
 
     def digest_sent(self, offset: int, cells: Cells) -> Digest:
         assert self._send is not None
@@ -110,7 +123,7 @@ class CpuPagedCopy:
             for layer, blocks in enumerate(self._layers):
                 start = offset + layer * stride
                 staged = self._receive[region].array[start : start + ids.size * self.block_bytes]
-                rows = staged.reshape(-1, self.block_bytes)
+                rows = staged.reshape(-1, *self._shape)
                 if first is not None:
                     copies.append(self._fillers.submit(np.copyto, blocks[first : first + ids.size], rows))
                 else:

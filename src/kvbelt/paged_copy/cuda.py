@@ -16,10 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvbelt.paged_copy.cuts import cut
 from kvbelt.paged_copy.fences import checked
 from kvbelt.paged_copy.staging import Staging
 from kvbelt.transfer.ports import Digest, Fence
 from kvbelt.wire.digest import WORD_BYTES, Cells, Words, weights
+from kvbelt.wire.layout import KVLayout
 
 log = logging.getLogger(__name__)
 
@@ -74,9 +76,10 @@ class CudaPagedCopy:
         send_staging: Staging | None,
         receive_staging: Sequence[Staging],
     ) -> None:
-        self.block_bytes = layers[0].shape[1]
+        self._given = layers, send_staging, receive_staging
+        self.block_bytes = layers[0][0].numel()
         # In the widest words that fit: byte by byte, an index costs as much as the byte that it moves.
-        self._word = torch.int64 if self.block_bytes % WORD_BYTES == 0 else torch.uint8
+        self._word = torch.int64 if all(map(_in_words, layers)) else torch.uint8
         self._layers = [layer.view(self._word) for layer in layers]
         self._device = layers[0].device
         self._send = send_staging
@@ -89,6 +92,10 @@ class CudaPagedCopy:
         self._addresses = torch.tensor([layer.data_ptr() for layer in layers], dtype=torch.int64).to(self._device)
         self._kernels: ModuleType | None = None
         self._compile()
+
+    def of_heads(self, heads: range, layout: KVLayout) -> "CudaPagedCopy":
+        layers, send, receive = self._given
+        return CudaPagedCopy(cut(layers, heads, layout), send, receive)
 
     def gather(self, layer: int, block_ids: Sequence[int], offset: int, ready: Any) -> Fence:
         """Copy paged blocks to ``send_staging`` once ``ready`` (a CUDA event, or None) has happened."""
@@ -120,7 +127,9 @@ class CudaPagedCopy:
         ids = checked(block_ids, len(self._layers[0]))
         self._check(staging, offset, (len(self._layers) - 1) * stride + ids.size * self.block_bytes)
         # Host memory is copied over the bus as a whole, and not word by word by a kernel.
-        if self._kernels is not None and staging.device == "cuda" and ids.size:
+        # The kernel knows whole blocks.
+        whole = self._layers[0].is_contiguous()
+        if self._kernels is not None and staging.device == "cuda" and ids.size and whole:
             return [self._scatter_in_one(staging.words, self._addresses, ids, offset, stride)]
         return [self._scatter_in_layers(staging.memory, ids, offset, stride)]
 
@@ -221,7 +230,8 @@ class CudaPagedCopy:
             return _EventFence(self._scatters.record_event(), (there,))
 
     def _staged(self, staging: torch.Tensor, num_blocks: int, offset: int) -> torch.Tensor:
-        return staging[offset : offset + num_blocks * self.block_bytes].view(self._word).view(num_blocks, -1)
+        staged = staging[offset : offset + num_blocks * self.block_bytes].view(self._word)
+        return staged.view(num_blocks, *self._layers[0].shape[1:])
 
     def _cached_ids(self, block_ids: Sequence[int], last: _Ids | None) -> tuple[torch.Tensor, _Ids | None]:
         if last is not None and last[0] is block_ids:
@@ -252,3 +262,8 @@ class _InFlight:
 
 
 _IN_FLIGHT = _InFlight()
+
+
+def _in_words(layer: torch.Tensor) -> bool:
+    """Whether every run of bytes begins and ends at a word."""
+    return all(each % WORD_BYTES == 0 for each in (layer.shape[-1], *layer.stride()[:-1], layer.storage_offset()))

@@ -203,7 +203,7 @@ class Driver:
                 self._channel, self._copy, self._send_buffer, layout, piece_bytes, LinkTallies(self.clock)
             )
             self.sender = SenderDriver(
-                identity.engine_id, layout, self._hello, settings, sockets, self._channel, pipeline, self.clock
+                identity.engine_id, self._hello, settings, sockets, self._channel, pipeline, self.clock
             )
             times = SendTimes(settings.heartbeat_seconds, settings.lease_seconds, settings.memory_seconds)
             self.probes = LinkProbes(identity.engine_id, layout, times, self._channel, self.sender)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from kvbelt.wire.digest import Cells
+from kvbelt.wire.layout import KVLayout
 
 
 class SlotGoneError(Exception):
@@ -83,6 +84,12 @@ class PagedCopy(Protocol):
 
     def digest_received(self, offset: int, cells: Cells, region: int = 0) -> Digest:
         """Sum blocks that a peer has written."""
+
+    def of_heads(self, heads: range, layout: KVLayout) -> "PagedCopy":
+        """The same of these heads alone, over the same memory: its blocks in the buffers are as large as they are.
+
+        ``layout`` is that of the paged blocks, and says how they are cut.
+        """
 
 
 class PrefixIndex(Protocol):
@@ -199,6 +206,7 @@ class ReceivedKV(Protocol):
     num_blocks: int  #: of the prompt
     first_block: int  #: earlier ones were not sent, because this process's engine had them (PrefixIndex)
     whole: bool  #: every byte is there: ``scatter`` takes as long as the copies take
+    heads: range | None  #: of this process's heads, that it has; None: all
 
     def scatter(self, block_ids: Sequence[int], first: int | None = None) -> None:
         """Copy every layer's blocks, from the prompt's block ``first`` on, into these; returns when they are in place.

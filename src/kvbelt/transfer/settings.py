@@ -22,6 +22,7 @@ class BeltIdentity:
     layout: KVLayout
     tp_rank: int = 0
     tp_size: int = 1
+    kv_heads: int = 0  #: of the model; 0: not known, unless there is one rank
     hash_scheme: str = HASH_SCHEME
 
     def compatibility(self, channel: str) -> Compatibility:
@@ -34,7 +35,13 @@ class BeltIdentity:
             tp_rank=self.tp_rank,
             hash_scheme=self.hash_scheme,
             channel=channel,
+            kv_heads=self.model_heads,
         )
+
+    @property
+    def model_heads(self) -> int:
+        """KV heads of all ranks together; 0: not known."""
+        return self.kv_heads or (self.layout.num_kv_heads if self.tp_size == 1 else 0)
 
 
 @dataclass(frozen=True, slots=True)

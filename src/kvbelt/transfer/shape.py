@@ -39,6 +39,7 @@ class SlotShape:
     num_blocks: int  #: of the prompt
     first_block: int  #: those before it do not travel
     part_blocks: int
+    heads: range | None = None  #: of this process's blocks, which ``layout`` is of; None: all
 
     def __post_init__(self) -> None:
         if not 0 <= self.first_block < self.num_blocks or not 1 <= self.part_blocks <= self.travelling:

@@ -135,7 +135,6 @@ class PrefillWorker(Life):
         self.pipeline = WritePipeline(self.channel, self.copy, region, sizes.layout, sizes.piece * CELL)
         self.sender = SenderDriver(
             self.engine_id,
-            sizes.layout,
             self.hello,
             replace(self.settings, memory_seconds=PATIENCE),
             self.lines,

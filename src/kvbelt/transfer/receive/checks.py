@@ -2,7 +2,8 @@
 
 import logging
 
-from kvbelt.transfer.ports import Digest, PagedCopy
+from kvbelt.transfer.head_copies import HeadCopies
+from kvbelt.transfer.ports import Digest
 from kvbelt.transfer.receive.commands import Check
 from kvbelt.transfer.receive.states import Verified
 from kvbelt.transfer.shape import Part, SlotShape
@@ -20,8 +21,8 @@ def cells_of(transfer_id: TransferId, shape: SlotShape, part: Part, verify: Veri
 
 
 class Checks:
-    def __init__(self, copy: PagedCopy, verify: Verify) -> None:
-        self._copy = copy
+    def __init__(self, copies: HeadCopies, verify: Verify) -> None:
+        self._copies = copies
         self._verify: Verify = verify
         self._open: list[tuple[Check, Digest]] = []
 
@@ -36,7 +37,8 @@ class Checks:
         if not len(cells):
             return Verified(check.part, right=check.digest == 0)
         try:
-            digest = self._copy.digest_received(check.slot.offset + part.offset, cells, check.slot.region)
+            copy = self._copies.of(check.shape.heads)
+            digest = copy.digest_received(check.slot.offset + part.offset, cells, check.slot.region)
             if digest.done():
                 return self._verdict(check, digest)
         except Exception:

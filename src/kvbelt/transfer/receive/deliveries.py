@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from functools import partial
 
-from kvbelt.transfer.ports import PagedCopy, ReceivedKV
+from kvbelt.transfer.head_copies import HeadCopies
+from kvbelt.transfer.ports import ReceivedKV
 from kvbelt.transfer.receive.commands import Break, Deliver, Finish, PartReady
 from kvbelt.transfer.receive.handles import ReceivedParts, ReceivedSlot
 from kvbelt.transfer.receive.states import FromOwner, PartTaken, Release
@@ -14,22 +15,23 @@ class Deliveries:
     """Consumers' handles, and what they are told. ``ask`` calls ``handle`` on the belt's thread with what they do."""
 
     def __init__(
-        self, copy: PagedCopy, ask: Callable[..., object], handle: Callable[[TransferId, FromOwner], None]
+        self, copies: HeadCopies, ask: Callable[..., object], handle: Callable[[TransferId, FromOwner], None]
     ) -> None:
-        self._copy = copy
+        self._copies = copies
         self._ask = ask
         self._handle = handle
         self._open: dict[TransferId, ReceivedSlot | ReceivedParts] = {}
 
     def make(self, delivery: Deliver) -> ReceivedKV:
         transfer_id, shape = delivery.transfer_id, delivery.shape
+        copy = self._copies.of(shape.heads)
         taken = partial(self._ask, self._handle, transfer_id, PartTaken())
         release = partial(self._ask, self._release, transfer_id)
         made: ReceivedSlot | ReceivedParts
         if shape.in_parts:
-            made = ReceivedParts(delivery.slot, delivery.num_tokens, shape, self._copy, taken, release)
+            made = ReceivedParts(delivery.slot, delivery.num_tokens, shape, copy, taken, release)
         else:
-            made = ReceivedSlot(delivery.slot, delivery.num_tokens, shape, self._copy, release)
+            made = ReceivedSlot(delivery.slot, delivery.num_tokens, shape, copy, release)
         self._open[transfer_id] = made
         return made
 

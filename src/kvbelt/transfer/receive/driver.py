@@ -9,6 +9,7 @@ import zmq
 
 from kvbelt.errors import ChannelError
 from kvbelt.security.keys import fingerprint, speaks_for
+from kvbelt.transfer.head_copies import HeadCopies
 from kvbelt.transfer.ports import Lost, PagedCopy, ReceivedKV
 from kvbelt.transfer.receive.checks import Checks
 from kvbelt.transfer.receive.commands import Answer, Break, Check, Deliver, Finish, Lose, PartReady
@@ -21,11 +22,14 @@ from kvbelt.wire import codec
 from kvbelt.wire.handshake import (
     PROTOCOL_VERSION,
     Compatibility,
+    Difference,
     HandshakeMessage,
     HandshakeRefused,
     Hello,
+    Share,
     Welcome,
     first_difference,
+    share,
 )
 from kvbelt.wire.ids import EngineId, TransferId
 from kvbelt.wire.reservation import Cancel, Cancelled, Expired, FromReceiver, FromSender, Refused, Reserve
@@ -50,6 +54,7 @@ class KnownSender:
     """One incarnation of a prefill worker that has had a handshake."""
 
     seen_at: float
+    share: Share  #: what of every block it has for this process
     route: bytes | None = None  #: of its latest message on the alloc port
 
 
@@ -71,7 +76,8 @@ class ReceiverDriver:
         self._welcome = welcome  # takes the receive buffer
         self._settings = settings
         self._sockets = sockets
-        self._checks = Checks(copy, settings.verify)
+        copies = HeadCopies(copy, compatibility.layout)
+        self._checks = Checks(copies, settings.verify)
         self._clock = clock
         self._refusals = sockets.refusals
         self._handshakes = codec.handshakes(codec.MAX_HELLO_BYTES)
@@ -83,7 +89,7 @@ class ReceiverDriver:
         self._draining = False  #: a dead sender's last bytes may still arrive
         self._opening_until = 0.0  # the channel may still open the latest sender's connection
         self.incoming = incoming
-        self.deliveries = Deliveries(copy, ask, self.handle)
+        self.deliveries = Deliveries(copies, ask, self.handle)
         host = settings.bind_host
         self._liveness = sockets.listen_for_liveness(host, settings.liveness_port)
         self._init_socket, self.init_port = sockets.bind(
@@ -185,9 +191,10 @@ class ReceiverDriver:
             return refuse("engine_id", here, hello.receiver)
         if hello.role not in ("prefill", "both"):
             return refuse("role", "prefill or both", hello.role)
-        difference = first_difference(self._compatibility, hello.compatibility)
-        if difference is not None:
-            return refuse(*difference)
+        ours, theirs = self._compatibility, hello.compatibility
+        fits = first_difference(ours, theirs) or share(ours, theirs, sends=False)
+        if isinstance(fits, Difference):
+            return refuse(*fits)
         try:
             welcome = self._welcome()
         except ChannelError as error:
@@ -197,9 +204,9 @@ class ReceiverDriver:
         self._forget_senders(now)
         known = self._senders.get(hello.engine_id)
         if known is not None:
-            known.seen_at = now
+            known.seen_at, known.share = now, fits
         else:
-            self._senders[hello.engine_id] = KnownSender(now)
+            self._senders[hello.engine_id] = KnownSender(now, fits)
             self._opening_until = now + self._settings.opening_seconds
         token = self._liveness.token(hello.engine_id)
         return msgspec.structs.replace(welcome, liveness_port=self._liveness.port, liveness_token=token)
@@ -236,7 +243,7 @@ class ReceiverDriver:
             return
         sender.route = route
         sender.seen_at = self._clock()
-        commands = self.incoming.on_message(message, self._clock())
+        commands = self.incoming.on_message(message, self._clock(), sender.share)
         for command in commands:
             self._count_refusal(message, command)
         self._perform(commands)

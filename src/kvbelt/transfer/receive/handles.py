@@ -16,6 +16,7 @@ class _Received:
         self.num_tokens = num_tokens
         self.num_blocks = shape.num_blocks
         self.first_block = shape.first_block
+        self.heads = shape.heads
         self._slot = slot
         self._shape = shape
         self._copy = copy

@@ -37,6 +37,7 @@ from kvbelt.transfer.receive.states import Claim, FromOwner, ReceiverEvent, Rece
 from kvbelt.transfer.shape import PLACES, SlotShape
 from kvbelt.wire import reservation as wire
 from kvbelt.wire.block_hash import unpacked
+from kvbelt.wire.handshake import Share
 from kvbelt.wire.ids import EngineId, TransferId
 from kvbelt.wire.layout import KVLayout
 from kvbelt.wire.reservation import Verify
@@ -100,7 +101,8 @@ class IncomingTransfers:
         self.committed_bytes_total = 0
         self.reused_bytes_total = 0
 
-    def on_message(self, message: wire.FromSender, now: float) -> list[IncomingCommand]:
+    def on_message(self, message: wire.FromSender, now: float, share: Share | None = None) -> list[IncomingCommand]:
+        """``share``: what of every block the sender's rank has for this one; None: all."""
         sender = message.sender
         if sender is None:
             return []
@@ -108,7 +110,8 @@ class IncomingTransfers:
         if record is not None and record.reservation is not None and record.reservation.sender != sender:
             return [self._refuse(message, sender, "not_yours", "this transfer is another prefill worker's")]
         if isinstance(message, wire.Reserve):
-            refusal = self._unacceptable(message)
+            share = share or Share(self._layout)
+            refusal = self._unacceptable(message, share.layout)
             if refusal is not None:
                 return [self._refuse(message, sender, *refusal)]
             if (record is None or record.reservation is None) and self._open[sender] >= MAX_OPEN:
@@ -118,6 +121,7 @@ class IncomingTransfers:
             if not isinstance(message, wire.Reserve):
                 return self._unknown(message, sender)
             record = self._new(message.transfer_id)
+        record.share = record.share or share
         commands = self._handle(record, message, now)
         if isinstance(message, wire.Reserve) and record.state is S.QUEUED:
             position = list(self._queue).index(message.transfer_id)
@@ -238,7 +242,8 @@ class IncomingTransfers:
         while self._queue:
             record = self._live[next(iter(self._queue))]
             assert record.reservation is not None  # invariant of QUEUED
-            shape = self._shape_for(record.reservation)
+            assert record.share is not None
+            shape = self._shape_for(record.reservation, record.share)
             slot = self._slots.allocate(shape.slot_bytes)
             if slot is None:
                 break
@@ -246,28 +251,29 @@ class IncomingTransfers:
             commands += self._handle(record, SlotGranted(slot, shape), now)
         return commands
 
-    def _shape_for(self, asked: wire.Reserve) -> SlotShape:
+    def _shape_for(self, asked: wire.Reserve, share: Share) -> SlotShape:
         """What of a prompt travels, and whether it does so in parts."""
+        layout, heads = share
         # The last block always travels: a slot is never empty.
         first = min(self._held(unpacked(asked.prefix)), asked.num_blocks - 1) if asked.prefix else 0
         travelling = asked.num_blocks - first
-        if self._layout.slot_bytes(travelling) <= max(self.sizes):
-            return SlotShape(self._layout, asked.num_blocks, first, travelling)
-        window = self._layout.slot_bytes(PLACES)
+        if layout.slot_bytes(travelling) <= max(self.sizes):
+            return SlotShape(layout, asked.num_blocks, first, travelling, heads)
+        window = layout.slot_bytes(PLACES)
         blocks = self.sizes[0] // PARTS_SHARE // window or max(self.sizes) // window
-        return SlotShape(self._layout, asked.num_blocks, first, blocks)
+        return SlotShape(layout, asked.num_blocks, first, blocks, heads)
 
-    def _unacceptable(self, message: wire.Reserve) -> tuple[str, str] | None:
+    def _unacceptable(self, message: wire.Reserve, layout: KVLayout) -> tuple[str, str] | None:
         if message.receiver != self._engine_id:
             return "stale_engine", f"meant for engine {message.receiver}; this one is {self._engine_id}"
-        blocks = self._layout.blocks(message.num_tokens) if message.num_tokens > 0 else 0
-        num_bytes = self._layout.slot_bytes(blocks)
+        blocks = layout.blocks(message.num_tokens) if message.num_tokens > 0 else 0
+        num_bytes = layout.slot_bytes(blocks)
         if blocks < 1 or (blocks, num_bytes) != (message.num_blocks, message.num_bytes):
             return "wrong_size", (
                 f"{message.num_blocks} blocks in {message.num_bytes} bytes for {message.num_tokens} tokens; "
                 f"this layout needs {blocks} blocks in {num_bytes} bytes"
             )
-        least = self._layout.slot_bytes(PLACES)
+        least = layout.slot_bytes(PLACES)
         if max(self.sizes) < min(num_bytes, least):
             return "too_large", (
                 f"{message.num_tokens} tokens need {num_bytes} bytes, or {least} to stream through; "

@@ -23,6 +23,7 @@ from kvbelt.transfer.receive.progress import Progress
 from kvbelt.transfer.receive.slots import Slot
 from kvbelt.transfer.shape import SlotShape
 from kvbelt.wire import reservation as wire
+from kvbelt.wire.handshake import Share
 from kvbelt.wire.ids import EngineId, SlotName, TransferId
 
 S = s.ReceiverState
@@ -52,6 +53,7 @@ class ReceiverSession(Machine[s.ReceiverState, s.ReceiverEvent, ReceiverCommand]
         self._verify = verify
         self.reservation: wire.Reserve | None = None  #: None exactly while EXPECTED, or ended from there
         self.slot: Slot | None = None  #: exactly the states of HOLDING have one
+        self.share: Share | None = None  #: what of every block comes; set with the reservation
         self.shape: SlotShape | None = None  #: set together with the first slot, and kept
         self.has_consumer = False  #: a consumer waits and was not told yet
         self.reason: str | None = None  #: set once, when it is over for consumers

@@ -21,7 +21,6 @@ from kvbelt.wire.about import LinkTotals
 from kvbelt.wire.handoff import ReceiverAddress
 from kvbelt.wire.handshake import Hello
 from kvbelt.wire.ids import EngineId
-from kvbelt.wire.layout import KVLayout
 from kvbelt.wire.notification import encode as encode_notification
 
 log = logging.getLogger(__name__)
@@ -45,7 +44,6 @@ class SenderDriver:
     def __init__(  # noqa: PLR0917 -- its seams
         self,
         engine_id: EngineId,
-        layout: KVLayout,
         hello: Callable[[EngineId], Hello],
         settings: BeltSettings,
         sockets: Sockets,
@@ -56,7 +54,7 @@ class SenderDriver:
         self._settings = settings
         self.now = clock
         self.pipeline = pipeline
-        self.transfers = OutgoingTransfers(engine_id, layout, channel.name)
+        self.transfers = OutgoingTransfers(engine_id, channel.name)
         self.peers = Peers(hello, settings, sockets, channel)
         self._opening_until = 0.0  # the latest peer's connection is being opened
         # Called once each, when the peer is connected or lost.

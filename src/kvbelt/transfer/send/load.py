@@ -26,6 +26,7 @@ class Piece:
     runs: Sequence[Run]
     offset: int  #: in staging
     num_blocks: int
+    num_bytes: int
     fences: list[Fence] = field(default_factory=list)
     write: WriteHandle | None = None
     digest: Digest | None = None

@@ -26,7 +26,6 @@ from kvbelt.transfer.shape import SlotShape
 from kvbelt.wire import reservation as wire
 from kvbelt.wire.digest import Choice
 from kvbelt.wire.ids import EngineId, TransferId
-from kvbelt.wire.layout import KVLayout
 from kvbelt.wire.load import Sum
 from kvbelt.wire.notification import Notification, TransferDone, TransferFailed
 
@@ -54,9 +53,8 @@ Commands = list[Todo]
 
 
 class OutgoingTransfers:
-    def __init__(self, engine_id: EngineId, layout: KVLayout, channel: str) -> None:
+    def __init__(self, engine_id: EngineId, channel: str) -> None:
         self._engine_id = engine_id
-        self._layout = layout
         self._channel = channel
         # Exactly the transfers that have not ended. One that is not in it is not written by this process.
         self._open: dict[TransferId, SenderSession] = {}
@@ -171,7 +169,8 @@ class OutgoingTransfers:
         assert peer is not None
         assert peer.agent is not None  # it was asked for a slot
         try:
-            shape = SlotShape(self._layout, transfer.num_blocks, granted.first_block, granted.part_blocks)
+            layout, heads = transfer.share
+            shape = SlotShape(layout, transfer.num_blocks, granted.first_block, granted.part_blocks, heads)
             there = peer.regions[granted.region]
         except (ValueError, IndexError):
             return None
@@ -189,7 +188,7 @@ class OutgoingTransfers:
             ok=done,
             reason=outcome.reason,
             detail=outcome.detail,
-            num_bytes=sum(part.landed_blocks for part in load.parts) * self._layout.block_bytes,
+            num_bytes=sum(part.landed_blocks for part in load.parts) * transfer.share.layout.block_bytes,
             num_writes=load.num_writes,
             seconds=(load.last_landed or now) - load.first_write if load.first_write is not None else 0.0,
             exposed_seconds=now - transfer.computed_at if transfer.computed_at is not None else 0.0,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from kvbelt.wire.handoff import ReceiverAddress
-from kvbelt.wire.handshake import MemoryRegion
+from kvbelt.wire.handshake import MemoryRegion, Share
 from kvbelt.wire.ids import TransferId
 
 
@@ -17,6 +17,7 @@ class Peer:
     used_at: float
     agent: str | None = None  #: None: connecting
     regions: tuple[MemoryRegion, ...] = ()  #: set together with ``agent``
+    share: Share | None = None  #: likewise
     lost: bool = False
     transfers: set[TransferId] = field(default_factory=set)  #: that have not ended
 

@@ -21,7 +21,15 @@ from kvbelt.transfer.settings import BeltSettings
 from kvbelt.transfer.sockets import Received, Sockets, endpoint, one
 from kvbelt.wire import codec
 from kvbelt.wire.handoff import ReceiverAddress
-from kvbelt.wire.handshake import HandshakeMessage, HandshakeRefused, Hello, Welcome, first_difference
+from kvbelt.wire.handshake import (
+    Difference,
+    HandshakeMessage,
+    HandshakeRefused,
+    Hello,
+    Welcome,
+    first_difference,
+    share,
+)
 from kvbelt.wire.ids import EngineId
 from kvbelt.wire.reservation import FromReceiver, FromSender
 
@@ -221,10 +229,11 @@ class Peers:
 
     def _welcomed(self, peer: Peer, message: Welcome, address: str) -> None:
         ours = self._hello(peer.address.engine_id).compatibility
-        difference = first_difference(ours, message.compatibility)
-        if difference is not None:
-            self._lost(peer, _refused(difference.field), str(difference))
+        fits = first_difference(ours, message.compatibility) or share(ours, message.compatibility, sends=True)
+        if isinstance(fits, Difference):
+            self._lost(peer, _refused(fits.field), str(fits))
             return
+        peer.share = fits
         self.liveness.open(
             message.engine_id,
             address,

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 from kvbelt.errors import ChannelError, SettingsError
 from kvbelt.transfer.arena import Arena
+from kvbelt.transfer.head_copies import HeadCopies
 from kvbelt.transfer.ports import Buffer, Channel, Digest, PagedCopy, WriteHandle
 from kvbelt.transfer.send.links import LinkTallies
 from kvbelt.transfer.send.load import Load, PartLoad, Piece, Target
@@ -53,14 +54,14 @@ class WritePipeline:
                 "(raise pd_buffer_size)"
             )
         self._channel = channel
-        self._copy = copy
+        self._copies = HeadCopies(copy, layout)
         self.buffer = buffer
         self._layout = layout
         self.links = links
         self._staging = Arena(buffer.num_bytes)
         # At least two pieces must fit, or nothing overlaps.
-        self._piece_blocks = max(1, min(piece_bytes, buffer.num_bytes // 2) // layout.block_bytes)
-        self._share = max(buffer.num_bytes // 4, self._piece_blocks * layout.block_bytes)
+        self._piece_bytes = min(piece_bytes, buffer.num_bytes // 2)
+        self._share = max(buffer.num_bytes // 4, self.piece_bytes)
         self._held: Counter[str] = Counter()  # staging bytes by agent
         self._transfers: dict[TransferId, SenderSession] = {}  # until they have stopped
         self._reports: Reports = []
@@ -72,7 +73,11 @@ class WritePipeline:
 
     @property
     def piece_bytes(self) -> int:
-        return self._piece_blocks * self._layout.block_bytes
+        """Of a write, at most."""
+        return self._piece_blocks(self._layout) * self._layout.block_bytes
+
+    def _piece_blocks(self, layout: KVLayout) -> int:
+        return max(1, self._piece_bytes // layout.block_bytes)
 
     @property
     def busy(self) -> bool:
@@ -181,36 +186,37 @@ class WritePipeline:
         if number is None:
             return False
         pending = load.parts[number].pending
-        agent, block_bytes = load.target.agent, self._layout.block_bytes
+        agent, shape = load.target.agent, load.target.shape
+        block_bytes, piece_blocks = shape.layout.block_bytes, self._piece_blocks(shape.layout)
         num_blocks = 0
         for run in pending:
             num_blocks += len(run.block_ids)
-            if num_blocks >= self._piece_blocks:
-                num_blocks = self._piece_blocks
+            if num_blocks >= piece_blocks:
+                num_blocks = piece_blocks
                 break
         if self._held[agent] and self._held[agent] + num_blocks * block_bytes > self._share:
             return False
         offset = self._staging.allocate(num_blocks * block_bytes)
         if offset is None and not self._held[agent]:
             # No piece of this peer will land and make room.
-            offset, num_blocks = self._gap(num_blocks)
+            offset, num_blocks = self._gap(num_blocks, block_bytes)
         if offset is None:
             return False
         self._held[agent] += num_blocks * block_bytes
-        piece = Piece(number, take_batch(pending, num_blocks), offset, num_blocks)
+        piece = Piece(number, take_batch(pending, num_blocks), offset, num_blocks, num_blocks * block_bytes)
         load.pieces.append(piece)
-        at = offset
+        at, copy = offset, self._copies.of(shape.heads)
         for run in piece.runs:
-            piece.fences.append(self._copy.gather(run.layer, run.block_ids, at, run.ready))
+            piece.fences.append(copy.gather(run.layer, run.block_ids, at, run.ready))
             at += len(run.block_ids) * block_bytes
         return True
 
-    def _gap(self, num_blocks: int) -> tuple[int | None, int]:
+    def _gap(self, num_blocks: int, block_bytes: int) -> tuple[int | None, int]:
         """Room for fewer blocks than asked for, between what silent peers hold: where, and for how many."""
         offset = None
         while offset is None and num_blocks > 1:
             num_blocks //= 2
-            offset = self._staging.allocate(num_blocks * self._layout.block_bytes)
+            offset = self._staging.allocate(num_blocks * block_bytes)
         return offset, num_blocks
 
     def _post(self, load: Load, piece: Piece, now: float) -> None:
@@ -224,10 +230,10 @@ class WritePipeline:
         load.num_writes += 1
         self.num_writes += 1
         if self.links is not None:
-            piece.link = self.links.posting(target.agent, piece.num_blocks * self._layout.block_bytes)
+            piece.link = self.links.posting(target.agent, piece.num_bytes)
         piece.write = self._channel.write(target.agent, spans, region.place, target.device)
         if target.choice is not None:
-            piece.digest = self._digest(target.choice, piece)
+            piece.digest = self._digest(target, target.choice, piece)
 
     def lend(self, transfer: SenderSession, num_bytes: int, post: Callable[[Span, str], WriteHandle]) -> Piece | None:
         """Have ``post`` begin one operation between staging and the transfer's slot; None: staging has no room.
@@ -237,12 +243,13 @@ class WritePipeline:
         """
         target = transfer.load.target
         assert target is not None  # the slot was granted
-        num_blocks = -(-num_bytes // self._layout.block_bytes)
-        offset = None if self._held[target.agent] else self._staging.allocate(num_blocks * self._layout.block_bytes)
+        block_bytes = target.shape.layout.block_bytes
+        num_blocks = -(-num_bytes // block_bytes)
+        offset = None if self._held[target.agent] else self._staging.allocate(num_blocks * block_bytes)
         if offset is None:
             return None
-        self._held[target.agent] += num_blocks * self._layout.block_bytes
-        piece = Piece(0, (), offset, num_blocks)
+        piece = Piece(0, (), offset, num_blocks, num_blocks * block_bytes)
+        self._held[target.agent] += piece.num_bytes
         transfer.load.pieces.append(piece)
         region = self.buffer.take()
         try:
@@ -251,14 +258,14 @@ class WritePipeline:
             self.fail(transfer, piece, "write_failed", str(error))
         return piece
 
-    def _digest(self, choice: Choice, piece: Piece) -> Digest | None:
+    def _digest(self, target: Target, choice: Choice, piece: Piece) -> Digest | None:
         cells = []
         row = 0
         for run in piece.runs:
             cells.append(choice.of_run(run.layer, run.first, len(run.block_ids), row))
             row += len(run.block_ids)
         chosen = joined(cells)
-        return self._copy.digest_sent(piece.offset, chosen) if len(chosen) else None
+        return self._copies.of(target.shape.heads).digest_sent(piece.offset, chosen) if len(chosen) else None
 
     def _reap(self, transfer: SenderSession, piece: Piece, now: float) -> bool:
         write, load = piece.write, transfer.load
@@ -281,7 +288,7 @@ class WritePipeline:
     def _count(self, piece: Piece, *, landed: bool) -> None:
         link, piece.link = piece.link, None
         if link is not None and self.links is not None:
-            self.links.ended(link, piece.num_blocks * self._layout.block_bytes, landed=landed)
+            self.links.ended(link, piece.num_bytes, landed=landed)
 
     def drop(self, transfer: SenderSession, piece: Piece) -> None:
         target = transfer.load.target
@@ -289,7 +296,7 @@ class WritePipeline:
         self._count(piece, landed=False)
         transfer.load.pieces.remove(piece)
         self._staging.free(piece.offset)
-        self._held[target.agent] -= piece.num_blocks * self._layout.block_bytes
+        self._held[target.agent] -= piece.num_bytes
         if not self._held[target.agent]:
             del self._held[target.agent]
 

@@ -12,6 +12,7 @@ from kvbelt.transfer.send import states as s
 from kvbelt.transfer.send.load import Load
 from kvbelt.transfer.send.peer import Peer
 from kvbelt.wire import reservation as wire
+from kvbelt.wire.handshake import Share
 from kvbelt.wire.ids import EngineId, SlotName, TransferId
 from kvbelt.wire.layout import KVLayout
 
@@ -96,7 +97,7 @@ class SenderSession(Machine[s.SenderState, s.SenderEvent, SenderCommand]):
         self.receiver = receiver
         self.num_tokens = num_tokens
         self.num_blocks = layout.blocks(num_tokens)
-        self.num_bytes = layout.slot_bytes(self.num_blocks)
+        self._layout = layout
         self.deadline = deadline
         self.prefix = prefix
         self.on_blocks_free = on_blocks_free
@@ -116,6 +117,16 @@ class SenderSession(Machine[s.SenderState, s.SenderEvent, SenderCommand]):
         self._beat_at = now
         self._stop_by = now
         self._leave_by = now
+
+    @property
+    def share(self) -> Share:
+        """What of every block travels; all of it as long as the peer is not known."""
+        peer = self.peer
+        return peer.share if peer is not None and peer.share is not None else Share(self._layout)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.share.layout.slot_bytes(self.num_blocks)
 
     @property
     def failure(self) -> str | None:
