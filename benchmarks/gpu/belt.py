@@ -104,7 +104,7 @@ class Side:
         self.belt = make_belt(settings, identity, channel, self.pages.rows)
         self.belt.start()
         self.compute = CudaCompute(self.device) if shape.device == "cuda" else CpuCompute()
-        self.side = WorkerSide(self.belt, self.layout, self.compute)
+        self.side = WorkerSide(self.belt, self.compute)
 
     def close(self) -> None:
         self.belt.close()

@@ -326,3 +326,13 @@ async def test_an_answer_that_tells_its_experts_is_one_worker_s():
         got = await deployment.ask(body)
         assert got.path == "local; reason=routed_experts"
         assert got.json["choices"] == (await deployment.ask_alone(body)).json["choices"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"seed": 4}], ids=["first-token", "re-derive"])
+@async_test
+async def test_the_decode_worker_hears_how_many_ranks_send(fields):
+    """It waits for KV from as many ranks as the prefill worker says that it has."""
+    async with Deployment() as deployment:
+        deployment.prefill[0].script.transfer_state = {"transfer_id": "t", "state": "open", "tp_size": 2}
+        await deployment.ask({"prompt": "x", "max_tokens": 9} | fields)
+        assert generated(deployment.decode[0])[0]["kv_transfer_params"]["tp_size"] == 2

@@ -79,9 +79,11 @@ def prefill_leg(
     return deployment.prefill[0].post("/v1/completions", body | {"kv_transfer_params": handoff})
 
 
-def decode_leg(deployment: Deployment, ids: list[int], transfer_id: str, seconds: float = 20.0) -> dict[str, Any]:
-    """A proxy's request to a decode server."""
-    handoff = {"transfer_id": transfer_id, "deadline_seconds": seconds}
+def decode_leg(
+    deployment: Deployment, ids: list[int], transfer_id: str, seconds: float = 20.0, **more: Any
+) -> dict[str, Any]:
+    """A proxy's request to a decode server; ``more`` of the handoff."""
+    handoff = {"transfer_id": transfer_id, "deadline_seconds": seconds, **more}
     body = {"model": "demo", "prompt": ids, "temperature": 0, "max_tokens": TOKENS - 1, "return_token_ids": True}
     return deployment.decode[0].post("/v1/completions", body | {"kv_transfer_params": handoff})
 

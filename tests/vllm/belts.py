@@ -29,6 +29,7 @@ from kvbelt.vllm.worker_side import WorkerSide
 from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff
 from kvbelt.wire.ids import EngineId, TransferId
 from kvbelt.wire.layout import KVLayout
+from kvbelt.wire.shards import heads_of
 from tests.channels.memory import MemoryChannel, MemoryNetwork
 
 LAYERS, BLOCKS, BLOCK, WIDTH = 3, 20, 16, 8
@@ -48,19 +49,33 @@ class BeltServer:
         network: MemoryNetwork,
         rank: Rank = Rank(),  # noqa: B008
         windows: tuple[int, ...] = (),
+        *,
+        kv_heads: int | None = None,
+        tokens_first: bool = False,
         **settings: Any,
     ) -> None:
-        self.kv = {f"model.layers.{i}.attn": torch.randn(BLOCKS, 2, BLOCK, WIDTH) for i in range(LAYERS)}
-        block_bytes = 2 * BLOCK * WIDTH * 4
-        pages = pages_of(self.kv, BLOCKS, block_bytes, "test")
-        layout = KVLayout(LAYERS, 2, WIDTH // 2, BLOCK, "float32", pages.order, block_bytes, windows)
+        kv_heads = 2 * rank.size if kv_heads is None else kv_heads
+        self.heads = heads_of(rank.number, rank.size, kv_heads)
+        heads = len(self.heads)
+
+        def layer() -> torch.Tensor:
+            if tokens_first:
+                return torch.randn(BLOCKS, BLOCK, heads, WIDTH).permute(0, 2, 1, 3)
+            return torch.randn(BLOCKS, heads, BLOCK, WIDTH)
+
+        self.kv = {f"model.layers.{i}.attn": layer() for i in range(LAYERS)}
+        block_bytes = heads * BLOCK * WIDTH * 4
+        pages = pages_of(self.kv, BLOCKS, block_bytes, "test", heads)
+        layout = KVLayout(
+            LAYERS, heads, WIDTH // 2, BLOCK, "float32", pages.order, block_bytes, windows, pages.head_runs
+        )
         self.layout, self._groups = layout, 1 + len(windows)
         staging = torch.zeros(LAYERS * BLOCKS * block_bytes, dtype=torch.uint8)
         region = Region(staging.data_ptr(), staging.numel(), "cpu")
         sends = role == "prefill"
         copy = TorchPagedCopy(pages.rows, staging if sends else None, None if sends else staging)
         engine_id = EngineId(uuid.uuid4().hex)
-        identity = BeltIdentity(engine_id, role, "m", "f", layout, tp_rank=rank.number, tp_size=rank.size)
+        identity = BeltIdentity(engine_id, role, "m", "f", layout, rank.number, rank.size, kv_heads)
         channel = MemoryChannel(identity.engine_id, network)
         held = HeldPrefixes()
         send, receive = (region, None) if sends else (None, region)
@@ -68,9 +83,7 @@ class BeltServer:
         self.belt.start()
         self.host = HostWorker(host_memory(pages.rows, LAYERS * block_bytes * 10)) if sends else None
         views = Background(partial(view_of, self.belt, NixlChannel(engine_id)))
-        self.side = WorkerSide(
-            self.belt, layout, CpuCompute(), self.host, held, rank.number, views, [self._groups] * LAYERS
-        )
+        self.side = WorkerSide(self.belt, CpuCompute(), self.host, held, views, [self._groups] * LAYERS)
         self.identity = RankIdentity(engine_id, self.belt.receiver_address(), 0, of_this_process(role))
 
     def step(self, commands: StepCommands, *, hooks: bool = True) -> None:

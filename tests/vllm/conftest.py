@@ -1,7 +1,8 @@
 """One fleet of real vLLM servers for all tests of this folder that ask for it. Skipped where vLLM is not installed.
 
 ``KVBELT_VLLM_SHAPE`` is ``1p1d`` (default) or ``2p2d``; ``KVBELT_VLLM_ARGUMENTS`` goes to every server, for other block
-and chunk sizes; ``KVBELT_VLLM_HOST_GB`` gives prefill servers host memory. ``scripts/test-vllm`` runs combinations.
+and chunk sizes, and ``KVBELT_VLLM_PREFILL_ARGUMENTS`` and ``KVBELT_VLLM_DECODE_ARGUMENTS`` to those of one side;
+``KVBELT_VLLM_HOST_GB`` gives prefill servers host memory. ``scripts/test-vllm`` runs combinations.
 """
 
 import contextlib
@@ -78,7 +79,8 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     number = int(os.environ.get("KVBELT_VLLM_SHAPE", "1p1d")[0])
     logs = tmp_path_factory.mktemp("vllm")
     fleet = Fleet(Path(model), logs)
-    extra = [*shlex.split(os.environ.get("KVBELT_VLLM_ARGUMENTS", "")), *TOOLS]
+    extra = [*_arguments(""), *TOOLS]
+    of_prefill, of_decode = [*extra, *_arguments("PREFILL_")], [*extra, *_arguments("DECODE_")]
     keys = logs / "keys"
     write_new_keys(keys, ["proxy", "prefill", "decode"])
     notify = free_port()
@@ -95,17 +97,22 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         chunks = () if "--max-num-batched-tokens" in extra else ("--max-num-batched-tokens", "256")
         prefill = [
             fleet.start(
-                f"prefill{i}", kvbelt("kv_producer", **told), *extra, *chunks, core=i % cores, traces=by_grpc(collector)
+                f"prefill{i}",
+                kvbelt("kv_producer", **told),
+                *of_prefill,
+                *chunks,
+                core=i % cores,
+                traces=by_grpc(collector),
             )
             for i in range(number)
         ]
         # The first loads at once what is at hand; a second one, or one with several ranks, beside its batch.
-        one_process = "--tensor-parallel-size" not in extra
+        one_process = "--tensor-parallel-size" not in of_decode
         decode = [
             fleet.start(
                 f"decode{i}",
                 kvbelt("kv_consumer", **proxied, **keys_for("decode", keys)),
-                *extra,
+                *of_decode,
                 core=(i + 1) % cores,
                 traces=by_http(collector),
                 one_process=one_process and i == 0,
@@ -117,6 +124,10 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         found = Deployment(plain, prefill, decode, proxy, collector, 0)
         wait_until(lambda: all(worker["engine_id"] for worker in found.workers()))
         yield replace(found, ready_ns=time.time_ns())
+
+
+def _arguments(side: str) -> list[str]:
+    return shlex.split(os.environ.get(f"KVBELT_VLLM_{side}ARGUMENTS", ""))
 
 
 def by_grpc(collector: "Collector") -> Traces:

@@ -205,9 +205,11 @@ def test_one_lost_rank_reports_its_own_loss(ranks: dict[str, list[BeltServer]]) 
     assert first.plus(second).received["a"] == second.received["a"] != ""
 
 
-def test_a_rank_without_a_counterpart_sends_nothing(decode: BeltServer, ranks: dict[str, list[BeltServer]]) -> None:
-    """Every rank refuses a receiver of another tensor-parallel size, and no block is held."""
-    order = send(decode, "a", 16)
+def test_heads_that_cannot_be_dealt_are_not_sent(decode: BeltServer, ranks: dict[str, list[BeltServer]]) -> None:
+    """Every rank refuses a receiver of three ranks for its four heads, and no block is held."""
+    receiver = together([decode.identity] * 3).receiver
+    assert receiver is not None
+    order = Send("a", PrefillHandoff(TransferId("a"), receiver, 10.0), 16)
     for rank in ranks["prefill"]:
         rank.step(StepCommands(sends=(order,), written=(Written("a", 0, (1,), True),)))
         assert rank.side.finished({"a"})[0] or until(lambda rank=rank: rank.side.finished(set())[0]) == {"a"}

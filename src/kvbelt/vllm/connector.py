@@ -298,6 +298,7 @@ class KVBeltConnector(KVConnectorBase_V1):
                 answer,
                 adapter=adapter_of(request.lora_request),
                 reasoning=self._reasoning.of(request.prompt_token_ids),
+                tp_size=self._num_ranks,
                 special_tokens=keeps_special_tokens(request.sampling_params),
             )
         self._uncut.discard(request.request_id)

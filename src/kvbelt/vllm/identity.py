@@ -48,6 +48,14 @@ class ServerFacts:
     max_model_len: int
 
 
+def kv_heads_of(on_rank: int, num_ranks: int, of_model: int) -> int:
+    """The model's KV heads, if they are dealt to the ranks in order, as vLLM does; 0: they are not.
+
+    Layers of one model may differ, so what vLLM says of the model must fit what the rank has.
+    """
+    return of_model if on_rank == max(1, of_model // num_ranks) else 0
+
+
 def together(ranks: Sequence[RankIdentity]) -> RankIdentity:
     """The whole server, under the name of its rank 0. Raises StartError: some ranks receive and others do not."""
     first = ranks[0]

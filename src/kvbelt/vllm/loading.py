@@ -17,7 +17,7 @@ from kvbelt.transfer.belt import Belt
 from kvbelt.transfer.ports import Lost, ReceivedKV, SlotGoneError
 from kvbelt.vllm.groups import to_fill
 from kvbelt.vllm.step_messages import Arrived, Claim, Load, StepCommands
-from kvbelt.wire.layout import KVLayout
+from kvbelt.wire.shards import pieces_for, transfer_of
 
 log = logging.getLogger(__name__)
 
@@ -28,20 +28,30 @@ _LOADERS = 4
 
 @dataclass(slots=True, eq=False)
 class Incoming:
-    """One prompt whose KV comes, from its claim until the end of its load was reported or it was dropped."""
+    """One prompt whose KV comes, from its claim until the end of its load was reported or it was dropped.
 
-    cancel: Callable[[], None] = lambda: None
+    It comes in ``pieces``: one from each rank of the prefill server that has some of the heads that this rank has.
+    """
+
+    pieces: int
+    cancels: list[Callable[[], None]] = field(default_factory=list)
     load: Load | None = None
-    arrival: ReceivedKV | Lost | None = None
+    arrivals: list[ReceivedKV | Lost] = field(default_factory=list)  #: that no loader has
     dropped: bool = False
-    loading: bool = False  #: a loader has it, or has had it
+    ended: int = 0  #: pieces that loaders are done with
+    heads: set[int] = field(default_factory=set)  #: of which the blocks are filled
+    reason: str = ""  #: why the first piece that was not loaded was not
     looked: threading.Event = field(default_factory=threading.Event)  #: the belt has said what was there at the claim
+
+    def cancel(self) -> None:
+        for cancel in self.cancels:
+            cancel()
 
 
 class Loading:
-    def __init__(self, belt: Belt, layout: KVLayout) -> None:
+    def __init__(self, belt: Belt) -> None:
         self._belt = belt
-        self._layout = layout
+        self._layout = belt.identity.layout
         self._lock = threading.Lock()
         self._incoming: dict[str, Incoming] = {}
         self._threads = ThreadPoolExecutor(_LOADERS, thread_name_prefix="kvbelt-load")
@@ -73,8 +83,8 @@ class Loading:
             return None
         incoming.looked.wait(seconds)
         with self._lock:
-            arrival = incoming.arrival
-        if arrival is None or isinstance(arrival, Lost) or not arrival.whole:
+            arrival = incoming.arrivals[0] if incoming.arrivals and incoming.pieces == 1 else None
+        if arrival is None or isinstance(arrival, Lost) or not arrival.whole or self._heads(arrival) != self._all_heads:
             return None
         return Arrived(arrival.num_tokens, arrival.first_block)
 
@@ -101,13 +111,23 @@ class Loading:
         """Wait for the loaders. The belt must have been closed."""
         self._threads.shutdown(wait=True)
 
+    @property
+    def _all_heads(self) -> range:
+        return range(self._layout.num_kv_heads)
+
+    def _heads(self, received: ReceivedKV) -> range:
+        return self._all_heads if received.heads is None else received.heads
+
     def _claim(self, claim: Claim) -> None:
-        handoff, incoming = claim.handoff, Incoming()
-        self._incoming[claim.request_id] = incoming
+        handoff, us = claim.handoff, self._belt.identity
+        pieces = pieces_for(us.tp_rank, handoff.tp_size or us.tp_size, us.tp_size, us.model_heads)
+        # A prefill server whose heads cannot be dealt to our ranks sends nothing.
+        names = [transfer_of(handoff.transfer_id, piece) for piece in pieces] or [handoff.transfer_id]
+        self._incoming[claim.request_id] = incoming = Incoming(len(names))
         on_arrival = partial(self._on_arrival, claim.request_id, incoming)
-        incoming.cancel = self._belt.receive(
-            handoff.transfer_id, handoff.deadline_seconds, on_arrival, incoming.looked.set
-        )
+        for name in names:
+            cancel = self._belt.receive(name, handoff.deadline_seconds, on_arrival, incoming.looked.set)
+            incoming.cancels.append(cancel)
 
     def _drop(self, request_id: str) -> None:
         """Give up a claim. The end of a load that was commanded is still reported: vLLM waits for its blocks."""
@@ -124,42 +144,53 @@ class Loading:
 
     def _on_arrival(self, request_id: str, incoming: Incoming, arrival: ReceivedKV | Lost) -> None:
         with self._lock:
-            incoming.arrival = arrival
+            incoming.arrivals.append(arrival)
         self._go_on(request_id, incoming)
 
     def _go_on(self, request_id: str, incoming: Incoming) -> None:
-        """Hand it to a loader once everything that the loader needs is there."""
-        with self._lock:
-            arrival, load = incoming.arrival, incoming.load
-            if arrival is None or incoming.loading or (load is None and not incoming.dropped):
-                return
-            incoming.loading = True
-        self._threads.submit(self._finish_load, request_id, incoming, arrival, load)
+        """Hand what has arrived to loaders once everything that they need is there.
 
-    def _finish_load(self, request_id: str, incoming: Incoming, arrival: ReceivedKV | Lost, load: Load | None) -> None:
-        """Loader's thread: fill the blocks, release the slot, report."""
-        reason = "dropped"
+        Each piece at once: the slot of one must not wait for another piece, which may wait for room.
+        """
+        with self._lock:
+            load = incoming.load
+            if load is None and not incoming.dropped:
+                return
+            arrivals, incoming.arrivals = incoming.arrivals, []
+        for arrival in arrivals:
+            self._threads.submit(self._load_piece, request_id, incoming, arrival, load)
+
+    def _load_piece(self, request_id: str, incoming: Incoming, arrival: ReceivedKV | Lost, load: Load | None) -> None:
+        """Loader's thread: fill the blocks, release the slot; with the last piece, report."""
+        reason, heads = "dropped", range(0)
         try:
             if isinstance(arrival, Lost):
                 reason = arrival.reason
-                if not incoming.dropped:
+                if not incoming.dropped and not incoming.reason:
                     log.warning("the KV of request %s did not come: %s (%s)", request_id, reason, arrival.detail)
             elif load is not None and not incoming.dropped:
                 reason = self._fill(request_id, arrival, load)
+                heads = self._heads(arrival)
         finally:
             if not isinstance(arrival, Lost):
                 arrival.release()
-            if load is not None:
-                with self._lock:
+            with self._lock:
+                incoming.ended += 1
+                incoming.reason = incoming.reason or reason
+                incoming.heads.update(heads)
+                over = incoming.ended == incoming.pieces
+                if over and load is not None:
                     del self._incoming[request_id]
                     self._loaded.add(request_id)
+                    reason = incoming.reason or ("" if incoming.heads.issuperset(self._all_heads) else "heads_missing")
                     self._report(load, reason, bad=bool(reason) and not incoming.dropped)
+            if reason and not over:
+                incoming.cancel()  # without one piece the others are of no use
 
     def _load_now(self, load: Load) -> None:
         """Model runner's thread: load what has arrived, for the forward pass that follows."""
         with self._lock:
-            arrival = self._incoming.pop(load.request_id).arrival
-        assert arrival is not None
+            (arrival,) = self._incoming.pop(load.request_id).arrivals
         assert not isinstance(arrival, Lost)  # ``arrived`` has said so, and KV that has arrived stays
         try:
             reason = self._fill(load.request_id, arrival, load)

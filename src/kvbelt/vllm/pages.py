@@ -4,6 +4,7 @@ The order of keys and values inside a row depends on the attention backend (on C
 compares it as ``order``; it is never interpreted.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from kvbelt.errors import StartError
+
+_NAMES = ("blocks", "heads", "tokens", "content")
 
 _LAYER_NUMBER = re.compile(r"\.(\d+)(?:\.|$)")
 
@@ -22,12 +25,14 @@ class Pages:
     Attributes:
         rows: one tensor a layer, ``uint8 [num_blocks, block_bytes]``, over vLLM's own memory.
         layer_of: vLLM's name of a layer to its place in ``rows``; layers that share memory share the place.
-        order: backend, type, shape and strides of a block, for the handshake; all of them where layers differ.
+        order: backend, type and dimensions of a block, for the handshake; all of them where layers differ.
+        head_runs: of ``wire.layout.KVLayout``.
     """
 
     rows: list[torch.Tensor]
     layer_of: dict[str, int]
     order: str
+    head_runs: int = 0
 
     def sharing(self, group_of: Mapping[str, int]) -> list[int]:
         """How many groups have a layer at each place; ``group_of`` a layer is the first where it is not named."""
@@ -37,8 +42,10 @@ class Pages:
         return [len(each) for each in groups]
 
 
-def pages_of(kv_caches: Mapping[str, torch.Tensor], num_blocks: int, block_bytes: int, backend: str) -> Pages:
-    """View the tensors that vLLM registers.
+def pages_of(
+    kv_caches: Mapping[str, torch.Tensor], num_blocks: int, block_bytes: int, backend: str, num_kv_heads: int = 0
+) -> Pages:
+    """View the tensors that vLLM registers. ``num_kv_heads``: in each; 0: it does not matter.
 
     Raises:
         StartError: a layer's blocks are not each one run of ``block_bytes`` bytes.
@@ -47,6 +54,7 @@ def pages_of(kv_caches: Mapping[str, torch.Tensor], num_blocks: int, block_bytes
     layer_of: dict[str, int] = {}
     place_of_address: dict[int, int] = {}
     orders: dict[str, None] = {}
+    runs: set[int] = set()
     for name in sorted(kv_caches, key=_in_model_order):
         tensor = kv_caches[name]
         if not isinstance(tensor, torch.Tensor):
@@ -54,14 +62,31 @@ def pages_of(kv_caches: Mapping[str, torch.Tensor], num_blocks: int, block_bytes
                 f"layer {name} keeps its state in a {type(tensor).__name__}; only attention KV can be moved"
             )
         row, address = _rows(name, tensor, num_blocks, block_bytes), tensor.data_ptr()
-        orders[f"{backend} {tensor.dtype} {tuple(tensor.shape[1:])} {tensor.stride()[1:]}".replace("torch.", "")] = None
+        dimensions, head_runs = _inside(tensor, num_blocks, num_kv_heads)
+        orders[f"{backend} {tensor.dtype} {dimensions}".replace("torch.", "")] = None
+        runs.add(head_runs)
         if address not in place_of_address:
             place_of_address[address] = len(rows)
             rows.append(row)
         layer_of[name] = place_of_address[address]
     if not rows:
         raise StartError("vLLM has registered no KV cache; a model without attention cannot be disaggregated")
-    return Pages(rows, layer_of, "; ".join(orders))
+    return Pages(rows, layer_of, "; ".join(orders), runs.pop() if len(runs) == 1 else 0)
+
+
+def _inside(tensor: torch.Tensor, num_blocks: int, num_kv_heads: int) -> tuple[str, int]:
+    """The dimensions of a block in words, and how often all heads follow each other in one; 0: that is not known.
+
+    Named ``[blocks, heads, tokens, content]`` vLLM's dimensions are told without the heads, from the outermost in.
+    """
+    shape, strides = tensor.shape, tensor.stride()
+    if len(shape) != 4 or shape[1] != num_kv_heads:
+        return f"{tuple(shape[1:])} {strides[1:]}", 0
+    # A dimension of one element may have any stride, and lies nowhere.
+    others = sorted((place for place in (2, 3) if shape[place] > 1), key=lambda place: -strides[place])
+    told = " ".join(f"{shape[place]} {_NAMES[place]}" for place in others)
+    outside = [shape[place] for place in others if num_kv_heads > 1 and strides[place] > strides[1]]
+    return told, shape[0] // num_blocks * math.prod(outside)
 
 
 def _in_model_order(name: str) -> tuple[int, str]:

@@ -20,7 +20,7 @@ from kvbelt.vllm.groups import Groups
 from kvbelt.vllm.held_prefixes import HeldPrefixes
 from kvbelt.vllm.host_memory import host_memory
 from kvbelt.vllm.host_worker import HostWorker
-from kvbelt.vllm.identity import Rank, RankIdentity, model_fingerprint
+from kvbelt.vllm.identity import Rank, RankIdentity, kv_heads_of, model_fingerprint
 from kvbelt.vllm.pages import pages_of
 from kvbelt.vllm.proof import prove
 from kvbelt.vllm.worker_side import WorkerSide
@@ -69,18 +69,21 @@ def start_rank(  # noqa: PLR0917 -- what vLLM knows, and what we do
         layer: number for number, group in enumerate(kv_cache_config.kv_cache_groups) for layer in group.layer_names
     }
     name, first = next(iter(kv_caches.items()))
-    pages = pages_of(kv_caches, kv_cache_config.num_blocks, spec.page_size_bytes, _backend(vllm_config, name))
+    num_blocks, num_kv_heads = kv_cache_config.num_blocks, getattr(spec, "num_kv_heads", 1)
+    backend = _backend(vllm_config, name)
+    pages = pages_of(kv_caches, num_blocks, spec.page_size_bytes, backend, num_kv_heads)
     with torch.inference_mode():  # so that the memory may be written, however vLLM has allocated it
         prove(kv_caches, pages)
     layout = KVLayout(
         num_layers=len(pages.rows),
-        num_kv_heads=getattr(spec, "num_kv_heads", 1),
+        num_kv_heads=num_kv_heads,
         head_dim=getattr(spec, "head_size", 0),
         block_size=spec.block_size,
         dtype=str(first.dtype).removeprefix("torch."),
         order=pages.order,
         block_bytes=spec.page_size_bytes,
         windows=groups.windows,
+        head_runs=pages.head_runs,
     )
     model = vllm_config.model_config
     weights = model_fingerprint(
@@ -92,7 +95,8 @@ def start_rank(  # noqa: PLR0917 -- what vLLM knows, and what we do
     engine_id = new_engine_id(settings.keys)
     device, held = first.device, HeldPrefixes()
     channel = channel_for(settings, engine_id, device)
-    who = BeltIdentity(engine_id, settings.role, model_name, weights, layout, rank.number, rank.size)
+    kv_heads = kv_heads_of(layout.num_kv_heads, rank.size, 1 if model.use_mla else model.get_total_num_kv_heads())
+    who = BeltIdentity(engine_id, settings.role, model_name, weights, layout, rank.number, rank.size, kv_heads)
     belt = make_belt(settings, who, channel, pages.rows, held)
     belt.start()
     host = None
@@ -116,7 +120,7 @@ def start_rank(  # noqa: PLR0917 -- what vLLM knows, and what we do
         settings.buffer_bytes,
     )
     return RankProcess(
-        WorkerSide(belt, layout, compute, host, held, rank.number, views, pages.sharing(group_of)),
+        WorkerSide(belt, compute, host, held, views, pages.sharing(group_of)),
         pages.layer_of,
         group_of,
         identity,

@@ -27,12 +27,16 @@ from kvbelt.vllm.loading import Loading
 from kvbelt.vllm.step_messages import Send, StepCommands, StepReport, Written
 from kvbelt.wire.handoff import ReceiverAddress
 from kvbelt.wire.ids import EngineId
-from kvbelt.wire.layout import KVLayout
+from kvbelt.wire.shards import Piece, pieces_for, pieces_from, transfer_of
 
 log = logging.getLogger(__name__)
 
 #: How long a preempted request's blocks are waited for. The belt needs one turn of its thread, and one copy.
 PREEMPT_SECONDS = 2.0
+
+
+class SplitError(Exception):
+    """Two servers have tensor-parallel degrees between which heads cannot be dealt."""
 
 
 @dataclass(slots=True, eq=False)
@@ -42,10 +46,15 @@ class Outgoing:
     It exists from the first step that reads its blocks until vLLM has them back.
     """
 
-    sending: Sending | None = None
+    sendings: list[Sending] = field(default_factory=list)  #: one to each rank that gets something of it
     complete: bool = False  #: every block has been handed over
     finished: bool = False  #: vLLM waits for the blocks
     blocks_free: threading.Event = field(default_factory=threading.Event)  #: the belt reads them no more
+    read_by: int = 0  #: sendings that read its blocks; the belt's thread counts them down
+
+    def cancel(self, reason: str) -> None:
+        for sending in self.sendings:
+            sending.cancel(reason)
 
 
 class WorkerSide:
@@ -54,22 +63,20 @@ class WorkerSide:
     def __init__(  # noqa: PLR0917 -- its seams
         self,
         belt: Belt,
-        layout: KVLayout,
         compute: CpuCompute | CudaCompute,
         host: HostWorker | None = None,
         held: HeldPrefixes | None = None,
-        rank: int = 0,
         views: Background[BeltView] | None = None,
         sharing: Sequence[int] | None = None,
     ) -> None:
         """``sharing``: how many groups of layers have a layer in each row of a block; None: one."""
-        self.loading = Loading(belt, layout)
+        self.loading = Loading(belt)
         self._belt = belt
-        self._rank = rank
+        self._rank = belt.identity.tp_rank
         self._held = held
         self._views = views
         self._host = host
-        self._sharing = sharing or [1] * layout.num_layers
+        self._sharing = sharing or [1] * belt.identity.layout.num_layers
         self._compute = compute
         self._lock = threading.Lock()
         self._outgoing: dict[str, Outgoing] = {}
@@ -135,10 +142,11 @@ class WorkerSide:
             for layer, sharing in enumerate(self._sharing):
                 if len(self._written.get(layer, ())) < sharing:
                     self._hand_over(layer, mark)
-        for outgoing, sending, prompt in self._sendings():
+        for outgoing, prompt in self._written_now():
             if prompt.last:
                 outgoing.complete = True
-                self._compute.after(mark, sending.computed)
+                for sending in outgoing.sendings:
+                    self._compute.after(mark, sending.computed)
         self._step = StepCommands()
 
     def finished(self, finished_ids: set[str]) -> tuple[set[str], set[str]]:
@@ -148,8 +156,8 @@ class WorkerSide:
             if outgoing is None:
                 continue
             outgoing.finished = True
-            if not outgoing.complete and outgoing.sending is not None:
-                outgoing.sending.cancel("aborted")
+            if not outgoing.complete:
+                outgoing.cancel("aborted")
         sent = {
             name
             for name, one in self._outgoing.items()
@@ -195,17 +203,38 @@ class WorkerSide:
 
     # Sending.
 
+    def _targets(self, receiver: ReceiverAddress) -> list[tuple[Piece, ReceiverAddress]]:
+        """What this rank sends to which ranks of a decode server.
+
+        Raises:
+            SplitError: the heads cannot be dealt to the ranks of both.
+        """
+        us, receivers = self._belt.identity, 1 + len(receiver.ranks)
+        if not pieces_for(0, us.tp_size, receivers, us.model_heads):
+            raise SplitError(
+                f"the receiver has {receivers} tensor-parallel ranks, here are {us.tp_size}, and "
+                f"{us.model_heads or 'an unknown number of'} KV heads cannot be dealt to both"
+            )
+        pieces = pieces_from(us.tp_rank, us.tp_size, receivers, us.model_heads)
+        return [(piece, receiver.of_rank(piece.receiver)) for piece in pieces]
+
     def _warm(self, receiver: ReceiverAddress) -> None:
+        reasons: list[str] = []
+        targets: list[tuple[Piece, ReceiverAddress]] = []
+
         def on_end(outcome: PeerOutcome) -> None:
             if not outcome.ok:
-                log.warning("decode server %s is not connected: %s (%s)", address, outcome.reason, outcome.detail)
+                log.warning("decode server %s is not connected: %s (%s)", receiver, outcome.reason, outcome.detail)
             with self._lock:
-                self._peers[receiver.engine_id] = "" if outcome.ok else outcome.reason
+                reasons.append(outcome.reason)
+                if len(reasons) >= len(targets):
+                    self._peers[receiver.engine_id] = max(reasons)
 
-        address = receiver.of_rank(self._rank)
-        if address is None:
-            on_end(PeerOutcome(ok=False, reason="refused_tp_size", detail=f"it has no rank {self._rank}"))
-        else:
+        try:
+            targets = self._targets(receiver)
+        except SplitError as error:
+            on_end(PeerOutcome(ok=False, reason="refused_tp_size", detail=str(error)))
+        for _, address in targets:
             self._belt.warm(address, on_end)
 
     def _begin_to_send(self, send: Send) -> None:
@@ -216,37 +245,44 @@ class WorkerSide:
             if not outcome.ok:
                 log.warning("the KV of request %s was not sent: %s (%s)", request_id, outcome.reason, outcome.detail)
             with self._lock:
-                self._sent[request_id] = "" if outcome.ok else outcome.reason
+                self._sent[request_id] = self._sent.get(request_id) or ("" if outcome.ok else outcome.reason)
 
-        receiver = send.handoff.receiver.of_rank(self._rank)
-        if receiver is None:
-            # Rank 0's handshake is refused for the same reason; this rank has no receiver to shake hands with.
+        def on_blocks_free() -> None:
+            outgoing.read_by -= 1
+            if not outgoing.read_by:
+                outgoing.blocks_free.set()
+
+        try:
+            targets = self._targets(send.handoff.receiver)
+        except SplitError as error:
             outgoing.blocks_free.set()
-            num_ranks = 1 + len(send.handoff.receiver.ranks)
-            detail = f"the receiver has {num_ranks} tensor-parallel ranks, here is rank {self._rank}"
-            on_end(TransferOutcome(ok=False, reason="refused_tp_size", detail=detail))
+            on_end(TransferOutcome(ok=False, reason="refused_tp_size", detail=str(error)))
             return
-        handoff = msgspec.structs.replace(send.handoff, receiver=receiver)
-        outgoing.sending = self._belt.send(
-            handoff, send.num_tokens, outgoing.blocks_free.set, on_end, send.prefix_hashes
-        )
+        outgoing.read_by = len(targets)
+        if not targets:  # another rank has the same heads, and sends them
+            outgoing.blocks_free.set()
+        for piece, address in targets:
+            transfer_id = transfer_of(send.handoff.transfer_id, piece)
+            handoff = msgspec.structs.replace(send.handoff, transfer_id=transfer_id, receiver=address)
+            sending = self._belt.send(handoff, send.num_tokens, on_blocks_free, on_end, send.prefix_hashes)
+            outgoing.sendings.append(sending)
 
-    def _sendings(self) -> Iterable[tuple[Outgoing, Sending, Written]]:
+    def _written_now(self) -> Iterable[tuple[Outgoing, Written]]:
         for prompt in self._step.written:
             outgoing = self._outgoing.get(prompt.request_id)
-            if outgoing is not None and outgoing.sending is not None:
-                yield outgoing, outgoing.sending, prompt
+            if outgoing is not None and outgoing.sendings:
+                yield outgoing, prompt
 
     def _hand_over(self, layer: int, mark: Any) -> None:
-        for _, sending, prompt in self._sendings():
-            sending.blocks_written(layer, prompt.first, prompt.block_ids, mark)
+        for outgoing, prompt in self._written_now():
+            for sending in outgoing.sendings:
+                sending.blocks_written(layer, prompt.first, prompt.block_ids, mark)
 
     def _give_up(self, request_id: str) -> None:
         outgoing = self._outgoing.pop(request_id, None)
         if outgoing is None:
             return
-        if outgoing.sending is not None:
-            outgoing.sending.cancel("preempted")
+        outgoing.cancel("preempted")
         free = outgoing.blocks_free.wait(PREEMPT_SECONDS)
         kept = self._host is None or self._host.give_up(request_id, PREEMPT_SECONDS)
         if not free or not kept:

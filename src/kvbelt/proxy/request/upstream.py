@@ -71,7 +71,9 @@ class UpstreamCalls:
         self._attempt: Attempt  # the latest call
         self._sending: Attempt  # the latest call that sends KV
         self._reads_kv = False  # the latest decode call
-        self._adapter = ""  # of the latest prefill worker's answer
+        # Of the latest prefill worker's answer.
+        self._adapter = ""
+        self._tp_size: int | None = None
         self._model = ""  # that the client asks for
 
     @property
@@ -140,7 +142,8 @@ class UpstreamCalls:
             return self._failed(Outcome.PREFILL_FAILED, "prefill_bad_answer", f"{worker.name}: {error}")
         self._attempt.end()
         self._model = client.fields.model
-        self._adapter = answer.handoff.adapter if answer.handoff is not None else ""
+        told = answer.handoff
+        self._adapter, self._tp_size = (told.adapter, told.tp_size) if told is not None else ("", None)
         return answer
 
     async def _call_prefill(self, body: bytes, transfer_id: TransferId, *, may_repeat: bool) -> Response | Result:
@@ -272,7 +275,7 @@ class UpstreamCalls:
         handoff = None
         if kv:
             seconds = min(self._settings.kv_wait_seconds, self._kv_seconds(1.0))
-            handoff = DecodeHandoff(TransferId(self._sending.transfer_id), seconds, self._adapter)
+            handoff = DecodeHandoff(TransferId(self._sending.transfer_id), seconds, self._adapter, self._tp_size)
         response = await worker.post(target, self._headers_of(self._attempt), make_body(handoff))
         self._open.append(response)
         if not kv:

@@ -1,0 +1,52 @@
+"""Prefill and decode servers with different tensor-parallel degrees, against one plain server: the same answers.
+
+``scripts/test-vllm`` gives each side its ``--tensor-parallel-size``.
+"""
+
+import os
+import uuid
+
+import pytest
+
+from tests.e2e.prompts import TWENTY, long_text
+from tests.vllm.asking import ask, decode_leg, prefill_leg
+from tests.vllm.conftest import Deployment, wait_until
+
+SIDES = tuple(os.environ.get(f"KVBELT_VLLM_{side}_ARGUMENTS", "") for side in ("PREFILL", "DECODE"))
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not any("tensor-parallel-size" in each for each in SIDES), reason="equal degrees"),
+]
+
+
+def test_kv_arrives_from_every_rank(deployment: Deployment) -> None:
+    """A prompt's KV is used where the other side has another number of ranks."""
+    prompt, transfer_id = "By some ranks: " + long_text(150, start=31), uuid.uuid4().hex
+    first = prefill_leg(deployment, prompt, transfer_id)
+    told = first["kv_transfer_params"]
+    assert told["state"] == "open"
+    choice = first["choices"][0]
+    rest = decode_leg(
+        deployment, choice["prompt_token_ids"] + choice["token_ids"], transfer_id, tp_size=told["tp_size"]
+    )
+    assert rest["kv_transfer_params"] == {"transfer_id": transfer_id, "kv": "received"}
+    _, _, (_, _, expected) = ask(deployment.plain, {"prompt": prompt})
+    assert choice["token_ids"] + rest["choices"][0]["token_ids"] == expected[3]
+
+
+def test_prompts_through_the_proxy(deployment: Deployment) -> None:
+    """Every answer equals the plain server's, on the fast path, and all that was sent was received."""
+    for body in TWENTY:
+        _, _, expected = ask(deployment.plain, body)
+        way, _, got = ask(deployment.proxy, body)
+        assert got == expected
+        assert way.startswith(("first-token", "re-derive; reason=incomplete_text"))
+
+    def moved(name: str, side: str) -> float:
+        return sum(server.metric(name) for server in getattr(deployment, side))
+
+    wait_until(
+        lambda: 0 < moved("kvbelt_sent_bytes_total", "prefill") == moved("kvbelt_received_bytes_total", "decode")
+    )
