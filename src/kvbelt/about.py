@@ -29,12 +29,26 @@ VARIABLES = (
 )
 
 
+def on_this_host(device: str, visible: str | None) -> str:
+    """PyTorch's name of a device with the host's number of the GPU, or its UUID.
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``cuda:N``, of those that the process sees.
+        visible: ``CUDA_VISIBLE_DEVICES``.
+    """
+    kind, _, number = device.partition(":")
+    names = [name.strip() for name in (visible or "").split(",") if name.strip()]
+    if kind != "cuda" or not number.isdecimal():
+        return device
+    return f"cuda:{names[int(number)]}" if int(number) < len(names) else device
+
+
 def of_this_process(role: str, engine: str = "", device: str = "") -> About:
     """The facts that any process has; a worker adds those of its model and belt."""
     return About(
         role=role,
         engine=engine,
-        device=device,
+        device=on_this_host(device, os.environ.get("CUDA_VISIBLE_DEVICES")),
         kvbelt=__version__,
         python=platform.python_version(),
         packages=dict(versions()),

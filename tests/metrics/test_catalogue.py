@@ -1,12 +1,15 @@
 """The catalogue, docs/metrics.md and the exported metrics agree."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tools.draw_metrics import RULES, redrawn
 
+from kvbelt.about import on_this_host
 from kvbelt.channels.nixl import NixlChannel
 from kvbelt.metrics import CATALOGUE, GROUPS, By, Histogram, Kind, counter, gauge, histogram, render
 from kvbelt.proxy.observe.metrics import Metrics
@@ -14,8 +17,8 @@ from kvbelt.routing.pairs import Pairs
 from kvbelt.vllm.figures import families_of, host_families
 from kvbelt.vllm.host_scheduler import HostScheduler
 from tests.channels.memory import MemoryChannel, MemoryNetwork
-from tests.metrics.scrape import expected, names_in
-from tests.proxy.support import Deployment, async_test
+from tests.metrics.scrape import expected, names_in, value_in
+from tests.proxy.support import Deployment, async_test, done
 from tests.transfer.belts import Side
 
 ROOT = Path(__file__).parents[2]
@@ -127,3 +130,35 @@ async def test_workers_and_their_states_are_labels() -> None:
     assert states == ["ready"] * 3
     engines = {sample.labels["engine_id"] for sample in samples if sample.name == "kvbelt_proxy_worker_info"}
     assert engines == {"p0", "p1", "d0"}
+
+
+@async_test
+async def test_what_a_pair_has_moved_is_counted_with_both_devices() -> None:
+    """By names, once both workers have said who they are; other engines are left out."""
+    async with Deployment() as deployment:
+        prefill, decode = (deployment.worker(ones[0]) for ones in (deployment.prefill, deployment.decode))
+        for worker, device in ((prefill, "cuda:2"), (decode, "cuda:GPU-7f")):
+            worker.endpoint = replace(worker.endpoint, report=replace(worker.endpoint.report, device=device))
+        sender, receiver = (worker.endpoint.report.engine_id for worker in (prefill, decode))
+        metrics = deployment.proxy.context.metrics
+        metrics.notified(msgspec.structs.replace(done(), sender=sender, receiver=receiver))
+        metrics.notified(done())
+        text = (await deployment.get("/metrics")).body.decode()
+    labels = {"prefill_device": "cuda:2", "decode_device": "cuda:GPU-7f", "prefill": prefill.name}
+    assert value_in(text, "kvbelt_pair_transfers_total", **labels) == 1
+    assert value_in(text, "kvbelt_pair_transfer_bytes_total", **labels) == 1000
+    assert value_in(text, "kvbelt_pair_transfers_total") == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "named"),
+    [
+        ("cpu", "1", "cpu"),
+        ("cuda:0", None, "cuda:0"),
+        ("cuda:1", "2, 5", "cuda:5"),
+        ("cuda:0", "GPU-7f", "cuda:GPU-7f"),
+    ],
+)
+def test_a_gpu_is_named_as_its_host_does(device: str, visible: str | None, named: str) -> None:
+    """Each process numbers those that it sees from 0."""
+    assert on_this_host(device, visible) == named

@@ -12,6 +12,9 @@ from kvbelt.metrics.spec import By, Kind, Spec, group
 
 C, G, H, S = (partial(Spec, kind) for kind in (Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM, Kind.SUMMARY))
 
+#: Labels of what one worker has sent to another.
+PAIR = ("prefill", "decode", "prefill_device", "decode_device")
+
 # A row: name, help, what to do when it moves, labels.
 # fmt: off
 _REQUESTS = group("Requests, at the proxy", By.PROXY,
@@ -124,6 +127,13 @@ _TRANSFERS = group("Transfers, at the proxy", By.PROXY,
       "full"),
     H("kvbelt_proxy_transfer_size_bytes", "KV bytes that one transfer moved.",
       "to size `pd_buffer_size`: at least a few of the largest"),
+    C("kvbelt_pair_transfers_total",
+      "Completed transfers of each pair, with the device of both: `cpu`, or `cuda:` and the GPU's number on its host "
+      "(or its UUID).",
+      "one pair of GPUs has none: kvbelt workers list says whether it is connected", PAIR),
+    C("kvbelt_pair_transfer_bytes_total", "Their bytes.", "with the metric below: bytes a second between GPUs", PAIR),
+    C("kvbelt_pair_transfer_seconds_total", "Their seconds, from the first write posted to the last one completed.",
+      "by the count: the mean time of a transfer between these two GPUs, at prefill's pace", PAIR),
 )
 
 _ENGINE = group("The engine, at each worker", By.WORKER,

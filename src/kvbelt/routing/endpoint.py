@@ -45,6 +45,7 @@ class Report:
     receiver: ReceiverAddress | None = None
     engine: str = ""  #: ``embedded`` or ``vllm``
     hash_seed: str | None = None  #: its PYTHONHASHSEED; None: it does not report it
+    device: str = ""  #: ``cpu``, or ``cuda:`` and the GPU of its host; empty: it does not report it
     steps: StepsNow | None = None  #: as this incarnation said last; None: it has not said
 
 

@@ -58,7 +58,7 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     env: dict[str, str]  #: of those variables that change how KV travels; unset ones are missing
     machine: Machine
     unix_time: float  #: when this was said
-    device: str = ""  #: of the model: ``cpu`` or ``cuda:0``
+    device: str = ""  #: of the model: ``cpu``, or ``cuda:`` and the GPU's number on its host, or its UUID
     buffer_device: str = ""  #: of the staging memory
     buffer_bytes: int = 0
     bytes_per_token: int = 0  #: of KV, all layers

@@ -39,6 +39,7 @@ class WorkerHealth(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     load: Load | None = None  #: None: still loading
     belt: BeltSnapshot | None = None  #: None: it has no belt, or is still loading
     steps: StepsNow | None = None  #: None: it is still loading, or of an older version
+    device: str = ""  #: as ``About.device``; empty: it is still loading, or of an older version
 
     def __post_init__(self) -> None:
         """Require of a ready worker what it knows by then."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from kvbelt.about import of_this_process
+from kvbelt.about import of_this_process, on_this_host
 from kvbelt.belt_metrics import belt_families, link_families, transport_families
 from kvbelt.engine.engine import Engine
 from kvbelt.errors import RequestError, context_exceeded
@@ -54,6 +54,7 @@ class Service:
         self._about: Callable[[str], About] | None = None
         self.belt: Belt | None = None
         self.times = Times()
+        self._device = ""
 
     @property
     def engine(self) -> Engine:
@@ -70,6 +71,7 @@ class Service:
     ) -> None:
         """Take requests from now on. ``about``: the body of ``/kvbelt/about`` for a role."""
         self._engine, self._prompts, self.belt, self._about = engine, prompts, belt, about
+        self._device = on_this_host(str(engine.pool.storage.device), os.environ.get("CUDA_VISIBLE_DEVICES"))
         self.state = State.READY
 
     def require_ready(self) -> None:
@@ -117,6 +119,7 @@ class Service:
             load=msgspec.convert(engine.load(), Load, from_attributes=True) if engine is not None else None,
             belt=belt.snapshot() if belt is not None else None,
             steps=steps_of(engine) if engine is not None else None,
+            device=self._device,
         )
 
     def about(self) -> About:

@@ -5,6 +5,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 from prometheus_client.core import Metric
 
@@ -26,6 +27,7 @@ from kvbelt.routing.pairs import Pairs
 from kvbelt.routing.placement import Mode
 from kvbelt.security.refusals import Refusals, Tally
 from kvbelt.wire.health import PlacementNow, Role
+from kvbelt.wire.ids import EngineId
 from kvbelt.wire.notification import ENDED_ON_PURPOSE, TransferDone, TransferEnd
 from kvbelt.wire.reasons import REASONS, Where
 
@@ -41,6 +43,15 @@ _NO_ANSWERS = dict.fromkeys(_STATUSES, 0)
 _NO_ERRORS = _none(Where.ERROR)
 _NO_FAILURES = {reason: 0 for reason in _none(Where.SEND) if reason not in ENDED_ON_PURPOSE | {"done"}}
 _NO_ATTEMPTS = {"prefill": _none(Where.PREFILL), "decode": _none(Where.DECODE)}
+
+
+@dataclass(slots=True)
+class _Moved:
+    """What one prefill worker has sent to one decode worker."""
+
+    transfers: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
 
 
 #: Requests that are counted together: one by one, each would load the counting code into the core's cache again.
@@ -73,6 +84,7 @@ class Metrics:
         self.transfer_seconds = Histogram(SECONDS)
         self.transfer_exposed = Histogram(SECONDS)
         self.transfer_size = Histogram(BYTES)
+        self._moved: dict[tuple[EngineId, EngineId], _Moved] = {}
         self.in_flight = 0
         self.prefill_legs = 0  #: prefill legs under way
         self.broken_streams = 0
@@ -89,6 +101,10 @@ class Metrics:
             self.transfer_seconds.observe(told.seconds)
             self.transfer_exposed.observe(told.exposed_seconds)
             self.transfer_size.observe(told.num_bytes)
+            moved = self._moved.setdefault((told.sender, told.receiver), _Moved())
+            moved.transfers += 1
+            moved.num_bytes += told.num_bytes
+            moved.seconds += told.seconds
         elif told.reason not in ENDED_ON_PURPOSE:
             self.failures.add(told.reason)
 
@@ -175,6 +191,24 @@ class Metrics:
         yield counter("kvbelt_proxy_transfer_failures_total", _NO_FAILURES | self.failures)
         yield histogram("kvbelt_proxy_transfer_exposed_seconds", self.transfer_exposed)
         yield histogram("kvbelt_proxy_transfer_size_bytes", self.transfer_size)
+        moved = self._moved_by_pair()
+        yield counter("kvbelt_pair_transfers_total", {pair: one.transfers for pair, one in moved.items()})
+        yield counter("kvbelt_pair_transfer_bytes_total", {pair: one.num_bytes for pair, one in moved.items()})
+        yield counter("kvbelt_pair_transfer_seconds_total", {pair: one.seconds for pair, one in moved.items()})
+
+    def _moved_by_pair(self) -> dict[tuple[str, ...], _Moved]:
+        """By names and devices. What processes that are gone have moved is forgotten."""
+        known = {
+            worker.endpoint.report.engine_id: (worker.name, worker.endpoint.report.device)
+            for worker in self._workers()
+            if worker.endpoint.report.engine_id is not None
+        }
+        self._moved = {pair: one for pair, one in self._moved.items() if known.keys() >= set(pair)}
+        found: dict[tuple[str, ...], _Moved] = {}
+        for (sender, receiver), one in self._moved.items():
+            (prefill, from_device), (decode, to_device) = known[sender], known[receiver]
+            found[prefill, decode, from_device, to_device] = one
+        return found
 
     def _of_workers(self) -> Iterator[Metric]:
         waiting = dict.fromkeys(Role, 0)

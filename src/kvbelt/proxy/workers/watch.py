@@ -68,8 +68,15 @@ def _report(said: WorkerHealth | ServerDescription, wanted: Role, load: Load, be
         receiver=said.receiver,
         engine=said.engine[:32],
         hash_seed=said.hash_seed[:32] if said.hash_seed is not None else None,
+        device=_device_of(said)[:64],
         steps=said.steps,
     )
+
+
+def _device_of(said: WorkerHealth | ServerDescription) -> str:
+    if isinstance(said, WorkerHealth):
+        return said.device
+    return said.about.device if said.about is not None else ""
 
 
 class Held:
