@@ -6,6 +6,7 @@ from tests.console.browser import Visit, chromium
 from tests.ops.served import serving
 
 KEY = "k" * 32
+LOAD = {"running": 0, "waiting": 0, "blocks_total": 10, "blocks_free": 10, "blocks_cached": 0}
 BODY = {"prompt": "hello", "max_tokens": 6, "stream": True}
 
 
@@ -51,6 +52,38 @@ def test_the_topology_shows_every_worker_and_every_pair(visit, served):
     assert picture.locator("path.belt").count() == 4
     assert "2 prefill workers" in picture.get_attribute("aria-label")
     assert [row.split()[0] for row in visit.page.locator("#workers th").all_inner_texts()] == names(served)
+
+
+def test_the_topology_names_the_roles(visit):
+    headings = visit.page.locator("#topology .role-name").all_text_contents()
+    assert headings == ["prefill workers", "decode workers"]
+
+
+def test_the_root_leads_to_the_page(visit, served):
+    visit.page.goto(served.url + "/")
+    assert visit.page.url == served.url + "/console"
+    visit.live()
+
+
+def test_another_window_is_asked_for(visit):
+    """Rates, percentiles and plots follow it."""
+    with visit.page.expect_request(lambda request: "window=300" in request.url):
+        visit.page.get_by_label("Time window").select_option("300")
+    visit.page.locator("#plots").get_by_text("−4 min").first.wait_for()
+
+
+def test_a_queue_is_coloured_where_it_stands(visit, served):
+    """In the table, in the topology, and as the first line of the page, until it is gone."""
+    worker = served.deployment.prefill[0]
+    calm = visit.page.evaluate("getComputedStyle(document.querySelector('#workers td.num')).color")
+    worker.more_health = {"load": LOAD | {"waiting": 11}}
+    visit.page.get_by_text(f"11 requests wait in prefill worker {name_of(worker)}").wait_for()
+    cell = visit.page.locator("#workers td[data-severity=warning]")
+    assert cell.inner_text() == "11"
+    assert cell.evaluate("it => getComputedStyle(it).color") != calm
+    assert "11 waiting" in visit.page.locator("#topology text[data-severity=warning]").text_content()
+    worker.more_health = {}
+    visit.page.locator("#trouble").wait_for(state="hidden")
 
 
 def test_splitting_that_is_switched_off_is_said(visit, served):
@@ -156,6 +189,28 @@ def test_the_theme_is_the_systems_until_another_is_chosen(browser, served):
         assert visit.page.evaluate(paper) == light
 
 
+def test_a_wide_window_is_filled(browser, served):
+    """The topology stands beside the workers there."""
+    with Visit(browser, served.url, width=2560) as visit:
+        visit.live()
+        edges = visit.page.evaluate(
+            "[...document.querySelectorAll('main > section')].map(it => it.getBoundingClientRect().right)"
+        )
+        assert max(edges) > 2500
+        topology, workers = (
+            visit.page.locator(f"section:has(#{one})").bounding_box() for one in ("topology", "workers")
+        )
+        assert topology["y"] == workers["y"]
+
+
+def test_a_telephone_shows_whole_request_ids(browser, served):
+    """Ids often differ in their ends only."""
+    served.call(served.deployment.ask(BODY, request_id="104c77dd-5f0e-4d0f-9a3b-77e0c1d2a9f1"))
+    with Visit(browser, served.url, width=390) as visit:
+        button = visit.live().page.get_by_role("button", name="104c77dd-5f0e")
+        assert button.evaluate("it => it.scrollWidth <= it.clientWidth && getComputedStyle(it).whiteSpace") == "normal"
+
+
 @pytest.mark.parametrize("width", [320, 768, 1280])
 def test_the_page_is_never_wider_than_its_window(browser, served, width):
     """This holds for a small telephone and for a desktop."""
@@ -192,7 +247,7 @@ def test_without_an_admin_key_there_is_nothing_to_press(browser):
         assert visit.page.get_by_role("button", name="Drain", exact=False).first.is_disabled()
         assert "--admin-key-file" in visit.page.locator("#workers-note").inner_text()
         assert "No request yet" in visit.page.locator("#requests-empty").inner_text()
-        assert "nothing in the last 5 minutes" in visit.page.locator("#plots").inner_text()
+        assert "nothing in the last 60 s" in visit.page.locator("#plots").inner_text()
 
 
 def test_beyond_loopback_the_page_asks_for_the_key_before_it_shows_anything(browser):
@@ -234,7 +289,8 @@ CONTRASTS = """() => {
   const found = {};
   for (const [text, behind] of [["ink", "paper"], ["ink", "surface"], ["ink", "raised"], ["muted", "paper"],
       ["muted", "surface"], ["muted", "raised"], ["accent", "surface"], ["accent", "raised"], ["bad", "surface"],
-      ["bad", "bad-soft"], ["ink", "bad-soft"], ["on-accent", "accent"]]) {
+      ["bad", "bad-soft"], ["ink", "bad-soft"],
+      ["warn", "surface"], ["warn", "raised"], ["ink", "warn-soft"], ["on-accent", "accent"]]) {
     const [a, b] = [light(text), light(behind)].sort((x, y) => y - x);
     found[`${text} on ${behind}`] = (a + 0.05) / (b + 0.05);
   }

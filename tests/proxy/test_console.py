@@ -54,6 +54,19 @@ async def test_the_policy_allows_nothing_from_elsewhere():
         assert "unsafe" not in policy
 
 
+@async_test
+async def test_the_root_leads_browsers_to_the_page_and_tells_programs_the_routes():
+    """A browser names HTML among what it takes."""
+    async with Deployment() as deployment:
+        browser = await deployment.get("/", headers=((b"accept", b"text/html,application/xhtml+xml,*/*;q=0.8"),))
+        assert (browser.status, browser.headers[b"location"], browser.body) == (307, b"console", b"")
+        for accept in (b"*/*", b"application/json"):
+            program = await deployment.get("/", headers=((b"accept", accept),))
+            assert program.status == 404
+            assert "/v1/completions" in program.json["error"]["message"]
+        assert (await deployment.get("/nothing", headers=((b"accept", b"text/html"),))).status == 404
+
+
 @pytest.mark.parametrize(
     ("path", "method", "status"),
     [

@@ -182,6 +182,8 @@ class Proxy:
             else:
                 raise _not_allowed(exchange, allow(*passed.methods))
         else:
+            if path == "/" and self._console.leads_to_page(exchange):
+                return
             raise self._no_route(path)
 
     async def _generate(self, exchange: Exchange) -> None:

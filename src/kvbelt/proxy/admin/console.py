@@ -2,7 +2,7 @@
 
 ::
 
-    GET /console                     the page; its files are below it
+    GET /console                     the page; its files are below it, and ``/`` leads browsers there
     GET /kvbelt/console.json         all that it shows: ?window=SECONDS of rates, requests that have ended ?after=NUMBER
     GET /kvbelt/requests             the last requests in full, ?limit=N of them
     GET /kvbelt/requests/ID          one of them
@@ -104,6 +104,15 @@ class Console:
     @classmethod
     def serves(cls, path: str) -> bool:
         return path in cls.PLACES or path.startswith((_PAGE + "/", _REQUESTS + "/"))
+
+    @staticmethod
+    def leads_to_page(exchange: Exchange) -> bool:
+        """Answer ``/`` for a browser, which names HTML. Programs are told the routes instead."""
+        request = exchange.request
+        if request.method not in ("GET", "HEAD") or b"text/html" not in request.headers.get(b"accept", b"").lower():
+            return False
+        exchange.respond(307, ((b"location", _PAGE[1:].encode()), (b"vary", b"accept"), *_SAFE), b"")
+        return True
 
     async def handle(self, exchange: Exchange) -> None:
         request = exchange.request

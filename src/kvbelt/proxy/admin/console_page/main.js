@@ -8,6 +8,7 @@ import { showPlots } from "./plots.js";
 import { Poll, Proxy, Refused } from "./poll.js";
 import { Requests } from "./requests.js";
 import { showTopology } from "./topology.js";
+import { showTrouble } from "./trouble.js";
 import { showWorkers } from "./workers.js";
 
 const proxy = new Proxy();
@@ -40,10 +41,11 @@ function draw() {
   if (!latest) return;
   const { proxy: told } = latest;
   say(byId("model"), told.model);
+  showTrouble(latest);
   showFigures(latest);
   showTopology(latest);
   showWorkers(latest, change);
-  showPlots(requests.all, told.time);
+  showPlots(requests.all, told.time, poll.seconds);
   const kept = `${told.records.kept} of at most ${told.records.most} requests kept`;
   say(byId("foot"), `kvbelt ${told.version}, up for ${ago(told.uptime_seconds)}; ${kept}, ${told.prompts ? "with the beginning of their prompts" : "without their text"}`);
 }
@@ -118,6 +120,13 @@ byId("pause").addEventListener("click", () => {
   else poll.now();
 });
 byId("key").addEventListener("click", () => void unlock());
+
+const span = byId("window");
+span.value = String(poll.seconds);
+span.addEventListener("change", () => {
+  poll.seconds = Number(span.value);
+  poll.now();
+});
 
 const theme = byId("theme");
 theme.value = document.documentElement.dataset.theme;

@@ -45,6 +45,7 @@ export class Poll {
   #after = 0;
   #life = null;
   paused = false;
+  seconds = 60; // of rates and percentiles
 
   constructor(proxy, got, failed) {
     [this.#proxy, this.#got, this.#failed] = [proxy, got, failed];
@@ -61,7 +62,7 @@ export class Poll {
   async #ask() {
     this.#busy = true;
     try {
-      const state = await this.#proxy.ask(`kvbelt/console.json?window=30&after=${this.#after}`);
+      const state = await this.#proxy.ask(`kvbelt/console.json?window=${this.seconds}&after=${this.#after}`);
       if (this.#life !== null && this.#life !== state.proxy.life) state.restarted = true;
       [this.#life, this.#after, this.#gone, this.#wait] = [state.proxy.life, state.after, null, SECOND];
       this.#got(state);

@@ -2,6 +2,7 @@
 
 import { byId, say, svg } from "./dom.js";
 import { bytesPerSecond, digits, percent } from "./format.js";
+import { severityOf } from "./trouble.js";
 
 const GAP = 16;
 const RAIL = 22; // between a column and the line that brings it requests
@@ -50,7 +51,7 @@ function fitting(name, room) {
   return name.length <= fits ? name : `…${name.slice(1 - fits)}`;
 }
 
-function box(worker, place, rate) {
+function box(seen, worker, place, rate) {
   const { x, y, width, height } = place;
   const state = stateOf(worker);
   const bad = state === "lost" || state === "unready";
@@ -68,8 +69,9 @@ function box(worker, place, rate) {
   if (height > 50) {
     const { running, waiting } = worker.load;
     const load = narrow && idle ? state : narrow ? `${running} run, ${waiting} wait` : `${running} running, ${waiting} waiting`;
-    drawn.push(text(inner, y + 45, load, narrow && bad ? "word bad" : "word"));
-    if (shares && !narrow) drawn.push(text(right, y + 45, `KV ${percent(shares.used)}`, "word", { "text-anchor": "end" }));
+    const severity = (subject) => severityOf(seen, subject, worker);
+    drawn.push(text(inner, y + 45, load, narrow && bad ? "word bad" : "word", { "data-severity": severity("waiting") }));
+    if (shares && !narrow) drawn.push(text(right, y + 45, `KV ${percent(shares.used)}`, "word", { "text-anchor": "end", "data-severity": severity("kv") }));
   }
   if (shares) drawn.push(...meter(inner, y + height - 19, width - 24, [[shares.used, "used"]]));
   const buffer = bufferShare(worker);
@@ -137,14 +139,15 @@ function column(workers, x, width, top) {
 
 const sum = (values) => Object.values(values).reduce((a, b) => a + b, 0);
 
-export function showTopology({ proxy, workers, pairs, live }) {
+export function showTopology(told) {
+  const { proxy, workers, pairs, live } = told;
   const holder = byId("topology");
   const width = Math.max(300, holder.clientWidth);
   const prefill = workers.filter((worker) => worker.role === "prefill");
   const decode = workers.filter((worker) => worker.role !== "prefill");
   const narrow = width < 620;
-  const boxWidth = Math.min(250, Math.floor((width - 2 * RAIL - 12 - (narrow ? 44 : 150)) / 2));
-  const margin = Math.max(RAIL + 6, narrow ? 0 : (width - 2 * boxWidth - 460) / 2);
+  const boxWidth = Math.min(width > 1100 ? 320 : 250, Math.floor((width - 2 * RAIL - 12 - (narrow ? 44 : 150)) / 2));
+  const margin = Math.max(RAIL + 6, narrow ? 0 : (width - 2 * boxWidth - Math.max(460, width / 3)) / 2);
   const top = PROXY.height + (narrow ? 40 : 46);
   const left = column(prefill, margin, boxWidth, top);
   const right = column(decode, width - margin - boxWidth, boxWidth, top);
@@ -200,8 +203,11 @@ export function showTopology({ proxy, workers, pairs, live }) {
       text(centre, at.y + 43, `${digits(live.requests_per_second)} requests/s, ${digits(proxy.in_flight)} under way`, "word", { "text-anchor": "middle" }),
     ),
   );
-  prefill.forEach((worker, i) => drawn.push(box(worker, left[i], live.legs.prefill[worker.worker])));
-  decode.forEach((worker, i) => drawn.push(box(worker, right[i], live.legs.decode[worker.worker])));
+  for (const [role, places] of [["prefill", left], ["decode", right]]) {
+    if (places.length) drawn.push(text(places[0].x + places[0].width / 2, places[0].y - 7, `${role} worker${places.length > 1 ? "s" : ""}`, "role-name", { "text-anchor": "middle" }));
+  }
+  prefill.forEach((worker, i) => drawn.push(box(told, worker, left[i], live.legs.prefill[worker.worker])));
+  decode.forEach((worker, i) => drawn.push(box(told, worker, right[i], live.legs.decode[worker.worker])));
   const summary = `The proxy sends ${digits(prompts)} prompts per second to ${prefill.length} prefill workers, which send ${bytesPerSecond(live.bytes_per_second)} of KV to ${decode.length} decode workers. The workers' table says more.`;
   const height = bottom + 6;
   holder.replaceChildren(svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": summary }, ...drawn));

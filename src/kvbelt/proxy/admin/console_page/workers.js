@@ -3,6 +3,7 @@
 import { byId, el, mark, say } from "./dom.js";
 import { bytes, digits, percent } from "./format.js";
 import { bufferShare, kvShares, stateOf } from "./topology.js";
+import { severityOf } from "./trouble.js";
 
 const rows = new Map();
 
@@ -58,7 +59,8 @@ function fill(drawn, share, cached, label, more = "") {
 }
 
 /** `act(worker)` drains or undrains one. */
-export function showWorkers({ workers, pairs, proxy }, act) {
+export function showWorkers(told, act) {
+  const { workers, pairs, proxy } = told;
   const body = byId("workers");
   const seen = new Set();
   workers.forEach((worker, index) => {
@@ -75,6 +77,9 @@ export function showWorkers({ workers, pairs, proxy }, act) {
     say(made.detail, worker.detail || broken.map((pair) => `no KV ${worker.role === "prefill" ? `to ${pair.decode}` : `from ${pair.prefill}`}: ${pair.reason}`).join("; "));
     say(made.running, digits(worker.load.running));
     say(made.waiting, digits(worker.load.waiting));
+    for (const [place, subject] of [[made.waiting, "waiting"], [made.kv.made, "kv"], [made.buffer.made, "buffer"]]) {
+      mark(place, "data-severity", severityOf(told, subject, worker));
+    }
     say(made.requests, digits(worker.in_flight));
     const kv = kvShares(worker);
     fill(made.kv, kv ? kv.used : null, kv ? kv.cached : 0, kv ? percent(kv.used) : "not told", kv?.cached ? `, ${percent(kv.cached)} cached` : "");
