@@ -16,7 +16,7 @@ from kvbelt.cli import main
 from kvbelt.ops.doctor.checks.preflight import diagnose
 from kvbelt.ops.doctor.finding import Finding, Severity
 from kvbelt.ops.doctor.nixl_measurement import NixlMeasurement
-from kvbelt.ops.doctor.preflight import Preflight, PreflightOptions, inspect
+from kvbelt.ops.doctor.preflight import Fit, Preflight, PreflightOptions, inspect
 from kvbelt.ops.topology import Topology
 from kvbelt.wire.about import TransportChoice
 
@@ -53,6 +53,28 @@ def test_a_pair_of_files_that_fit_has_notes_only(seen, monkeypatch) -> None:
     """Files as ``kvbelt up 1p1d`` writes them are right."""
     monkeypatch.delenv("UCX_TLS", raising=False)
     assert wrong(seen(SENDER, RECEIVER)) == {}
+
+
+def test_a_topology_that_the_machine_cannot_hold_is_named(seen) -> None:
+    """Cores and memory are counted, as ``kvbelt up`` counts them."""
+    crowd = seen(topology=Topology(800, 1600))
+    assert crowd.fit is not None
+    found = wrong(crowd)
+    assert found["too_little_memory"].severity is Severity.ERROR
+    assert found["too_few_cores"].severity is Severity.WARNING
+    assert "2400 workers" in found["too_few_cores"].what
+    fits = replace(crowd, topology=Topology(1, 1), fit=Fit(2, 2))
+    assert not {"too_little_memory", "too_few_cores"} & wrong(fits).keys()
+    short = wrong(replace(fits, fit=Fit(2, 2, short="with full KV memory …", crowded="2 workers share 1 CPU core")))
+    assert short["too_little_memory"].severity is Severity.WARNING
+    assert "too_few_cores" not in short
+
+
+def test_a_buffer_on_a_gpu_that_is_not_there_is_named(seen) -> None:
+    """The file that wants it is named."""
+    found = wrong(seen(SENDER, {**RECEIVER, "pd_buffer_device": "cuda"}))["buffer_device"]
+    assert found.evidence[0].endswith("1.yaml")
+    assert "pd_buffer_device: cpu" in found.change
 
 
 def test_what_is_not_installed_has_no_needs(seen, monkeypatch) -> None:

@@ -6,18 +6,19 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
 from kvbelt import about
-from kvbelt.errors import SettingsError
+from kvbelt.errors import SettingsError, StartError
 from kvbelt.ops.doctor import gpus
 from kvbelt.ops.doctor.evidence import GpuSeen
 from kvbelt.ops.doctor.nixl_measurement import NixlMeasurement
 from kvbelt.ops.ports import PROXY_PORT, Ports, PortUse, bind_problem, seed_ports
-from kvbelt.ops.processes import resolve_device, visible_gpus
+from kvbelt.ops.processes import DeploymentSpec, cpu_cores, resolve_device, visible_gpus
+from kvbelt.ops.start_checks import crowded, require_memory
 from kvbelt.ops.topology import Topology
 from kvbelt.settings import BeltFile, load_belt_file
 from kvbelt.wire.about import About
@@ -56,6 +57,17 @@ class ModelSeen:
 
 
 @dataclass(frozen=True, slots=True)
+class Fit:
+    """Whether this machine holds the planned deployment, in the words of ``kvbelt up``'s own checks."""
+
+    workers: int
+    cores: int
+    refused: str = ""  #: why kvbelt up would not start it
+    short: str = ""  #: what it would warn of: memory
+    crowded: str = ""  #: likewise: cores, or GPUs
+
+
+@dataclass(frozen=True, slots=True)
 class Preflight:
     """All observations."""
 
@@ -68,6 +80,7 @@ class Preflight:
     measured: NixlMeasurement | None = None  #: None: not asked for, or NIXL is not installed
     gpus: tuple[GpuSeen, ...] | None = None
     max_model_len: int | None = None
+    fit: Fit | None = None  #: None: no topology
 
     def sides(self) -> tuple[int, int]:
         """The planned numbers of prefill and decode workers."""
@@ -107,6 +120,7 @@ async def inspect(options: PreflightOptions) -> Preflight:
         measured=measured,
         gpus=graphics,
         max_model_len=options.max_model_len,
+        fit=_fit(options, device) if options.topology is not None else None,
     )
 
 
@@ -138,6 +152,17 @@ def _ports(options: PreflightOptions, files: Sequence[FileSeen]) -> list[PortSee
                 if port is not None
             ]
     return [PortSeen(use, bind_problem(use.host, use.port) or "") for use in uses]
+
+
+def _fit(options: PreflightOptions, device: str) -> Fit:
+    assert options.topology is not None
+    dtype = "float32" if options.dtype == "auto" and device == "cpu" else options.dtype
+    spec = DeploymentSpec(options.topology, options.model or Path(), dtype=dtype, device=device)
+    fit = Fit(options.topology.workers, cpu_cores(), crowded=crowded(spec) or "")
+    try:
+        return replace(fit, short=require_memory(spec) or "")
+    except StartError as error:
+        return replace(fit, refused=str(error))
 
 
 def _model(path: Path, dtype: str, device: str) -> ModelSeen:

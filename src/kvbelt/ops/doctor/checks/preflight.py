@@ -172,6 +172,49 @@ def _same_ports(usable: list[tuple[FileSeen, BeltFile]]) -> Iterator[Finding]:
             )
 
 
+#: More workers for each core are slow even while all but one of them rest.
+_WORKERS_PER_CORE = 2
+
+
+def machine_holds(before: Preflight) -> Iterator[Finding]:
+    """The machine has cores and memory for the topology."""
+    fit = before.fit
+    if fit is None:
+        return
+    if fit.refused or fit.short:
+        yield Finding(
+            "too_little_memory",
+            Severity.ERROR if fit.refused else Severity.WARNING,
+            f"this machine cannot hold {before.topology}" if fit.refused else f"memory is short for {before.topology}",
+            "kvbelt up refuses to start it" if fit.refused else "the kernel ends a worker when the memory is used up",
+            "fewer workers, a smaller model, or workers on several machines (docs/deployment.md)",
+            (fit.refused or fit.short,),
+        )
+    if fit.crowded:
+        many = fit.workers > _WORKERS_PER_CORE * fit.cores
+        yield Finding(
+            "too_few_cores",
+            Severity.WARNING if many else Severity.NOTE,
+            fit.crowded,
+            "each step of a worker waits for the others'; first tokens come late, whatever their number",
+            "as many workers as cores (or GPUs) at most, or workers on several machines",
+        )
+
+
+def buffer_devices(before: Preflight) -> Iterator[Finding]:
+    """Buffers in GPU memory need a GPU."""
+    wanting = [file.path for file in before.files if file.belt is not None and file.belt.pd_buffer_device == "cuda"]
+    if wanting and before.device == "cpu":
+        yield Finding(
+            "buffer_device",
+            Severity.WARNING,
+            "pd_buffer_device is cuda, and this machine has no GPU that workers could use",
+            "a worker that runs on the CPU takes host memory instead; one that is to run on a GPU does not find it",
+            "pd_buffer_device: cpu; or make the GPU visible: nvidia-smi, CUDA_VISIBLE_DEVICES, docker run --gpus all",
+            tuple(str(path) for path in wanting),
+        )
+
+
 def ports_free(before: Preflight) -> Iterator[Finding]:
     """Every port can be bound."""
     for port in before.ports:
@@ -305,6 +348,8 @@ CHECKS: tuple[Callable[[Preflight], Iterator[Finding]], ...] = (
     files_read,
     files_agree,
     ports_free,
+    machine_holds,
+    buffer_devices,
     carrier,
     buffers,
     ratio,
