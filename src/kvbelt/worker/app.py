@@ -45,7 +45,6 @@ from kvbelt.worker.requests import (
     parse_completion,
     parse_handoff,
     parse_level,
-    split_prompts,
 )
 from kvbelt.worker.sampling import echoes_only, samplings_of
 from kvbelt.worker.service import Service
@@ -131,8 +130,6 @@ class GenerateEndpoint:
         service.require_ready()
         request = (parse_chat if self._chat else parse_completion)(body, service.limits)
         service.require_model(request.model)
-        prompts_asked = len(split_prompts(request.prompt)) if isinstance(request, CompletionRequest) else 1
-        service.limits.require_sequences(prompts_asked, request.n or 1)
         form = form_of(request)
         tools = tools_of(request, form)
         form = form if tools is None else tools.form

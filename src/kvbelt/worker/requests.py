@@ -22,6 +22,7 @@ from kvbelt.wire.lenient import fields_relaxed
 
 #: The place of an error in msgspec's text: ``$.stop[...]`` → ``stop``.
 _PLACE = re.compile(r" - at `\$\.?([^`\[.]*)[^`]*`$")
+_MISSING = re.compile(r"Object missing required field `(\w+)`\Z")
 
 ITL_HEADER = "x-kvbelt-itl-ms"  #: the level between tokens that the proxy wants for a request
 
@@ -138,6 +139,8 @@ def _decode(shape: type[T], body: bytes, limits: Limits) -> T:
             return msgspec.convert(fields_relaxed(members, shape), shape)
     except msgspec.ValidationError as error:
         text = str(error)
+        if missing := _MISSING.match(text):
+            raise RequestError(f"{missing[1]} is missing; send it", param=missing[1]) from None
         place = _PLACE.search(text)
         raise RequestError(
             f"invalid request: {text}; correct the field and send the request again",
@@ -150,7 +153,7 @@ def _decode(shape: type[T], body: bytes, limits: Limits) -> T:
 def parse_completion(body: bytes, limits: Limits = DEFAULTS) -> CompletionRequest:
     """Check all that does not need the model. Raises RequestError 400, with the field at fault."""
     request = _decode(CompletionRequest, body, limits)
-    _check_common(request)
+    _check_common(request, limits)
     if request.best_of not in (None, request.n or 1):
         raise RequestError(
             f"best_of is {request.best_of}; only best_of equal to n is supported, leave it out", param="best_of"
@@ -161,7 +164,7 @@ def parse_completion(body: bytes, limits: Limits = DEFAULTS) -> CompletionReques
 
 def parse_chat(body: bytes, limits: Limits = DEFAULTS) -> ChatRequest:
     request = _decode(ChatRequest, body, limits)
-    _check_common(request)
+    _check_common(request, limits)
     _require_range("top_logprobs", request.top_logprobs, 0, MAX_LOGPROBS)
     if request.top_logprobs and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
@@ -178,10 +181,17 @@ def _require_range(name: str, value: int | None, least: int, most: int) -> None:
         raise RequestError(f"{name} is {value}; it must lie between {least} and {most}", param=name)
 
 
-def _check_common(request: _Common) -> None:
-    _require_range("n", request.n, 1, MAX_CHOICES)
+def _check_common(request: CompletionRequest | ChatRequest, limits: Limits) -> None:
+    # In the proxy's order, so that a request with two faults is refused in the same words.
+    for name in ("max_tokens", "max_completion_tokens"):
+        limit = getattr(request, name, None)
+        if limit is not None and limit < 0:
+            raise RequestError(f"{name} is {limit}; it must be at least 0", param=name)
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options is only allowed with stream: true", param="stream_options")
+    prompts = len(split_prompts(request.prompt)) if isinstance(request, CompletionRequest) else 1
+    limits.require_sequences(prompts, request.n or 1)
+    _require_range("n", request.n, 1, MAX_CHOICES)
     if not request.skip_special_tokens and not request.spaces_between_special_tokens:
         raise RequestError(
             "spaces_between_special_tokens false is not supported together with skip_special_tokens false; "
