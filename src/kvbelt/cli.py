@@ -44,6 +44,7 @@ COMMANDS = (
     Command("deploy", _PARTS, "write manifests for Kubernetes", "deploy.command"),
     Command("simulate", _TRY, "compare placements under a load, on a virtual clock instead of GPUs", "simulate"),
     Command("chaos", _TRY, "put load and faults on a deployment and check its guarantees", "chaos.command"),
+    Command("verify", _TRY, "compare a deployment's answers with one server's, field by field", "verify.command"),
     Command("completion", _TRY, "print the script that completes kvbelt in a shell", "completion_command"),
 )
 
