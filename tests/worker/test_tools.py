@@ -65,6 +65,15 @@ def test_the_named_tool_is_called(ask):
     jsonschema.validate(json.loads(call["function"]["arguments"]), ADD)
 
 
+@pytest.mark.parametrize("choice", [NAMED, "required"])
+def test_a_demanded_call_counts_more_than_a_form(ask, choice):
+    """Agents send both: first their tool is to be called, then the answer is to fit."""
+    message, _ = ask(
+        tool_choice=choice, tools=TOOLS[:1], parallel_tool_calls=False, response_format={"type": "json_object"}
+    )
+    assert [call["function"]["name"] for call in message["tool_calls"]] == ["add"]
+
+
 @pytest.mark.parametrize("changes", [{"parallel_tool_calls": False}, {"seed": 5, "temperature": 1}])
 def test_some_tool_is_called_where_one_is_required(ask, changes):
     """The model chooses which; one at a time, if the client wants it so."""
@@ -112,7 +121,7 @@ def test_a_form_leaves_room_for_calls(ask):
         ({"tools": TOOLS, "tool_choice": "maybe"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"function": {"name": "other"}}}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice"),
-        ({"tools": TOOLS, "tool_choice": NAMED, "response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": TOOLS, "tool_choice": NAMED, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
     ],
 )
 def test_what_cannot_be_called_is_refused(client, changes, param):

@@ -45,13 +45,15 @@ def tools_of(request: CompletionRequest | ChatRequest, form: Form | None) -> Too
     most = 1 if request.parallel_tool_calls is False else None
     if choice is None or choice == "auto":
         return Tools(names_one=False, most_calls=most, form=_beside(form, functions, most))
-    if form is not None:
-        raise RequestError(
-            f"{form.param} and a tool_choice that demands a call exclude each other; leave one out", param=form.param
-        )
+    # A demanded call counts more than a form of the answer: agents send both.
     if choice == "required":
         return Tools(names_one=False, most_calls=most, form=_form(functions, most))
     name = _chosen(choice)
+    if request.structured_outputs is not None:
+        raise RequestError(
+            "structured_outputs and a tool_choice that names a function exclude each other; leave one out",
+            param="structured_outputs",
+        )
     chosen = [function for function in functions if function["name"] == name]
     if not chosen:
         raise RequestError(f"tool_choice names {name!r:.80}, which is none of the tools", param="tool_choice")
