@@ -46,7 +46,8 @@ def test_a_request_is_shown_with_its_waterfall(served, capsys):
     assert said.startswith(f"request good: first-token, {names[0]} → {names[1]}\n")
     assert "/v1/completions, status 200, " in said
     assert "first-token: the client got the prefill worker's first token" in said
-    assert "4.00 ms exposed, 16.0 ms beside the prefill; 46.1 MB in 30 writes over nixl" in said
+    words = " ".join(said.split())
+    assert "4.00 ms exposed, 16.0 ms beside the prefill; 46.1 MB in 30 writes over nixl" in words
     for part in ("queue", "prefill", "transfer", "KV wait", "KV load", "first decode step"):
         assert f"\n  {part} " in said
     assert " tokens, " in said
@@ -113,3 +114,11 @@ def test_without_a_request_there_is_an_error(capsys):
         assert "has no request yet" in capsys.readouterr().err
         assert why(fresh, "--list") == 0
         assert capsys.readouterr().out == "no request yet\n"
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_it_fits_its_terminal(served, monkeypatch, capsys, width):
+    """Lines wrap at words."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert why(served, "good") == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= width

@@ -56,7 +56,7 @@ class RowTable(DataTable[Text], Generic[Row]):
     ]
 
     def __init__(self, columns: Sequence[Column[Row]], key: Callable[[Row], str], *, falling: bool, id: str) -> None:  # noqa: A002 -- Textual's name
-        super().__init__(cursor_type="row", zebra_stripes=False, id=id)
+        super().__init__(cursor_type="row", cursor_foreground_priority="renderable", id=id)
         self._columns, self._row_key, self._sorted, self._falling = columns, key, columns[0], falling
         self._rows: list[Row] = []
         self._alarms: Sequence[Alarm] = ()
@@ -126,9 +126,11 @@ class TopApp(App[None]):
     ENABLE_COMMAND_PALETTE = False
     TITLE = "kvbelt top"
     CSS = """
-    #head, #alarms, #figures { height: auto; text-wrap: nowrap; text-overflow: ellipsis; }
+    #head, #figures { height: auto; text-wrap: nowrap; text-overflow: ellipsis; }
+    #alarms { height: auto; max-height: 3; }
     #figures { margin: 0 0 1 0; }
-    RowTable { height: 1fr; scrollbar-size-horizontal: 0; }
+    RowTable { height: 1fr; scrollbar-size: 0 1; }
+    RowTable > .datatable--header { background: ansi_default; color: ansi_default; text-style: bold underline; }
     #workers { height: auto; max-height: 45%; margin: 0 0 1 0; }
     Opened VerticalScroll { padding: 1 2; }
     """
@@ -158,9 +160,10 @@ class TopApp(App[None]):
 
     def on_mount(self) -> None:
         self.query_one("#requests").focus()
-        self.run_worker(self._poll(), name="poll")
+        self.run_worker(self.poll(), name="poll")
 
-    async def _poll(self) -> None:
+    async def poll(self) -> None:
+        """Ask until the end."""
         while True:
             place = f"/kvbelt/console.json?window={self._window}"
             try:
@@ -173,15 +176,22 @@ class TopApp(App[None]):
                 self._gone_since = self._gone_since or time.monotonic()
                 self._gone = str(error)
             else:
-                self._gone, self._gone_since, self._state = "", 0.0, state
-                self._history.add(state)
-            self._draw()
+                self._gone, self._gone_since = "", 0.0
+                self.show(state)
+            if self._gone:
+                self._draw()
             self._asked.clear()
             try:
                 async with asyncio.timeout(self._interval):
                     await self._asked.wait()
             except TimeoutError:
                 pass
+
+    def show(self, state: ConsoleState) -> None:
+        """Show an answer of the proxy."""
+        self._state = state
+        self._history.add(state)
+        self._draw()
 
     def on_resize(self) -> None:
         self._draw()
@@ -206,8 +216,9 @@ class TopApp(App[None]):
         if state is not None:
             proxy = state.proxy
             text.append(
-                f"  {proxy.model or 'no model yet'}  {proxy.in_flight} under way  up {uptime(proxy.uptime_seconds)}"
-                f"  last {state.live.seconds:.0f} s  {rate(state.live.errors_per_second)} errors/s"
+                f"  {proxy.model or 'no model yet'}  {proxy.in_flight} under way"
+                f"  {rate(state.live.errors_per_second)} errors/s  last {state.live.seconds:.0f} s"
+                f"  up {uptime(proxy.uptime_seconds)}"
             )
         return text
 

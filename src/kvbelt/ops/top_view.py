@@ -53,7 +53,7 @@ WORKERS: tuple[Column[WorkerRow], ...] = (
         "BUFFER",
         lambda row: _buffer(row.buffers),
         lambda row: _held(row.buffers),
-        least_width=80,
+        least_width=96,
         subject="buffer",
     ),
 )

@@ -7,6 +7,7 @@ Without an id it shows the last request; with ``--list`` the last ones, one per 
 import argparse
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from urllib.parse import quote
@@ -84,7 +85,13 @@ def describe(record: RequestRecord, *, width: int = 100, plain: bool = False) ->
         lines.append(f"  KV: {record.kv}")
     if record.prompt is not None:
         lines.append(f"  prompt: {record.prompt}")
-    return [*lines, *chart]
+    return [piece for line in (*lines, *chart) for piece in _wrapped(line, width)]
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    """At words, with the later lines under the first one."""
+    indent = " " * (len(line) - len(line.lstrip()))
+    return [line] if len(line) <= width else textwrap.wrap(line, width, subsequent_indent=f"{indent}  ")
 
 
 def _decision(record: RequestRecord) -> list[str]:

@@ -98,3 +98,10 @@ def test_a_vllm_servers_load_is_read_from_its_metrics() -> None:
     sample = vllm_metrics.sample_of(text)
     assert (sample.running, sample.waiting, sample.blocks_free / sample.blocks_total) == (3, 12, 0.25)
     assert (sample.receive_bytes, sample.bytes_held, sample.bytes_quarantined, sample.queued) == (1000, 400, 100, 2)
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_report_fits_its_terminal(width: int) -> None:
+    """Only a word that is longer by itself stands out."""
+    long = Finding("name_of_it", Severity.ERROR, "what " * 30, "why " * 30, "change " * 30, ("seen " * 30,))
+    assert max(map(len, report.lines([long], "about " * 30, width=width))) <= width

@@ -5,6 +5,7 @@ Exit status: 0 without a problem, 1 for warnings, 2 for errors or a wrong comman
 
 import argparse
 import asyncio
+import shutil
 import sys
 from pathlib import Path
 
@@ -76,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(report.as_json(findings, what))
     else:
-        for line in report.lines(findings, what, colour=wants_colour(sys.stdout)):
+        width = min(shutil.get_terminal_size((report.WIDTH, 24)).columns, report.WIDTH)
+        for line in report.lines(findings, what, colour=wants_colour(sys.stdout), width=width):
             print(line)
     return status_of(findings)
 

@@ -8,12 +8,13 @@ from kvbelt.ops.doctor.finding import Finding, FindingKind, Severity, status_of
 
 _COLOURS = {Severity.ERROR: "31", Severity.WARNING: "33", Severity.NOTE: "2"}
 _BOLD = "1"
-_WIDTH = 118
+WIDTH = 118
 _HANG = 12
 
 
-def lines(findings: Sequence[Finding], about: str, *, colour: bool = False) -> Iterator[str]:
-    yield about
+def lines(findings: Sequence[Finding], about: str, *, colour: bool = False, width: int = WIDTH) -> Iterator[str]:
+    """One line after another, none of the wrapped ones longer than ``width``."""
+    yield from textwrap.wrap(about, width)
     first = True
     for finding in findings:
         head = finding.severity.value
@@ -21,14 +22,22 @@ def lines(findings: Sequence[Finding], about: str, *, colour: bool = False) -> I
             head = f"{head}, look here first"
         first = False
         yield ""
-        yield _paint(f"{head}: {finding.what}", _COLOURS[finding.severity], colour=colour) + f"  [{finding.name}]"
+        *before, last = textwrap.wrap(f"{head}: {finding.what}", width) or [head]
+        for line in before:
+            yield _paint(line, _COLOURS[finding.severity], colour=colour)
+        name = f"[{finding.name}]"
+        fits = len(last) + 2 + len(name) <= width
+        yield _paint(last, _COLOURS[finding.severity], colour=colour) + (f"  {name}" if fits else "")
+        if not fits:
+            yield f"  {name}"
         for evidence in finding.evidence:
-            yield from _wrapped("seen", evidence)
-        yield from _wrapped("why", finding.why)
+            yield from _wrapped("seen", evidence, width)
+        yield from _wrapped("why", finding.why, width)
         if finding.change:
-            yield from _wrapped("change", finding.change)
+            yield from _wrapped("change", finding.change, width)
     yield ""
-    yield _paint(summary(findings), _BOLD, colour=colour)
+    for line in textwrap.wrap(summary(findings), width):
+        yield _paint(line, _BOLD, colour=colour)
 
 
 def summary(findings: Sequence[Finding]) -> str:
@@ -60,10 +69,10 @@ def as_json(findings: Sequence[Finding], about: str) -> str:
     return json.dumps(body, indent=2, ensure_ascii=False)
 
 
-def _wrapped(label: str, text: str) -> list[str]:
+def _wrapped(label: str, text: str, width: int) -> list[str]:
     return textwrap.wrap(
         text,
-        _WIDTH,
+        width,
         initial_indent=f"  {label + ':':<{_HANG - 2}}",
         subsequent_indent=" " * _HANG,
         break_long_words=False,
