@@ -52,6 +52,8 @@ class BeltServer:
         *,
         kv_heads: int | None = None,
         tokens_first: bool = False,
+        block: int = BLOCK,
+        backend: str = "test",
         **settings: Any,
     ) -> None:
         kv_heads = 2 * rank.size if kv_heads is None else kv_heads
@@ -60,15 +62,14 @@ class BeltServer:
 
         def layer() -> torch.Tensor:
             if tokens_first:
-                return torch.randn(BLOCKS, BLOCK, heads, WIDTH).permute(0, 2, 1, 3)
-            return torch.randn(BLOCKS, heads, BLOCK, WIDTH)
+                return torch.randn(BLOCKS, block, heads, WIDTH).permute(0, 2, 1, 3)
+            return torch.randn(BLOCKS, heads, block, WIDTH)
 
         self.kv = {f"model.layers.{i}.attn": layer() for i in range(LAYERS)}
-        block_bytes = heads * BLOCK * WIDTH * 4
-        pages = pages_of(self.kv, BLOCKS, block_bytes, "test", heads)
-        layout = KVLayout(
-            LAYERS, heads, WIDTH // 2, BLOCK, "float32", pages.order, block_bytes, windows, pages.head_runs
-        )
+        block_bytes = heads * block * WIDTH * 4
+        pages = pages_of(self.kv, BLOCKS, block_bytes, backend, heads)
+        cuts = pages.head_runs, pages.tokens_outside
+        layout = KVLayout(LAYERS, heads, WIDTH // 2, block, "float32", pages.order, block_bytes, windows, *cuts)
         self.layout, self._groups = layout, 1 + len(windows)
         staging = torch.zeros(LAYERS * BLOCKS * block_bytes, dtype=torch.uint8)
         region = Region(staging.data_ptr(), staging.numel(), "cpu")

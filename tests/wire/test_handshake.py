@@ -28,7 +28,11 @@ def test_every_field_is_compared(field, value):
     assert difference == (field, str(getattr(FIT, field)), str(value))
 
 
-@pytest.mark.parametrize("field", [name for name in LAYOUT.__struct_fields__ if name != "dtype"])
+#: The first is told before all others, and the other says only what may differ.
+UNLIKE = ("dtype", "tokens_outside")
+
+
+@pytest.mark.parametrize("field", [name for name in LAYOUT.__struct_fields__ if name not in UNLIKE])
 def test_every_field_of_the_layout_is_compared(field):
     """The difference has the field's own name."""
     changed = msgspec.structs.replace(LAYOUT, **{field: "other" if field == "order" else 99})
@@ -79,3 +83,39 @@ def test_two_ranks_without_a_common_head_are_refused():
     """Both are named."""
     assert share(rank(1, 2), rank(0, 4), sends=True) == Difference("tp_rank", "1 of 2", "0 of 4")
     assert share(rank(0, 2), rank(1, 2), sends=True) == Difference("tp_rank", "0 of 2", "1 of 2")
+
+
+def sized(block_size: int, rank: Compatibility, *, apart: bool = True) -> Compatibility:
+    """The same with other blocks, in which each token has its heads together."""
+    times = block_size // rank.layout.block_size
+    layout = msgspec.structs.replace(
+        rank.layout,
+        block_size=block_size,
+        block_bytes=times * rank.layout.block_bytes,
+        head_runs=block_size,
+        tokens_outside=apart,
+    )
+    return msgspec.structs.replace(rank, layout=layout)
+
+
+def test_blocks_that_are_multiples_fit():
+    """Blocks of the smaller size travel, and each side knows how many of them make one of its own."""
+    large, small = sized(64, rank(0, 1)), sized(16, rank(0, 1))
+    assert first_difference(large, small) is None
+    assert share(large, small, sends=True).per_block == 4
+    assert share(small, large, sends=False) == Share(small.layout, None, 1)
+    assert share(large, small, sends=True).layout == small.layout
+
+
+def test_blocks_of_some_heads_and_some_tokens_are_cut_twice():
+    """Two ranks with blocks of 16 tokens, and one with 64."""
+    large, small = sized(64, rank(0, 1)), sized(16, rank(1, 2))
+    assert first_difference(large, small) is None
+    assert share(large, small, sends=False) == Share(share(small, large, sends=True).layout, range(2, 4), 4)
+
+
+def test_blocks_that_cannot_be_cut_differ_in_their_size():
+    """Tokens lie apart, or the sizes are no multiples."""
+    small = sized(16, rank(0, 1))
+    assert first_difference(sized(64, rank(0, 1), apart=False), small) == ("layout.block_size", "64", "16")
+    assert first_difference(sized(48, rank(0, 1)), sized(32, rank(0, 1))) == ("layout.block_size", "48", "32")

@@ -85,10 +85,13 @@ class PagedCopy(Protocol):
     def digest_received(self, offset: int, cells: Cells, region: int = 0) -> Digest:
         """Sum blocks that a peer has written."""
 
-    def of_heads(self, heads: range, layout: KVLayout) -> "PagedCopy":
-        """The same of these heads alone, over the same memory: its blocks in the buffers are as large as they are.
+    def cut(self, heads: range | None, per_block: int, layout: KVLayout) -> "PagedCopy":
+        """The same of these heads alone, and of smaller blocks, over the same memory.
 
-        ``layout`` is that of the paged blocks, and says how they are cut.
+        Args:
+            heads: None: all.
+            per_block: what each block is cut into; block *i* becomes ``i * per_block`` and those after it.
+            layout: of the whole blocks.
         """
 
 

@@ -15,6 +15,9 @@ from kvbelt.errors import StartError
 
 _NAMES = ("blocks", "heads", "tokens", "content")
 
+#: Backends that keep each token's keys and values together. On a CPU a block has its keys transposed.
+_TOKENS_APART = frozenset({"FLASH_ATTN", "FLASHINFER", "TRITON_ATTN"})
+
 _LAYER_NUMBER = re.compile(r"\.(\d+)(?:\.|$)")
 
 
@@ -26,13 +29,14 @@ class Pages:
         rows: one tensor a layer, ``uint8 [num_blocks, block_bytes]``, over vLLM's own memory.
         layer_of: vLLM's name of a layer to its place in ``rows``; layers that share memory share the place.
         order: backend, type and dimensions of a block, for the handshake; all of them where layers differ.
-        head_runs: of ``wire.layout.KVLayout``.
+        head_runs, tokens_outside: of ``wire.layout.KVLayout``.
     """
 
     rows: list[torch.Tensor]
     layer_of: dict[str, int]
     order: str
     head_runs: int = 0
+    tokens_outside: bool = False
 
     def sharing(self, group_of: Mapping[str, int]) -> list[int]:
         """How many groups have a layer at each place; ``group_of`` a layer is the first where it is not named."""
@@ -54,7 +58,7 @@ def pages_of(
     layer_of: dict[str, int] = {}
     place_of_address: dict[int, int] = {}
     orders: dict[str, None] = {}
-    runs: set[int] = set()
+    cuts: set[tuple[int, bool]] = set()
     for name in sorted(kv_caches, key=_in_model_order):
         tensor = kv_caches[name]
         if not isinstance(tensor, torch.Tensor):
@@ -62,31 +66,34 @@ def pages_of(
                 f"layer {name} keeps its state in a {type(tensor).__name__}; only attention KV can be moved"
             )
         row, address = _rows(name, tensor, num_blocks, block_bytes), tensor.data_ptr()
-        dimensions, head_runs = _inside(tensor, num_blocks, num_kv_heads)
+        dimensions, head_runs, tokens_outside = _inside(tensor, num_blocks, num_kv_heads)
         orders[f"{backend} {tensor.dtype} {dimensions}".replace("torch.", "")] = None
-        runs.add(head_runs)
+        cuts.add((head_runs, tokens_outside and backend in _TOKENS_APART))
         if address not in place_of_address:
             place_of_address[address] = len(rows)
             rows.append(row)
         layer_of[name] = place_of_address[address]
     if not rows:
         raise StartError("vLLM has registered no KV cache; a model without attention cannot be disaggregated")
-    return Pages(rows, layer_of, "; ".join(orders), runs.pop() if len(runs) == 1 else 0)
+    return Pages(rows, layer_of, "; ".join(orders), *(cuts.pop() if len(cuts) == 1 else (0, False)))
 
 
-def _inside(tensor: torch.Tensor, num_blocks: int, num_kv_heads: int) -> tuple[str, int]:
-    """The dimensions of a block in words, and how often all heads follow each other in one; 0: that is not known.
+def _inside(tensor: torch.Tensor, num_blocks: int, num_kv_heads: int) -> tuple[str, int, bool]:
+    """The dimensions of a block in words, and how it can be cut: ``head_runs`` and ``tokens_outside``.
 
     Named ``[blocks, heads, tokens, content]`` vLLM's dimensions are told without the heads, from the outermost in.
     """
     shape, strides = tensor.shape, tensor.stride()
     if len(shape) != 4 or shape[1] != num_kv_heads:
-        return f"{tuple(shape[1:])} {strides[1:]}", 0
+        return f"{tuple(shape[1:])} {strides[1:]}", 0, False
     # A dimension of one element may have any stride, and lies nowhere.
     others = sorted((place for place in (2, 3) if shape[place] > 1), key=lambda place: -strides[place])
-    told = " ".join(f"{shape[place]} {_NAMES[place]}" for place in others)
-    outside = [shape[place] for place in others if num_kv_heads > 1 and strides[place] > strides[1]]
-    return told, shape[0] // num_blocks * math.prod(outside)
+    outside = [place for place in others if num_kv_heads > 1 and strides[place] > strides[1]]
+    parts = shape[0] // num_blocks  # blocks of the kernel's in one of vLLM's
+    tokens_outside = parts == 1 and others[:1] == [2] and (num_kv_heads == 1 or outside[:1] == [2])
+    counted = (2, 3) if parts > 1 else (3,)
+    told = " ".join(f"{shape[place]} {_NAMES[place]}" if place in counted else _NAMES[place] for place in others)
+    return told, parts * math.prod(shape[place] for place in outside), tokens_outside
 
 
 def _in_model_order(name: str) -> tuple[int, str]:

@@ -84,6 +84,7 @@ def start_rank(  # noqa: PLR0917 -- what vLLM knows, and what we do
         block_bytes=spec.page_size_bytes,
         windows=groups.windows,
         head_runs=pages.head_runs,
+        tokens_outside=pages.tokens_outside,
     )
     model = vllm_config.model_config
     weights = model_fingerprint(

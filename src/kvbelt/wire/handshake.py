@@ -5,7 +5,8 @@ Rules:
 1. The sender sends ``Hello`` to the receiver's init port; the answer is ``Welcome`` or ``HandshakeRefused``.
 2. Everything that must fit is in ``Compatibility`` and nowhere else. A refusal names the first field that differs, with
    both values. All fields must be equal, except that each side may have its own tensor-parallel degree: the two ranks
-   must then have heads for each other (``shards``), and blocks of these heads must be equal.
+   must then have heads for each other (``shards``), and blocks of these heads must be equal. Block sizes may be
+   multiples of each other, where the larger blocks can be cut.
 3. Both sides compare: the receiver before it tells where its memory is, the sender before it writes.
 4. The exchange may be repeated at any time and then changes nothing.
 
@@ -106,8 +107,7 @@ def first_difference(ours: Compatibility, theirs: Compatibility) -> Difference |
 
 
 def _layout_difference(ours: KVLayout, theirs: KVLayout) -> Difference | None:
-    heads = min(ours.num_kv_heads, theirs.num_kv_heads)
-    mine, other = ours.of_heads(heads) or ours, theirs.of_heads(heads) or theirs
+    mine, other = (_least(layout, ours, theirs) for layout in (ours, theirs))
     # dtype first: it changes block_bytes too, and it is the setting that a user knows.
     for field in ("dtype", *(name for name in KVLayout.__struct_fields__ if name != "dtype")):
         if getattr(mine, field) != getattr(other, field):
@@ -116,11 +116,21 @@ def _layout_difference(ours: KVLayout, theirs: KVLayout) -> Difference | None:
     return None
 
 
+def _least(layout: KVLayout, *both: KVLayout) -> KVLayout:
+    """The least blocks of both that one of them can have, as far as it can."""
+    tokens, heads = min(each.block_size for each in both), min(each.num_kv_heads for each in both)
+    layout = layout.of_tokens(tokens) or layout
+    layout = layout.of_heads(heads) or layout
+    # It says what can be cut, and so nothing that must be equal.
+    return msgspec.structs.replace(layout, tokens_outside=False)
+
+
 class Share(NamedTuple):
     """What of every block of one rank travels to or from one rank of the other side."""
 
     layout: KVLayout  #: of what travels
     heads: range | None = None  #: of this rank's heads; None: all
+    per_block: int = 1  #: blocks of ``layout`` in one of this rank's
 
 
 def share(ours: Compatibility, theirs: Compatibility, *, sends: bool) -> Share | Difference:
@@ -130,11 +140,17 @@ def share(ours: Compatibility, theirs: Compatibility, *, sends: bool) -> Share |
     piece = next((piece for piece in pieces if piece.sender == sender.tp_rank), None)
     if piece is None:
         return Difference("tp_rank", *(f"{side.tp_rank} of {side.tp_size}" for side in (ours, theirs)))
+    sizes = ours.layout.block_size, theirs.layout.block_size
+    layout = ours.layout.of_tokens(min(sizes))
+    if layout is None:
+        return Difference("layout.block_size", *map(str, sizes))
+    per_block = ours.layout.block_size // layout.block_size
     if ours.tp_size == theirs.tp_size:
-        return Share(ours.layout)
+        return Share(layout, None, per_block)
     count = len(piece.heads)
-    cut = ours.layout.of_heads(count)
+    cut = layout.of_heads(count)
     if cut is None:
         return Difference("layout.num_kv_heads", str(ours.layout.num_kv_heads), str(theirs.layout.num_kv_heads))
     first = piece.heads.start - heads_of(ours.tp_rank, ours.tp_size, ours.kv_heads).start
-    return Share(cut, None if count == ours.layout.num_kv_heads else range(first, first + count))
+    heads = None if count == ours.layout.num_kv_heads else range(first, first + count)
+    return Share(cut, heads, per_block)

@@ -7,7 +7,9 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     """The shape of a paged KV cache: ``num_layers`` tensors of equal blocks.
 
     A block of one layer is ``block_bytes`` contiguous bytes that hold ``block_size`` tokens. Their order inside the
-    block is compared and never interpreted, because only whole blocks are sent.
+    block is compared and never interpreted: whole blocks are sent, or what is cut out of them as below.
+
+    Where ``tokens_outside``, a block can be cut into blocks of fewer tokens, too.
 
     With tensor parallelism a block has the heads of one rank. All of them follow each other ``head_runs`` times in it
     (once for each token, for example). So some heads can be cut out of a block, and make a block of fewer heads.
@@ -22,11 +24,12 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     block_size: int
     dtype: str
     #: Order of the dimensions inside a block, e.g. ``"T2HD"``: token, K or V, head, element. It does not tell how many
-    #: heads there are where ``head_runs`` is known.
+    #: heads there are where ``head_runs`` is known, nor how many tokens.
     order: str
     block_bytes: int  #: bytes of one block of one layer
     windows: tuple[int, ...] = ()  #: of each group after the first, how far its layers look back, in tokens; 0: to all
     head_runs: int = 0  #: 0: one head's bytes cannot be told from another's
+    tokens_outside: bool = False  #: a block is a run of blocks of fewer tokens
 
     def of_heads(self, count: int) -> "KVLayout | None":
         """Of so many of these heads; None: a block cannot be cut."""
@@ -38,6 +41,18 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
         cut = self.block_bytes // self.num_kv_heads * count
         runs = self.head_runs if count > 1 else 0
         return msgspec.structs.replace(self, num_kv_heads=count, block_bytes=cut, head_runs=runs)
+
+    def of_tokens(self, block_size: int) -> "KVLayout | None":
+        """With so many tokens in a block; None: a block cannot be cut into such."""
+        if block_size == self.block_size:
+            return self
+        # What a window has left behind is counted in blocks.
+        if not self.tokens_outside or self.windows or self.block_size % block_size:
+            return None
+        times = self.block_size // block_size
+        return msgspec.structs.replace(
+            self, block_size=block_size, block_bytes=self.block_bytes // times, head_runs=self.head_runs // times
+        )
 
     def blocks(self, num_tokens: int) -> int:
         """All blocks of a prompt, of every group."""

@@ -2,7 +2,7 @@
 
 import logging
 
-from kvbelt.transfer.head_copies import HeadCopies
+from kvbelt.transfer.cut_copies import CutCopies
 from kvbelt.transfer.ports import Digest
 from kvbelt.transfer.receive.commands import Check
 from kvbelt.transfer.receive.states import Verified
@@ -21,7 +21,7 @@ def cells_of(transfer_id: TransferId, shape: SlotShape, part: Part, verify: Veri
 
 
 class Checks:
-    def __init__(self, copies: HeadCopies, verify: Verify) -> None:
+    def __init__(self, copies: CutCopies, verify: Verify) -> None:
         self._copies = copies
         self._verify: Verify = verify
         self._open: list[tuple[Check, Digest]] = []
@@ -37,7 +37,7 @@ class Checks:
         if not len(cells):
             return Verified(check.part, right=check.digest == 0)
         try:
-            copy = self._copies.of(check.shape.heads)
+            copy = self._copies.of(check.shape)
             digest = copy.digest_received(check.slot.offset + part.offset, cells, check.slot.region)
             if digest.done():
                 return self._verdict(check, digest)

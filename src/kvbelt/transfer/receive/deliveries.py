@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from kvbelt.transfer.head_copies import HeadCopies
+from kvbelt.transfer.cut_copies import CutCopies
 from kvbelt.transfer.ports import ReceivedKV
 from kvbelt.transfer.receive.commands import Break, Deliver, Finish, PartReady
 from kvbelt.transfer.receive.handles import ReceivedParts, ReceivedSlot
@@ -15,7 +15,7 @@ class Deliveries:
     """Consumers' handles, and what they are told. ``ask`` calls ``handle`` on the belt's thread with what they do."""
 
     def __init__(
-        self, copies: HeadCopies, ask: Callable[..., object], handle: Callable[[TransferId, FromOwner], None]
+        self, copies: CutCopies, ask: Callable[..., object], handle: Callable[[TransferId, FromOwner], None]
     ) -> None:
         self._copies = copies
         self._ask = ask
@@ -24,7 +24,7 @@ class Deliveries:
 
     def make(self, delivery: Deliver) -> ReceivedKV:
         transfer_id, shape = delivery.transfer_id, delivery.shape
-        copy = self._copies.of(shape.heads)
+        copy = self._copies.of(shape)
         taken = partial(self._ask, self._handle, transfer_id, PartTaken())
         release = partial(self._ask, self._release, transfer_id)
         made: ReceivedSlot | ReceivedParts

@@ -9,7 +9,7 @@ import zmq
 
 from kvbelt.errors import ChannelError
 from kvbelt.security.keys import fingerprint, speaks_for
-from kvbelt.transfer.head_copies import HeadCopies
+from kvbelt.transfer.cut_copies import CutCopies
 from kvbelt.transfer.ports import Lost, PagedCopy, ReceivedKV
 from kvbelt.transfer.receive.checks import Checks
 from kvbelt.transfer.receive.commands import Answer, Break, Check, Deliver, Finish, Lose, PartReady
@@ -76,7 +76,7 @@ class ReceiverDriver:
         self._welcome = welcome  # takes the receive buffer
         self._settings = settings
         self._sockets = sockets
-        copies = HeadCopies(copy, compatibility.layout)
+        copies = CutCopies(copy, compatibility.layout)
         self._checks = Checks(copies, settings.verify)
         self._clock = clock
         self._refusals = sockets.refusals

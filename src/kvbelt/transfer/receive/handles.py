@@ -14,8 +14,8 @@ class _Received:
         self, slot: Slot, num_tokens: int, shape: SlotShape, copy: PagedCopy, release: Callable[[], object]
     ) -> None:
         self.num_tokens = num_tokens
-        self.num_blocks = shape.num_blocks
-        self.first_block = shape.first_block
+        self.num_blocks = -(-shape.num_blocks // shape.per_block)
+        self.first_block = shape.first_block // shape.per_block
         self.heads = shape.heads
         self._slot = slot
         self._shape = shape
@@ -26,14 +26,17 @@ class _Received:
         # for parts.
         self._told = threading.Condition()
 
-    def _check(self, block_ids: Sequence[int], first: int | None) -> int:
-        """The prompt's block that goes into the first of these."""
-        shape = self._shape
-        first = shape.first_block if first is None else first
+    def _check(self, block_ids: Sequence[int], first: int | None) -> tuple[Sequence[int], int]:
+        """These blocks, and the prompt's block that goes into the first of them, both as they have travelled."""
+        shape, times = self._shape, self._shape.per_block
+        first = self.first_block if first is None else first
         end = first + len(block_ids)
-        if first < shape.first_block or end > shape.num_blocks:
-            raise ValueError(f"blocks {first} to {end} to fill; {shape.first_block} to {shape.num_blocks} were sent")
-        return first
+        if first < self.first_block or end > self.num_blocks:
+            raise ValueError(f"blocks {first} to {end} to fill; {self.first_block} to {self.num_blocks} were sent")
+        if times == 1:
+            return block_ids, first
+        parts = [block * times + part for block in block_ids for part in range(times)]
+        return parts[: shape.num_blocks - first * times], first * times
 
     def _scatter(self, part: Part, block_ids: Sequence[int], first: int) -> None:
         """Copy what these blocks want of one part, every layer; returns when it is in place."""
@@ -51,7 +54,7 @@ class ReceivedSlot(_Received):
     whole = True
 
     def scatter(self, block_ids: Sequence[int], first: int | None = None) -> None:
-        first = self._check(block_ids, first)
+        block_ids, first = self._check(block_ids, first)
         with self._told:
             if self._released:
                 raise SlotGoneError(f"slot {self._slot.name} was released")
@@ -91,7 +94,7 @@ class ReceivedParts(_Received):
 
     def scatter(self, block_ids: Sequence[int], first: int | None = None) -> None:
         """Wait for part after part. The belt ends it at the transfer's deadline, or when its sender is lost."""
-        block_ids, first = tuple(block_ids), self._check(block_ids, first)
+        block_ids, first = self._check(tuple(block_ids), first)
         with self._told:
             if self._begun:
                 raise SlotGoneError(f"slot {self._slot.name} comes in parts, and they can be taken out once")

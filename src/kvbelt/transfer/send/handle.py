@@ -37,7 +37,7 @@ class Sending:
         """
         if not 0 <= layer < self._num_layers:
             raise ValueError(f"layer {layer} of {self._num_layers}")
-        expected, num_blocks = self._next[layer], self._transfer.num_blocks
+        expected, num_blocks = self._next[layer], self._transfer.engine_blocks
         if first != expected or first + len(block_ids) > num_blocks:
             raise ValueError(
                 f"blocks {first} to {first + len(block_ids)} of layer {layer}; "

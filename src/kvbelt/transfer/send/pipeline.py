@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 from kvbelt.errors import ChannelError, SettingsError
 from kvbelt.transfer.arena import Arena
-from kvbelt.transfer.head_copies import HeadCopies
+from kvbelt.transfer.cut_copies import CutCopies
 from kvbelt.transfer.ports import Buffer, Channel, Digest, PagedCopy, WriteHandle
 from kvbelt.transfer.send.links import LinkTallies
 from kvbelt.transfer.send.load import Load, PartLoad, Piece, Target
@@ -54,7 +54,7 @@ class WritePipeline:
                 "(raise pd_buffer_size)"
             )
         self._channel = channel
-        self._copies = HeadCopies(copy, layout)
+        self._copies = CutCopies(copy, layout)
         self.buffer = buffer
         self._layout = layout
         self.links = links
@@ -115,7 +115,7 @@ class WritePipeline:
     @staticmethod
     def _sort(load: Load, shape: SlotShape, runs: Sequence[Run]) -> None:
         for run in runs:
-            for number, piece in by_part(run, shape):
+            for number, piece in by_part(run.in_blocks_of(shape), shape):
                 load.parts[number].pending.append(piece)
 
     def parts_taken(self, transfer: SenderSession, taken: int) -> None:
@@ -205,7 +205,7 @@ class WritePipeline:
         self._held[agent] += num_blocks * block_bytes
         piece = Piece(number, take_batch(pending, num_blocks), offset, num_blocks, num_blocks * block_bytes)
         load.pieces.append(piece)
-        at, copy = offset, self._copies.of(shape.heads)
+        at, copy = offset, self._copies.of(shape)
         for run in piece.runs:
             piece.fences.append(copy.gather(run.layer, run.block_ids, at, run.ready))
             at += len(run.block_ids) * block_bytes
@@ -265,7 +265,7 @@ class WritePipeline:
             cells.append(choice.of_run(run.layer, run.first, len(run.block_ids), row))
             row += len(run.block_ids)
         chosen = joined(cells)
-        return self._copies.of(target.shape.heads).digest_sent(piece.offset, chosen) if len(chosen) else None
+        return self._copies.of(target.shape).digest_sent(piece.offset, chosen) if len(chosen) else None
 
     def _reap(self, transfer: SenderSession, piece: Piece, now: float) -> bool:
         write, load = piece.write, transfer.load
@@ -340,7 +340,7 @@ class WritePipeline:
                 self._reports.append((transfer, PartWritten(number, digest)))
         if transfer.computed_at is None:
             return
-        total_blocks = transfer.num_blocks * self._layout.num_layers
+        total_blocks = transfer.engine_blocks * self._layout.num_layers
         if load.handed_blocks != total_blocks:
             load.reported = True
             detail = f"{load.handed_blocks} of {total_blocks} blocks were handed over"

@@ -27,6 +27,15 @@ class Run:
         skipped = max(start - self.first, 0)
         return Run(self.layer, self.first + skipped, self.block_ids[skipped : max(end - self.first, 0)], self.ready)
 
+    def in_blocks_of(self, shape: SlotShape) -> "Run":
+        """In the blocks that travel, if each of the engine's is several of them; without those behind the prompt."""
+        times = shape.per_block
+        if times == 1:
+            return self
+        first = self.first * times
+        ids = [block * times + part for block in self.block_ids for part in range(times)]
+        return Run(self.layer, first, tuple(ids[: shape.num_blocks - first]), self.ready)
+
 
 class Span(NamedTuple):
     """One descriptor: bytes here to bytes there."""

@@ -96,7 +96,7 @@ class SenderSession(Machine[s.SenderState, s.SenderEvent, SenderCommand]):
         self.sender = sender
         self.receiver = receiver
         self.num_tokens = num_tokens
-        self.num_blocks = layout.blocks(num_tokens)
+        self.engine_blocks = layout.blocks(num_tokens)
         self._layout = layout
         self.deadline = deadline
         self.prefix = prefix
@@ -123,6 +123,11 @@ class SenderSession(Machine[s.SenderState, s.SenderEvent, SenderCommand]):
         """What of every block travels; all of it as long as the peer is not known."""
         peer = self.peer
         return peer.share if peer is not None and peer.share is not None else Share(self._layout)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that travel, or may."""
+        return self.share.layout.blocks(self.num_tokens)
 
     @property
     def num_bytes(self) -> int:
