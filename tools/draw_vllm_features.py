@@ -58,6 +58,12 @@ FEATURES = (
     ),
     Feature("LoRA adapters", CROSSES, NEWEST, "test_lora.py::test_an_adapter_of_both_sides_crosses"),
     Feature(
+        "different tensor-parallel degrees",
+        CROSSES,
+        NEWEST,
+        "test_serving_degrees.py::test_prompts_through_the_proxy",
+    ),
+    Feature(
         "a LoRA adapter that one side lacks", WHOLE, NEWEST, "test_lora.py::test_an_adapter_of_one_side_is_served_whole"
     ),
     Feature(
