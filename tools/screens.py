@@ -40,7 +40,10 @@ def up(_width: int) -> list[str]:
     board.show(["ready", "ready", "waiting"], 3.2)
     board.show(["ready", "ready", "ready"], 3.4)
     key, logs = Path("/run/kvbelt/admin.key"), Path("/run/kvbelt/logs")
-    return [*terminal.shown, *banner(url=URL, model="demo", topology="1p1d", key=key, logs=logs, seconds=3.4)]
+    return [
+        *terminal.shown,
+        *banner(url=URL, model="demo", topology="1p1d", key=key, logs=logs, drain_seconds=30, seconds=3.4),
+    ]
 
 
 def why(width: int) -> list[str]:

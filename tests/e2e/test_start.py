@@ -112,7 +112,10 @@ def test_bad_topology() -> None:
 
 
 def test_up_serves_and_leaves_nothing() -> None:
-    """``kvbelt up`` prints ready, serves, and ends with status 0 within 5 s of SIGTERM; no process stays."""
+    """``kvbelt up`` prints ready, serves, and ends with status 0 within 5 s of SIGTERM; no process stays.
+
+    A stream that is open then comes to its end first.
+    """
     # Everything holds each time; the 5 s hold where the machine lets it run, so it may be asked again.
     assert any(_up_and_down() < 5 for _ in range(3))
 
@@ -135,8 +138,15 @@ def _up_and_down() -> float:
             body = {"prompt": "Twelve monkeys", "max_tokens": 4, "temperature": 0}
             reply = httpx.post(found[1] + "/v1/completions", json=body, timeout=60)
             assert reply.headers["x-kvbelt-path"] == "local; reason=calm"
+            body = {"prompt": "Twelve monkeys", "max_tokens": 1000, "ignore_eos": True, "stream": True}
+            with httpx.stream("POST", found[1] + "/v1/completions", json=body, timeout=60) as stream:
+                lines = stream.iter_lines()
+                assert next(lines).startswith("data: {")
+                up.send_signal(signal.SIGTERM)
+                events = [line for line in lines if line.startswith("data: ")]
             started = time.monotonic()
-            up.send_signal(signal.SIGTERM)
+            assert events[-1] == "data: [DONE]"
+            assert json.loads(events[-2][6:])["choices"][0]["finish_reason"] == "length"
             assert up.wait(timeout=60) == 0
             seconds = time.monotonic() - started
             assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]

@@ -1,8 +1,8 @@
 """A process that passes for ``kvbelt worker`` and ``kvbelt proxy``: it serves /health on --port and nothing else.
 
 How it misbehaves is said in the environment, per name of the role: STANDIN_DIE, STANDIN_IGNORE_TERM,
-STANDIN_LOADING (a file: it says ``loading`` until the file exists). What it answers to a POST and to a GET of a
-record are files, too: STANDIN_STREAM, STANDIN_RECORD.
+STANDIN_LOADING (a file: it says ``loading`` until the file exists), STANDIN_OPEN (requests that a proxy never ends).
+What it answers to a POST and to a GET of a record are files, too: STANDIN_STREAM, STANDIN_RECORD.
 """
 
 import json
@@ -40,12 +40,17 @@ class Health(BaseHTTPRequestHandler):
         if self.path == "/v1/models":
             self.answer(200, b'{"data": [{"id": "standin"}]}')
             return
+        self.health()
+
+    def health(self) -> None:
+        """Of a worker or the proxy."""
         waits_for = os.environ.get("STANDIN_LOADING")
         ready = waits_for is None or Path(waits_for).exists()
         state = "ready" if ready else "loading"
         if role == "proxy":
             notifications = {"port": 7500, "mechanism": "NULL"}
-            body = {"status": "ok", "state": state, "notifications": notifications, "workers": []}
+            body = {"status": "ok", "state": state, "notifications": notifications, "workers": [],
+                    "open_requests": int(os.environ.get("STANDIN_OPEN", "0"))}  # fmt: skip
         else:
             load = {"running": 0, "waiting": 0, "blocks_total": 1, "blocks_free": 1, "blocks_cached": 0}
             body = {"status": "ok", "state": state, "role": role, "model": "standin", "engine_id": role,
@@ -55,6 +60,9 @@ class Health(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """The stream of the file, or an error without one."""
+        if self.path == "/kvbelt/drain":
+            self.health()
+            return
         self.rfile.read(int(self.headers["content-length"]))
         stream = os.environ.get("STANDIN_STREAM")
         if stream is None:

@@ -261,6 +261,28 @@ def test_signal_ends_everything(number, stubborn):
         assert not listening(port)
 
 
+def test_open_requests_are_waited_for_until_a_second_signal():
+    """The first signal shows how many are open, the second ends everything at once."""
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "launcher.py"), "1p1d", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "STANDIN_OPEN": "2"},
+    )
+    with process:
+        pids = [int(pid) for pid in process.stdout.readline().split()[1:]]
+        process.terminate()
+        for line in process.stderr:
+            if "2 requests are open" in line:
+                break
+        assert not any(gone(pid) for pid in pids)
+        process.terminate()
+        assert process.wait(timeout=60) == 0
+        assert "2 requests are cut off" in process.stderr.read()
+        assert all(gone(pid) for pid in pids)
+
+
 def test_what_is_waited_for_leaves_room_within_five_seconds():
     """The waits of a shutdown add up to less than 5 s, the time in which everything must be gone."""
     assert GRACE_SECONDS + FINISH_SECONDS <= 4.0

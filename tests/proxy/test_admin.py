@@ -306,3 +306,20 @@ async def test_one_worker_is_shown_by_its_name():
         for path in (name, name.replace(":", "%3A")):
             got = await deployment.get(f"/kvbelt/workers/{path}")
             assert (got.json["worker"], got.json["role"], got.json["engine_id"]) == (name, "decode", "d0")
+
+
+@async_test
+async def test_a_proxy_that_drains_takes_no_request_and_ends_the_open_ones():
+    """After POST /kvbelt/drain /health tells the open requests, new ones get 503, and the open stream ends whole."""
+    async with administered() as deployment:
+        gate = deployment.decode[0].script.before_head = asyncio.Event()
+        asking = asyncio.create_task(deployment.ask(STREAM))
+        await eventually(lambda: deployment.proxy.context.metrics.in_flight == 1)
+        assert (await deployment.get("/kvbelt/drain", "POST")).status == 401
+        said = await deployment.get("/kvbelt/drain", "POST", headers=BEARER)
+        assert (said.json["state"], said.json["open_requests"]) == ("draining", 1)
+        refused = await deployment.ask(BODY, request_id="r2")
+        assert (refused.status, refused.headers[b"retry-after"]) == (503, b"1")
+        gate.set()
+        assert (await asking).text
+        assert (await deployment.get("/health")).json["open_requests"] == 0

@@ -63,12 +63,16 @@ class Server:
         try:
             await asyncio.wait_for(self._emptied.wait(), grace_seconds)
         except TimeoutError:
-            for connection in list(self._connections):
-                connection.abort()
+            self.abort()
             await self._emptied.wait()
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
+
+    def abort(self) -> None:
+        """Cut every connection now."""
+        for connection in list(self._connections):
+            connection.abort()
 
     # Called by connections
 

@@ -8,7 +8,7 @@ _BODY = """'{"messages": [{"role": "user", "content": "Hello!"}]}'"""
 
 
 def banner(
-    *, url: str, model: str, topology: str, key: Path, logs: Path | None, drain_seconds: float = 30, seconds: float
+    *, url: str, model: str, topology: str, key: Path, logs: Path | None, drain_seconds: float, seconds: float
 ) -> list[str]:
     """Lines of a person's next steps.
 

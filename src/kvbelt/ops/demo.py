@@ -80,7 +80,6 @@ def run(args: argparse.Namespace) -> int:
             if not args.once:
                 _print(f"\nServing on {deployment.url} until Ctrl-C.")
                 await stop.wait()
-                terminal.info("stopping")
             return 0
         finally:
             asking.cancel()

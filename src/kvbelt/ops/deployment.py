@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from kvbelt.errors import StartError
+from kvbelt.ops.child import GRACE_SECONDS
 from kvbelt.ops.http_client import reachable
 from kvbelt.ops.ports import PROXY_PORT, Ports, check_free, free_ports, seed_ports
 from kvbelt.ops.processes import (
@@ -156,10 +157,13 @@ class Deployment:
             raise RuntimeError("not started")
         await self._supervisor.restart(name, alone=alone)
 
-    async def stop(self) -> None:
-        """End everything. Idempotent; leaves no process, port or file behind, except logs in ``log_dir``."""
+    async def stop(self, grace: float = GRACE_SECONDS) -> None:
+        """End everything. Idempotent; leaves no process, port or file behind, except logs in ``log_dir``.
+
+        ``grace``: seconds for processes to end by themselves.
+        """
         if self._supervisor is not None:
-            await self._supervisor.stop()
+            await self._supervisor.stop(grace)
         if self._config_dir is not None:
             shutil.rmtree(self._config_dir, ignore_errors=True)
             self._config_dir = None

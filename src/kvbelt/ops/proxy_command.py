@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a worker that answers no health check for so long gets no new requests",
     )  # fmt: skip
     add(
-        "--drain-seconds", type=positive_number, default=2.0, metavar="SECONDS",
+        "--drain-seconds", type=positive_number, default=30.0, metavar="SECONDS",
         help="time for open requests at shutdown",
     )  # fmt: skip
     add(

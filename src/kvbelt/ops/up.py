@@ -12,7 +12,7 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from kvbelt.errors import KVBeltError, SettingsError, StartError
@@ -28,8 +28,11 @@ from kvbelt.ops.arguments import (
     worker_key_of,
 )
 from kvbelt.ops.banner import banner
+from kvbelt.ops.child import GRACE_SECONDS
 from kvbelt.ops.deployment import Deployment
+from kvbelt.ops.ending import Signals, drain
 from kvbelt.ops.extras import require_engine, require_vllm_of
+from kvbelt.ops.http_client import Address
 from kvbelt.ops.model_dir import find_model
 from kvbelt.ops.parser import add_examples
 from kvbelt.ops.ports import PROXY_PORT, check_free, seed_ports
@@ -40,8 +43,15 @@ from kvbelt.ops.supervisor import NotReadyError
 from kvbelt.ops.terminal import Terminal
 from kvbelt.ops.topology import Topology
 from kvbelt.routing.ratio import lopsided
+from kvbelt.security.admin_key import load_admin_key
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+#: For open requests, in an orderly end.
+DRAIN_SECONDS = 30.0
+
+#: For processes to end by themselves, after a second signal.
+_AT_ONCE_SECONDS = 0.3
 
 #: Time for ``serve`` to end after a signal, out of the 5 s in which everything must be gone.
 FINISH_SECONDS = 0.5
@@ -121,6 +131,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="start although UCX_TLS lacks cuda_ipc: KV between this host's GPUs then goes through the CPU",
     )
+    parser.add_argument(
+        "--drain-seconds", type=positive_number, default=DRAIN_SECONDS, metavar="SECONDS",
+        help="time for open requests at the end; a second Ctrl-C cuts them",
+    )  # fmt: skip
     parser.add_argument("--restart", action="store_true", help="restart a process that dies")
     parser.add_argument(
         "--start-timeout", type=positive_number, default=600.0, metavar="SECONDS", help="time until all are ready"
@@ -144,6 +158,7 @@ def run(args: argparse.Namespace) -> int:
             topology=str(deployment.spec.topology),
             key=deployment.admin_key_file,
             logs=deployment.logs,
+            drain_seconds=args.drain_seconds,
             seconds=time.monotonic() - started,
         ):
             terminal.say(line)
@@ -155,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         spec = _checked(args, terminal)
-        return asyncio.run(deploy(spec, terminal, serve))
+        return asyncio.run(deploy(spec, terminal, serve, args.drain_seconds))
     except KeyboardInterrupt:  # a signal before the loop handles signals
         return 0
     except KVBeltError as error:
@@ -258,22 +273,30 @@ def report(error: KVBeltError) -> int:
 
 
 async def deploy(
-    spec: DeploymentSpec, terminal: Terminal, serve: Callable[[Deployment, asyncio.Event], Awaitable[int]]
+    spec: DeploymentSpec,
+    terminal: Terminal,
+    serve: Callable[[Deployment, asyncio.Event], Awaitable[int]],
+    drain_seconds: float = DRAIN_SECONDS,
 ) -> int:
     """Start, ``serve`` until it returns or a signal comes, stop. Returns ``serve``'s status, or 0 after a signal.
+
+    Open requests get ``drain_seconds`` to end. A second signal ends everything at once.
 
     Raises:
         StartError: as ``Deployment.start``; nothing is left running.
     """
     deployment = Deployment(spec, terminal)
+    signals = Signals()
+    started = asyncio.Event()
 
     async def start_and_serve() -> int:
         await deployment.start()
-        return await serve(deployment, stop)
+        started.set()
+        return await serve(deployment, signals.first)
 
-    async with _stop_signals() as stop:
+    with signals.handled():
         work = asyncio.create_task(start_and_serve(), name="deployment")
-        signalled = asyncio.create_task(stop.wait(), name="signals")
+        signalled = asyncio.create_task(signals.first.wait(), name="signals")
         try:
             await asyncio.wait([work, signalled], return_when=asyncio.FIRST_COMPLETED)
             if signalled.done() and not work.done():
@@ -286,18 +309,8 @@ async def deploy(
             for task in (work, signalled):
                 task.cancel()
             await asyncio.gather(work, signalled, return_exceptions=True)
-            await deployment.stop()
-
-
-@contextlib.asynccontextmanager
-async def _stop_signals() -> AsyncIterator[asyncio.Event]:
-    """An event that Ctrl-C, SIGTERM or SIGHUP sets."""
-    loop = asyncio.get_running_loop()
-    event = asyncio.Event()
-    for number in _SIGNALS:
-        loop.add_signal_handler(number, event.set)
-    try:
-        yield event
-    finally:
-        for number in _SIGNALS:
-            loop.remove_signal_handler(number)
+            if started.is_set():
+                proxy, key = deployment.process("proxy"), load_admin_key(deployment.admin_key_file)
+                await drain(Address(proxy.host, proxy.port), key, drain_seconds, terminal, signals.second)
+                terminal.info("stopping")
+            await deployment.stop(grace=_AT_ONCE_SECONDS if signals.second.is_set() else GRACE_SECONDS)

@@ -60,7 +60,8 @@ class Proxy:
         )
         self._cors = Cors(settings.allowed_origins)
         self._notifications = Notifications(self.context.notified, settings.keys, self.context.metrics.refusals)
-        access = Access(settings)
+        self._draining = False
+        self._access = access = Access(settings)
         self._admin = WorkersApi(self.context.fleet, settings, access)
         self._console = Console(self.context, access)
         self._discovery = Discovery(self.context.fleet, settings) if settings.discover else None
@@ -71,6 +72,7 @@ class Proxy:
             models.LIST: ("GET", self._models),
             "/health": ("GET", self._health),
             "/kvbelt/about": ("GET", self._about),
+            "/kvbelt/drain": ("POST", self._drain),
             "/metrics": ("GET", self._metrics),
         }
 
@@ -104,6 +106,8 @@ class Proxy:
 
     async def close(self) -> None:
         """Let open requests end within ``drain_seconds``, cut the rest, and free everything. Idempotent."""
+        if (open_requests := self.context.metrics.in_flight) > 0:
+            log.info("stopping; %d open requests have %g s", open_requests, self.settings.drain_seconds)
         await self._server.close(self.settings.drain_seconds)
         if self._discovery is not None:
             await self._discovery.close()
@@ -116,6 +120,10 @@ class Proxy:
         self._request_log.close()
         # The loop frees closed transports in its next turn.
         await asyncio.sleep(0)
+
+    def cut(self) -> None:
+        """While ``close`` waits for open requests: cut them now."""
+        self._server.abort()
 
     # Routes
 
@@ -201,6 +209,8 @@ class Proxy:
         route: str,
         handler: Callable[[Context, Exchange, Record], RequestHandler | PassedRequest],
     ) -> None:
+        if self._draining:
+            raise RequestError("this proxy is stopping; ask another", status=503, kind="service_unavailable_error")
         context = self.context
         metrics = context.metrics
         request_id = exchange.request.headers.get(b"x-request-id", b"").decode("latin-1")
@@ -234,14 +244,23 @@ class Proxy:
     async def _health(self, exchange: Exchange) -> None:
         # Ready means connected as well, which takes a bounded time, so that a client begins with a warm deployment.
         ready = any(worker.ready and not worker.endpoint.warming for worker in self.context.fleet.of(Role.DECODE))
+        ready = ready and not self._draining
         body = ProxyHealth(
             status="ok" if ready else "unavailable",
-            state="ready" if ready else "waiting",
+            state="draining" if self._draining else "ready" if ready else "waiting",
+            open_requests=self.context.metrics.in_flight,
             notifications=NotificationPort(self.notification_port, self._notifications.mechanism),
             workers=self.context.fleet.rows(),
             placement=self.context.shadow.now(),
         )
         exchange.respond(200 if ready else 503, (JSON,), _encode(body))
+
+    async def _drain(self, exchange: Exchange) -> None:
+        """Take no more requests, so that the caller can stop this proxy when ``/health`` says that none is open."""
+        self._access.require_admin(exchange)
+        self._draining = True
+        log.info("no more requests are taken; %d are open", self.context.metrics.in_flight)
+        await self._health(exchange)
 
     async def _about(self, exchange: Exchange) -> None:
         exchange.respond(200, (JSON,), _encode(of_this_process("proxy")))
@@ -272,12 +291,18 @@ def calm_collector() -> None:
 
 
 async def serve(settings: ProxySettings) -> None:
-    """Serve until told to stop. Raises StartError: a port is taken."""
+    """Serve until told to stop. Told again, it cuts what is open. Raises StartError: a port is taken."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
     proxy = Proxy(settings)
+
+    def told() -> None:
+        if stop.is_set():
+            proxy.cut()
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told)
     await proxy.start()
     calm_collector()
     try:

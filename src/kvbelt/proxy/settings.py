@@ -70,7 +70,7 @@ class ProxySettings:
     #: Where traces are sent, ``http://HOST:4318``; empty: as OpenTelemetry's variables say; None: no traces.
     otlp_endpoint: str | None = None
     trace_ratio: float = 1.0  #: share of requests that are traced, if the client does not decide
-    drain_seconds: float = 2.0  #: that open requests have to end when the proxy stops
+    drain_seconds: float = 30.0  #: that open requests have to end when the proxy stops
     keys: Keys | None = None  #: of the notification port; None: anyone who reaches it may notify
     admin_key: str | None = field(default=None, repr=False)  #: lets its holder add and remove workers; None: no one can
     #: Workers that ask for a key get this one with the proxy's own questions. Clients' requests never carry it.

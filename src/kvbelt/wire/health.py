@@ -81,10 +81,11 @@ class PlacementNow(msgspec.Struct, frozen=True, kw_only=True):
 
 class ProxyHealth(msgspec.Struct, frozen=True, kw_only=True):
     status: Literal["ok", "unavailable"]
-    state: str  #: ``ready``, ``waiting``
+    state: str  #: ``ready``, ``waiting``, ``draining``
     notifications: NotificationPort
     workers: list[WorkerRow]
     placement: PlacementNow | None = None  #: None: an older version
+    open_requests: int = 0  #: of clients
 
 
 WORKER_HEALTH = JsonMessage(WorkerHealth, "/health")
