@@ -47,7 +47,8 @@ from kvbelt.wire.ids import EngineId, TransferId
 from kvbelt.wire.json_body import MessageError
 from kvbelt.wire.peers import PEERS_REQUEST
 from kvbelt.wire.probe import PROBE_REQUEST, PROBE_RESULT
-from kvbelt.worker.requests import CompletionRequest, parse_chat, parse_completion, parse_handoff, split_prompts
+from kvbelt.wire.requests import CompletionRequest
+from kvbelt.worker.requests import parse_chat, parse_completion, parse_handoff, split_prompts
 from kvbelt.worker.sampling import sampling_of
 
 Target = Callable[[bytes], None]

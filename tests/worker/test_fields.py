@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kvbelt.wire.fields import CHATS_ONLY, COMPLETIONS_ONLY, FIELDS
-from kvbelt.worker.requests import ChatRequest, CompletionRequest
+from kvbelt.wire.requests import ChatRequest, CompletionRequest
 
 PROMPT = {"prompt": "the prompt", "max_tokens": 6, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
 

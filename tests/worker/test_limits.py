@@ -10,10 +10,10 @@ from kvbelt.cli import build_parser
 from kvbelt.engine.api import SamplingParams
 from kvbelt.errors import RequestError, SettingsError
 from kvbelt.limits import Limits, limits_of
+from kvbelt.wire.requests import CompletionRequest
 from kvbelt.worker.app import make_app
 from kvbelt.worker.generation import Generation
 from kvbelt.worker.prompts import Prompts
-from kvbelt.worker.requests import CompletionRequest
 from tests.engine.support import byte_tokenizer
 
 BOTH = "/v1/completions", "/v1/chat/completions"

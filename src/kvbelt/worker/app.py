@@ -30,6 +30,7 @@ from kvbelt.wire.handoff import PrefillHandoff
 from kvbelt.wire.json_body import MessageError
 from kvbelt.wire.peers import PEERS_REQUEST
 from kvbelt.wire.probe import PROBE_REQUEST
+from kvbelt.wire.requests import ChatRequest, CompletionRequest, StreamOptions
 from kvbelt.worker.answers import DONE, AnswerChoice, ChatShape, CompletionShape, StreamUsage, event, usage_of
 from kvbelt.worker.generation import Generation
 from kvbelt.worker.links import MAX_PEERS_BYTES, MAX_PROBE_BYTES, connect_peers, probe_link
@@ -38,9 +39,6 @@ from kvbelt.worker.metrics import Gaps
 from kvbelt.worker.requests import (
     ITL_HEADER,
     MAX_BODY_BYTES,
-    ChatRequest,
-    CompletionRequest,
-    StreamOptions,
     parse_chat,
     parse_completion,
     parse_handoff,

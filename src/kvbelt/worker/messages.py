@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvbelt.errors import RequestError
-from kvbelt.worker.requests import ChatMessage, ChatRequest
+from kvbelt.wire.requests import ChatMessage, ChatRequest
 
 #: Types of content parts that are text, and the member that has it.
 _TEXT_IN: Mapping[str, str] = {

@@ -14,8 +14,9 @@ from kvbelt.engine.api import InvalidRequestError, PrefixHashes
 from kvbelt.engine.grammar import Grammars, Matcher
 from kvbelt.errors import RequestError, context_exceeded
 from kvbelt.wire.block_hash import block_hashes, chained, root
+from kvbelt.wire.requests import ChatRequest, CompletionRequest
 from kvbelt.worker.messages import for_template, text_of
-from kvbelt.worker.requests import ChatRequest, CompletionRequest, split_prompts
+from kvbelt.worker.requests import split_prompts
 from kvbelt.worker.structure import Form
 
 T = TypeVar("T")

@@ -1,17 +1,16 @@
-"""Client requests, parsed once.
+"""Client requests (``wire/requests.py``), parsed once.
 
-Field names, defaults and meaning are OpenAI's, and vLLM's where OpenAI has none. A field of the wrong type is an error
-that names it; types are as lenient as vLLM's (``wire/lenient.py``). An unknown field is ignored, as OpenAI's servers
-and clients expect. A known field (``wire/fields.py``) that this engine cannot honour is refused.
+A field of the wrong type is an error that names it; types are as lenient as vLLM's (``wire/lenient.py``). An unknown
+field is ignored, as OpenAI's servers and clients expect. A known field (``wire/fields.py``) that this engine cannot
+honour is refused.
 """
 
 import re
 from collections.abc import Mapping
 from math import inf
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
-from msgspec import Meta
 
 from kvbelt.errors import RequestError
 from kvbelt.limits import DEFAULTS, Limits
@@ -19,6 +18,7 @@ from kvbelt.wire.fields import INSTEAD, refused
 from kvbelt.wire.handoff import Handoff, handoff_of
 from kvbelt.wire.json_body import JsonDecoder
 from kvbelt.wire.lenient import fields_relaxed
+from kvbelt.wire.requests import ChatRequest, CompletionRequest
 
 #: The place of an error in msgspec's text: ``$.stop[...]`` → ``stop``.
 _PLACE = re.compile(r" - at `\$\.?([^`\[.]*)[^`]*`$")
@@ -30,89 +30,7 @@ MAX_BODY_BYTES = 32 * 1024 * 1024  #: larger bodies are refused; a 1 M token pro
 MAX_LOGPROBS = 20  #: OpenAI's limit
 MAX_CHOICES = 128  #: likewise
 
-T = TypeVar("T", bound=msgspec.Struct)
-
-
-class StreamOptions(msgspec.Struct, frozen=True):
-    include_usage: bool | None = False
-    continuous_usage_stats: bool | None = False
-
-
-class _Common(msgspec.Struct, frozen=True, kw_only=True):
-    """A field may be null where vLLM's may be."""
-
-    model: str | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    n: int | None = None
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    include_stop_str_in_output: bool = False
-    min_tokens: int = 0
-    ignore_eos: bool = False
-    seed: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] = []
-    truncate_prompt_tokens: Annotated[int, Meta(ge=-1)] | None = None
-    truncation_side: Literal["left", "right"] | None = None
-    skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True
-    response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
-    return_token_ids: bool | None = False
-    return_tokens_as_token_ids: bool | None = False
-    cache_salt: Annotated[str, Meta(min_length=1)] | None = None  #: only requests with the same one share blocks
-    kv_transfer_params: dict[str, Any] | None = None
-
-
-class CompletionRequest(_Common, frozen=True, kw_only=True):
-    prompt: str | list[str | int | list[int]]
-    echo: bool | None = False
-    logprobs: int | None = None
-    best_of: int | None = None
-    add_special_tokens: bool = True
-
-
-class ChatMessage(msgspec.Struct, frozen=True):
-    """One message. ``content`` is a text or a list of text parts."""
-
-    role: str
-    content: str | list[str | dict[str, Any]] | None = None
-    refusal: str | None = None
-    name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: str | None = None
-    tools: list[dict[str, Any]] | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
-
-
-class ChatRequest(_Common, frozen=True, kw_only=True):
-    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = False
-    top_logprobs: int | None = None
-    echo: bool = False
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = True
-    add_special_tokens: bool = False
-    add_generation_prompt: bool | msgspec.UnsetType = msgspec.UNSET
-    continue_final_message: bool = False
-    documents: list[dict[str, str]] | None = None
-    reasoning_effort: str | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
+T = TypeVar("T", CompletionRequest, ChatRequest)
 
 _members = JsonDecoder[dict[str, Any]](dict[str, Any])
 

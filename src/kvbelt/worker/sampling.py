@@ -5,7 +5,7 @@ from math import isnan
 
 from kvbelt.engine.api import SamplingParams
 from kvbelt.errors import RequestError
-from kvbelt.worker.requests import ChatRequest, CompletionRequest
+from kvbelt.wire.requests import ChatRequest, CompletionRequest
 
 DEFAULT_COMPLETION_TOKENS = 16  #: OpenAI's default; chat has none, and runs to the end of the context
 _MAX_ID_DIGITS = 20  #: more than any token id has; Python refuses to read thousands of digits

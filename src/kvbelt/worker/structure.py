@@ -8,7 +8,7 @@ from typing import Any
 from llguidance import LLMatcher
 
 from kvbelt.errors import RequestError
-from kvbelt.worker.requests import ChatRequest, CompletionRequest
+from kvbelt.wire.requests import ChatRequest, CompletionRequest
 
 _MOST_CHARACTERS = 64 * 1024  #: of a schema, a pattern or choices; the compiler has limits of its own
 #: One way to write a value: a small model that may write any number of spaces goes on doing so.

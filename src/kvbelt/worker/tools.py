@@ -14,7 +14,7 @@ from typing import Any
 from llguidance import LLMatcher
 
 from kvbelt.errors import RequestError
-from kvbelt.worker.requests import ChatRequest, CompletionRequest
+from kvbelt.wire.requests import ChatRequest, CompletionRequest
 from kvbelt.worker.structure import JSON_STYLE, Form, require_size
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
