@@ -257,7 +257,8 @@ class Standin:
                     "logprobs": None,
                     "finish_reason": None,
                 }
-                exchange.write(event(base | {"choices": [choice]} | tail))
+                ids = {"prompt_token_ids": prompts[0]} if wants_ids else {}
+                exchange.write(event(base | {"choices": [choice]} | tail | ids))
         choices, total = [], 0
         for index, prompt in enumerate(prompts):
             ids, text, finish = [], "", None
@@ -293,6 +294,7 @@ class Standin:
                                         finish=finish,
                                         ids=[token],
                                         wants_ids=wants_ids,
+                                        prompt=prompt if len(ids) == 1 else None,
                                     )
                                 ]
                             }
@@ -338,7 +340,7 @@ class Standin:
         exchange._outlet.transport.close()
 
 
-def chunk(chat, index, piece, *, finish, ids, wants_ids):
+def chunk(chat, index, piece, *, finish, ids, wants_ids, prompt):
     """One choice of a stream event."""
     if chat:
         choice = {
@@ -351,7 +353,7 @@ def chunk(chat, index, piece, *, finish, ids, wants_ids):
             choice["stop_reason"] = None
         return choice | ({"token_ids": ids} if wants_ids else {})
     choice = {"index": index, "text": piece, "logprobs": None, "finish_reason": finish, "stop_reason": None}
-    return choice | ({"prompt_token_ids": None, "token_ids": ids} if wants_ids else {})
+    return choice | ({"prompt_token_ids": prompt, "token_ids": ids} if wants_ids else {})
 
 
 def whole(chat, index, text, *, finish, prompt, ids, wants_ids):

@@ -149,3 +149,59 @@ def test_and_not_more_lenient(ask, changes):
     """400, and the error names the field."""
     status, answer = ask(changes)
     assert (status, answer["error"]["param"]) == (400, next(iter(changes)))
+
+
+def test_a_stream_begins_with_the_prompt_s_ids(events):
+    """``return_token_ids``: in the first event alone, also where the prompt is echoed."""
+    for changes in ({}, {"echo": True}):
+        ids = [event["choices"][0]["prompt_token_ids"] for event in events(changes)]
+        assert bytes(ids[0]).decode() == PROMPT["prompt"]
+        assert set(map(type, ids[1:])) == {type(None)}
+
+
+def test_a_chat_s_stream_begins_with_the_prompt_s_ids(client):
+    """In the event that has the role."""
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "temperature": 0, "stream": True}
+    whole = client.post("/v1/chat/completions", json=body | {"stream": False, "return_token_ids": True}).json()
+    lines = client.post("/v1/chat/completions", json=body | {"return_token_ids": True}).text.split("\n\n")
+    first, *others = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    assert first["prompt_token_ids"] == whole["prompt_token_ids"]
+    assert not any("prompt_token_ids" in event for event in others)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"user": 5}, "user"),
+        ({"session_id": True}, "session_id"),
+        ({"request_id": None}, "request_id"),
+        ({"stream_interval": 0}, "stream_interval"),
+        ({"cache_salt": "a" * 129}, "cache_salt"),
+        ({"cache_salt": "a/b"}, "cache_salt"),
+        ({"n": None}, "n"),
+        ({"priority": None}, "priority"),
+        ({"logprobs": "1"}, "logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"media_io_kwargs": {"a": {}}}, "media_io_kwargs"),
+        ({"suffix": ""}, "suffix"),
+    ],
+)
+def test_what_vllm_refuses_is_refused(ask, changes, param):
+    """A field that means nothing here has its type and its limits all the same."""
+    status, answer = ask(changes)
+    assert (status, answer["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stream_options": {}},
+        {"priority": "0"},
+        {"use_beam_search": "no"},
+        {"watermarking": 0},
+        {"logit_bias": {" 5": 1}},
+    ],
+)
+def test_what_vllm_takes_is_taken(ask, changes):
+    """Fields that are not computed may be sent with values that ask for nothing, in every form."""
+    assert ask(changes)[0] == 200

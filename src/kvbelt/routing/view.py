@@ -3,9 +3,13 @@
 Types are OpenAI's and vLLM's; a request with other types is refused before any choice is made.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+
+from kvbelt.wire.lenient import NO_TEXT
+
+_Count = Annotated[int, NO_TEXT]
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -26,8 +30,8 @@ class RequestView(msgspec.Struct, frozen=True, kw_only=True):
     best_of: int | None = None
     echo: bool | None = None
     logprobs: bool | int | None = None
-    top_logprobs: int | None = None
-    prompt_logprobs: int | None = None
+    top_logprobs: _Count | None = None
+    prompt_logprobs: _Count | None = None
     stop: str | list[str] | None = None
     temperature: float | None = None
     seed: int | None = None
@@ -39,6 +43,7 @@ class RequestView(msgspec.Struct, frozen=True, kw_only=True):
     tool_choice: str | dict[str, Any] | None = None
     functions: list[Any] | None = None
     response_format: dict[str, Any] | None = None
+    kv_transfer_params: dict[str, Any] | None = None
 
 
 #: These mean nothing to a completion, and are ignored there.

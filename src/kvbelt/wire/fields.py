@@ -53,7 +53,7 @@ FIELDS: Mapping[str, Field] = {
         "truncate_prompt_tokens truncation_side return_tokens_as_token_ids kv_transfer_params best_of reasoning_effort "
         "include_reasoning stream_interval session_id request_id",
     ),
-    "priority": Field(_TOKEN, (None, 0)),
+    "priority": Field(_TOKEN, (0,)),
     "audio": Field(_ANSWER, (None,)),
     "function_call": Field(_ANSWER, (None, "none")),
     "functions": Field(_ANSWER, (None, [])),
@@ -72,11 +72,11 @@ FIELDS: Mapping[str, Field] = {
     "response_format": Field(_ANSWER),
     "return_prompt_text": Field(_ANSWER, (None, False)),
     "structured_outputs": Field(_ANSWER),
-    "suffix": Field(_ANSWER, (None, "")),
+    "suffix": Field(_ANSWER, (None,)),
     "thinking_token_budget": Field(_ANSWER, (None, -1)),
     "tool_choice": Field(_ANSWER),
     "tools": Field(_ANSWER),
-    "use_beam_search": Field(_ANSWER, (None, False)),
+    "use_beam_search": Field(_ANSWER, (False,)),
     "vllm_xargs": Field(_ANSWER, (None, {})),
     "watermarking": Field(_ANSWER, (None, False)),
     "web_search_options": Field(_ANSWER, (None,)),
@@ -85,7 +85,7 @@ FIELDS: Mapping[str, Field] = {
 #: In requests of the other kind these are unknown, as to vLLM.
 CHATS_ONLY = frozenset(
     {
-        "audio", "function_call", "functions", "media_io_kwargs", "mm_processor_kwargs", "modalities",
+        "audio", "function_call", "functions", "include_reasoning", "modalities", "reasoning_effort",
         "return_prompt_text", "web_search_options",
     }
 )  # fmt: skip

@@ -2,7 +2,8 @@
 
 vLLM parses requests with pydantic, whose lax mode accepts these, and clients rely on it. What is accepted here is what
 it accepts: an integer also as a number without a fraction, as its text or as a boolean; a number also as its text or as
-a boolean; a boolean also as 0, 1 or one of a few words. A text is only a text.
+a boolean; a boolean also as 0, 1 or one of a few words. A text is only a text. A few numbers are none as a text: those
+that vLLM compares before pydantic has read them.
 """
 
 import re
@@ -12,6 +13,8 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import msgspec
+
+NO_TEXT = "no text"  #: in ``Annotated``: a number that no text stands for
 
 _INTEGER = re.compile(r"\s*([+-]?\d+(?:_\d+)*)(?:\.0*)?\s*\Z")
 _MOST_DIGITS = 40  #: of an integer in a text; Python refuses to read thousands
@@ -56,6 +59,8 @@ def relaxed(value: Any, shape: Any) -> Any:
     """``value`` with its scalars as ``shape`` wants them, where it may be read so; what does not fit stays."""
     origin, args = get_origin(shape), get_args(shape)
     if origin is Annotated:
+        if isinstance(value, str) and NO_TEXT in args[1:]:
+            return value
         shape, origin = args[0], get_origin(args[0])
     if shape in _SCALARS:
         value = _SCALARS[shape](value)

@@ -8,10 +8,15 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from kvbelt.wire.lenient import NO_TEXT
+
 
 class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool | None = False
     continuous_usage_stats: bool | None = False
+
+
+Count = Annotated[int, NO_TEXT]
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,7 +26,6 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
-    n: int | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     stop: str | list[str] | None = None
@@ -44,14 +48,25 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     structured_outputs: dict[str, Any] | None = None
     return_token_ids: bool | None = False
     return_tokens_as_token_ids: bool | None = False
-    cache_salt: Annotated[str, Meta(min_length=1)] | None = None  #: only requests with the same one share blocks
+    #: Only requests with the same one share blocks. vLLM's stores make names of files of it.
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^@/\\\0]*$")] | None = None
     kv_transfer_params: dict[str, Any] | None = None
+    user: str | None = None
+    session_id: str | None = None
+    request_id: str = ""
+    stream_interval: Annotated[int, Meta(ge=1)] | None = None
+    priority: int = 0
+    prompt_logprobs: Count | None = None
+    thinking_token_budget: int | None = None
+    use_beam_search: bool = False
+    watermarking: bool | None = None
 
 
 class CompletionRequest(Request, frozen=True, kw_only=True):
     prompt: str | list[str | int | list[int]]
+    n: int = 1
     echo: bool | None = False
-    logprobs: int | None = None
+    logprobs: Count | None = None
     best_of: int | None = None
     add_special_tokens: bool = True
 
@@ -73,8 +88,9 @@ class ChatMessage(msgspec.Struct, frozen=True):
 class ChatRequest(Request, frozen=True, kw_only=True):
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
     max_completion_tokens: int | None = None
+    n: int | None = None
     logprobs: bool | None = False
-    top_logprobs: int | None = None
+    top_logprobs: Count | None = None
     echo: bool = False
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
@@ -83,6 +99,8 @@ class ChatRequest(Request, frozen=True, kw_only=True):
     add_generation_prompt: bool | msgspec.UnsetType = msgspec.UNSET
     continue_final_message: bool = False
     documents: list[dict[str, str]] | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    include_reasoning: bool = True
+    return_prompt_text: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None

@@ -124,12 +124,15 @@ class CompletionShape(AnswerShape):
         if self.wants_logprobs:
             logprobs = _completion_logprobs(choice.prompt_logprobs, by_id=self.tokens_by_id)
         body = {"index": choice.index, "text": echo, "logprobs": logprobs, "finish_reason": None}
+        if self.wants_token_ids:
+            body |= {"prompt_token_ids": choice.prompt_token_ids, "token_ids": []}
         return [self._chunk(choice, body, generated=0)]
 
     def chunk(self, choice: AnswerChoice, output: Output) -> dict[str, Any] | None:
         body = self._choice(choice, output.text, output, output.logprobs)
         if self.wants_token_ids:
-            body["prompt_token_ids"] = None
+            begins = not choice.echoed and len(choice.token_ids) == len(output.token_ids)
+            body["prompt_token_ids"] = choice.prompt_token_ids if begins else None
             body["token_ids"] = output.token_ids
         return self._chunk(choice, body)
 
@@ -186,12 +189,15 @@ class ChatShape(AnswerShape):
     def opening(self, choice: AnswerChoice, echo: str) -> list[dict[str, Any]]:
         """The role, and the last message's text where it is continued and wanted."""
         deltas = [{"role": "assistant", "content": ""}, *([{"content": echo}] if echo else [])]
-        return [
+        events = [
             self._chunk(
                 choice, {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}, generated=0
             )
             for delta in deltas
         ]
+        if self.wants_token_ids:
+            events[0]["prompt_token_ids"] = choice.prompt_token_ids
+        return events
 
     def chunk(self, choice: AnswerChoice, output: Output) -> dict[str, Any] | None:
         """None: what has come is held back, since it may be a call."""

@@ -41,20 +41,11 @@ def _decode(shape: type[T], body: bytes, limits: Limits) -> T:
         limits.require_parts(body)
         members = _members.decode(body)
         limits.require_fields(members)
-        name = refused(members, chat=shape is ChatRequest)
-        if name is not None:
-            value = members[name]
-            if isinstance(value, dict):
-                value = value.get("type", "")
-            shown = f" {value!r:.80}" if isinstance(value, str | int | float) else ""
-            raise RequestError(
-                f"{name}{shown} is not supported by the embedded engine; {INSTEAD.get(name, 'leave it out')}",
-                param=name,
-            )
         try:
-            return msgspec.convert(members, shape)
+            request = msgspec.convert(members, shape)
         except msgspec.ValidationError:
-            return msgspec.convert(fields_relaxed(members, shape), shape)
+            members = fields_relaxed(members, shape)
+            request = msgspec.convert(members, shape)
     except msgspec.ValidationError as error:
         text = str(error)
         if missing := _MISSING.match(text):
@@ -66,13 +57,23 @@ def _decode(shape: type[T], body: bytes, limits: Limits) -> T:
         ) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise RequestError(f"the request body is not valid JSON: {error}") from None
+    _check_common(request, members, limits)
+    name = refused(members, chat=shape is ChatRequest)
+    if name is not None:
+        value = members[name]
+        if isinstance(value, dict):
+            value = value.get("type", "")
+        shown = f" {value!r:.80}" if isinstance(value, str | int | float) else ""
+        raise RequestError(
+            f"{name}{shown} is not supported by the embedded engine; {INSTEAD.get(name, 'leave it out')}", param=name
+        )
+    return request
 
 
 def parse_completion(body: bytes, limits: Limits = DEFAULTS) -> CompletionRequest:
     """Check all that does not need the model. Raises RequestError 400, with the field at fault."""
     request = _decode(CompletionRequest, body, limits)
-    _check_common(request, limits)
-    if request.best_of not in (None, request.n or 1):
+    if request.best_of not in (None, request.n):
         raise RequestError(
             f"best_of is {request.best_of}; only best_of equal to n is supported, leave it out", param="best_of"
         )
@@ -82,7 +83,6 @@ def parse_completion(body: bytes, limits: Limits = DEFAULTS) -> CompletionReques
 
 def parse_chat(body: bytes, limits: Limits = DEFAULTS) -> ChatRequest:
     request = _decode(ChatRequest, body, limits)
-    _check_common(request, limits)
     _require_range("top_logprobs", request.top_logprobs, 0, MAX_LOGPROBS)
     if request.top_logprobs and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
@@ -99,13 +99,13 @@ def _require_range(name: str, value: int | None, least: int, most: int) -> None:
         raise RequestError(f"{name} is {value}; it must lie between {least} and {most}", param=name)
 
 
-def _check_common(request: CompletionRequest | ChatRequest, limits: Limits) -> None:
+def _check_common(request: CompletionRequest | ChatRequest, members: Mapping[str, Any], limits: Limits) -> None:
     # In the proxy's order, so that a request with two faults is refused in the same words.
     for name in ("max_tokens", "max_completion_tokens"):
         limit = getattr(request, name, None)
         if limit is not None and limit < 0:
             raise RequestError(f"{name} is {limit}; it must be at least 0", param=name)
-    if request.stream_options is not None and not request.stream:
+    if members.get("stream_options") and not request.stream:
         raise RequestError("stream_options is only allowed with stream: true", param="stream_options")
     prompts = len(split_prompts(request.prompt)) if isinstance(request, CompletionRequest) else 1
     limits.require_sequences(prompts, request.n or 1)

@@ -66,10 +66,19 @@ def samplings_of(
 def _logit_bias(given: dict[str, float]) -> dict[int, float]:
     biases = {}
     for token, bias in given.items():
-        if not token.isdecimal() or len(token) > _MAX_ID_DIGITS or isnan(bias):
+        number = _id(token)
+        if number < 0 or isnan(bias):
             raise RequestError(
                 f"logit_bias holds {token[:64]!r}: {bias}; it maps token ids to values between -100 and 100",
                 param="logit_bias",
             )
-        biases[int(token)] = min(100.0, max(-100.0, bias))  # as in vLLM
+        biases[number] = min(100.0, max(-100.0, bias))  # as in vLLM
     return biases
+
+
+def _id(token: str) -> int:
+    """Negative: it is none."""
+    try:
+        return int(token) if len(token) <= _MAX_ID_DIGITS else -1
+    except ValueError:
+        return -1

@@ -33,6 +33,8 @@ _NOT_FOR_PREFILL = frozenset(
         "return_token_ids", "logprobs", "top_logprobs", "prompt_logprobs", HANDOFF,
     }
 )  # fmt: skip
+#: Of these, what may not be null.
+_NOT_NULL = frozenset({"min_tokens", "n", "echo"})
 #: The model, the salt, and what a chat template writes before the messages.
 _BESIDE_PROMPT = (
     "model", "cache_salt", "tools", "functions", "documents", "chat_template", "chat_template_kwargs",
@@ -82,13 +84,16 @@ class Fields:
                 f"invalid request: {error}; correct the field and send the request again", param=_place(error)
             ) from None
         _check(view)
+        if view.stream_options is not None and not view.stream and msgspec.json.decode(members["stream_options"]):
+            raise RequestError("stream_options is only allowed with stream: true", param="stream_options")
         self.model = view.model or ""
         limit = token_limit(view)
         self.limit = COMPLETIONS_MAX_TOKENS if limit is None and not chat else limit
         self.stream = bool(view.stream)
         self.include_usage = bool(view.stream_options and view.stream_options.include_usage)
         self.first = first_token(view, self.names, num_prompts=1)
-        self.may_be_refused = self._may_be_refused(chat=chat)
+        nulls = not _NOT_NULL.isdisjoint(members.keys() - self.names)
+        self.may_be_refused = self._may_be_refused(chat=chat, nulls=nulls)
         self.no_handoff = HANDOFF not in members
         others = {name: value for name, value in members.items() if name != HANDOFF}
         self.others = splice.more_of(others)
@@ -104,7 +109,7 @@ class Fields:
     def first_of(self, num_prompts: int) -> Decision:
         return self.first if num_prompts == 1 else first_token(self.view, self.names, num_prompts=num_prompts)
 
-    def _may_be_refused(self, *, chat: bool) -> bool:
+    def _may_be_refused(self, *, chat: bool, nulls: bool) -> bool:
         """What is here is what either engine refuses by itself, without the prompt.
 
         One worker that is asked for all of it refuses it at once, in its own words; of two, the second would do so
@@ -124,6 +129,7 @@ class Fields:
             or (top is not None and (not 0 <= top <= _MOST_LOGPROBS or (top > 0 and not logprobs)))
             or (least is not None and (least < 0 or (limit is not None and least > limit)))
             or "use_beam_search" in self.names
+            or nulls
         )
 
 
@@ -154,8 +160,6 @@ def _check(view: RequestView) -> None:
         limit = getattr(view, name)
         if limit is not None and limit < 0:
             raise RequestError(f"{name} is {limit}; it must be at least 0", param=name)
-    if view.stream_options is not None and not view.stream:
-        raise RequestError("stream_options is only allowed with stream: true", param="stream_options")
 
 
 def _viewed(members: bytes) -> RequestView:

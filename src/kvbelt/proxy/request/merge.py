@@ -96,7 +96,9 @@ class FirstTokenMerger:
         prompt_ids = (self._token_ids and first.prompt_token_ids) or b"null"
         if self._chat:
             role = b'{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
-            events = self._chunk(role, b',"prompt_token_ids":%b' % prompt_ids if first.writes_nulls else b"")
+            events = self._chunk(
+                role, b',"prompt_token_ids":%b' % prompt_ids if first.writes_nulls or self._token_ids else b""
+            )
             if first.has_prompt_text:
                 events = events[:-3] + b',"prompt_text":null}\n\n'
         choice = self._choice(
@@ -104,7 +106,7 @@ class FirstTokenMerger:
             _encode(finish_reason),
             first.stop_reason if finish_reason == "stop" else b"null",
             b"[%d]" % (first.token_id or 0),
-            prompt_ids if first.writes_nulls else b"null",
+            prompt_ids,
         )
         last = finish_reason is not None and not self._include_usage
         return events + self._chunk(choice, _fingerprint(first.fingerprint) if last else b"")
