@@ -15,6 +15,7 @@ import uvloop
 from kvbelt.about import of_this_process
 from kvbelt.errors import RequestError, StartError
 from kvbelt.http import JSON, BadRequestError, Exchange, Server, ServerLimits
+from kvbelt.proxy import openapi
 from kvbelt.proxy.admin.access import Access
 from kvbelt.proxy.admin.console import Console
 from kvbelt.proxy.admin.http import MethodError, allow, refuse
@@ -74,6 +75,7 @@ class Proxy:
             "/kvbelt/about": ("GET", self._about),
             "/kvbelt/drain": ("POST", self._drain),
             "/metrics": ("GET", self._metrics),
+            openapi.PATH: ("GET", self._openapi),
         }
 
     async def start(self) -> None:
@@ -264,6 +266,9 @@ class Proxy:
 
     async def _about(self, exchange: Exchange) -> None:
         exchange.respond(200, (JSON,), _encode(of_this_process("proxy")))
+
+    async def _openapi(self, exchange: Exchange) -> None:
+        exchange.respond(200, (JSON,), openapi.document())
 
     async def _metrics(self, exchange: Exchange) -> None:
         kind = b"text/plain; version=0.0.4; charset=utf-8"
