@@ -1,6 +1,6 @@
 """What the doctor observed of a running deployment. Frozen; the only input of the checks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -160,6 +160,11 @@ class Evidence:
     def within_host(self, pair: PairSeen) -> bool:
         prefill, decode = self.worker(pair.prefill), self.worker(pair.decode)
         return prefill is not None and decode is not None and same_host(prefill.about, decode.about)
+
+
+def nearest(values: Sequence[float], percent: int) -> float:
+    """A percentile by nearest rank, as ``kvbelt top`` and the console have it. ``values`` may not be empty."""
+    return sorted(values)[-(-len(values) * percent // 100) - 1]
 
 
 def same_host(one: About | None, other: About | None) -> bool:

@@ -3,13 +3,11 @@
 from collections.abc import Iterator, Sequence
 from statistics import median
 
+from kvbelt.metrics.thresholds import QUEUE
 from kvbelt.ops.doctor.evidence import Evidence, WorkerSeen
 from kvbelt.ops.doctor.finding import Finding, Severity
 from kvbelt.routing.ratio import MOST_PREFILL_PER_DECODE, even
 from kvbelt.wire.request_record import FailedTransfer, RequestRecord
-
-#: The seed's threshold: with more waiting requests, there are too few workers of this role.
-QUEUE = 10
 
 #: With a longer median wait before admission, there are too few workers, too.
 WAIT_MS = 1000.0

@@ -2,9 +2,10 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from statistics import median, quantiles
+from statistics import median
 
-from kvbelt.ops.doctor.evidence import Evidence
+from kvbelt.metrics.thresholds import TRANSFER_EXPOSED_MS
+from kvbelt.ops.doctor.evidence import Evidence, nearest
 from kvbelt.ops.doctor.finding import Finding, FindingKind, Severity
 from kvbelt.wire.reasons import Where, find
 from kvbelt.wire.request_record import DoneTransfer, RequestRecord
@@ -25,9 +26,7 @@ ON_PURPOSE = frozenset({
 })  # fmt: skip
 LOCAL_SHARE = 0.1
 _DAMAGED = {"digest", "no_digest"}
-
-LATE_TRANSFER_MS = 500.0
-_LEAST = 10  #: fewer requests or transfers say nothing
+_LEAST = 10  #: fewer requests say nothing
 
 
 def recent(evidence: Evidence) -> Iterator[Finding]:
@@ -122,16 +121,18 @@ def local(evidence: Evidence) -> Iterator[Finding]:
 def late_transfers(evidence: Evidence) -> Iterator[Finding]:
     """Transfers that end long after their prompt's computation."""
     exposed = [record.transfer.exposed_ms for record in evidence.records if isinstance(record.transfer, DoneTransfer)]
-    if len(exposed) < _LEAST or (late := quantiles(exposed, n=10)[8]) <= LATE_TRANSFER_MS:
+    late = [value for value in exposed if value > TRANSFER_EXPOSED_MS]
+    if not late or nearest(exposed, 99) <= TRANSFER_EXPOSED_MS:
         return
     yield Finding(
         "late_transfers",
         Severity.WARNING,
-        f"a tenth of the transfers end {late:,.0f} ms or more after their prompt's computation",
+        f"{len(late)} of {len(exposed)} transfers ended more than {TRANSFER_EXPOSED_MS:g} ms after their prompt's "
+        "computation",
         "the client waits for the second token that long; the first findings say why: a slow link, a full receive "
         "buffer, or no CPU",
         "with none of these above, see where the time went: kvbelt why REQUEST_ID",
-        (f"exposed: median {median(exposed):,.0f} ms of {len(exposed)} transfers",),
+        (f"exposed: median {median(exposed):,.0f} ms, p99 {nearest(exposed, 99):,.0f} ms",),
         FindingKind.SYMPTOM,
     )
 
@@ -161,7 +162,7 @@ def where_time_goes(evidence: Evidence) -> Iterator[Finding]:
     first = [value for record in evidence.records if (value := record.timings_ms.first_token) is not None]
     if len(first) < 5:
         return
-    last = quantiles(first, n=100)[98] if len(first) > 1 else first[0]
+    last = nearest(first, 99)
     parts = []
     for name in _PARTS:
         values = [value for record in evidence.records if (value := getattr(record.timings_ms, name)) is not None]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from kvbelt.ops.doctor.checks.capacity import QUEUE
+from kvbelt.metrics.thresholds import QUEUE
 from kvbelt.ops.doctor.evidence import Evidence, GpuSeen
 from kvbelt.ops.doctor.finding import Finding, Severity
 

@@ -1,9 +1,10 @@
 """Service levels that are not met, and what the time goes to instead."""
 
 from collections.abc import Iterator, Sequence
-from statistics import fmean, median, quantiles
+from statistics import fmean, median
 
-from kvbelt.ops.doctor.evidence import Evidence
+from kvbelt.metrics.thresholds import TTFT_P99_MS
+from kvbelt.ops.doctor.evidence import Evidence, nearest
 from kvbelt.ops.doctor.finding import Finding, FindingKind, Severity
 from kvbelt.wire.request_record import Placing, RequestRecord
 
@@ -12,9 +13,6 @@ SHARE = 0.9
 
 #: Fewer requests say nothing.
 LEAST = 20
-
-#: The alert DisaggHighTTFT's threshold, for the p99.
-TTFT_MS = 500.0
 
 _Judged = Sequence[tuple[RequestRecord, Placing]]
 
@@ -51,9 +49,9 @@ def late_first_tokens(evidence: Evidence) -> Iterator[Finding]:
     """The slowest of the last first tokens are above the alert's threshold."""
     known = [record for record in evidence.records if record.timings_ms.first_token is not None]
     first = [record.timings_ms.first_token or 0.0 for record in known]
-    if len(first) < LEAST or (last := quantiles(first, n=100)[98]) <= TTFT_MS:
+    if not first or (last := nearest(first, 99)) <= TTFT_P99_MS:
         return
-    slow = [record for record in known if (record.timings_ms.first_token or 0.0) > TTFT_MS]
+    slow = [record for record in known if (record.timings_ms.first_token or 0.0) > TTFT_P99_MS]
     cause, change = _of_slow(slow, evidence)
     slowest = max(slow, key=lambda record: record.timings_ms.first_token or 0.0)
     yield Finding(
@@ -63,7 +61,7 @@ def late_first_tokens(evidence: Evidence) -> Iterator[Finding]:
         cause,
         change,
         (
-            f"{len(slow)} of {len(first)} requests above {TTFT_MS:g} ms: {_parts(slow)}",
+            f"{len(slow)} of {len(first)} requests above {TTFT_P99_MS:g} ms: {_parts(slow)}",
             f"the slowest: kvbelt why {slowest.request_id}",
         ),
         FindingKind.SYMPTOM,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from kvbelt.metrics.thresholds import KV_FREE_RATIO
 from kvbelt.ops.doctor.evidence import Evidence, WorkerSeen
 from kvbelt.ops.doctor.finding import Finding, Severity
 
@@ -11,7 +12,6 @@ CPU_FULL = 0.9
 MEMORY_LEFT = 0.05
 #: Of one core. Above, the proxy is the bottleneck.
 PROXY_BUSY = 0.9
-KV_LEFT = 0.05
 #: As the alerts: of a second.
 _PREEMPTIONS = 0.1
 _REFUSED = 1.0
@@ -71,7 +71,7 @@ def proxy(evidence: Evidence) -> Iterator[Finding]:
 
 def kv_memory(evidence: Evidence) -> Iterator[Finding]:
     """KV blocks that have run out, or that were taken away from requests."""
-    full = [worker for worker in evidence.of("decode") if worker.samples and _left(worker) < KV_LEFT]
+    full = [worker for worker in evidence.of("decode") if worker.samples and _left(worker) < KV_FREE_RATIO]
     for worker in full:
         yield Finding(
             "kv_full",
