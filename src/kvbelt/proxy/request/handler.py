@@ -189,7 +189,9 @@ class RequestHandler:
     def _judge(self, first: PrefillAnswer) -> Ended:
         """What a prefill worker's answer is good for."""
         self._usage_of_prefill = first.usage
-        self._learn_prompt(counts_of(first.usage))
+        self._size.learn(first.prompt_tokens)
+        if self._prefix is not None:
+            self._selection.counted(counts_of(first.usage).cached_tokens)
         if first.routed:
             return Result(Outcome.KV_HOPELESS, "routed_experts")
         unfit = self._unfit

@@ -357,7 +357,7 @@ class UpstreamCalls:
 
         The prefill worker has a little less than the decode worker, so that it is the one to report why.
         """
-        return max(0.001, self.remaining() - margins * self._margin)
+        return max(0.001, self._deadline - margins * self._margin - monotonic())
 
     def _failed(self, outcome: Outcome, reason: str, detail: str) -> Result:
         attempt, record = self._attempt, self._record

@@ -35,7 +35,8 @@ class Fleet:
         told_steps: Callable[[Worker], None],
     ) -> None:
         self._settings = settings
-        self._events = WorkerEvents(lost, self._appeared, self._forget, changed, told_steps)
+        self._events = WorkerEvents(lost, self._appeared, self._forget, self._changed, told_steps)
+        self._on_changed = changed
         self._on_appeared = appeared
         # By name, in the order in which they joined.
         self._of: dict[Role, dict[str, Worker]] = {Role.PREFILL: {}, Role.DECODE: {}}
@@ -46,6 +47,8 @@ class Fleet:
         self._ending: set[asyncio.Task[None]] = set()  # cancelled watches
         self._seeds_logged: set[frozenset[str | None]] = set()
         self._running = False
+        self._shortest: int | None = None  # context, if it was asked for since the last change
+        self._shortest_known = False
         self.pairs = Pairs()
         if not settings.discover:  # else they are names, and discovery.py adds the workers
             for role, addresses in ((Role.PREFILL, settings.prefill), (Role.DECODE, settings.decode)):
@@ -87,8 +90,11 @@ class Fleet:
     @property
     def shortest_context(self) -> int | None:
         """Tokens of the shortest context that a worker has said; None: none has."""
-        said = [one.endpoint.report.max_model_len for of_role in self._of.values() for one in of_role.values()]
-        return min((tokens for tokens in said if tokens is not None), default=None)
+        if not self._shortest_known:
+            said = [one.endpoint.report.max_model_len for one in self]
+            self._shortest = min((tokens for tokens in said if tokens is not None), default=None)
+            self._shortest_known = True
+        return self._shortest
 
     def with_engine(self, engine: EngineId) -> Worker | None:
         """The worker whose latest healthy incarnation has this engine_id."""
@@ -141,7 +147,12 @@ class Fleet:
     def _join(self, role: Role, address: Address) -> Worker:
         worker = Worker(address, role, self._settings, self._events)
         self._of[role][worker.name] = worker
+        self._shortest_known = False
         return worker
+
+    def _changed(self, worker: Worker) -> None:
+        self._shortest_known = False
+        self._on_changed(worker)
 
     def _watch(self, worker: Worker) -> None:
         self._watches[worker] = asyncio.create_task(worker.watch(), name=f"watch {worker.name}")
@@ -185,6 +196,7 @@ class Fleet:
     def _forget(self, worker: Worker) -> None:
         if self._of[worker.role].pop(worker.name, None) is not worker:
             return
+        self._shortest_known = False
         watch = self._watches.pop(worker, None)
         if watch is not None:
             self._end(watch)

@@ -79,6 +79,11 @@ def _device_of(said: WorkerHealth | ServerDescription) -> str:
     return said.about.device if said.about is not None else ""
 
 
+def _seen(endpoint: Endpoint) -> tuple[bool, bool, str, int | None]:
+    """What is told of when it changes."""
+    return endpoint.ready, endpoint.settled, endpoint.incarnation, endpoint.report.max_model_len
+
+
 class Held:
     """A worker that a request needs, and the incarnation in which it was picked.
 
@@ -109,7 +114,8 @@ class WorkerEvents:
     #: This incarnation is healthy for the first time. Others are preferred to it until ``admit`` is called.
     appeared: "Callable[[Worker], None]"
     left: "Callable[[Worker], None]"  #: it is leaving, and no request needs it any more
-    changed: "Callable[[Worker], None]"  #: it can be used, or not any more, or is another process now
+    #: It can be used, or not any more, is another process now, or has another context.
+    changed: "Callable[[Worker], None]"
     told_steps: "Callable[[Worker], None]"
 
 
@@ -195,7 +201,8 @@ class Worker:
 
     def release(self) -> None:
         self.in_flight -= 1
-        self._leave_if_idle()
+        if not self.in_flight:
+            self._leave_if_idle()
 
     def set_standing(self, standing: Standing) -> None:
         """What an operator wants. After LEAVING, ``left`` is called once no request needs it."""
@@ -216,7 +223,7 @@ class Worker:
 
     def _tell_of_change(self, before: Endpoint) -> None:
         now = self.endpoint
-        if (now.ready, now.settled, now.incarnation) != (before.ready, before.settled, before.incarnation):
+        if _seen(now) != _seen(before):
             self._events.changed(self)
 
     # Requests to it
