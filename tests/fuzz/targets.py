@@ -89,7 +89,9 @@ def _client_body(data: bytes, *, chat: bool) -> None:
     with contextlib.suppress(ValueError):
         msgspec.json.decode(data)  # a list of ids that was cut out is not looked into: a worker refuses what is wrong
         for leg in legs:
-            assert isinstance(msgspec.json.decode(leg), dict), "a body that was JSON has become something else"
+            assert isinstance(msgspec.json.decode(b"".join(leg)), dict), (
+                "a body that was JSON has become something else"
+            )
     assert body.num_prompts >= 1
     assert TokenCounts().size_of("", body.prompt).tokens >= 1
     assert body.fields.limit is None or body.fields.limit >= 1

@@ -36,6 +36,10 @@ extras = st.dictionaries(
 spacings = st.sampled_from([None, (",", ":"), (" , ", " : "), (",\n", ":\t")])
 
 
+def read(pieces):
+    return json.loads(b"".join(pieces))
+
+
 def written(body, separators):
     """A body as a client might write it."""
     return json.dumps(body, separators=separators, ensure_ascii=len(str(body)) % 2 == 0).encode()
@@ -54,13 +58,13 @@ def test_the_legs_bodies_are_the_clients_with_the_overrides(prompt, extra, separ
     }  # fmt: skip
     client = ClientBody(written(request, separators), chat=False)
     plain = {name: value for name, value in request.items() if name != "kv_transfer_params"}
-    assert json.loads(client.plain()) == plain
+    assert read(client.plain()) == plain
     dropped = ("stream_options", "logprobs")
     forced = {"max_tokens": 1, "n": 1, "stream": False, "return_token_ids": True, "min_tokens": 1}
     expected = {name: value for name, value in plain.items() if name not in dropped} | forced
-    assert json.loads(client.for_prefill(PREFILL)) == expected | {"kv_transfer_params": PREFILL_JSON}
-    assert json.loads(client.for_decode(DECODE)) == plain | {"kv_transfer_params": DECODE_JSON}
-    continued = json.loads(client.for_continuation(b"[1, 2]", 3, limit - 1, DECODE))
+    assert read(client.for_prefill(PREFILL)) == expected | {"kv_transfer_params": PREFILL_JSON}
+    assert read(client.for_decode(DECODE)) == plain | {"kv_transfer_params": DECODE_JSON}
+    continued = read(client.for_continuation(b"[1, 2]", 3, limit - 1, DECODE))
     assert continued == {
         "prompt": [1, 2, 3], "max_tokens": limit - 1, "stream": True, "temperature": 0,
         "stream_options": {"include_usage": True}, "kv_transfer_params": DECODE_JSON,
@@ -72,7 +76,7 @@ def test_a_chat_leg_limits_tokens_by_both_names():
     body = {"messages": [{"role": "user", "content": "x"}], "max_completion_tokens": 9, "max_tokens": 5}
     client = ClientBody(json.dumps(body).encode(), chat=True)
     assert client.fields.limit == 9
-    leg = json.loads(client.for_prefill(PREFILL))
+    leg = read(client.for_prefill(PREFILL))
     assert (leg["max_tokens"], leg["max_completion_tokens"]) == (1, 1)
     assert leg["messages"] == body["messages"]
 
@@ -81,15 +85,15 @@ def test_a_name_sent_twice_counts_the_last_time():
     """The last value counts in every call, as in the worker's parser."""
     client = ClientBody(b'{"prompt":[1],"prompt":"b","max_tokens":3,"max_tokens":4}', chat=False)
     assert client.fields.limit == 4
-    assert json.loads(client.for_decode(DECODE))["prompt"] == "b"
+    assert read(client.for_decode(DECODE))["prompt"] == "b"
 
 
 def test_an_escaped_name_is_the_same_name():
     """A client cannot smuggle a second prompt, or a handoff, behind an escape."""
     body = rb'{"prompt":[1,2],"pr\u006fmpt":"real","kv\u005ftransfer_params":{"transfer_id":"x"}}'
     client = ClientBody(body, chat=False)
-    assert json.loads(client.for_decode(DECODE)) == {"prompt": "real", "kv_transfer_params": DECODE_JSON}
-    assert json.loads(client.plain()) == {"prompt": "real"}
+    assert read(client.for_decode(DECODE)) == {"prompt": "real", "kv_transfer_params": DECODE_JSON}
+    assert read(client.plain()) == {"prompt": "real"}
 
 
 @pytest.mark.parametrize(
@@ -175,7 +179,7 @@ def test_cutting_a_list_and_putting_it_back_changes_nothing(ids, separators):
     """The rest parses without it, and the list parses by itself."""
     body = written({"a": 1, "ids": ids, "b": [2]}, separators)
     rest, numbers = splice.cut_numbers(body, b"ids")
-    assert json.loads(numbers) == ids
+    assert json.loads(bytes(numbers)) == ids
     assert json.loads(rest) == {"a": 1, "ids": json.loads(splice.PLACEHOLDER), "b": [2]}
 
 
@@ -203,7 +207,7 @@ def test_a_prefill_answer_is_read(separators):
     """Text, ids, counts and the transfer's state, whatever the spacing."""
     body = prefill_body() | {"kv_transfer_params": {"transfer_id": "t", "state": "failed", "reason": "deadline"}}
     first = PrefillAnswer(json.dumps(body, separators=separators).encode())
-    assert (first.text, first.token_id, json.loads(first.prompt_token_ids)) == (" a", 5, [1, 2])
+    assert (first.text, first.token_id, json.loads(bytes(first.prompt_token_ids))) == (" a", 5, [1, 2])
     assert (first.prompt_tokens, first.handoff.reason, first.why_not_fast(streams=True)) == (2, "deadline", None)
 
 
@@ -255,7 +259,7 @@ def test_equal_fields_are_worked_out_once(prompts):
         for prompt in prompts
     )
     assert first.fields is second.fields
-    assert [json.loads(one.for_prefill(PREFILL))["prompt"] for one in (first, second)] == list(prompts)
+    assert [read(one.for_prefill(PREFILL))["prompt"] for one in (first, second)] == list(prompts)
 
 
 def test_a_chat_and_a_completion_share_no_fields():

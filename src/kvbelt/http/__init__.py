@@ -21,7 +21,7 @@ from kvbelt.http.errors import (
 )
 from kvbelt.http.exchange import Exchange
 from kvbelt.http.limits import ClientLimits, ServerLimits
-from kvbelt.http.message import JSON, Headers, Request
+from kvbelt.http.message import JSON, Headers, Pieces, Request
 from kvbelt.http.response import Response
 from kvbelt.http.server import Handler, Server
 
@@ -35,6 +35,7 @@ __all__ = [
     "Headers",
     "HttpError",
     "PeerClosedError",
+    "Pieces",
     "Pool",
     "ProtocolViolationError",
     "Request",

@@ -10,7 +10,7 @@ import httptools
 
 from kvbelt.http.errors import ConnectError, HttpError, PeerClosedError, ProtocolViolationError
 from kvbelt.http.limits import ClientLimits
-from kvbelt.http.message import add_header, encode_lines
+from kvbelt.http.message import Pieces, add_header, encode_lines
 from kvbelt.http.response import DATA, END, HEAD, Response
 
 _MOST_BEGUN = 64
@@ -202,7 +202,7 @@ class Pool:
         self._closed = False
 
     async def request(
-        self, method: str, target: str, headers: Sequence[tuple[bytes, bytes]] = (), body: bytes | None = None
+        self, method: str, target: str, headers: Sequence[tuple[bytes, bytes]] = (), body: bytes | Pieces | None = None
     ) -> Response:
         """Send a request and wait for the head of its answer. HEAD is not supported: its answers look incomplete.
 
@@ -221,7 +221,7 @@ class Pool:
         return response
 
     async def send(
-        self, method: str, target: str, headers: Sequence[tuple[bytes, bytes]] = (), body: bytes | None = None
+        self, method: str, target: str, headers: Sequence[tuple[bytes, bytes]] = (), body: bytes | Pieces | None = None
     ) -> Response:
         """Send a request, once, and return without waiting for the answer.
 
@@ -246,7 +246,9 @@ class Pool:
     def __repr__(self) -> str:
         return f"<Pool {self.name} {len(self._open)} open, {len(self._idle)} idle>"
 
-    def _encode(self, method: str, target: str, headers: Sequence[tuple[bytes, bytes]], body: bytes | None) -> bytes:
+    def _encode(
+        self, method: str, target: str, headers: Sequence[tuple[bytes, bytes]], body: bytes | Pieces | None
+    ) -> bytes:
         begin = self._begun.get((method, target))
         if begin is None:
             begin = encode_lines(
@@ -257,8 +259,8 @@ class Pool:
         lines = encode_lines(b"", headers)
         if body is None:
             return b"".join((begin, lines, b"\r\n"))
-        # One copy of a body that may be long.
-        return b"".join((begin, lines, b"content-length: %d\r\n\r\n" % len(body), body))
+        pieces = body if isinstance(body, tuple) else (body,)
+        return b"".join((begin, lines, b"content-length: %d\r\n\r\n" % sum(map(len, pieces)), *pieces))
 
     def _take_idle(self) -> ClientConnection | None:
         oldest = asyncio.get_running_loop().time() - self._limits.idle_seconds

@@ -13,6 +13,9 @@ from kvbelt.http.errors import BadRequestError
 #: Names are lower case; a repeated header's values are joined by ``", "`` (RFC 9110, 5.3).
 Headers = dict[bytes, bytes]
 
+#: A body in pieces, which are copied once, when it is sent.
+Pieces = tuple[bytes | memoryview, ...]
+
 JSON = (b"content-type", b"application/json")
 
 _ABSOLUTE = re.compile(rb"https?://([^/?#@]+)(/[^?#]*)?(\?[^#]*)?\Z", re.IGNORECASE)

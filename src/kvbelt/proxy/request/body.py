@@ -9,6 +9,7 @@ import re
 import msgspec
 
 from kvbelt.errors import RequestError
+from kvbelt.http import Pieces
 from kvbelt.limits import DEFAULTS, Limits
 from kvbelt.proxy.request import splice
 from kvbelt.proxy.request.fields import HANDOFF, KnownFields
@@ -50,7 +51,7 @@ class ClientBody:
             raise RequestError(f"the request body is not a JSON object in UTF-8: {error}") from None
         limits.require_sequences(self.num_prompts, self.fields.view.n or 1)
 
-    def _take_numbers(self, rest: bytes, numbers: bytes) -> bool:
+    def _take_numbers(self, rest: bytes, numbers: memoryview) -> bool:
         """Take a prompt of ids, which was cut out of the ``rest``; False: it is another list."""
         fields = _completions.get(rest)
         if fields is None:
@@ -59,7 +60,7 @@ class ClientBody:
             if prompt is None or bytes(prompt) != splice.PLACEHOLDER:
                 return False
             fields = _completions.of(members, rest)
-        self.fields, self.prompt, self._before = fields, memoryview(numbers), b'{"prompt":'
+        self.fields, self.prompt, self._before = fields, numbers, b'{"prompt":'
         return True
 
     def _take(self, members: dict[str, splice.Value], most: int) -> None:
@@ -97,33 +98,33 @@ class ClientBody:
 
     # The bodies of the calls
 
-    def plain(self) -> bytes:
+    def plain(self) -> Pieces:
         """The client's own body."""
-        return self._body if self.fields.no_handoff else self._with(self.fields.others)
+        return (self._body,) if self.fields.no_handoff else self._with(self.fields.others)
 
-    def for_prefill(self, handoff: PrefillHandoff) -> bytes:
+    def for_prefill(self, handoff: PrefillHandoff) -> Pieces:
         """A prefill call: one token with its ids, and the KV to the receiver."""
         return self._with(self.fields.for_prefill, _WITH_HANDOFF, _encode(handoff))
 
-    def for_decode(self, handoff: DecodeHandoff) -> bytes:
+    def for_decode(self, handoff: DecodeHandoff) -> Pieces:
         """The client's own body, over the transferred KV."""
         return self._with(self.fields.others, _WITH_HANDOFF, _encode(handoff))
 
-    def _with(self, *members: bytes) -> bytes:
+    def _with(self, *members: bytes) -> Pieces:
         """The object of the prompt and these members, each with a comma before it."""
         if self._before:
-            return b"".join((b"{", self._before[1:], self.prompt, *members, b"}"))
-        return b"".join((b"{", b"".join(members)[1:], b"}"))
+            return (b"{", self._before[1:], self.prompt, *members, b"}")
+        return (b"{", b"".join(members)[1:], b"}")
 
     def for_continuation(
         self,
-        prompt_token_ids: bytes,
+        prompt_token_ids: bytes | memoryview,
         first_token_id: int,
         max_tokens: int,
         handoff: DecodeHandoff | None,
         *,
         special_tokens: bool = False,
-    ) -> bytes:
+    ) -> Pieces:
         """A completion of the prompt and its first token.
 
         Args:
@@ -135,15 +136,13 @@ class ClientBody:
         """
         fields = self.fields
         special = special_tokens and "skip_special_tokens" not in fields.names
-        return b"".join(
-            (
-                b'{"prompt":',
-                memoryview(prompt_token_ids)[:-1],
-                b',%d],"max_tokens":%d' % (first_token_id, max_tokens),
-                fields.carried,
-                b',"skip_special_tokens":false' if special else b"",
-                b"}" if handoff is None else _WITH_HANDOFF + _encode(handoff) + b"}",
-            )
+        return (
+            b'{"prompt":',
+            memoryview(prompt_token_ids)[:-1],
+            b',%d],"max_tokens":%d' % (first_token_id, max_tokens),
+            fields.carried,
+            b',"skip_special_tokens":false' if special else b"",
+            b"}" if handoff is None else _WITH_HANDOFF + _encode(handoff) + b"}",
         )
 
 

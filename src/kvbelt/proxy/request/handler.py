@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, ClassVar
 
 from kvbelt.errors import RequestError
-from kvbelt.http import JSON, Exchange, HttpError
+from kvbelt.http import JSON, Exchange, HttpError, Pieces
 from kvbelt.proxy.context import Context
 from kvbelt.proxy.observe.records import Record
 from kvbelt.proxy.request.body import ClientBody
@@ -229,7 +229,7 @@ class RequestHandler:
             self._selection.release_prefill()
         if not step.continues:
 
-            def own(handoff: DecodeHandoff | None) -> bytes:
+            def own(handoff: DecodeHandoff | None) -> Pieces:
                 return client.plain() if handoff is None else client.for_decode(handoff)
 
             return await self._calls.decode(self._record.route, own, kv=step.kv, may_repeat=may_repeat)
@@ -240,7 +240,7 @@ class RequestHandler:
         state = self._first.handoff
         special = self._chat and state is not None and state.special_tokens
 
-        def continuation(handoff: DecodeHandoff | None) -> bytes:
+        def continuation(handoff: DecodeHandoff | None) -> Pieces:
             return client.for_continuation(ids, token_id, more, handoff, special_tokens=special)
 
         streams = self._exchange.started

@@ -93,7 +93,7 @@ class FirstTokenMerger:
     def opening(self, finish_reason: str | None) -> bytes:
         """The first token's events, with the ``finish_reason`` if it is also the last token."""
         first, events = self._first, b""
-        prompt_ids = (self._token_ids and first.prompt_token_ids) or b"null"
+        prompt_ids = bytes((self._token_ids and first.prompt_token_ids) or b"null")
         if self._chat:
             role = b'{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
             events = self._chunk(
@@ -208,7 +208,7 @@ class FirstTokenMerger:
         choice |= {"finish_reason": _encode(finish_reason), "stop_reason": stop_reason}
         asked = self._token_ids
         self._set(choice, "token_ids", _encode(ids) if asked else None)
-        prompt_ids = first.prompt_token_ids or b"null"
+        prompt_ids = bytes(first.prompt_token_ids or b"null")
         self._set(answer if self._chat else choice, "prompt_token_ids", prompt_ids if asked else None)
         self._set(answer, "kv_transfer_params", None)
         answer |= {"choices": b"[" + splice.object_of(choice) + b"]", "usage": _encode(usage)}

@@ -90,7 +90,7 @@ class PrefillAnswer:
         self.has_prompt_text = answer.prompt_text is not msgspec.UNSET
         self.routed = bytes(choice.routed_experts) != b"null"
         self.prompt_tokens = count_of(answer.usage, "prompt_tokens")
-        ids = bytes(choice.prompt_token_ids)
+        ids: bytes | memoryview = bytes(choice.prompt_token_ids)
         if ids == b"null":
             ids = bytes(answer.prompt_token_ids)
         if cut is not None and ids == splice.PLACEHOLDER:

@@ -58,7 +58,7 @@ def object_of(members: Mapping[str, Value]) -> bytes:
     return b"{" + more_of(members)[1:] + b"}"
 
 
-def cut_numbers(body: bytes, name: bytes) -> tuple[bytes, bytes] | None:
+def cut_numbers(body: bytes, name: bytes) -> tuple[bytes, memoryview] | None:
     """Cut a flat list of numbers that follows ``"name":``.
 
     Returns:
@@ -76,7 +76,7 @@ def cut_numbers(body: bytes, name: bytes) -> tuple[bytes, bytes] | None:
     end = body.find(b"]", start) + 1
     if end == 0:
         return None
-    numbers = body[start:end]
-    if b'"' in numbers or b"{" in numbers or numbers.rfind(b"[") != 0 or body.find(quoted, end) >= 0:
+    others = max(body.find(b'"', start, end), body.find(b"{", start, end), body.find(b"[", start + 1, end))
+    if others >= 0 or body.find(quoted, end) >= 0:
         return None
-    return b"".join((body[:start], PLACEHOLDER, body[end:])), numbers
+    return b"".join((body[:start], PLACEHOLDER, body[end:])), memoryview(body)[start:end]

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from time import monotonic
 
-from kvbelt.http import JSON, ConnectError, HttpError, PeerClosedError, Response
+from kvbelt.http import JSON, ConnectError, HttpError, PeerClosedError, Pieces, Response
 from kvbelt.proxy.context import Context, KVLostError, Waiting
 from kvbelt.proxy.observe.records import Attempt, Record
 from kvbelt.proxy.observe.trace_context import new_span_id
@@ -24,7 +24,7 @@ from kvbelt.wire.reasons import as_word
 log = logging.getLogger("kvbelt.proxy")
 
 #: Makes a decode call's body: over transferred KV, or without.
-MakeBody = Callable[[DecodeHandoff | None], bytes]
+MakeBody = Callable[[DecodeHandoff | None], Pieces]
 Ended = Outcome | Result
 
 #: Seconds before the deadline at which waiting for KV ends: the decode worker can still compute the prompt, and the
@@ -102,7 +102,7 @@ class UpstreamCalls:
 
     # Prefill
 
-    async def prefill_only(self, body: bytes, *, may_repeat: bool) -> Ended:
+    async def prefill_only(self, body: Pieces, *, may_repeat: bool) -> Ended:
         """Ask the prefill worker for the whole answer."""
         response = await self._call_prefill(body, TransferId(""), may_repeat=may_repeat)
         if isinstance(response, Result):
@@ -146,7 +146,7 @@ class UpstreamCalls:
         self._adapter, self._tp_size = (told.adapter, told.tp_size) if told is not None else ("", None)
         return answer
 
-    async def _call_prefill(self, body: bytes, transfer_id: TransferId, *, may_repeat: bool) -> Response | Result:
+    async def _call_prefill(self, body: Pieces, transfer_id: TransferId, *, may_repeat: bool) -> Response | Result:
         """The head of the prefill worker's answer, its status below 500."""
         worker, record = self._selection.prefill.worker, self._record
         attempt = self._attempt = self._context.records.attempt(record, "prefill", worker.name, transfer_id)

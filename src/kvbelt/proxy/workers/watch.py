@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from time import monotonic
 
 from kvbelt import stall_aware_clock
-from kvbelt.http import JSON, ClientLimits, ConnectError, HttpError, PeerClosedError, Pool, Response
+from kvbelt.http import JSON, ClientLimits, ConnectError, HttpError, PeerClosedError, Pieces, Pool, Response
 from kvbelt.proxy.settings import Address, ProxySettings
 from kvbelt.proxy.workers import vllm_dialect
 from kvbelt.routing.endpoint import Endpoint, Health, Report, Standing
@@ -228,7 +228,7 @@ class Worker:
 
     # Requests to it
 
-    async def post(self, target: str, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> Response:
+    async def post(self, target: str, headers: Sequence[tuple[bytes, bytes]], body: bytes | Pieces) -> Response:
         """Send a client's request; returns before its answer has come. Raises ConnectError: nothing was sent."""
         try:
             return await self._pool.send("POST", target, headers, body)
