@@ -48,13 +48,13 @@ def slow(**steps):
 def held_of(deployment):
     """What workers hold of each request that asks for a place from now on: a list that grows."""
     placement, seen = deployment.proxy.context.dispatcher.placement, []
-    submit = placement.submit
+    arrive = placement.arrive
 
-    def noted(demand):
+    def noted(demand, now):
         seen.append(dict(demand.held))
-        submit(demand)
+        return arrive(demand, now)
 
-    placement.submit = noted
+    placement.arrive = noted
     return seen
 
 

@@ -361,7 +361,7 @@ async def test_a_fault_of_the_proxy_itself_is_an_honest_500(monkeypatch, caplog)
     """The client gets a 500, the log a line, and the next request is unharmed."""
     async with Deployment() as deployment:
         with monkeypatch.context() as patch:
-            patch.setattr(deployment.proxy.context.dispatcher.placement, "submit", lambda *_: 1 / 0)
+            patch.setattr(deployment.proxy.context.dispatcher.placement, "arrive", lambda *_: 1 / 0)
             got = await deployment.ask(BODY)
         assert (got.status, got.json["error"]["type"]) == (500, "internal_error")
         assert "ZeroDivisionError" in caplog.text

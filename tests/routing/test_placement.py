@@ -244,3 +244,37 @@ def test_a_decode_worker_that_seems_slow_is_tried_again(mode: Mode, costs: StepC
         placement.first_token(booking, now + 0.02)
         placement.end(booking, now + 0.1)
     assert 4 <= used <= 12
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_a_request_that_arrives_is_placed_as_one_that_is_submitted(mode: Mode) -> None:
+    """The way past the queue makes the same choice, at the same moment, as the way through it."""
+    taken: list[list[tuple[object, ...]]] = []
+    for arrives in (True, False):
+        placement, books = fleet(2, 2, mode)
+        where: list[tuple[object, ...]] = []
+        running: list[Booking] = []
+        for number in range(300):
+            now, one = 0.02 * number, demand(0.02 * number, 500 + 97 * (number % 40))
+            placed = placement.arrive(one, now) if arrives else placement.submit(one)
+            found = [placed] if placed is not None else [booking for _, booking in placement.dispatch(now)]
+            for booking in found:
+                assert booking is not None
+                where.append((number, booking.action, books.index(booking.prefill), booking.predicted))
+                running.append(booking)
+            if len(running) > 6:
+                done = running.pop(number % 6)
+                placement.first_token(done, now)
+                placement.end(done, now)
+        taken.append(where)
+    assert taken[0] == taken[1]
+
+
+def test_a_request_that_arrives_does_not_overtake_one_that_waits() -> None:
+    placement, _ = fleet(0)
+    numbers = range(20)
+    placed = [placement.arrive(demand(0.001 * number), 0.001 * number) for number in numbers]
+    assert [booking is not None for booking in placed] == sorted(
+        (booking is not None for booking in placed), reverse=True
+    )
+    assert placement.waiting > 0

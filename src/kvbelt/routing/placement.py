@@ -125,6 +125,22 @@ class Placement:
         self._look_now |= bool(demand.exclude)
         self._rate.count(demand.arrived)
 
+    def arrive(self, demand: Demand, now: float) -> Booking | None:
+        """Submit a request, and place it if none waits and it can be placed now. None: ``dispatch`` will.
+
+        Most requests find nobody waiting, and need not pass through the queue.
+        """
+        if len(self._queue) or demand.exclude:
+            self.submit(demand)
+            return None
+        self._rate.count(demand.arrived)
+        self._end_silence(now)
+        plan = self._best(demand, now, {})
+        if plan is not None and (plan.wait <= self.rules.ahead or self._may_have(plan, demand, now, {})):
+            return self._book(demand, plan, now)
+        self._queue.add(demand)
+        return None
+
     def withdraw(self, demand: Demand) -> None:
         """Drop a waiting request, because its client is gone."""
         self._queue.drop(demand)
@@ -135,8 +151,7 @@ class Placement:
         kept: list[Demand] = []
         planned: dict[WorkerBook, float] = {}  # prompts of requests that wait, in seconds from now
         self.wake_at = None
-        while self._silent and self._silent[0][0] <= now:
-            self._computed(heappop(self._silent)[2], now)
+        self._end_silence(now)
         if now < self._next_pass and not self._look_now:
             self._wake(self._next_pass)
             return placed
@@ -163,6 +178,10 @@ class Placement:
         if kept and self._silent:
             self._wake(self._silent[0][0])
         return placed
+
+    def _end_silence(self, now: float) -> None:
+        while self._silent and self._silent[0][0] <= now:
+            self._computed(heappop(self._silent)[2], now)
 
     def _may_have(self, plan: Plan, demand: Demand, now: float, planned: dict[WorkerBook, float]) -> bool:
         """Whether a prompt is handed over although its worker has others."""
@@ -241,8 +260,10 @@ class Placement:
 
         Otherwise a worker that was slow for a while, or has not told its costs, would be avoided for ever.
         """
+        if self._probe_credit < 1.0 or demand.exclude:
+            return None
         book = ranking.head
-        if self._probe_credit < 1.0 or demand.exclude or book is None:
+        if book is None:
             return None
         if now - book.used_at <= self.rules.old or book.requests or not book.settled:
             return None
@@ -391,8 +412,9 @@ class Placement:
             decode.arriving += 1
         self._running.add(booking)
         prefill.used_at = decode.used_at = now
-        self._work.add(prefill, plan.own, now)
-        self._work.add(decode, demand.output * decode.step / (1 + len(decode.decodes)), now)
+        if self.mode is not _BY_ROLE:  # which asks for nobody's work
+            self._work.add(prefill, plan.own, now)
+            self._work.add(decode, demand.output * decode.step / (1 + len(decode.decodes)), now)
         self._probe_credit = min(1.0, self._probe_credit + self.rules.probes)
         if demand.silent and prefill is decode:
             heappush(self._silent, (booking.predicted, next(self._turn), booking))

@@ -139,9 +139,12 @@ class Dispatcher:
     async def place(self, demand: Demand) -> Place:
         """Its place, until ``give_back``. Raises NotPlacedError."""
         now = monotonic()
+        if self._changed:
+            self._take_in_changes()
         if demand.prefix is not None:
             demand.held = self._prefixes.held(demand.prefix)
-        self.placement.submit(demand)
+        if (booking := self.placement.arrive(demand, now)) is not None:
+            return self._hold(booking)
         place = self._dispatch(now, demand)
         if place is not None:
             return place
