@@ -77,6 +77,13 @@ def test_a_buffer_on_a_gpu_that_is_not_there_is_named(seen) -> None:
     assert "pd_buffer_device: cpu" in found.change
 
 
+def test_keys_without_an_effect_here_are_noted(seen) -> None:
+    """The guide's prefill file has local_cpu, which the embedded engine does not use."""
+    notes = {one.name: one for one in diagnose(seen({**SENDER, "local_cpu": True}, RECEIVER))}
+    assert notes["host_memory"].severity is Severity.NOTE
+    assert "host_memory" not in {one.name for one in diagnose(seen({**SENDER, "local_cpu": False}, RECEIVER))}
+
+
 def test_what_is_not_installed_has_no_needs(seen, monkeypatch) -> None:
     """Run from a folder on the path, it compares no requirements."""
 

@@ -6,6 +6,7 @@ import pytest
 
 from kvbelt.ops.doctor import host
 from kvbelt.ops.doctor.checks.sizing import prefill_workers
+from kvbelt.ops.doctor.evidence import TrialResult
 from kvbelt.ops.doctor.finding import Severity
 from kvbelt.ops.doctor.host import HostSeen
 from kvbelt.ops.doctor.scrape import Counted, counted
@@ -68,6 +69,18 @@ def test_a_failed_data_path_is_no_matter_of_the_control_ports() -> None:
     assert "pair_failed" not in names(deployment([prefill], [decode], pairs=(lost,)))
     for word in ("UCX_NET_DEVICES", "UCX_TCP_PORT_RANGE", "/sys"):
         assert word in said.change
+
+
+def test_a_transfer_that_nixl_failed_is_answered_with_its_remedy() -> None:
+    """Both where a request's transfer failed so and where the doctor's own prompt did."""
+    attempt = {"leg": "prefill", "worker": "p:7100", "transfer_id": "t", "began_ms": 0.0, "answered_ms": 1.0,
+               "ended_ms": 2.0, "reason": "transfer_channel", "detail": "NIXL_ERR_BACKEND",
+               "transfer": None}  # fmt: skip
+    prefill, decode = worker("p:7100", "prefill"), worker("d:7200", "decode")
+    failed = pair(prefill, decode, trial=TrialResult(ok=False, detail="the transfer failed: channel"))
+    evidence = deployment([prefill], [decode], pairs=(failed,), records=(record(attempts=[attempt]),))
+    for name in ("failures", "probe_failed"):
+        assert "UCX_NET_DEVICES" in finding(evidence, name).change
 
 
 def test_pairs_that_round_robin_does_not_need_are_no_fault() -> None:

@@ -192,7 +192,7 @@ def prefill_overloaded(evidence: Evidence) -> Iterator[Finding]:
         "prompts wait before they are computed, and this wait is most of TTFT",
         f"add a prefill worker: kvbelt up {prefill + 1}p{decode}d, or kvbelt workers add prefill HOST:7100; where "
         "prompts begin alike, leave prefix caching on; "
-        "short prompts may stay on the decode workers: kvbelt proxy --min-prompt-tokens 1000",
+        "short prompts may stay on the decode workers: --min-prompt-tokens 1000 of kvbelt up or kvbelt proxy",
         tuple(f"prefill worker {_queue(worker, waited[worker.name])}" for worker in found)
         + _others(evidence, "decode", "decode_queue"),
     )

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from statistics import median
 
 from kvbelt.metrics.thresholds import TRANSFER_EXPOSED_MS
+from kvbelt.ops.doctor.checks.identity import DATA_PATH, of_data_path
 from kvbelt.ops.doctor.evidence import Evidence, nearest
 from kvbelt.ops.doctor.finding import Finding, FindingKind, Severity
 from kvbelt.wire.reasons import Where, find
@@ -57,6 +58,8 @@ def recent(evidence: Evidence) -> Iterator[Finding]:
         meaning = f" ({known.meaning})" if known is not None else ""
         workers = ", ".join(sorted(filter(None, where[reason])))
         lines.append(f"{count} times {reason}{meaning}{f' at {workers}' if workers else ''}, such as {example[reason]}")
+    said_by = (attempt.detail for record in (*errors, *troubled) for attempt in record.attempts if attempt.reason)
+    data_path = any(map(of_data_path, said_by))
     total = len(evidence.records)
     said = f"{len(errors)} of {total} requests of the last minutes got an error" if errors else (
         f"{len(troubled)} of {total} requests of the last minutes took another path because of a fault"
@@ -66,7 +69,7 @@ def recent(evidence: Evidence) -> Iterator[Finding]:
         Severity.ERROR if errors else Severity.WARNING,
         said + (f", {len(troubled)} more took another path" if errors and troubled else ""),
         "the findings above explain them; docs/failures.md explains every reason",
-        f"kvbelt why {next(iter(example.values()), 'REQUEST_ID')}",
+        DATA_PATH if data_path else f"kvbelt why {next(iter(example.values()), 'REQUEST_ID')}",
         tuple(lines),
         FindingKind.SYMPTOM,
     )

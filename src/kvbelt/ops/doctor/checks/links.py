@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
 
+from kvbelt.ops.doctor.checks.identity import DATA_PATH, of_data_path
 from kvbelt.ops.doctor.evidence import Evidence, PairSeen
 from kvbelt.ops.doctor.finding import Finding, Severity
 from kvbelt.wire.about import LinkTotals
@@ -210,6 +211,11 @@ def _shared(slow_pairs: list[PairSeen], evidence: Evidence) -> str:
     return "between " + ", ".join(f"{pair.prefill} and {pair.decode}" for pair in slow_pairs)
 
 
+def _data_path(detail: str) -> bool:
+    """Whether NIXL could not move the trial's bytes, as its transfer's reason says."""
+    return of_data_path(detail) or detail.endswith((": channel", ": write_failed"))
+
+
 def probed(evidence: Evidence) -> Iterator[Finding]:
     """The doctor's own prompts."""
     failed = [pair for pair in evidence.pairs if pair.trial is not None and not pair.trial.ok]
@@ -224,7 +230,7 @@ def probed(evidence: Evidence) -> Iterator[Finding]:
             "it waited behind other requests, or in the transfer"
             if late
             else "the decode worker computes prompts of this pair itself, as it did this one",
-            "" if late else "look for the reason in docs/failures.md",
+            "" if late else DATA_PATH if _data_path(pair.trial.detail) else "look for the reason in docs/failures.md",
             (pair.trial.detail,),
         )
     rest = [pair for pair in evidence.pairs if pair not in failed and (pair.link is not None or pair.trial is not None)]

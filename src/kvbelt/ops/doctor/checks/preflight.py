@@ -215,6 +215,21 @@ def buffer_devices(before: Preflight) -> Iterator[Finding]:
         )
 
 
+def host_memory(before: Preflight) -> Iterator[Finding]:
+    """Keys of the guides that one of the two engines has no use for."""
+    files = [str(file.path) for file in before.files if file.belt is not None and file.belt.pd_role == "sender"]
+    keeping = [str(one.path) for one in before.files if one.belt is not None and one.belt.local_cpu]
+    if found := [path for path in files if path in keeping]:
+        yield Finding(
+            "host_memory",
+            Severity.NOTE,
+            "local_cpu and max_local_cpu_size have an effect in vLLM servers only",
+            "a worker with the embedded engine keeps KV in its own memory (--kv-gb), and no second copy of it",
+            "",
+            tuple(found),
+        )
+
+
 def ports_free(before: Preflight) -> Iterator[Finding]:
     """Every port can be bound."""
     for port in before.ports:
@@ -350,6 +365,7 @@ CHECKS: tuple[Callable[[Preflight], Iterator[Finding]], ...] = (
     ports_free,
     machine_holds,
     buffer_devices,
+    host_memory,
     carrier,
     buffers,
     ratio,
