@@ -36,6 +36,7 @@ from benchmarks.proxy import CONCURRENCY, CORE_SHARE, Subject, load, spread
 from kvbelt.proxy import Address, ProxySettings
 from kvbelt.proxy.admin.access import Access
 from kvbelt.proxy.admin.console import Console
+from kvbelt.proxy.admin.doctor import Doctor
 from kvbelt.proxy.context import Context
 from kvbelt.proxy.observe.records import Record
 from kvbelt.wire.ids import EngineId, TransferId
@@ -112,7 +113,7 @@ def by_itself() -> dict[str, float]:
         record.first_token = record.decode_first = monotonic()
         record.streamed = 9
         context.records.end(record)
-    console = Console(context, Access(context.settings))
+    console = Console(context, Access(context.settings), Doctor(context.settings, lambda: 0))
     notified = min(timeit.repeat(lambda: context.notified(told), number=20_000, repeat=5)) / 20_000
     answered = min(timeit.repeat(lambda: msgspec.json.encode(console.shown(_LOOK)), number=20, repeat=10)) / 20
     return {"transfer_us": notified * 1e6, "console_us": answered * 1e6}

@@ -86,6 +86,15 @@ def test_a_queue_is_coloured_where_it_stands(visit, served):
     visit.page.locator("#trouble").wait_for(state="hidden")
 
 
+def test_the_doctor_is_asked_and_quoted(browser):
+    """Below the first line, once it has looked."""
+    with serving(health_interval_seconds=0.1, health_timeout_seconds=0.3) as ill, Visit(browser, ill.url) as visit:
+        visit.live()
+        ill.call(ill.deployment.decode[0].stop())
+        visit.page.get_by_text("The doctor says: ").wait_for()
+        assert "What to do" in visit.page.locator("#doctor").inner_text()
+
+
 def test_splitting_that_is_switched_off_is_said(visit, served):
     switch = served.deployment.proxy.context.shadow._switch
     switch.off = True

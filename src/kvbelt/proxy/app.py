@@ -18,6 +18,7 @@ from kvbelt.http import JSON, BadRequestError, Exchange, Server, ServerLimits
 from kvbelt.proxy import openapi
 from kvbelt.proxy.admin.access import Access
 from kvbelt.proxy.admin.console import Console
+from kvbelt.proxy.admin.doctor import Doctor
 from kvbelt.proxy.admin.http import MethodError, allow, refuse
 from kvbelt.proxy.admin.workers_api import PATH, WorkersApi
 from kvbelt.proxy.context import Context
@@ -64,7 +65,8 @@ class Proxy:
         self._draining = False
         self._access = access = Access(settings)
         self._admin = WorkersApi(self.context.fleet, settings, access)
-        self._console = Console(self.context, access)
+        self._doctor = Doctor(settings, lambda: self.port)
+        self._console = Console(self.context, access, self._doctor)
         self._discovery = Discovery(self.context.fleet, settings) if settings.discover else None
         self._request_log = RequestLog(settings.request_lines_per_second)
         self._routes: dict[str, tuple[str, Route]] = {
@@ -116,6 +118,7 @@ class Proxy:
         self.context.dispatcher.close()
         await self.context.warmer.close()
         await self.context.shadow.close()
+        await self._doctor.close()
         await asyncio.to_thread(self.context.tracer.close)
         await self.context.fleet.close()
         self._notifications.close()

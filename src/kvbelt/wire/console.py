@@ -106,6 +106,14 @@ class Alarm(msgspec.Struct, frozen=True):
     role: str = ""
 
 
+class DoctorFinding(msgspec.Struct, frozen=True):
+    """What ``kvbelt doctor`` has found first."""
+
+    severity: str  #: as an alarm's
+    what: str
+    change: str
+
+
 class ConsoleState(msgspec.Struct, frozen=True, kw_only=True):
     proxy: ProxyStatus
     workers: list[WorkerRow]
@@ -114,6 +122,7 @@ class ConsoleState(msgspec.Struct, frozen=True, kw_only=True):
     requests: list[RequestRow]  #: ended since ``after``, and under way; the newest first
     after: int  #: to send with the next question
     alarms: list[Alarm] = []  #: the worst first; empty from an older version, too
+    doctor: DoctorFinding | None = None  #: only if asked for with ``?doctor=1``
 
 
 CONSOLE_STATE = JsonMessage(ConsoleState, "/kvbelt/console.json")

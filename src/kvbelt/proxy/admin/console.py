@@ -3,7 +3,8 @@
 ::
 
     GET /console                     the page; its files are below it, and ``/`` leads browsers there
-    GET /kvbelt/console.json         all that it shows: ?window=SECONDS of rates, requests that have ended ?after=NUMBER
+    GET /kvbelt/console.json         all that it shows: ?window=SECONDS of rates, requests that have ended ?after=N;
+                                     with ?doctor=1 the doctor's first finding
     GET /kvbelt/requests             the last requests in full, ?limit=N of them
     GET /kvbelt/requests/ID          one of them
 
@@ -24,6 +25,7 @@ from kvbelt import __version__
 from kvbelt.errors import RequestError
 from kvbelt.http import JSON, Exchange, HttpError
 from kvbelt.proxy.admin.access import Access
+from kvbelt.proxy.admin.doctor import Doctor
 from kvbelt.proxy.admin.http import MethodError, number_of, refuse
 from kvbelt.proxy.context import Context
 from kvbelt.proxy.observe.alarms import alarms
@@ -95,8 +97,9 @@ def _read_page() -> dict[str, _File]:
 class Console:
     PLACES = (_PAGE, _LIVE, _REQUESTS)
 
-    def __init__(self, context: Context, access: Access) -> None:
+    def __init__(self, context: Context, access: Access, doctor: Doctor) -> None:
         self._context = context
+        self._doctor = doctor
         self._access = access
         self._files = _read_page()
         self._started = time.monotonic()
@@ -124,6 +127,8 @@ class Console:
                 return
             self._access.require_view(exchange)
             shown = self.shown(request.target)
+            if isinstance(shown, ConsoleState) and number_of(request.target, "doctor", otherwise=0, most=1):
+                shown = msgspec.structs.replace(shown, doctor=self._doctor.finding())
             if isinstance(shown, RequestRecord):
                 shown = await self._with_transport(shown)
             exchange.respond(200, _PRIVATE, _encode(shown))

@@ -62,7 +62,7 @@ export class Poll {
   async #ask() {
     this.#busy = true;
     try {
-      const state = await this.#proxy.ask(`kvbelt/console.json?window=${this.seconds}&after=${this.#after}`);
+      const state = await this.#proxy.ask(`kvbelt/console.json?window=${this.seconds}&doctor=1&after=${this.#after}`);
       if (this.#life !== null && this.#life !== state.proxy.life) state.restarted = true;
       [this.#life, this.#after, this.#gone, this.#wait] = [state.proxy.life, state.after, null, SECOND];
       this.#got(state);

@@ -8,12 +8,16 @@ export function severityOf({ alarms = [] }, subject, worker = null) {
   return found ? found.severity : "";
 }
 
-/** The first of them, with what to do. */
-export function showTrouble({ alarms = [] }) {
-  const node = byId("trouble");
-  node.hidden = alarms.length === 0;
-  if (!alarms.length) return;
-  const [first, ...others] = alarms;
-  mark(node, "data-severity", first.severity);
-  say(node, `${first.what}${others.length ? ` (and ${others.length} more)` : ""}. What to do: ${first.change}`);
+function show(id, one, begin, more = "") {
+  const node = byId(id);
+  node.hidden = !one;
+  if (!one) return;
+  mark(node, "data-severity", one.severity);
+  say(node, `${begin}${one.what}${more}.${one.change ? ` What to do: ${one.change}` : ""}`);
+}
+
+/** The first alarm, and what the doctor, who looks every half minute, has found first. */
+export function showTrouble({ alarms = [], doctor = null }) {
+  show("trouble", alarms[0] ?? null, "", alarms.length > 1 ? ` (and ${alarms.length - 1} more)` : "");
+  show("doctor", doctor, "The doctor says: ");
 }
