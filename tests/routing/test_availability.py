@@ -6,8 +6,9 @@ import pytest
 
 from kvbelt.pacing.costs import DEFAULT_COSTS
 from kvbelt.routing.booking import Action, Demand, WorkerBook
+from kvbelt.routing.choice import CANDIDATES
 from kvbelt.routing.levels import ServiceLevels
-from kvbelt.routing.placement import CANDIDATES, Mode, Placement
+from kvbelt.routing.placement import Mode, Placement
 from kvbelt.wire.health import Role
 from kvbelt.wire.steps import StepsNow
 

@@ -3,28 +3,19 @@
 Requests wait here, not at workers. Placement hands a prompt over when a worker is nearly free, in the order of the
 requests' deadlines. A request that will miss its deadline goes behind the others, for a bounded time.
 
-Placement counts the service levels that each plan would break: the request's own, and those of running decodes. The
-plan that breaks the fewest wins; among equal plans the one that costs the fewest seconds: the request's wait and
-prefill, and the delay of each decode beside it. ``docs/placement.md`` explains the rule.
+``choice.py`` has the choice of a plan; here are the requests that wait and those that run.
 """
 
 from collections.abc import Callable
 from heapq import heappop, heappush
 from itertools import count
-from math import inf
 
-from kvbelt.routing.booking import Action, Booking, Demand, Pace, Plan, WorkerBook
+from kvbelt.routing.booking import Booking, Demand, Pace, Plan, WorkerBook
+from kvbelt.routing.choice import Choice
 from kvbelt.routing.queue import Queue
-from kvbelt.routing.ranking import Ranking, decode_load, freedom
-from kvbelt.routing.rate import ArrivalRate
 from kvbelt.routing.rules import DEFAULT_RULES, Mode, Rules
-from kvbelt.routing.work import RecentWork, piles_up
-from kvbelt.wire.health import Role
 
-__all__ = ["CANDIDATES", "LOOKAHEAD", "Mode", "Placement", "Rules"]
-
-#: Workers of each role that a decision considers: those that are free first.
-CANDIDATES = 8
+__all__ = ["LOOKAHEAD", "Mode", "Placement", "Rules"]
 
 #: Waiting requests that one pass considers.
 LOOKAHEAD = 8
@@ -33,23 +24,7 @@ LOOKAHEAD = 8
 #: its next prompt before it is free, so a later pass is still in time.
 PAUSE = 100e-6
 
-# Fast to read.
-_PREFILL, _DECODE = Role.PREFILL, Role.DECODE
-_SPLIT, _WHOLE = Action.SPLIT, Action.WHOLE
-_ELASTIC, _BY_ROLE = Mode.ELASTIC, Mode.SPLIT
-
-#: An answer of at most so many tokens misses its ITL level by one long gap: that gap is more than 1 of 100.
-SHORT = 100
-
-#: The square of the number of decodes beside which one more answer costs a prefill worker half of the whole cost.
-FEW = 3
-
-#: Added to the violations of a plan that is taken only if there is no other: more than any number of requests.
-LAST_RESORT = 1_000_000
-
-#: Of idle workers, one that had more work than others must be faster by more than what its costs leave unexplained,
-#: times its work over the mean. At most so many times: a worker that is faster by more than that gets more work.
-MOST_UNEVEN = 2.0
+_ELASTIC = Mode.ELASTIC  # fast to read
 
 
 def _always(_prefill: WorkerBook, _decode: WorkerBook) -> bool:
@@ -74,40 +49,35 @@ class Placement:
         rules: Rules = DEFAULT_RULES,
         can_send: Callable[[WorkerBook, WorkerBook], bool] = _always,
     ) -> None:
-        self.mode = mode
         self.rules = rules
-        self._can_send = can_send
-        self._prefills, self._decodes = Ranking(freedom), Ranking(freedom)
-        self._free = {Role.PREFILL: self._prefills, Role.DECODE: self._decodes}
-        self._decoders = Ranking(decode_load)
+        self._choice = Choice(mode, rules, can_send)
         self._running: set[Booking] = set()
         self._queue = Queue(self._least_seconds, rules.patience)
         self._silent: list[tuple[float, int, Booking]] = []  # a heap by the moment at which the first token is expected
         self._turn = count()
-        self._probe_credit = 0.0
         self._next_pass = 0.0  # no pass before this moment, if the last one left requests waiting
-        self._plans_made = 0
         self._look_now = False  # a request may have no worker left
         self._pace = Pace()
-        self._rate = ArrivalRate()
-        self._work = RecentWork()
         self.wake_at: float | None = None  #: when ``dispatch`` is due again, if nothing else happens
+
+    @property
+    def mode(self) -> Mode:
+        return self._choice.mode
+
+    @mode.setter
+    def mode(self, mode: Mode) -> None:
+        self._choice.mode = mode
 
     # Workers
 
     def join(self, book: WorkerBook) -> None:
         """The worker is ready. Called again after ``settled`` has changed."""
         book.pace = self._pace
-        self._free[book.lean].put(book)
-        self._work.join(book)
-        if book.lean is Role.DECODE:
-            self._decoders.put(book)
+        self._choice.join(book)
 
     def leave(self, book: WorkerBook) -> None:
         """The worker gets no more requests. Its bookings stay until they end."""
-        self._free[book.lean].drop(book)
-        self._decoders.drop(book)
-        self._work.leave(book)
+        self._choice.leave(book)
         self._look_now = True
 
     # Requests
@@ -123,7 +93,7 @@ class Placement:
     def submit(self, demand: Demand) -> None:
         self._queue.add(demand)
         self._look_now |= bool(demand.exclude)
-        self._rate.count(demand.arrived)
+        self._choice.rate.count(demand.arrived)
 
     def arrive(self, demand: Demand, now: float) -> Booking | None:
         """Submit a request, and place it if none waits and it can be placed now. None: ``dispatch`` will.
@@ -133,9 +103,9 @@ class Placement:
         if len(self._queue) or demand.exclude:
             self.submit(demand)
             return None
-        self._rate.count(demand.arrived)
+        self._choice.rate.count(demand.arrived)
         self._end_silence(now)
-        plan = self._best(demand, now, {})
+        plan = self._choice.best(demand, now, {})
         if plan is not None and (plan.wait <= self.rules.ahead or self._may_have(plan, demand, now, {})):
             return self._book(demand, plan, now)
         self._queue.add(demand)
@@ -155,11 +125,11 @@ class Placement:
         if now < self._next_pass and not self._look_now:
             self._wake(self._next_pass)
             return placed
-        self._look_now, self._plans_made = False, 0
+        self._look_now, self._choice.plans_made = False, 0
         for demand in self._queue.in_order(now):
-            plan = self._best(demand, now, planned)
+            plan = self._choice.best(demand, now, planned)
             if plan is None:
-                if self._any_ready(demand):
+                if self._choice.any_ready(demand):
                     kept.append(demand)
                 else:
                     placed.append((demand, None))
@@ -174,7 +144,7 @@ class Placement:
                 break
         for demand in reversed(kept):
             self._queue.keep(demand, now)
-        self._next_pass = now + min(self.rules.ahead / 2, PAUSE * self._plans_made) if kept else 0.0
+        self._next_pass = now + min(self.rules.ahead / 2, PAUSE * self._choice.plans_made) if kept else 0.0
         if kept and self._silent:
             self._wake(self._silent[0][0])
         return placed
@@ -185,7 +155,7 @@ class Placement:
 
     def _may_have(self, plan: Plan, demand: Demand, now: float, planned: dict[WorkerBook, float]) -> bool:
         """Whether a prompt is handed over although its worker has others."""
-        if self.mode is not _ELASTIC or plan.wait <= self._margin(plan, demand):
+        if self._choice.mode is not _ELASTIC or plan.wait <= self._margin(plan, demand):
             return True
         # A worker that is late with its only prompt may be free at any moment.
         book = plan.prefill
@@ -203,201 +173,8 @@ class Placement:
         tokens = demand.tokens
         if demand.held:
             tokens = max(1, tokens - max(demand.held.values()))
-        book = self._prefills.head or self._decodes.head
+        book = self._choice.first_free
         return book.least_seconds(tokens) if book is not None else 0.0
-
-    # The choice
-
-    def _any_ready(self, demand: Demand) -> bool:
-        """Whether some worker may answer the request."""
-        roles = self._free if self.mode is not Mode.SPLIT else (demand.whole_on, Role.DECODE)
-        return any(self._first(role, demand) for role in roles)
-
-    def _first(self, role: Role, demand: Demand) -> list[WorkerBook]:
-        """The workers that are free first, and those that hold a prefix, without those that failed the request."""
-        exclude = demand.exclude
-        books = self._free[role].first(CANDIDATES + len(exclude), demand.held)
-        return [book for book in books if book.incarnation not in exclude] if exclude else books
-
-    def _best(self, demand: Demand, now: float, planned: dict[WorkerBook, float]) -> Plan | None:
-        if self.mode is _BY_ROLE:
-            return self._split(demand, now)
-        best = self._probe(demand, now)
-        if best is not None:
-            return best
-        if demand.held:
-            return self._spread(demand, now, planned)
-        return self._cheapest(demand, now, planned, demand.held)
-
-    def _spread(self, demand: Demand, now: float, planned: dict[WorkerBook, float]) -> Plan | None:
-        """The cheapest plan, or one that makes a copy of a hot prefix because its holder has too much work.
-
-        A copy must not break a level more, nor make the request late.
-        """
-        held = demand.held
-        cheapest = plan = self._cheapest(demand, now, planned, held)
-        most_work = self.rules.hot * self._work.mean
-        while plan is not None and piles_up(demand, plan.prefill, held.get(plan.prefill.incarnation, 0), most_work):
-            held = {name: tokens for name, tokens in held.items() if name != plan.prefill.incarnation}
-            plan = self._cheapest(demand, now, planned, held)
-        if plan is None or cheapest is None or plan.broken > cheapest.broken or plan.ends > demand.due - now:
-            return cheapest
-        return plan
-
-    def _probe(self, demand: Demand, now: float) -> Plan | None:
-        """A worker whose speed is to be learnt again answers the request."""
-        if 2 * max(demand.held.values(), default=0) > demand.tokens:
-            return None
-        book = self._to_probe(self._prefills, demand, now) or self._to_probe(self._decodes, demand, now)
-        if book is None:
-            return None
-        tokens = self._to_compute(demand, book)
-        own, _ = book.prefill_seconds(tokens, demand.levels.itl)
-        return Plan(_WHOLE, "probe", book, book, tokens, 0.0, own)
-
-    def _to_probe(self, ranking: Ranking, demand: Demand, now: float) -> WorkerBook | None:
-        """An idle worker without a recent request, if the request may go to it to learn its speed again.
-
-        Otherwise a worker that was slow for a while, or has not told its costs, would be avoided for ever.
-        """
-        if self._probe_credit < 1.0 or demand.exclude:
-            return None
-        book = ranking.head
-        if book is None:
-            return None
-        if now - book.used_at <= self.rules.old or book.requests or not book.settled:
-            return None
-        self._probe_credit = 0.0
-        return book
-
-    def _split(self, demand: Demand, now: float) -> Plan | None:
-        """The pair that is free first, or the worker if the request cannot be split."""
-        found = (self._pair(demand, now) if demand.splittable else None) or self._one(demand)
-        if found is None:
-            return None
-        prefill, decode = found
-        tokens, wait = self._to_compute(demand, prefill), prefill.wait(now)
-        own, _ = prefill.prefill_seconds(tokens, demand.levels.itl)
-        return Plan(_WHOLE if prefill is decode else _SPLIT, "", prefill, decode, tokens, wait, own)
-
-    def _pair(self, demand: Demand, now: float) -> tuple[WorkerBook, WorkerBook] | None:
-        prefills = self._first(_PREFILL, demand)
-        decoders = self._decoders_for(demand) if prefills else []
-        if decoders and (probed := self._to_probe(self._decodes, demand, now)) is not None:
-            decoders.insert(0, probed)
-        for prefill in prefills:
-            for decode in decoders:
-                if self._can_send(prefill, decode):
-                    return prefill, decode
-        return None
-
-    def _one(self, demand: Demand) -> tuple[WorkerBook, WorkerBook] | None:
-        room = demand.tokens + demand.output
-        for role in (demand.whole_on, _DECODE):
-            for book in self._first(role, demand):
-                if book.has_room(room):
-                    return book, book
-        return None
-
-    @staticmethod
-    def _to_compute(demand: Demand, book: WorkerBook) -> int:
-        return max(1, demand.tokens - demand.held.get(book.incarnation, 0))
-
-    def _cheapest(  # noqa: C901, PLR0912, PLR0915 -- one pass, for speed
-        self, demand: Demand, now: float, planned: dict[WorkerBook, float], held: dict[str, int]
-    ) -> Plan | None:
-        """The plan that breaks the fewest levels; among equals, the one that costs the fewest seconds.
-
-        It runs for every request that arrives and, while requests wait, at every change. So it drops plans that cannot
-        win as early as possible.
-        """
-        rules, itl, left = self.rules, demand.levels.itl, demand.due - now
-        elastic, room = self.mode is _ELASTIC, demand.tokens + demand.output
-        short = itl is not None and demand.output <= SHORT
-        calm, mean_work = self._calm_seconds(now), self._work.mean
-        mean_itl, crowd = demand.levels.mean_itl or inf, rules.crowd * demand.levels.ttft
-        decoders: list[WorkerBook] | None = None
-        can_send = self._can_send
-        best: tuple[WorkerBook, WorkerBook, int, float, float] | None = None
-        fewest, least = inf, inf  # violations and cost of the best
-        tokens, wait = demand.tokens, 0.0
-        books = self._candidates(demand)
-        self._plans_made += len(books)
-        for book in books:
-            if held:
-                tokens = max(1, demand.tokens - held.get(book.incarnation, 0))
-            if book.prompts:
-                wait = book.wait(now)
-            elif wait:
-                wait = 0.0
-            if planned:
-                wait = planned.get(book, wait)
-            own, delay = book.prefill_seconds(tokens, itl)
-            seconds = ends = wait + own
-            broken: float = ends > left
-            if not book.settled:
-                broken += LAST_RESORT
-            if broken >= fewest and (broken > fewest or ends >= least):
-                continue
-            if not wait and book.work and own + demand.output * book.step <= calm:
-                seconds += book.costs.sigma * own * min(MOST_UNEVEN, book.work / mean_work)
-            if book.decodes:
-                broken += book.broken(delay, now)
-                if ends <= left:
-                    seconds += rules.delay * delay * len(book.decodes)
-            if elastic and book.lean is _PREFILL:
-                if decoders is None:
-                    decoders = self._decoders_for(demand) if demand.splittable else []
-                for decode in decoders:
-                    if not can_send(book, decode):
-                        continue
-                    violations, cost = broken + decode.too_slow_for(demand), seconds + rules.handover
-                    cost += crowd * decode.crowding(demand, mean_itl)
-                    # The second token waits for the decode worker's step, which is long if it carries a prompt.
-                    if short and ends <= left and (decode.prompts or now - decode.begun < demand.levels.ttft):
-                        violations += 1
-                    if book.settled and not decode.settled:
-                        violations += LAST_RESORT
-                    if violations < fewest or (violations == fewest and cost < least):
-                        fewest, least, best = violations, cost, (book, decode, tokens, wait, own)
-                    break
-                # Of two idle workers the decode worker wins. Otherwise the answer costs the prefill worker steps that
-                # read all weights, and later prompts wait for them. Beside several decodes, which others follow, it
-                # hardly adds a step; one or two will end soon.
-                decodes, output = len(book.decodes), demand.output
-                is_calm = (
-                    not decodes and not book.arriving and own + output * book.decode_step(1, demand.tokens) <= calm
-                )
-                seconds += rules.handover / 2 if is_calm else output * book.costs.base / (1 + decodes * decodes / FEW)
-            seconds += crowd * book.crowding(demand, mean_itl)
-            if broken >= fewest and (broken > fewest or seconds >= least):
-                continue
-            violations = broken + book.too_slow_for(demand)
-            if (violations < fewest or (violations == fewest and seconds < least)) and book.has_room(room):
-                fewest, least, best = violations, seconds, (book, book, tokens, wait, own)
-        if best is None:
-            return None
-        prefill, decode, tokens, wait, own = best
-        if prefill is not decode:
-            return Plan(_SPLIT, "", prefill, decode, tokens, wait, own, fewest)
-        reason = "prefill_busy" if prefill.decodes else "calm"
-        return Plan(_WHOLE, reason, prefill, prefill, tokens, wait, own, fewest)
-
-    def _candidates(self, demand: Demand) -> list[WorkerBook]:
-        if demand.held or demand.exclude:
-            return self._first(_PREFILL, demand) + self._first(_DECODE, demand)
-        return self._prefills.first(CANDIDATES) + self._decodes.first(CANDIDATES)
-
-    def _calm_seconds(self, now: float) -> float:
-        """How long a request may run on an idle prefill worker that will probably get no other request meanwhile."""
-        workers = len(self._prefills) + len(self._decodes)
-        return self.rules.calm * workers * self._rate.gap(now)
-
-    def _decoders_for(self, demand: Demand) -> list[WorkerBook]:
-        """The decode workers that have room for its answer and did not fail it, those with the shortest steps first."""
-        room, exclude = demand.tokens + demand.output, demand.exclude
-        books = self._decoders.first(CANDIDATES)
-        return [book for book in books if book.has_room(room) and book.incarnation not in exclude]
 
     # Bookings
 
@@ -412,15 +189,9 @@ class Placement:
             decode.arriving += 1
         self._running.add(booking)
         prefill.used_at = decode.used_at = now
-        if self.mode is not _BY_ROLE:  # which asks for nobody's work
-            self._work.add(prefill, plan.own, now)
-            self._work.add(decode, demand.output * decode.step / (1 + len(decode.decodes)), now)
-        self._probe_credit = min(1.0, self._probe_credit + self.rules.probes)
         if demand.silent and prefill is decode:
             heappush(self._silent, (booking.predicted, next(self._turn), booking))
-        # A second try takes no turn. Otherwise, if one of two workers fails, each would get one kind of try only.
-        used = not demand.exclude
-        self._moved(prefill, decode, used=used)
+        self._choice.booked(demand, plan, now)
         return booking
 
     def first_token(self, booking: Booking, now: float) -> None:
@@ -438,7 +209,7 @@ class Placement:
         if prefill is not decode:
             decode.arriving -= 1
         decode.add_decode(booking, now)
-        self._moved(prefill, decode)
+        self._choice.moved(prefill, decode)
 
     def end(self, booking: Booking, now: float) -> None:
         """The request needs no worker any more. May be called again."""
@@ -454,11 +225,4 @@ class Placement:
             return
         decode.kv_booked -= booking.demand.tokens + booking.demand.output
         self._running.discard(booking)
-        self._moved(prefill, decode)
-
-    def _moved(self, prefill: WorkerBook, decode: WorkerBook, *, used: bool = False) -> None:
-        self._free[decode.lean].moved(decode, used=used)
-        if decode.lean is _DECODE:
-            self._decoders.moved(decode, used=used)
-        if prefill is not decode:
-            self._prefills.moved(prefill, used=used)
+        self._choice.moved(prefill, decode)
