@@ -22,7 +22,7 @@ async def test_many_more_prefill_than_decode_workers_are_warned_of_at_the_start(
     caplog.set_level(logging.WARNING, "kvbelt.proxy")
     async with Deployment(prefill=prefill):
         pass
-    assert ("1p3d" in said(caplog, logging.WARNING)) is warned
+    assert ("2p2d" in said(caplog, logging.WARNING)) is warned
 
 
 @pytest.mark.parametrize(("engine", "level"), [("vllm", logging.WARNING), ("embedded", logging.INFO)])
