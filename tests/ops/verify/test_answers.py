@@ -48,6 +48,12 @@ def test_a_stream_tells_its_road_and_its_end() -> None:
     assert [one.field for one in differences(stream(delta("a"), end=""), stream(delta("a")))] == ["done"]
 
 
+def test_a_stream_that_only_refuses_is_a_refusal() -> None:
+    """Its status is in the event, as vLLM sends it."""
+    refusal = {"error": {"message": "no", "code": 400}}
+    assert stream(refusal) == Answer(400, "local", refusal)
+
+
 def test_an_error_in_a_stream_is_seen() -> None:
     """It is a part of what the stream said."""
     broken = stream(delta("a", content="x"), {"error": {"message": "gone"}})

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from kvbelt.ops.verify.cases import CASES, CHAT, COMPLETIONS, UNTRIED, questions
+from kvbelt.ops.verify.cases import CASES, CHAT, COMPLETIONS, UNTRIED, cases_of, questions
 from kvbelt.wire.fields import CHATS_ONLY, COMPLETIONS_ONLY, FIELDS
 
 
@@ -27,7 +27,7 @@ def test_a_field_of_one_endpoint_is_tried_there() -> None:
 
 def test_a_seed_fixes_all_bodies() -> None:
     """The same seed asks the same, another one something else; greedy is a part of the whole."""
-    assert questions(1, quick=False) == questions(1, quick=False)
-    assert questions(1, quick=False) != questions(2, quick=False)
-    whole = questions(1, quick=False)
-    assert all(question in whole for question in questions(1, quick=True))
+    whole = questions(CASES, 1, quick=False)
+    assert whole == questions(CASES, 1, quick=False)
+    assert whole != questions(CASES, 2, quick=False)
+    assert all(question in whole for question in questions(cases_of({"n", "echo"}), 1, quick=True))

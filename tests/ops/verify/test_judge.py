@@ -25,6 +25,7 @@ def text(said: str, path: str = "") -> Answer:
 
 
 REFUSED = Answer(400, "", {"error": {"message": "n is 0"}})
+OTHER_WORDS = Answer(400, "", {"error": {"message": "n must be 1"}})
 
 
 def result(judged: Judged) -> Result:
@@ -48,6 +49,7 @@ def judged(subject: Sequence[Answer | None], second: Answer | None = None) -> Ju
         ((text("b", "local"), REFUSED), None, ["differs", "refused"], 1),
         ((text("b", "local"), REFUSED), text("c"), ["noise", "refused"], 0),
         ((text("a", "local"), text("a")), text("c"), ["exact", "differs"], 1),
+        ((text("a", "local"), OTHER_WORDS), None, ["exact", "reworded"], 0),
         ((None, REFUSED), None, ["unasked", "refused"], 2),
         ((None, text("a")), None, ["unasked", "differs"], 1),
     ],
@@ -55,7 +57,7 @@ def judged(subject: Sequence[Answer | None], second: Answer | None = None) -> Ju
 def test_outcomes_make_the_status(
     subject: Sequence[Answer | None], second: Answer | None, outcomes: list[str], exit_status: int
 ) -> None:
-    """Differences come before what could not be asked; noise is equal, but a status is never noise."""
+    """Differences come before what could not be asked; a status is never noise."""
     found = result(judged(subject, second))
     assert [case.outcome for case in found.judged.cases] == outcomes
     assert status(found) == exit_status

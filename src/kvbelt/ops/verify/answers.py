@@ -29,9 +29,17 @@ def read(status: int, path: str, body: bytes, *, model: str) -> Answer:
     """
     if body.startswith((b"data:", b":")):
         said, path = _stream(body, path)
+        if "error" in said and not said["choices"]:
+            # vLLM sends the head of a stream before its engine has looked at the request.
+            status, said = _status_of(said["error"], status), {"error": said["error"]}
     else:
         said = _json(body)
     return Answer(status, path, _comparable(said, model))
+
+
+def _status_of(error: Any, status: int) -> int:
+    code = error.get("code") if isinstance(error, dict) else None
+    return code if isinstance(code, int) else status
 
 
 def _json(body: bytes) -> Any:

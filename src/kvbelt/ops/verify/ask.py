@@ -1,6 +1,7 @@
 """Asks a deployment and its reference, round after round, and tells what each case's answers were."""
 
 import asyncio
+import hashlib
 import random
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -86,7 +87,8 @@ async def _ask(one: Round, question: Question) -> Asked:
 def _salt(one: Round, question: Question) -> str:
     if not one.salts:
         return uuid.uuid4().hex
-    return f"{one.salts} {question.endpoint} {question.case.name} {question.variant}"
+    name = f"{one.salts} {question.endpoint} {question.case.name} {question.variant}"
+    return hashlib.sha256(name.encode()).hexdigest()[:32]  # vLLM takes 128 characters, and not each of them
 
 
 @asynccontextmanager
@@ -132,7 +134,7 @@ async def engine_of(one: Server) -> str:
         about, version = await one.client.get("/kvbelt/about"), await one.client.get("/version")
     except NoAnswerError:
         return ""
-    if about.status == 200:
+    if about.status == 200 and about.json.get("engine"):
         told = about.read(ABOUT, one.what)
         return f"{told.engine} {told.packages.get(told.engine, told.kvbelt)}"
     return f"vllm {version.json['version']}" if "version" in version.json else ""

@@ -6,7 +6,7 @@ are. ``...`` leaves a field out.
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -263,9 +263,14 @@ class Question:
         return self.case.endpoint
 
 
-def questions(seed: int, *, quick: bool) -> list[Question]:
-    """Every case, greedy and seeded where the case chooses neither; with ``quick``, greedy only."""
-    return [question for case in CASES for question in _variants(case, seed, quick=quick)]
+def cases_of(fields: Collection[str] | None) -> tuple[Case, ...]:
+    """All; or those of some fields."""
+    return CASES if fields is None else tuple(case for case in CASES if case.field in fields)
+
+
+def questions(cases: Sequence[Case], seed: int, *, quick: bool) -> list[Question]:
+    """Each case, greedy and seeded where it chooses neither; with ``quick``, greedy only."""
+    return [question for case in cases for question in _variants(case, seed, quick=quick)]
 
 
 def _variants(case: Case, seed: int, *, quick: bool) -> list[Question]:

@@ -9,16 +9,17 @@ import asyncio
 import sys
 import time
 import uuid
+from collections.abc import Collection
 from contextlib import AsyncExitStack
 
 from kvbelt import __version__
-from kvbelt.errors import SettingsError
+from kvbelt.errors import SettingsError, resembling
 from kvbelt.ops.arguments import add_worker_key, count, worker_key_of
 from kvbelt.ops.parser import add_examples
 from kvbelt.ops.proxy_client import add_url_argument, argument_of, url_of
 from kvbelt.ops.verify import report
 from kvbelt.ops.verify.ask import AT_ONCE, Asked, Progress, Round, Server, ask_round, engine_of, server, workers
-from kvbelt.ops.verify.cases import CASES, questions
+from kvbelt.ops.verify.cases import CASES, cases_of, questions
 from kvbelt.ops.verify.judge import judge
 
 
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_worker_key(parser)
     add("--quick", action="store_true", help="greedy only, in fewer ways, and the reference once: for CI")
+    add("--fields", type=_fields, metavar="NAME[,NAME]", help="only the cases of these (default: all)")
     add("--seed", type=count, default=0, metavar="N", help="of prompts and their order")
     add("--json", action="store_true", help="print the result as JSON")
     add_examples(
@@ -44,7 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     result = asyncio.run(
         verify(
-            url_of(args), args.against, key=worker_key_of(args), quick=args.quick, seed=args.seed, progress=_progress()
+            url_of(args),
+            args.against,
+            key=worker_key_of(args),
+            fields=args.fields,
+            quick=args.quick,
+            seed=args.seed,
+            progress=_progress(),
         )
     )
     if args.json:
@@ -55,7 +63,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def verify(
-    url: str, against: str | None, *, key: str | None = None, quick: bool, seed: int, progress: Progress
+    url: str,
+    against: str | None,
+    *,
+    key: str | None = None,
+    fields: Collection[str] | None = None,
+    quick: bool,
+    seed: int,
+    progress: Progress,
 ) -> report.Result:
     """Ask everything and judge.
 
@@ -63,6 +78,7 @@ async def verify(
         url: the deployment's proxy.
         against: the reference; None: a decode worker of the deployment.
         key: of servers that ask for one.
+        fields: only the cases of these; None: all.
         quick: greedy only, and in fewer ways.
         seed: of prompts and their order.
         progress: gets the round, and how many of how many requests are done.
@@ -81,22 +97,26 @@ async def verify(
         prefill = None
         if "prefill" in of_role:
             prefill = await stack.enter_async_context(server(of_role["prefill"], "the prefill worker", key))
-        all_questions = questions(seed, quick=quick)
+        cases = cases_of(fields)
+        all_questions = questions(cases, seed, quick=quick)
 
         async def ask(rounds: list[Round]) -> list[Asked]:
             return [one for each in rounds for one in await ask_round(each, all_questions, seed, progress)]
 
         expected = await ask(_of_reference(reference, quick=quick))
         got = await ask(_of_subject(proxy, prefill, quick=quick))
+        engine = await engine_of(reference)
+        if not engine and prefill is not None:  # the reference is a proxy
+            engine = await engine_of(prefill)
         return report.Result(
             kvbelt=__version__,
-            engine=await engine_of(reference),
+            engine=engine,
             reference=against,
             seed=seed,
             quick=quick,
             requests=len(expected) + len(got),
             seconds=time.monotonic() - began,
-            judged=judge(CASES, expected, got),
+            judged=judge(cases, expected, got),
         )
 
 
@@ -128,6 +148,14 @@ def _of_subject(proxy: Server, prefill: Server | None, *, quick: bool) -> list[R
     if prefill is not None:
         rounds.append(Round("the prefill worker, whole", prefill, streamed=False, at_once=AT_ONCE))
     return rounds
+
+
+def _fields(text: str) -> frozenset[str]:
+    known = list(dict.fromkeys(case.field for case in CASES))
+    for name in text.split(","):
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"there is no case of a field {name!r}{resembling(name, known)}")
+    return frozenset(text.split(","))
 
 
 def _progress() -> Progress:

@@ -14,6 +14,7 @@ from kvbelt.ops.verify.compare import TOLERANCE, Difference, differences, messag
 
 #: Outcomes of a case.
 EXACT, REFUSED, NOISE, DIFFERS, UNASKED = "exact", "refused", "noise", "differs", "unasked"
+REWORDED = "reworded"  #: refused with the same status, by the proxy in other words than by the reference
 
 _MOST_DIFFERENCES = 3
 _MOST_CHARACTERS = 300
@@ -125,10 +126,13 @@ def _result(case: Case, compared: Sequence[_Compared], silent: str | None, *, ex
     answers = [one.asked.answer for one in compared if one.asked.answer is not None]
     wrong = [one for one in compared if one.found]
     why = ""
-    if any(not (explained and found.generated) for one in wrong for found in one.found):
+    reworded = [one for one in wrong if _reworded(one)]
+    if any(not (explained and found.generated) for one in wrong if one not in reworded for found in one.found):
         outcome = DIFFERS
     elif silent is not None or not answers:
         outcome, why = UNASKED, silent or "it was not asked"
+    elif reworded:
+        outcome, why = REWORDED, f"{answers[0].status}: {message_of(answers[0].said)}"
     elif wrong:
         outcome = NOISE
     elif any(answer.status == 200 for answer in answers):
@@ -147,6 +151,11 @@ def _result(case: Case, compared: Sequence[_Compared], silent: str | None, *, ex
         why=why[:_MOST_CHARACTERS],
         differences=[_told(*first) for first in reversed(firsts.values())][:_MOST_DIFFERENCES],
     )
+
+
+def _reworded(one: _Compared) -> bool:
+    answer = one.asked.answer
+    return answer is not None and answer.status >= 400 and all(found.field != "status" for found in one.found)
 
 
 def _told(asked: Asked, one: Difference) -> Found:

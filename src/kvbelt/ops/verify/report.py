@@ -6,7 +6,7 @@ import msgspec
 
 from kvbelt.ops.tables import table
 from kvbelt.ops.verify.cases import CHAT, COMPLETIONS
-from kvbelt.ops.verify.judge import DIFFERS, EXACT, NOISE, REFUSED, UNASKED, CaseResult, Judged
+from kvbelt.ops.verify.judge import DIFFERS, EXACT, NOISE, REFUSED, REWORDED, UNASKED, CaseResult, Judged
 
 EQUAL, DIFFERENT, NOT_ASKED = 0, 1, 2  # exit statuses
 
@@ -44,7 +44,7 @@ def cell(cases: Sequence[CaseResult]) -> str:
     if EXACT in outcomes:
         by = sorted({case.path.partition(";")[0] for case in cases if case.outcome == EXACT and case.path})
         return f"exact: {', '.join(by)}" if by else "exact"
-    return "refused" if REFUSED in outcomes else ""
+    return "refused" if outcomes & {REFUSED, REWORDED} else ""
 
 
 def by_field(result: Result) -> dict[str, dict[str, list[CaseResult]]]:
@@ -59,7 +59,7 @@ def lines(result: Result) -> list[str]:
     rows = [(field, cell(of[COMPLETIONS]), cell(of[CHAT])) for field, of in by_field(result).items()]
     shown = table(("field", COMPLETIONS, CHAT), rows)
     for case in result.judged.cases:
-        if case.outcome in (DIFFERS, NOISE, UNASKED):
+        if case.outcome not in (EXACT, REFUSED):
             shown += ["", *_details(case)]
     return [*shown, "", *_summary(result)]
 
@@ -77,7 +77,9 @@ def _details(case: CaseResult) -> list[str]:
 def _summary(result: Result) -> list[str]:
     judged = result.judged
     outcomes = [case.outcome for case in judged.cases]
-    counted = ", ".join(f"{outcomes.count(name)} {name}" for name in (EXACT, REFUSED, NOISE, DIFFERS, UNASKED))
+    counted = ", ".join(
+        f"{outcomes.count(name)} {name}" for name in (EXACT, REFUSED, REWORDED, NOISE, DIFFERS, UNASKED)
+    )
     paths: dict[str, int] = {}
     for case in judged.cases:
         for path, count in case.paths.items():
