@@ -61,22 +61,8 @@ CHAT: dict[str, Any] = {
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "greedy": {"temperature": 0},
-    "temperature": {"temperature": 0.8, "seed": 11},
-    "top_p": {"top_p": 0.7, "temperature": 0.4, "seed": 12},
-    "top_k": {"top_k": 5, "seed": 13},
-    "min_p": {"min_p": 0.2, "seed": 14},
     "all-filters": {"temperature": 1.2, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "seed": 15},
-    "presence": {"presence_penalty": 1.5, "seed": 16},
     "frequency": {"frequency_penalty": 1.5, "temperature": 0},
-    "repetition": {"repetition_penalty": 1.4, "temperature": 0},
-    "logit_bias": {"logit_bias": {"28": 5, "30": -100}, "temperature": 0},
     "n": {"n": 3, "seed": 17},
-    "stop-string": {"stop": ["\n", " the"], "temperature": 0},
-    "stop-string-kept": {"stop": [" and"], "include_stop_str_in_output": True, "temperature": 0},
-    "stop-token": {"stop_token_ids": [28, 30, 284], "temperature": 0},
     "min-tokens": {"min_tokens": 12, "stop": ["."], "temperature": 0},
-    "ignore-eos": {"ignore_eos": True, "temperature": 0, "max_tokens": 40},
-    "one-token": {"max_tokens": 1, "temperature": 0},
-    "two-tokens": {"max_tokens": 2, "temperature": 0},
 }

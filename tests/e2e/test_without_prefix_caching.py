@@ -35,7 +35,7 @@ def test_prompts_are_computed_and_sent_whole(unshared: SyncDeployment, aggregate
     assert counters(unshared.process("decode-0"))[1] == 0
 
 
-@pytest.mark.parametrize("option", ["all-filters", "frequency", "n", "min-tokens"])
+@pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("body", [COMPLETION, CHAT], ids=["completion", "chat"])
 def test_an_option_gives_the_same_answer(
     body: dict, option: str, unshared: SyncDeployment, aggregated: SyncDeployment
