@@ -55,11 +55,12 @@ def test_the_legs_bodies_are_the_clients_with_the_overrides(prompt, extra, separ
     request = {
         **extra, "prompt": prompt, "max_tokens": limit, "stream": True, "n": None, "min_tokens": 3, "temperature": 0,
         "stream_options": {"include_usage": True}, "logprobs": None, "kv_transfer_params": {"transfer_id": "stolen"},
+        "seed": 7,
     }  # fmt: skip
     client = ClientBody(written(request, separators), chat=False)
     plain = {name: value for name, value in request.items() if name != "kv_transfer_params"}
     assert read(client.plain()) == plain
-    dropped = ("stream_options", "logprobs")
+    dropped = ("stream_options", "logprobs", "seed")
     forced = {"max_tokens": 1, "n": 1, "stream": False, "return_token_ids": True, "min_tokens": 1}
     expected = {name: value for name, value in plain.items() if name not in dropped} | forced
     assert read(client.for_prefill(PREFILL)) == expected | {"kv_transfer_params": PREFILL_JSON}
@@ -67,7 +68,7 @@ def test_the_legs_bodies_are_the_clients_with_the_overrides(prompt, extra, separ
     continued = read(client.for_continuation(b"[1, 2]", 3, limit - 1, DECODE))
     assert continued == {
         "prompt": [1, 2, 3], "max_tokens": limit - 1, "stream": True, "temperature": 0,
-        "stream_options": {"include_usage": True}, "kv_transfer_params": DECODE_JSON,
+        "stream_options": {"include_usage": True}, "kv_transfer_params": DECODE_JSON, "seed": 7,
     }  # fmt: skip
 
 

@@ -26,11 +26,12 @@ _MOST_LOGPROBS = 20
 #: vLLM takes lower temperatures for 0, with which it makes one choice only.
 _GREEDY = 1e-5
 
-#: Left out of a prefill call: replaced below, or about tokens that it does not generate.
+#: Left out of a prefill call: replaced below, or about tokens that it does not generate. With a seed, vLLM's CPU engine
+#: dies of a prompt that takes several steps (0.32), and the token that the seed would choose is not used.
 _NOT_FOR_PREFILL = frozenset(
     {
         "stream", "stream_options", "n", "best_of", "echo", "max_tokens", "max_completion_tokens", "min_tokens",
-        "return_token_ids", "logprobs", "top_logprobs", "prompt_logprobs", HANDOFF,
+        "return_token_ids", "logprobs", "top_logprobs", "prompt_logprobs", "seed", HANDOFF,
     }
 )  # fmt: skip
 #: Of these, what may not be null.
