@@ -43,6 +43,7 @@ DIFFERENCES: Mapping[str, Callable[[Drawn, Answer, Answer], bool]] = {
     ),
     "large repetition penalties": lambda _, ours, theirs: refused(ours) and _param(ours) == "repetition_penalty",
     "arguments of the function that renders": lambda _, ours, theirs: "no variable of a chat" in _message(ours),
+    "texts as parts of a message": lambda _, ours, theirs: not refused(ours) and "ContentPartText" in _message(theirs),
     "which of two errors is told": lambda _, ours, theirs: refused(ours) and refused(theirs),
 }
 

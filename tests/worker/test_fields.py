@@ -78,7 +78,8 @@ def test_usage_stands_in_every_event(events):
 def test_a_continued_message_is_repeated_if_asked_for(ask):
     """``echo`` in a chat."""
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well,"}]
-    base = {"messages": messages, "max_tokens": 3, "temperature": 0, "continue_final_message": True}
+    base = {"messages": messages, "max_tokens": 3, "temperature": 0}
+    base |= {"continue_final_message": True, "add_generation_prompt": False}
     plain, echoed = (ask({"echo": echo}, "/v1/chat/completions", base)[1] for echo in (False, True))
     said = [answer["choices"][0]["message"]["content"] for answer in (plain, echoed)]
     assert said[1] == "Well," + said[0]
@@ -184,11 +185,27 @@ def test_a_chat_s_stream_begins_with_the_prompt_s_ids(client):
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"media_io_kwargs": {"a": {}}}, "media_io_kwargs"),
         ({"suffix": ""}, "suffix"),
+        ({"response_format": {"type": "text", "json_schema": 5}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "response_format"),
     ],
 )
 def test_what_vllm_refuses_is_refused(ask, changes, param):
     """A field that means nothing here has its type and its limits all the same."""
     status, answer = ask(changes)
+    assert (status, answer["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"reasoning_effort": "much"}, "reasoning_effort"),
+        ({"include_reasoning": None}, "include_reasoning"),
+    ],
+)
+def test_what_vllm_refuses_in_chats_is_refused(ask, changes, param):
+    """A new turn follows by default."""
+    status, answer = ask(changes, "/v1/chat/completions", CHAT)
     assert (status, answer["error"]["param"]) == (400, param)
 
 

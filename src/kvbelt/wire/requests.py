@@ -16,6 +16,18 @@ class StreamOptions(msgspec.Struct, frozen=True):
     continuous_usage_stats: bool | None = False
 
 
+class JsonSchema(msgspec.Struct, frozen=True):
+    name: str
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+    description: str | None = None
+
+
+class ResponseFormat(msgspec.Struct, frozen=True):
+    type: str
+    json_schema: JsonSchema | None = None
+
+
 Count = Annotated[int, NO_TEXT]
 
 
@@ -44,7 +56,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     truncation_side: Literal["left", "right"] | None = None
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Any] | None = None
     return_token_ids: bool | None = False
     return_tokens_as_token_ids: bool | None = False
@@ -96,7 +108,7 @@ class ChatRequest(Request, frozen=True, kw_only=True):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = True
     add_special_tokens: bool = False
-    add_generation_prompt: bool | msgspec.UnsetType = msgspec.UNSET
+    add_generation_prompt: bool = True
     continue_final_message: bool = False
     documents: list[dict[str, str]] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None

@@ -44,7 +44,7 @@ def text_of(message: ChatMessage) -> str:
 def continued_text(request: ChatRequest) -> str:
     """The last message's text, where the answer continues that message and the client wants all of it."""
     last = request.messages[-1]
-    role = last.role if request.add_generation_prompt is False else "assistant"
+    role = "assistant" if request.add_generation_prompt else last.role
     return text_of(last) if request.echo and last.role == role else ""
 
 

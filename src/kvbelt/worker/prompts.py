@@ -195,7 +195,7 @@ class Prompts:
                 tools=request.tools,
                 tokenize=False,
                 chat_template=own,
-                add_generation_prompt=request.add_generation_prompt is not False and not request.continue_final_message,
+                add_generation_prompt=request.add_generation_prompt,
                 continue_final_message=request.continue_final_message,
                 **_template_words(request),
             )

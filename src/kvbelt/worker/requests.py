@@ -86,9 +86,10 @@ def parse_chat(body: bytes, limits: Limits = DEFAULTS) -> ChatRequest:
     _require_range("top_logprobs", request.top_logprobs, 0, MAX_LOGPROBS)
     if request.top_logprobs and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
-    if request.continue_final_message and request.add_generation_prompt is True:
+    if request.continue_final_message and request.add_generation_prompt:
         raise RequestError(
-            "continue_final_message and add_generation_prompt are both true; set one of them",
+            "continue_final_message and add_generation_prompt are both true; set add_generation_prompt to false, "
+            "which is true by default",
             param="continue_final_message",
         )
     return request

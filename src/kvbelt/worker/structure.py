@@ -8,7 +8,7 @@ from typing import Any
 from llguidance import LLMatcher
 
 from kvbelt.errors import RequestError
-from kvbelt.wire.requests import ChatRequest, CompletionRequest
+from kvbelt.wire.requests import ChatRequest, CompletionRequest, ResponseFormat
 
 _MOST_CHARACTERS = 64 * 1024  #: of a schema, a pattern or choices; the compiler has limits of its own
 #: One way to write a value: a small model that may write any number of spaces goes on doing so.
@@ -25,7 +25,7 @@ class Form:
 def form_of(request: CompletionRequest | ChatRequest) -> Form | None:
     """None: any text. Raises RequestError 400: the field asks for nothing known, or for too much."""
     wanted, outputs = request.response_format, request.structured_outputs
-    if wanted is not None and wanted.get("type") == "text":
+    if wanted is not None and wanted.type == "text":
         wanted = None
     if wanted is not None and outputs is not None:
         raise RequestError(
@@ -57,17 +57,16 @@ def require_size(text: str, param: str) -> None:
         )
 
 
-def _schema_wanted(wanted: Mapping[str, Any]) -> dict[str, Any]:
-    kind = wanted.get("type")
+def _schema_wanted(wanted: ResponseFormat) -> dict[str, Any]:
+    kind = wanted.type
     if kind == "json_object":
         return {"type": "object"}
     if kind != "json_schema":
         raise RequestError(
             f"response_format has type {kind!r:.80}; send text, json_object or json_schema", param="response_format"
         )
-    named = wanted.get("json_schema")
-    schema = named.get("schema") if isinstance(named, dict) else None
-    if not isinstance(schema, dict):
+    schema = None if wanted.json_schema is None else wanted.json_schema.schema
+    if schema is None:
         raise RequestError(
             "response_format of type json_schema has no object in json_schema.schema; send the schema there",
             param="response_format",
