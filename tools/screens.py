@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -12,7 +13,7 @@ from kvbelt.ops.start_board import StartBoard
 from kvbelt.ops.terminal import Terminal
 from kvbelt.ops.why import describe
 from kvbelt.proxy.observe.alarms import alarms
-from kvbelt.wire.console import CONSOLE_STATE, ConsoleState
+from kvbelt.wire.console import CONSOLE_STATE, ConsoleState, DoctorFinding, LegRates, Percentiles
 from kvbelt.wire.request_record import REQUEST_RECORD
 from tools.screens_data import record, state
 
@@ -74,5 +75,29 @@ def doctor(width: int) -> list[str]:
 
 def top() -> list[ConsoleState]:
     """What the proxy answers, one second after another; the last one is shown."""
-    states = [CONSOLE_STATE.convert(state(second), "the example") for second in range(60)]
-    return [msgspec.structs.replace(one, alarms=alarms(one.workers, one.pairs, one.live)) for one in states]
+    return [_judged(state(second)) for second in range(60)]
+
+
+def console() -> dict[str, ConsoleState]:
+    """What the proxy answers to the console's page in each state of a deployment."""
+    idle = Percentiles(0, None, None)
+    calm, dead = _judged(state(0, dead=False)), _judged(state(0))
+    quiet = msgspec.structs.replace(
+        calm.live, requests_per_second=0.0, errors_per_second=0.0, tokens_per_second=0.0, transfers_per_second=0.0,
+        bytes_per_second=0, first_token_ms=idle, between_tokens_ms=idle, transfer_ms=idle, transfer_gb_per_second=idle,
+        transfer_exposed_ms=idle, links=[], legs=LegRates({}, {}),
+    )  # fmt: skip
+    restart = "kvbelt worker --role decode --config decode-1.yaml --model demo --port 7201"
+    return {
+        "calm": calm,
+        "overloaded": _judged(state(59, dead=False)),
+        "dead-worker": msgspec.structs.replace(
+            dead, doctor=DoctorFinding("critical", "decode worker 127.0.0.1:7201 does not answer", restart)
+        ),
+        "empty": msgspec.structs.replace(calm, live=quiet, requests=[]),
+    }
+
+
+def _judged(said: dict[str, Any]) -> ConsoleState:
+    one = CONSOLE_STATE.convert(said, "the example")
+    return msgspec.structs.replace(one, alarms=alarms(one.workers, one.pairs, one.live))

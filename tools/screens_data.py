@@ -11,10 +11,10 @@ def _percentiles(count: int, p50: float | None, p99: float | None) -> dict[str, 
     return {"count": count, "p50": p50, "p99": p99}
 
 
-def _worker(role: str, port: int, second: int) -> dict[str, Any]:
-    lost, busy = port == 7201, port == 7100
+def _worker(role: str, port: int, second: int, *, dead: bool) -> dict[str, Any]:
+    lost, busy = dead and port == 7201, port == 7100
     waiting = min(14, second // 4) if busy else 0
-    free = {7100: 310, 7101: 520, 7200: 190, 7201: 0}[port]
+    free = {7100: 310, 7101: 520, 7200: 190, 7201: 340}[port]
     receive = 1_073_741_824 if role == "decode" else 0
     buffers = {
         "receive_bytes": receive, "bytes_reserved": receive // 8, "bytes_committed": receive // 16,
@@ -26,7 +26,7 @@ def _worker(role: str, port: int, second: int) -> dict[str, Any]:
         "detail": "connection refused" if lost else "", "standing": "active", "warming": False,
         "engine_id": None, "model": "demo", "max_model_len": 8192,
         "load": {"running": 0 if lost else 3, "waiting": waiting, "blocks_total": 0 if lost else 600,
-                 "blocks_free": free, "blocks_cached": free // 3},
+                 "blocks_free": 0 if lost else free, "blocks_cached": 0 if lost else free // 3},
         "buffers": None if lost else buffers, "in_flight": 0 if lost else 3 + waiting,
     }  # fmt: skip
 
@@ -46,8 +46,15 @@ def _request(number: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def state(second: int) -> dict[str, Any]:
-    """What ``/kvbelt/console.json`` answers."""
+def _link(prefill: int, rate: int) -> dict[str, Any]:
+    return {
+        "prefill": f"127.0.0.1:{prefill}", "decode": "127.0.0.1:7200", "transfers_per_second": 1.5,
+        "failures_per_second": 0.0, "bytes_per_second": rate,
+    }  # fmt: skip
+
+
+def state(second: int, *, dead: bool = True) -> dict[str, Any]:
+    """What ``/kvbelt/console.json`` answers, with more and more load."""
     wave = 1 + 0.5 * math.sin(second / 6)
     first = 190.0 + 11.0 * second
     live = {
@@ -56,7 +63,8 @@ def state(second: int) -> dict[str, Any]:
         "first_token_ms": _percentiles(42, round(first * 0.6, 1), round(first, 1)),
         "between_tokens_ms": _percentiles(40, 21.4, 38.0), "transfer_ms": _percentiles(31, 140.0, 210.0),
         "transfer_gb_per_second": _percentiles(31, 0.33, 0.5),
-        "legs": {"prefill": {}, "decode": {}}, "links": [], "last_errors": [],
+        "legs": {"prefill": {"127.0.0.1:7100": 1.6, "127.0.0.1:7101": 1.5}, "decode": {"127.0.0.1:7200": 3.1}},
+        "links": [_link(7100, 82_000_000), _link(7101, 60_000_000)], "last_errors": [],
         "transfer_exposed_ms": _percentiles(31, 4.1, round(9.0 * wave, 1)),
     }  # fmt: skip
     pairs = [
@@ -69,7 +77,7 @@ def state(second: int) -> dict[str, Any]:
             "version": "0.2.0", "life": "one", "time": _NOW + 24, "uptime_seconds": 1440.0, "model": "demo",
             "records": {"kept": 214, "most": 1000}, "prompts": False, "admin": True, "in_flight": 20, "requests": 214,
         },
-        "workers": [_worker(role, port, second) for role, port in _WORKERS],
+        "workers": [_worker(role, port, second, dead=dead) for role, port in _WORKERS],
         "pairs": pairs, "live": live, "requests": [_request(number) for number in range(24, 0, -1)], "after": 24,
     }  # fmt: skip
 
