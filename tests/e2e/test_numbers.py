@@ -1,6 +1,7 @@
 """Every surface tells the same times of a request."""
 
 import re
+import uuid
 from pathlib import Path
 
 import httpx
@@ -43,7 +44,7 @@ def test_all_surfaces_agree(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """TTFT is the first token's, and the whole answer's time is named so: log, why, metrics, top and console."""
-    url, name = two_p_two_d.url, f"numbers-{stream}"
+    url, name = two_p_two_d.url, f"numbers-{uuid.uuid4().hex[:8]}"
     count, total, seconds = observed(url)
     body = {"prompt": long_text(200, start=int(stream)), "max_tokens": 24, "temperature": 0, "ignore_eos": True}
     reply = client.post(f"{url}/v1/completions", json=body | {"stream": stream}, headers={"x-request-id": name})
