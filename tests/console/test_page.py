@@ -4,6 +4,7 @@ import pytest
 
 from tests.console.browser import Visit, chromium
 from tests.ops.served import serving
+from tests.ops.support import request_record
 
 KEY = "k" * 32
 LOAD = {"running": 0, "waiting": 0, "blocks_total": 10, "blocks_free": 10, "blocks_cached": 0}
@@ -116,6 +117,17 @@ def test_a_request_appears_and_opens_into_its_waterfall(visit, served):
     assert "6 tokens" in visit.page.locator("ol.waterfall").inner_text()
     assert visit.page.locator("ol.waterfall .wf-axis span").count() == 5
     assert "first token after" in visit.page.locator("dl.facts").inner_text()
+
+
+def test_a_bar_that_goes_on_beyond_the_axis_has_a_sign(visit):
+    """Of a long answer all but its beginning lies beyond the second token, where the axis ends."""
+    drawn = """async (record) => {
+        const { detail } = await import("/console/waterfall.js");
+        const lines = [...detail(record).querySelectorAll("ol.waterfall li:not(.wf-scale)")];
+        const signed = lines.filter((line) => line.querySelector(".wf-bar").textContent);
+        return signed.map((line) => line.querySelector(".wf-name").textContent);
+    }"""
+    assert visit.page.evaluate(drawn, request_record()) == ["rest of the answer"]
 
 
 def test_a_worker_is_drained_with_the_key_and_used_again(visit, served):
