@@ -57,6 +57,22 @@ def test_a_dead_worker_comes_before_the_queues_that_it_causes() -> None:
     assert found[:2] == ["dead_worker", "decode_overloaded"]
 
 
+@pytest.mark.parametrize(
+    ("role", "others", "said"),
+    [
+        ("decode", [("d:7200", "decode")], "the other workers do its work"),
+        ("decode", [("p:7100", "prefill")], "no other decode worker is left"),
+        ("prefill", [("d:7200", "decode")], "decode workers compute all prompts"),
+        ("decode", [], "no other worker is left"),
+    ],
+)
+def test_what_a_loss_means_depends_on_what_is_left(role: str, others: list[tuple[str, str]], said: str) -> None:
+    """The rest does not go on without the only worker of a role."""
+    dead = worker("x:1", role, answer="Connection refused", state="lost", samples=(), about={})
+    evidence = deployment([], [], workers=(dead, *(worker(*other) for other in others)))
+    assert said in finding(evidence, "dead_worker").why
+
+
 def test_a_stopped_worker_is_distinguished_from_a_dead_one() -> None:
     """A stopped worker needs another remedy than a dead one."""
     stopped = worker("p:7100", "prefill", answer="no answer to /health within 4 s", state="lost", samples=())

@@ -56,7 +56,7 @@ def workers_alive(evidence: Evidence) -> Iterator[Finding]:
     """Workers that do not answer, or are not ready."""
     for worker in evidence.workers:
         if not worker.answers:
-            yield _dead(worker)
+            yield _dead(worker, evidence)
         elif worker.status != 200:
             yield Finding(
                 "worker_not_ready",
@@ -104,7 +104,19 @@ def workers_alive(evidence: Evidence) -> Iterator[Finding]:
             )
 
 
-def _dead(worker: WorkerSeen) -> Finding:
+def _without(worker: WorkerSeen, evidence: Evidence) -> str:
+    """What its loss means."""
+    others = [one for one in evidence.workers if one is not worker and one.answers and one.state == "ready"]
+    if any(one.role in (worker.role, "both") for one in others):
+        return "the other workers do its work, and recompute what it had"
+    if not others:
+        return "no other worker is left: every request is answered with 503"
+    if worker.role == "prefill":
+        return "no other prefill worker is left: decode workers compute all prompts, beside their answers"
+    return "no other decode worker is left: requests are answered with 503, or whole by prefill workers"
+
+
+def _dead(worker: WorkerSeen, evidence: Evidence) -> Finding:
     refused = "refused" in worker.answer or "[Errno 111]" in worker.answer
     what = "is dead: nothing listens on its port" if refused else "does not answer: it is stopped, stuck or cut off"
     look = (
@@ -117,9 +129,9 @@ def _dead(worker: WorkerSeen) -> Finding:
         "dead_worker",
         Severity.ERROR,
         f"{worker.role} worker {worker.name} {what}",
-        "the other workers do its work, and recompute what it had",
-        f"{look}start it again: kvbelt worker --role {worker.role} --port {port} … (kvbelt up --restart does so "
-        f"automatically), or remove it: kvbelt workers remove {worker.name}",
+        _without(worker, evidence),
+        f"{look}start it again: kvbelt worker --role {worker.role} --port {port} … (kvbelt up that was "
+        f"started with --restart does so by itself), or remove it: kvbelt workers remove {worker.name}",
         (worker.answer, *([f"the proxy says: {worker.state}, {worker.detail}"] if worker.detail else [])),
     )
 
