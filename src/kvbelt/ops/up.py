@@ -80,71 +80,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="XpYd, e.g. 1p1d or 2p2d; 0p1d is one aggregated server (default: %(default)s)",
     )
     add_model_arguments(parser)
-    parser.add_argument(
-        "--engine", choices=["embedded", "vllm"], default="embedded", help="the workers' engine (default: embedded)"
-    )
-    parser.add_argument(
-        "--vllm-python", type=Path, metavar="PATH", help="the Python of vLLM's environment (default: this one)"
-    )
-    parser.add_argument(
-        "--worker-arg",
-        action="append",
-        default=[],
-        metavar="ARG",
-        help="one more argument for every worker, e.g. --worker-arg=--enforce-eager; repeatable",
-    )
-    parser.add_argument(
-        "--proxy-arg",
-        action="append",
-        default=[],
-        metavar="ARG",
-        help="one more argument for the proxy, e.g. --proxy-arg=--log-requests=0; repeatable",
-    )
     parser.add_argument("--logs", action="store_true", help="show what the processes log")
-    add_worker_key(parser)
-    add_placement(parser)
-    add_limits(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="where the proxy listens (default: 127.0.0.1)")
-    parser.add_argument("--port", type=port, help=f"the proxy's port (default: {PROXY_PORT})")
-    parser.add_argument("--auto-ports", action="store_true", help="use free ports instead of the well-known ones")
-    parser.add_argument(
-        "--kv-gb", type=positive_number, metavar="GB", help="KV memory per worker (default: the worker decides)"
-    )
-    parser.add_argument(
-        "--transfer-channel",
-        choices=["nixl", "mooncake"],
-        default="nixl",
-        help="the library that transfers KV (default: nixl)",
-    )
-    parser.add_argument("--buffer-device", choices=["cpu", "cuda"], help="default: where the engine is")
-    parser.add_argument(
-        "--buffer-gb", type=positive_number, default=1.0, metavar="GIB", help="staging memory on each side"
-    )
-    parser.add_argument(
+    _add_engine(parser)
+    add_placement(parser.add_argument_group("placement"))
+    requests = parser.add_argument_group("requests")
+    add_limits(requests)
+    add = requests.add_argument
+    add(
         "--max-model-len", type=positive_int, metavar="TOKENS", help="longest prompt plus answer (default: the model's)"
     )
-    parser.add_argument(
-        "--no-prefix-caching", action="store_true", help="compute every prompt in full; reuse no cached prefix"
-    )
-    parser.add_argument(
-        "--allow-slow-gpus",
-        action="store_true",
-        help="start although UCX_TLS lacks cuda_ipc: KV between this host's GPUs then goes through the CPU",
-    )
-    parser.add_argument(
-        "--drain-seconds", type=positive_number, default=DRAIN_SECONDS, metavar="SECONDS",
-        help="time for open requests at the end; a second Ctrl-C cuts them",
-    )  # fmt: skip
-    parser.add_argument("--restart", action="store_true", help="restart a process that dies")
-    parser.add_argument(
-        "--start-timeout", type=positive_number, default=600.0, metavar="SECONDS", help="time until all are ready"
-    )
+    add("--no-prefix-caching", action="store_true", help="compute every prompt in full; reuse no cached prefix")
+    _add_memory(parser)
+    _add_processes(parser)
     add_examples(
         parser,
         ("kvbelt up", "a prefill worker, a decode worker and the proxy, with the demo model"),
         ("kvbelt up 2p2d --model /models/llama --device cuda", "four workers, on four GPUs"),
         ("kvbelt up 1p1d --engine vllm --vllm-python ~/vllm/bin/python --model /models/llama", "vLLM as the engine"),
     )
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("engine")
+    add = group.add_argument
+    add("--engine", choices=["embedded", "vllm"], default="embedded", help="the workers' engine")
+    add("--vllm-python", type=Path, metavar="PATH", help="the Python of vLLM's environment (default: this one)")
+    add(
+        "--worker-arg", action="append", default=[], metavar="ARG",
+        help="one more argument for every worker, e.g. --worker-arg=--enforce-eager; repeatable",
+    )  # fmt: skip
+    add_worker_key(group)
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("KV and its transfer").add_argument
+    add("--kv-gb", type=positive_number, metavar="GB", help="KV memory per worker (default: the worker decides)")
+    add("--transfer-channel", choices=["nixl", "mooncake"], default="nixl", help="the library that transfers KV")
+    add("--buffer-device", choices=["cpu", "cuda"], help="default: where the engine is")
+    add("--buffer-gb", type=positive_number, default=1.0, metavar="GIB", help="staging memory on each side")
+    add(
+        "--allow-slow-gpus", action="store_true",
+        help="start although UCX_TLS lacks cuda_ipc: KV between this host's GPUs then goes through the CPU",
+    )  # fmt: skip
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("proxy and processes").add_argument
+    add("--host", default="127.0.0.1", help="where the proxy listens")
+    add("--port", type=port, help=f"the proxy's port (default: {PROXY_PORT})")
+    add("--auto-ports", action="store_true", help="use free ports instead of the well-known ones")
+    add(
+        "--proxy-arg", action="append", default=[], metavar="ARG",
+        help="one more argument for the proxy, e.g. --proxy-arg=--log-requests=0; repeatable",
+    )  # fmt: skip
+    add("--restart", action="store_true", help="restart a process that dies")
+    add("--start-timeout", type=positive_number, default=600.0, metavar="SECONDS", help="time until all are ready")
+    add(
+        "--drain-seconds", type=positive_number, default=DRAIN_SECONDS, metavar="SECONDS",
+        help="time for open requests at the end; a second Ctrl-C cuts them",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
