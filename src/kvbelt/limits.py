@@ -1,6 +1,6 @@
 """What one request may ask for, so that it takes nothing that others need (``docs/limits.md``). Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -8,7 +8,9 @@ from kvbelt.errors import RequestError, SettingsError
 
 OPTION = "--limit"
 
-_NUMBERS_A_PART = 16  #: numbers cost less to read than the other parts of a body, and prompts consist of them
+_NUMBERS_A_PART = 4  #: numbers cost less to read than the other parts of a body, and prompts consist of them
+#: Bytes of a body that are looked through before others get their turn, in about two milliseconds.
+_PIECE = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +21,7 @@ class Limits:
     """
 
     sequences: int = 1024  #: prompts times n; vLLM's number of prompts
-    json_parts: int = 262_144  #: objects, lists and strings in a body, and sixteenths of its commas
+    json_parts: int = 262_144  #: objects, lists and strings in a body, and quarters of its commas
     messages: int = 16_384
     tools: int = 1024
     stop: int = 4  #: strings; OpenAI's and vLLM's number
@@ -39,19 +41,28 @@ class Limits:
                 param="prompt" if prompts > 1 else "n",
             )
 
-    def require_parts(self, body: bytes) -> None:
-        """Raises RequestError 400: a body of so many parts would take too long to read."""
-        if len(body) <= self.json_parts or len(body) - len(body.translate(None, b'{[",')) <= self.json_parts:
+    def counting(self, body: bytes) -> Iterator[None]:
+        """Stops between pieces, so that others can have their turn.
+
+        Raises RequestError 400: a body of so many parts would take too long to read.
+        """
+        if len(body) <= self.json_parts:
             return
         # A byte of each part. Brackets and commas of texts count as well: texts have few, and to leave them out is to
         # parse. Quotes of texts are escaped.
-        strings = (body.count(b'"') - body.count(b'\\"')) // 2
-        parts = body.count(b"{") + body.count(b"[") + strings + body.count(b",") // _NUMBERS_A_PART
-        if parts > self.json_parts:
-            raise RequestError(
-                f"the request body has {parts} objects, lists and strings, and {self.json_parts} are allowed; send "
-                f"less, or raise {OPTION} json_parts=N"
-            )
+        marks, quotes, commas = 0, 0, 0
+        for start in range(0, len(body), _PIECE):
+            end = start + _PIECE
+            marks += body.count(b"{", start, end) + body.count(b"[", start, end)
+            quotes += body.count(b'"', start, end) - body.count(b'\\"', start, end + 1)
+            commas += body.count(b",", start, end)
+            parts = marks + quotes // 2 + commas // _NUMBERS_A_PART
+            if parts > self.json_parts:
+                raise RequestError(
+                    f"the request body has more than {self.json_parts} objects, lists and strings, which are allowed; "
+                    f"send less, or raise {OPTION} json_parts=N"
+                )
+            yield
 
     def require_fields(self, members: Mapping[str, Any]) -> None:
         """Raises RequestError 400: a field has more entries than it may."""

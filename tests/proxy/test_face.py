@@ -88,7 +88,7 @@ async def test_a_body_of_too_many_parts_is_refused():
             got = await deployment.ask({"prompt": "x", "max_tokens": 3} | more)
             assert (got.status, "--limit json_parts=N" in got.json["error"]["message"]) == (400, True)
         assert not deployment.decode[0].requests
-        for prompt in ([5] * 1400, 'say "this": ' * 300):
+        for prompt in ([5] * 350, 'say "this": ' * 300):
             assert (await deployment.ask({"prompt": prompt, "max_tokens": 3})).status == 200
 
 

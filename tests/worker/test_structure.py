@@ -99,3 +99,35 @@ def test_text_is_any_text(client):
         for changes in ({}, {"response_format": {"type": "text"}}, {"response_format": None})
     ]
     assert len({answer["choices"][0]["text"] for answer in answers}) == 1
+
+
+def nested(depth):
+    schema = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        {"regex": "a" * 65537},
+        {"json": nested(500)},
+        {"json": {"allOf": [{"anyOf": [{"required": [f"{x}{i}"]} for x in "ab"]} for i in range(24)]}},
+    ],
+    ids=["long", "nested", "combinations"],
+)
+def test_a_form_that_is_too_large_is_refused(client, outputs):
+    """400 with the field's name, by our limit or the compiler's."""
+    reply = client.post("/v1/completions", json={"prompt": "x", "max_tokens": 4, "structured_outputs": outputs})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "structured_outputs")
+
+
+@pytest.mark.parametrize("regex", ["((a{1,30}){1,30}){1,30}", "(.*a.{200}){20}"])
+def test_an_expression_of_many_states_is_followed(client, regex):
+    """States are made as they are needed, so the answer begins at once."""
+    reply = client.post(
+        "/v1/completions",
+        json={"prompt": "x", "max_tokens": 3, "temperature": 0, "structured_outputs": {"regex": regex}},
+    )
+    assert reply.status_code == 200

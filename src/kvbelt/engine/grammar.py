@@ -5,6 +5,7 @@ that derives the first token from transferred KV starts it anew and gets the sam
 """
 
 import threading
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -52,19 +53,30 @@ class Grammars:
         self._tokenizer: LLTokenizer | None = None
         self._lock = threading.Lock()
 
+    def prepare(self) -> None:
+        """Make the tokenizer, which takes a second of everybody's time: Python runs nothing else meanwhile.
+
+        Nothing comes of a tokenizer that can follow no grammar; the requests that need one are told so.
+        """
+        with suppress(InvalidRequestError):
+            self._made()
+
     def matcher(self, grammar: str, *, param: str) -> Matcher:
-        """``grammar``: as llguidance writes it. May take a second the first time, for the tokenizer.
+        """``grammar``: as llguidance writes it.
 
         Raises:
             InvalidRequestError: it is no grammar, or too large; it came in the field ``param``.
         """
-        with self._lock:
-            if self._tokenizer is None:
-                self._tokenizer = self._make()
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        matcher = LLMatcher(self._made(), grammar, log_level=0)
         if error := matcher.get_error():
             raise InvalidRequestError(f"{param} cannot be followed: {error:.400}; simplify or correct it", param=param)
         return Matcher(matcher)
+
+    def _made(self) -> LLTokenizer:
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = self._make()
+            return self._tokenizer
 
     def _make(self) -> LLTokenizer:
         try:

@@ -126,6 +126,8 @@ class GenerateEndpoint:
     async def _serve(self, scope: Scope, receive: Receive, send: Send, body: bytes, request_id: str) -> None:
         service = self._service
         service.require_ready()
+        for _ in service.limits.counting(body):
+            await asyncio.sleep(0)
         request = (parse_chat if self._chat else parse_completion)(body, service.limits)
         service.require_model(request.model)
         form = form_of(request)

@@ -158,6 +158,8 @@ class Worker:
             raise StartError(str(error)) from error
         # The engine is closed first: its thread may be in a forward pass that hands blocks to the belt.
         self._loaded.append(engine)
+        preparing = threading.Thread(target=engine.grammars.prepare, name="grammars", daemon=True)
+        preparing.start()
         channel, belt = None, None
         if settings.belt is not None:
             engine_id = self._service.engine_id
@@ -171,6 +173,7 @@ class Worker:
             self._loaded.append(belt)
             belt.start()
         engine.start()
+        preparing.join()  # else the first requests would stand still with it
         return engine, belt, partial(about_worker, engine, belt, channel, settings.belt)
 
     def _become_ready(self, engine: Engine, belt: Belt | None, about: Callable[[str], About]) -> None:

@@ -40,7 +40,6 @@ class ClientBody:
         self.chat = chat
         self._body = body
         self.num_prompts = 1
-        limits.require_parts(body)
         try:
             if not body.isascii():
                 body.decode()

@@ -95,6 +95,8 @@ class RequestHandler:
         self._calls = calls
         try:
             async with asyncio.timeout(calls.remaining()):
+                for _ in self._settings.limits.counting(self._exchange.request.body):
+                    await asyncio.sleep(0)
                 self._parse()
                 await self._perform(self._plan.begin())
         except TimeoutError:
