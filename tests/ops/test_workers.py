@@ -44,13 +44,24 @@ def test_the_life_of_a_worker(served, key_file, capsys):
     said = capsys.readouterr().out
     assert f"{name} is drained" in said
     (line,) = [line for line in said.splitlines() if line.startswith(f"{name}  ")]
-    assert line.split()[:5] == [name, "decode", "draining", "0", "toy"]
+    assert line.split()[:5] == [name, "decode", "drained", "0", "toy"]
     assert workers(served, key_file, "undrain", name) == 0
     assert workers(served, key_file, "remove", name) == 0
     assert f"{name} is gone" in capsys.readouterr().out
     assert workers(served, key_file, "list", "--json") == 0
     assert name not in [worker["worker"] for worker in json.loads(capsys.readouterr().out)["workers"]]
     served.call(standin.stop())
+
+
+def test_the_last_worker_of_a_role_is_drained_only_by_force(served, key_file, capsys):
+    """Without --force it stays, and the message says what would happen."""
+    first, last = (f"127.0.0.1:{standin.port}" for standin in served.deployment.decode)
+    assert workers(served, key_file, "drain", first) == 0
+    for verb in ("drain", "remove"):
+        assert workers(served, key_file, verb, last) == 2
+        assert "the last ready decode worker: requests get 503" in capsys.readouterr().err
+    assert workers(served, key_file, "drain", "--force", last) == 0
+    assert f"kvbelt workers undrain {last}" in capsys.readouterr().out
 
 
 def test_remove_waits_for_what_needs_the_worker(served, key_file, capsys):

@@ -155,7 +155,7 @@ class Deployment:
         """Restart one process; returns when it is ready (``alone``: when it answers)."""
         if self._supervisor is None:
             raise RuntimeError("not started")
-        await self._supervisor.restart(name, alone=alone)
+        await self._supervisor.restart(name, alone=alone, seconds=max(60.0, self.spec.start_timeout))
 
     async def stop(self, grace: float = GRACE_SECONDS) -> None:
         """End everything. Idempotent; leaves no process, port or file behind, except logs in ``log_dir``.

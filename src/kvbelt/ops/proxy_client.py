@@ -14,6 +14,7 @@ import msgspec
 from kvbelt.errors import KVBeltError, SettingsError
 from kvbelt.ops.http_client import Address, Client, NoAnswerError, Reply
 from kvbelt.ops.ports import PROXY_PORT
+from kvbelt.ops.running import deployment_at
 from kvbelt.security.admin_key import load_admin_key
 from kvbelt.wire.json_body import JsonMessage
 from kvbelt.wire.workers import WORKER_LIST, WORKER_ROW, NewWorker, WorkerList, WorkerRow
@@ -109,12 +110,14 @@ def url_of_environment() -> str | None:
 
 
 def key_of(args: argparse.Namespace) -> str | None:
-    """The admin key that the arguments or the environment name; None without one.
+    """The admin key that the arguments or the environment name, or of the user's ``kvbelt up`` there; None without one.
 
     Raises:
         SettingsError: the file holds no usable key.
     """
     file = args.admin_key_file or os.environ.get(KEY_VARIABLE)
+    if not file and (running := deployment_at(url_of(args))) is not None:
+        file = running.admin_key_file
     return load_admin_key(Path(file)) if file else None
 
 
@@ -148,6 +151,8 @@ class ProxyClient:
         if reply.status >= 400:
             said = reply.json.get("error")
             message = said.get("message") if isinstance(said, dict) else None
+            if reply.status == 401 and message:
+                message = f"the proxy at {self.url} wants its admin key: --admin-key-file FILE, or ${KEY_VARIABLE}"
             raise ProxyRefusedError(reply.status, str(message or f"the proxy answered {reply.status}"))
         return reply
 

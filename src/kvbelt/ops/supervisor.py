@@ -100,26 +100,27 @@ class Supervisor:
         self._ready = True
         self._terminal.serving = True
 
-    async def restart(self, name: str, *, alone: bool = False) -> None:
+    async def restart(self, name: str, *, alone: bool = False, seconds: float = 60.0) -> None:
         """End one process if it still runs, start it again, and wait until it is ready.
 
         A proxy is ready when all of its workers are; ``alone``: when it answers at all.
 
         Raises:
             ChildDiedError: it died again.
-            NotReadyError: it was not ready within a minute.
+            KeyError: there is no such process.
+            NotReadyError: it was not ready within ``seconds``.
         """
         child = self.children[name]
         await self._stop_watching(name)
         await child.stop()
         self._start_one(child.spec)
         again = self.children[name]
-        deadline = self._clock() + 60
+        deadline = self._clock() + seconds
         while not await self._is_ready(child.spec, alone=alone):
             if not again.running:
                 raise _death(again)
             if self._clock() > deadline:
-                raise NotReadyError(f"{name} was not ready again after 60 s")
+                raise NotReadyError(f"{name} was not ready again after {seconds:g} s")
             await asyncio.sleep(_POLL_SECONDS)
 
     async def stop(self, grace: float = GRACE_SECONDS) -> None:

@@ -9,6 +9,7 @@ Exit status: 0 after Ctrl-C, SIGTERM or SIGHUP; 1 if a process died before all w
 import argparse
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -29,6 +30,7 @@ from kvbelt.ops.arguments import (
 )
 from kvbelt.ops.banner import banner
 from kvbelt.ops.child import GRACE_SECONDS
+from kvbelt.ops.control import controlled
 from kvbelt.ops.deployment import Deployment
 from kvbelt.ops.ending import Signals, drain
 from kvbelt.ops.extras import require_engine, require_vllm_of
@@ -159,7 +161,8 @@ def run(args: argparse.Namespace) -> int:
         if not sys.stdout.isatty():  # for programs; a person has read it
             with contextlib.suppress(OSError):  # serve even if the reader is gone
                 print(f"ready {deployment.url}", flush=True)
-        await stop.wait()
+        async with controlled(deployment, terminal, args.model, os.getpid()):
+            await stop.wait()
         return 0
 
     try:

@@ -1,18 +1,25 @@
-"""``kvbelt workers``: list, add, drain and remove the workers of a running proxy.
+"""``kvbelt workers``: list, add, drain, remove and restart the workers of a running proxy.
 
-``remove`` and ``drain`` return when no request needs the worker, so that it can be stopped.
+``remove`` and ``drain`` return when no request needs the worker, so that it can be stopped. ``restart`` and ``replace``
+are for workers that ``kvbelt up`` has started.
 """
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from kvbelt.errors import SettingsError
-from kvbelt.ops import proxy_client
+from kvbelt.ops import control, proxy_client
 from kvbelt.ops.arguments import positive_number
+from kvbelt.ops.losses import meaning
 from kvbelt.ops.parser import add_examples
 from kvbelt.ops.proxy_client import ProxyClient
+from kvbelt.ops.running import RunningDeployment, RunningWorker, deployment_at, running_deployments
 from kvbelt.ops.tables import aligned
+from kvbelt.security.admin_key import load_admin_key
 from kvbelt.wire.workers import NewWorker
+
+_DRAINED = "is drained"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +55,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             changed.add_argument("--wait", type=positive_number, default=600.0, metavar="SECONDS",
                                  help="how long to wait for its requests")  # fmt: skip
             changed.add_argument("--no-wait", action="store_true", help="return at once")
+            _add_force(changed)
         add_examples(changed, (f"kvbelt workers --admin-key-file admin.key {name} 10.0.0.7:7200", what))
+    for name, what, run in (
+        ("restart", "start a process of kvbelt up again, also one that has died", _restart),
+        ("replace", "drain a worker of kvbelt up, restart it and use it again", _replace),
+    ):
+        started = verb(name, what, run)
+        started.add_argument("worker", metavar="NAME", help="as kvbelt up shows it, such as decode-0; or HOST:PORT")
+        started.add_argument("--wait", type=positive_number, default=600.0, metavar="SECONDS",
+                             help="how long to wait for its requests, and for it to be ready")  # fmt: skip
+        if name == "replace":
+            _add_force(started)
+        add_examples(started, (f"kvbelt workers {name} decode-0", what))
+
+
+def _add_force(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="also the last worker of its role")
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -77,14 +100,16 @@ def _add(args: argparse.Namespace) -> int:
 
 def _remove(args: argparse.Namespace) -> int:
     client = ProxyClient.of(args)
+    _require_another(client, args.worker, args.role, force=args.force)
     client.remove(args.worker, args.role)
     return _until_idle(client, args, "is gone", "is leaving")
 
 
 def _drain(args: argparse.Namespace) -> int:
     client = ProxyClient.of(args)
+    _require_another(client, args.worker, args.role, force=args.force)
     client.drain(args.worker, args.role)
-    return _until_idle(client, args, "is drained", "is draining")
+    return _until_idle(client, args, _DRAINED, "is draining")
 
 
 def _until_idle(client: ProxyClient, args: argparse.Namespace, done: str, under_way: str) -> int:
@@ -93,6 +118,8 @@ def _until_idle(client: ProxyClient, args: argparse.Namespace, done: str, under_
         return 0
     client.wait_until_idle(args.worker, args.role, args.wait)
     print(f"{args.worker} {done}")
+    if done == _DRAINED:
+        print(f"kvbelt workers undrain {args.worker} uses it again")
     return 0
 
 
@@ -100,3 +127,65 @@ def _undrain(args: argparse.Namespace) -> int:
     ProxyClient.of(args).undrain(args.worker, args.role)
     print(f"{args.worker} takes requests again")
     return 0
+
+
+def _restart(args: argparse.Namespace) -> int:
+    deployment, process = _started(args)
+    control.restart(deployment, process.name, args.wait)
+    print(f"{process.name} is ready")
+    return 0
+
+
+def _replace(args: argparse.Namespace) -> int:
+    deployment, process = _started(args)
+    if process.role == "proxy":
+        raise SettingsError("the proxy cannot be drained and kept; kvbelt workers restart proxy cuts open requests")
+    client = ProxyClient(deployment.url, load_admin_key(Path(deployment.admin_key_file)))
+    # A server of both roles is a decode worker to the proxy.
+    name, role = process.address, "prefill" if process.role == "prefill" else "decode"
+    _require_another(client, name, role, force=args.force)
+    client.drain(name, role)
+    print(f"{process.name} is draining", flush=True)
+    try:
+        client.wait_until_idle(name, role, args.wait)
+        print(f"{process.name} {_DRAINED}; restarting it", flush=True)
+        control.restart(deployment, process.name, args.wait)
+    finally:
+        client.undrain(name, role)
+    print(f"{process.name} is ready and used again")
+    return 0
+
+
+def _started(args: argparse.Namespace) -> tuple[RunningDeployment, RunningWorker]:
+    """The named process, of the deployment at the URL; without one: of the only one."""
+    running = running_deployments()
+    named = args.url or proxy_client.url_of_environment()
+    if named is None and len(running) == 1:
+        found = running[0]
+    else:
+        url = proxy_client.url_of(args)
+        at = deployment_at(url)
+        if at is None:
+            others = ", ".join(one.url for one in running) or "none"
+            raise SettingsError(
+                f"no kvbelt up of this user serves {url} (found: {others}); another worker is restarted by what "
+                "started it"
+            )
+        found = at
+    process = found.named(args.worker)
+    if process is None:
+        known = ", ".join(one.name for one in found.processes)
+        raise SettingsError(f"there is no {args.worker!r} in the deployment at {found.url}; there are {known}")
+    return found, process
+
+
+def _require_another(client: ProxyClient, name: str, role: str | None, *, force: bool) -> None:
+    """Refuse to take the last worker of a role out of use. Raises SettingsError."""
+    if force:
+        return
+    rows = client.workers().workers
+    gone = {row.role for row in rows if row.worker == name and role in (None, row.role) and row.standing == "active"}
+    for one in gone:
+        if not any(r.role == one and r.worker != name and r.standing == "active" and r.state == "ready" for r in rows):
+            means = meaning(name, one, []).partition(": ")[2]
+            raise SettingsError(f"{name} is the last ready {one} worker: {means}; --force does it all the same")

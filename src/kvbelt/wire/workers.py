@@ -26,7 +26,7 @@ class WorkerRow(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def shown_state(self) -> str:
         if self.standing != "active":
-            return self.standing
+            return "drained" if self.standing == "draining" and not self.in_flight else self.standing
         return "warming" if self.warming and self.state == "ready" else self.state
 
 
