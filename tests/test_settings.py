@@ -7,7 +7,7 @@ import pytest
 from kvbelt.channels.factory import ChannelSettings
 from kvbelt.errors import SettingsError
 from kvbelt.security.keys import write_new_keys
-from kvbelt.settings import belt_for, channel_of, keys_of, load_belt_file
+from kvbelt.settings import belt_for, channel_of, keys_of, load_belt_file, role_for
 from kvbelt.wire.health import Role
 
 SENDER = """\
@@ -213,3 +213,21 @@ def test_a_value_that_the_environment_lacks_is_refused(write, monkeypatch, value
         monkeypatch.setenv("POD_IP", value)
     with pytest.raises(SettingsError, match=r"pd_peer_host is \$\{POD_IP\}, but the environment has no POD_IP"):
         load_belt_file(write(RECEIVER.replace('"localhost"', '"${POD_IP}"')))
+
+
+@pytest.mark.parametrize(
+    ("text", "role"), [(SENDER, Role.PREFILL), (RECEIVER, Role.DECODE), ("local_cpu: True\n", Role.BOTH)]
+)
+def test_the_file_says_the_role(tmp_path, monkeypatch, text, role):
+    """Of --config, and of LMCache's variable."""
+    file = tmp_path / "worker.yaml"
+    file.write_text(text)
+    assert role_for(file) is role
+    monkeypatch.setenv("LMCACHE_CONFIG_FILE", str(file))
+    assert role_for(None) is role
+
+
+def test_without_a_file_and_a_role_both_are_named(monkeypatch):
+    monkeypatch.delenv("LMCACHE_CONFIG_FILE", raising=False)
+    with pytest.raises(SettingsError, match=r"--role prefill, decode or both, or --config"):
+        role_for(None)

@@ -215,10 +215,25 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     log_json: bool = False
 
 
+def role_for(config: Path | None) -> Role:
+    """The role that the belt's file says. Raises SettingsError: there is no file, or it is wrong."""
+    config = config or _named_config()
+    if config is None:
+        raise SettingsError("give --role prefill, decode or both, or --config FILE.yaml, whose pd_role says it")
+    file = load_belt_file(config)
+    if not file.enable_pd:
+        return Role.BOTH
+    return next(role for role, name in _PD_ROLE.items() if name == file.pd_role)
+
+
+def _named_config() -> Path | None:
+    named = os.environ.get(CONFIG_VARIABLE)
+    return Path(named) if named else None
+
+
 def belt_for(role: Role, config: Path | None) -> BeltFile | None:
     """The belt's file for a role: ``--config``, else ``LMCACHE_CONFIG_FILE``. Raises SettingsError."""
-    if config is None and (named := os.environ.get(CONFIG_VARIABLE)):
-        config = Path(named)
+    config = config or _named_config()
     if config is None:
         if role is not Role.BOTH:
             raise SettingsError(

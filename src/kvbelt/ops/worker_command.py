@@ -18,7 +18,7 @@ from kvbelt.wire.health import Role
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--role", required=True, choices=[role.value for role in Role], help="what it does for others")
+    add("--role", choices=[role.value for role in Role], help="what it does (default: as pd_role of the file says)")
     add("--model", required=True, metavar="DIR", help="a Hugging Face folder, or 'demo'")
     add("--served-model-name", metavar="NAME", help="what requests call the model (default: the folder's name)")
     add("--config", type=Path, metavar="FILE.yaml", help="how KV travels (default: $LMCACHE_CONFIG_FILE)")
@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_examples(
         parser,
-        ("kvbelt worker --role prefill --config prefill.yaml --model demo", "a prefill worker on port 7100"),
-        ("kvbelt worker --role decode --config decode.yaml --model demo --port 7201", "a second decode worker"),
+        ("kvbelt worker --config prefill.yaml --model demo", "a prefill worker on port 7100"),
+        ("kvbelt worker --config decode-1.yaml --model demo --port 7201", "a second decode worker"),
     )
 
 
@@ -85,10 +85,10 @@ def _exit_now(status: int) -> NoReturn:
 
 def _serve_worker(args: argparse.Namespace) -> None:
     from kvbelt.ops.extras import require_engine
-    from kvbelt.settings import WorkerSettings, belt_for
+    from kvbelt.settings import WorkerSettings, belt_for, role_for
 
     require_engine("kvbelt worker", "embedded")
-    role = Role(args.role)
+    role = Role(args.role) if args.role else role_for(args.config)
     belt = belt_for(role, args.config)
     from kvbelt.ops.model_dir import find_model
 
