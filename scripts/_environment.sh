@@ -5,10 +5,12 @@
 #   $VENV_PYTHON               the environment's interpreter
 #
 # KVBELT_PYTHON        the Python 3.11+ that makes the environment
-# KVBELT_TORCH_INDEX   a second package index, for torch: CPU-only builds are a tenth of the size
+# KVBELT_TORCH_INDEX   a second package index, for torch; without it a machine without a GPU takes torch's CPU builds,
+#                      if their index answers, because they are a tenth of the size; empty: never
 
 VENV=.venv
 VENV_PYTHON=$VENV/bin/python
+TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 
 say() {
     printf 'kvbelt: %s\n' "$*" >&2
@@ -62,8 +64,13 @@ step() {
     say "$title: done in $(($(date +%s) - started)) s"
 }
 
-# pip_install ARGUMENTS...: install into the environment, with the versions of constraints.txt.
+# pip_install ARGUMENTS...: install into the environment, with the versions of constraints.txt; with uv where it is there.
 pip_install() {
+    if have uv; then
+        # As pip does, take the best version of all indexes, not those of the first that has the package.
+        uv pip install --python "$VENV_PYTHON" --index-strategy unsafe-best-match -c constraints.txt "$@" && return
+        echo "uv failed, as it does where only pip knows the index; trying pip"
+    fi
     "$VENV_PYTHON" -m pip --disable-pip-version-check --no-input install --progress-bar off -c constraints.txt "$@"
 }
 
@@ -127,6 +134,30 @@ bring_kubectl_and_helm() {
     fi
 }
 
+has_gpu() {
+    [ -e /dev/nvidia0 ] || have nvidia-smi
+}
+
+# Whether a package index answers, within 3 s.
+answers() {
+    "${2:-$VENV_PYTHON}" -c 'import signal, sys, urllib.request
+signal.alarm(3)
+urllib.request.urlopen(sys.argv[1] + "/torch/", timeout=3).close()' "$1" >/dev/null 2>&1
+}
+
+# Set KVBELT_TORCH_INDEX to that of torch's CPU builds, and say what the choice costs.
+choose_torch() {
+    [ -z "${KVBELT_TORCH_INDEX+set}" ] || return 0
+    if has_gpu; then
+        say "there is a GPU: torch with CUDA, several GB to download and on disk"
+    elif answers "$TORCH_CPU_INDEX" "${1:-}"; then
+        KVBELT_TORCH_INDEX=$TORCH_CPU_INDEX
+        say "there is no GPU: torch's CPU build, about 0.5 GB to download and 1.5 GB on disk in all"
+    else
+        say "there is no GPU, but $TORCH_CPU_INDEX does not answer: torch from the usual index, which may bring CUDA, several GB"
+    fi
+}
+
 make_environment() {
     python=$(find_python) || exit 1
     say "making $VENV with $("$python" --version)"
@@ -150,6 +181,7 @@ prepare() {
         fi
     done
 
+    choose_torch
     step "installing kvbelt and what it needs for $extra" \
         pip_install ${KVBELT_TORCH_INDEX:+--extra-index-url "$KVBELT_TORCH_INDEX"} --editable ".[$extra]"
     printf '%s\n' "$stamp" >"$VENV/.kvbelt-$extra"

@@ -3,6 +3,9 @@
 import os
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -59,6 +62,25 @@ def test_a_missing_python_is_an_error_with_a_remedy(tmp_path):
 def test_named_python_comes_first():
     """KVBELT_PYTHON is taken before any other."""
     assert shell("find_python", KVBELT_PYTHON=sys.executable).stdout.strip() == sys.executable
+
+
+def test_torch_is_taken_from_the_index_of_cpu_builds_where_it_answers(tmp_path):
+    """Without a GPU, if the index answers; a variable that is set, even to nothing, decides."""
+
+    def chosen(index, gpu, **env):
+        code = f"TORCH_CPU_INDEX={index}; has_gpu() {{ {gpu}; }}; choose_torch {sys.executable}"
+        return shell(f'{code}; echo "[${{KVBELT_TORCH_INDEX:-}}]"', **env)
+
+    (tmp_path / "torch").mkdir()
+    with HTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        index = f"http://127.0.0.1:{server.server_port}"
+        assert chosen(index, "false").stdout == f"[{index}]\n"
+        assert chosen(index, "true").stdout == "[]\n"
+        assert chosen(index, "false", KVBELT_TORCH_INDEX="").stdout == "[]\n"
+        server.shutdown()
+    silent = chosen("http://127.0.0.1:9", "false")
+    assert (silent.stdout, "does not answer" in silent.stderr) == ("[]\n", True)
 
 
 def test_failed_step_shows_the_end_of_its_log(tmp_path):
