@@ -64,10 +64,13 @@ def test_all_surfaces_agree(
     assert then[0] - count == 1
     assert then[1] - total == pytest.approx(first, abs=0.01)
     assert then[2] - seconds == pytest.approx(whole / 1000, abs=1e-5)
+
     # the log
-    log = (two_p_two_d_logs / "proxy.log").read_text(encoding="utf-8")
-    line = LINE.search(next(line for line in log.splitlines() if f"request_id={name}" in line))
-    assert line is not None
+    def logged() -> re.Match[str] | None:
+        log = (two_p_two_d_logs / "proxy.log").read_text(encoding="utf-8")
+        return LINE.search(next((line for line in log.splitlines() if f"request_id={name}" in line), ""))
+
+    line = until(logged, what="its line in the log")
     assert (line["ttft"], line["whole"]) == (f"{first:.1f} ms", f"{whole:.1f}")
     # kvbelt why
     assert main(["why", name, "--url", url]) == 0
