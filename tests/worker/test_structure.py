@@ -131,3 +131,11 @@ def test_an_expression_of_many_states_is_followed(client, regex):
         json={"prompt": "x", "max_tokens": 3, "temperature": 0, "structured_outputs": {"regex": regex}},
     )
     assert reply.status_code == 200
+
+
+def test_a_form_that_costs_too_much_is_given_up(client):
+    """400, when it shows: here there are ever more ways to go on."""
+    body = {"prompt": "x", "max_tokens": 3, "temperature": 0, "structured_outputs": {"regex": "(a?){300}a{300}"}}
+    reply = client.post("/v1/completions", json=body)
+    assert (reply.status_code, "simpler" in reply.json()["error"]["message"]) == (400, True)
+    assert client.post("/v1/completions", json=body | {"structured_outputs": None}).status_code == 200

@@ -28,6 +28,11 @@ class Matcher:
         """For another answer; only before the first token."""
         return Matcher(self._matcher.deep_copy())
 
+    @property
+    def is_given_up(self) -> bool:
+        """It costs too much to follow any further."""
+        return bool(self._matcher.is_error())
+
     def restrict(self, logits: torch.Tensor) -> None:
         """Exclude tokens that may not come next, in place on one row. All, if the grammar costs too much to follow."""
         if self._matcher.is_error():

@@ -68,6 +68,7 @@ class Generation:
         self._itl_seconds = itl_seconds
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
+        self._grammars: list[Matcher] = []  #: of each choice, if the answer has a form
         self._open: set[int] = set()  #: choices submitted and not finished
         self._outgoing: list[OutgoingTransfer] = []
         self._refused: str | None = None
@@ -86,6 +87,8 @@ class Generation:
                 for choice, sampling in enumerate(self._samplings):
                     index = number * n + choice
                     outgoing = self._send(number, prompt) if choice == 0 else None
+                    if self._grammar is not None:
+                        self._grammars.append(self._grammar.copy())
                     try:
                         self._engine.submit(
                             GenerationRequest(
@@ -97,7 +100,7 @@ class Generation:
                                 outgoing=outgoing,
                                 prefix=prompt.prefix,
                                 itl_seconds=self._itl_seconds,
-                                grammar=None if self._grammar is None else self._grammar.copy(),
+                                grammar=self._grammars[index] if self._grammars else None,
                             )
                         )
                     except InvalidRequestError as error:
@@ -112,12 +115,17 @@ class Generation:
                     load.release()
 
     async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
-        """Outputs as they arrive, with their choice's index. Raises RequestError: 500, engine failed; 503, stopping."""
+        """Outputs as they arrive, with their choice's index.
+
+        Raises RequestError: 400, the form costs too much; 500, the engine failed; 503, it is stopping.
+        """
         while self._open:
             index, output = await self._queue.get()
             if output.finish_reason is not None:
                 self._open.discard(index)
             if output.finish_reason is FinishReason.ERROR:
+                if self._grammars and self._grammars[index].is_given_up:
+                    raise RequestError("the form of the answer costs too much to follow; ask for a simpler one")
                 raise RequestError(f"the engine failed: {output.error}", status=500, kind="internal_error")
             if output.finish_reason is FinishReason.ABORT:
                 raise RequestError("the worker is stopping; try again", status=503, kind="unavailable")
