@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NoReturn
 
 from rich_argparse import RawDescriptionRichHelpFormatter
 
-from kvbelt.errors import resembling
+from kvbelt.errors import SettingsError, resembling
 
 
 class HelpFormatter(RawDescriptionRichHelpFormatter):
@@ -66,12 +66,24 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if args is not None:
+            args = self.expand(args)
             if self._subparsers is None:
                 self._refuse_unknown(args)
             elif not args:
                 self.print_help()
                 self.exit()
         return super().parse_known_args(args, namespace)
+
+    def expand(self, args: Sequence[str]) -> Sequence[str]:
+        """The arguments with those of the file that they name, if this command takes files (``config_file.py``)."""
+        if "--config" not in self._option_string_actions or "--print-config" not in self._option_string_actions:
+            return args
+        from kvbelt.ops.config_file import with_config  # noqa: PLC0415 -- it loads YAML
+
+        try:
+            return with_config(args, self)
+        except SettingsError as error:
+            self.error(str(error))
 
     def _refuse_unknown(self, args: Sequence[str]) -> None:
         """Before argparse complains about what is missing: the misspelt option may be what was missing."""

@@ -30,6 +30,7 @@ from kvbelt.ops.arguments import (
 )
 from kvbelt.ops.banner import banner
 from kvbelt.ops.child import GRACE_SECONDS
+from kvbelt.ops.config_file import add_config, as_config
 from kvbelt.ops.control import controlled
 from kvbelt.ops.deployment import Deployment
 from kvbelt.ops.ending import Signals, drain
@@ -94,10 +95,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-prefix-caching", action="store_true", help="compute every prompt in full; reuse no cached prefix")
     _add_memory(parser)
     _add_processes(parser)
+    add_config(parser)
     add_examples(
         parser,
         ("kvbelt up", "a prefill worker, a decode worker and the proxy, with the demo model"),
         ("kvbelt up 2p2d --model /models/llama --device cuda", "four workers, on four GPUs"),
+        ("kvbelt up 2p2d --print-config > up.yaml; kvbelt up --config up.yaml", "all options in one file"),
         ("kvbelt up 1p1d --engine vllm --vllm-python ~/vllm/bin/python --model /models/llama", "vLLM as the engine"),
     )
 
@@ -144,6 +147,9 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.print_config:
+        print(as_config(args, args.parser), end="")
+        return 0
     terminal = Terminal(show_logs=args.logs)
     started = time.monotonic()
 
