@@ -15,6 +15,9 @@ from tests.vllm.belts import BeltServer, loaded, until
 
 HERE, THERE = (7, 2, 11), (4, 3, 9)
 
+#: No peer is lost while the machine stalls for some seconds.
+PATIENT = {"verify": "always", "lease_seconds": 20.0, "claim_seconds": 30.0, "handshake_seconds": 20.0}
+
 
 @contextlib.contextmanager
 def servers(senders: int, receivers: int, kv_heads: int, **shape: bool) -> Iterator[tuple[list[BeltServer], ...]]:
@@ -25,16 +28,16 @@ def servers(senders: int, receivers: int, kv_heads: int, **shape: bool) -> Itera
         def start(role: str, ranks: int) -> list[BeltServer]:
             made = []
             for number in range(ranks):
-                server = BeltServer(role, network, Rank(number, ranks), kv_heads=kv_heads, verify="always", **shape)
+                server = BeltServer(role, network, Rank(number, ranks), kv_heads=kv_heads, **PATIENT, **shape)
                 ending.callback(server.close)
                 made.append(server)
             return made
 
         prefill, decode = start("prefill", senders), start("decode", receivers)
         for rank in prefill:
-            for name, kv in rank.kv.items():
+            for layer, kv in enumerate(rank.kv.values()):
                 for place, head in enumerate(rank.heads):
-                    chance = torch.Generator().manual_seed(hash((name, head)) % 1000)
+                    chance = torch.Generator().manual_seed(100 * layer + head)
                     kv[:, place] = torch.randn(kv[:, place].shape, generator=chance)
         yield prefill, decode
 
@@ -62,10 +65,19 @@ def load(decode: list[BeltServer], tp_size: int | None, seconds: float = 20.0) -
         assert loaded(rank) == {"a"}
 
 
-@pytest.mark.parametrize("tokens_first", [False, True], ids=["heads-first", "tokens-first"])
 @pytest.mark.parametrize(
-    ("senders", "receivers", "kv_heads"),
-    [(2, 1, 4), (1, 2, 4), (4, 2, 4), (2, 4, 4), (2, 1, 1), (1, 2, 1), (4, 2, 2), (4, 1, 2), (2, 3, 6)],
+    ("senders", "receivers", "kv_heads", "tokens_first"),
+    [
+        (2, 1, 4, False),
+        (2, 1, 4, True),
+        (1, 2, 4, False),
+        (1, 2, 4, True),
+        (4, 2, 4, False),
+        (2, 1, 1, False),
+        (1, 2, 1, True),
+        (4, 2, 2, True),
+        (2, 3, 6, True),
+    ],
     ids=str,
 )
 def test_every_head_of_every_block_arrives(senders: int, receivers: int, kv_heads: int, tokens_first: bool) -> None:
@@ -146,7 +158,7 @@ def test_a_prompt_computed_with_one_rank_is_preempted_for_both_receivers() -> No
         prefill[0].step(StepCommands(sends=(order,), written=(Written("a", 0, HERE[:1], False),)))
         prefill[0].step(StepCommands(preempted=("a",)))
         assert prefill[0].belt.snapshot().staging_bytes_used == 0
-        load(decode, 1)
+        load(decode, 1, 0.5)
         assert [rank.side.take_bad_blocks() for rank in decode] == [set(THERE)] * 2
 
 
