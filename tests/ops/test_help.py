@@ -51,6 +51,7 @@ def test_every_option_says_what_it_does_and_its_default(parser: argparse.Argumen
     shown = parser._get_formatter()
     given = [one for one in valued(parser) if not one.required and not isinstance(one, argparse._AppendAction)]
     assert [one.dest for one in given if "default" not in shown._expand_help(one)] == []
+    assert [one.dest for one in given if "=<" in shown._expand_help(one)] == []  # an object of ours, not words
 
 
 @every_command

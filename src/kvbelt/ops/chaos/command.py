@@ -48,46 +48,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --url: an aggregated server for the reference answers (default: the proxy, before the faults)",
     )
     add_key_argument(parser)
-    parser.add_argument("--model", default="tiny", help="tiny, demo, or a Hugging Face folder (default: tiny)")
-    parser.add_argument(
-        "--minutes", type=positive_number, default=default.seconds / 60, metavar="N", help="duration of the load"
-    )
-    parser.add_argument("--seed", type=int, help="for faults and questions (default: a new one, which is printed)")
-    parser.add_argument(
-        "--every", type=positive_number, default=default.every, metavar="SECONDS", help="time between faults"
-    )
-    parser.add_argument("--rate", type=positive_number, help="requests a second (default: by the machine's speed)")
-    parser.add_argument("--faults", type=_kinds, default=KINDS, metavar="KIND,…", help="only these kinds; see --list")
-    parser.add_argument("--list", action="store_true", help="list the kinds of faults and exit")
-    parser.add_argument(
-        "--questions", type=positive_int, default=default.questions, metavar="N", help="how many different ones"
-    )
-    parser.add_argument(
-        "--longest", type=positive_int, default=default.longest, metavar="TOKENS", help="longest prompts"
-    )
-    parser.add_argument(
-        "--max-model-len", type=positive_int, default=default.max_model_len, metavar="TOKENS", help="of the workers"
-    )
-    parser.add_argument(
+    add = parser.add_argument_group("load").add_argument
+    add("--minutes", type=positive_number, default=default.seconds / 60, metavar="N", help="duration of the load")
+    add("--seed", type=int, help="for faults and questions (default: a new one, which is printed)")
+    add("--rate", type=positive_number, help="requests a second (default: by the machine's speed)")
+    add("--questions", type=positive_int, default=default.questions, metavar="N", help="how many different ones")
+    add("--longest", type=positive_int, default=default.longest, metavar="TOKENS", help="longest prompts")
+    add = parser.add_argument_group("faults").add_argument
+    add("--every", type=positive_number, default=default.every, metavar="SECONDS", help="time between faults")
+    add("--faults", type=_kinds, default=KINDS, metavar="KIND,…", help="only these kinds; see --list (default: all)")
+    add("--list", action="store_true", help="list the kinds of faults and exit")
+    add("--no-namespaces", action="store_true", help="run workers on this host, without network faults")
+    add = parser.add_argument_group("workers").add_argument
+    add("--model", default="tiny", help="tiny, demo, or a Hugging Face folder (default: tiny)")
+    add("--max-model-len", type=positive_int, default=default.max_model_len, metavar="TOKENS", help="of the workers")
+    add(
         "--placement",
         type=Mode,
         choices=list(Mode),
         default=default.placement,
         help="default: split, so that KV crosses",
     )
-    parser.add_argument("--no-namespaces", action="store_true", help="run workers on this host, without network faults")
-    parser.add_argument(
+    add(
         "--verify",
         choices=["off", "sample", "always"],
         help="the workers' pd_verify (default: theirs); off shows corruption that they would catch",
     )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=default.dtype, help="default: float32")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: auto")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all results to FILE (default: no)")
-    parser.add_argument(
-        "--log-dir", type=Path, metavar="DIR", help="also write each process's log to a file there (default: no)"
-    )
-    parser.add_argument("--verbose", action="store_true", help="show the processes' logs")
+    add("--dtype", choices=["float32", "bfloat16"], default=default.dtype, help="default: float32")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: auto")
+    add = parser.add_argument_group("results").add_argument
+    add("--json", type=Path, metavar="FILE", help="also write all results to FILE (default: no)")
+    add("--log-dir", type=Path, metavar="DIR", help="also write each process's log to a file there (default: no)")
+    add("--verbose", action="store_true", help="show the processes' logs")
     add_examples(
         parser,
         ("kvbelt chaos 2p2d --minutes 2", "two minutes of load and faults on four workers"),
