@@ -14,6 +14,7 @@ from kvbelt.http import JSON, Exchange, HttpError, Pieces
 from kvbelt.proxy.context import Context
 from kvbelt.proxy.observe.records import Record
 from kvbelt.proxy.request.body import ClientBody
+from kvbelt.proxy.request.deadline import Deadline
 from kvbelt.proxy.request.limits import deadline_seconds, levels_of
 from kvbelt.proxy.request.merge import EVENT_STREAM, FirstTokenMerger
 from kvbelt.proxy.request.plan import REDERIVE, STOP, Plan, transfer_outcome
@@ -94,7 +95,7 @@ class RequestHandler:
         )
         self._calls = calls
         try:
-            async with asyncio.timeout(calls.remaining()):
+            with Deadline(calls.remaining()):
                 for _ in self._settings.limits.counting(self._exchange.request.body):
                     await asyncio.sleep(0)
                 self._parse()
