@@ -15,7 +15,7 @@ _NOT_IN_FILES = {"help", "config", "print-config"}
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="options from a YAML file; those on the command line come before it"
+        "--config", type=Path, metavar="FILE", help="options from a YAML file; the command line wins (default: none)"
     )
     parser.add_argument(
         "--print-config", action="store_true", help="print all options as such a file, and start nothing"
