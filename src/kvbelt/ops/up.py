@@ -65,7 +65,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default="demo",
-        help="demo, tiny (random weights), or a local Hugging Face model folder (default: demo)",
+        help="demo, tiny (random weights), a Hugging Face model's folder, or its name on the hub (default: demo)",
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: float32")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: auto")
