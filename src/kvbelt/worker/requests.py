@@ -8,7 +8,7 @@ honour is refused.
 import re
 from collections.abc import Mapping
 from math import inf
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 
@@ -145,17 +145,14 @@ def split_prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[
     """The prompts, each a text or a list of token ids. Raises RequestError 400: empty, or of mixed kinds."""
     if isinstance(prompt, str):
         prompts: list[str | list[int]] = [prompt]
-    elif not prompt:
-        prompts = []
-    elif all(isinstance(item, int) for item in prompt):
-        prompts = [[item for item in prompt if isinstance(item, int)]]
-    elif any(isinstance(item, int) for item in prompt) or len({type(item) for item in prompt}) > 1:
-        raise RequestError(
-            "prompt mixes kinds; send one text, a list of texts, a list of token ids, or a list of such lists",
-            param="prompt",
-        )
     else:
-        prompts = [item for item in prompt if not isinstance(item, int)]
+        kinds = set(map(type, prompt))  # in C: it may be a million ids
+        if len(kinds) > 1:
+            raise RequestError(
+                "prompt mixes kinds; send one text, a list of texts, a list of token ids, or a list of such lists",
+                param="prompt",
+            )
+        prompts = [cast("list[int]", prompt)] if kinds == {int} else cast("list[str | list[int]]", prompt)
     if not prompts or any(len(item) == 0 for item in prompts):
         raise RequestError("prompt is empty; send at least one token", param="prompt")
     return prompts
