@@ -35,15 +35,15 @@ from kvbelt.engine.api import (
     ModelError,
     Output,
 )
-from kvbelt.engine.attention import Segment
+from kvbelt.engine.batch import Batch
 from kvbelt.engine.grammar import Grammars
 from kvbelt.engine.live import Live
 from kvbelt.engine.loading import Loaders
 from kvbelt.engine.model import PagedModel
-from kvbelt.engine.outgoing import Announcement, Holds, announcements
+from kvbelt.engine.outgoing import Holds
 from kvbelt.engine.pace import Pace
 from kvbelt.engine.pool import KVPool
-from kvbelt.engine.sampling import Sampled, SampleInput, reports_of, sample
+from kvbelt.engine.sampling import Sampled
 from kvbelt.engine.scheduler import Chunk, Load, Scheduler, StepPlan
 from kvbelt.engine.sequence import Sequence
 from kvbelt.engine.settings import EngineSettings
@@ -299,50 +299,13 @@ class Engine:
             live.load_seconds = seconds
 
     def _compute(self, plan: StepPlan, lives: list[Live]) -> list[tuple[Live, Sampled]]:
-        segments: list[Segment] = []
-        token_ids: list[int] = []
-        rows: list[int] = []
-        sampling: list[Live] = []
-        reported: list[tuple[Live, range]] = []
-        report_rows: list[int] = []
-        for chunk, live in zip(plan.chunks, lives, strict=True):
-            end = chunk.start + chunk.length
-            if asked := _to_report(chunk, live):
-                reported.append((live, asked))
-                first = len(token_ids) - chunk.start
-                report_rows.extend(range(first + asked.start, first + asked.stop))
-            segments.append(Segment(chunk.sequence.block_ids, chunk.start, chunk.length))
-            token_ids.extend(chunk.sequence.token_ids[chunk.start : end])
-            if chunk.samples:
-                rows.append(len(token_ids) - 1)
-                sampling.append(live)
-        announced = announcements(zip(plan.chunks, lives, strict=True), self.layout)
-        listener = partial(_notify, announced) if announced else None
-        logits = self._model.forward(self.pool, segments, token_ids, rows + report_rows, listener)
-        report_logits, logits = logits[len(rows) :], logits[: len(rows)]
-        for live, asked in reported:
-            followed = live.request.prompt_token_ids[asked.start + 1 : asked.stop + 1]
-            count = live.request.sampling.prompt_logprobs or 0
-            live.prompt_reports += reports_of(report_logits[: len(asked)], followed, count)
-            report_logits = report_logits[len(asked) :]
+        batch = Batch(plan.chunks, lives, self.pool)
+        logits = batch.forward(self._model)
         for chunk in plan.chunks:
             end = chunk.start + chunk.length
             self._prompt_tokens_total += max(0, min(end, chunk.sequence.prompt_len) - chunk.start)
             self._scheduler.computed(chunk)
-        for one in announced:
-            one.live.announced = one.first + len(one.block_ids)
-        inputs = [
-            SampleInput(
-                live.request.sampling,
-                live.seed,
-                live.request.prompt_token_ids,
-                live.sequence.token_ids[live.sequence.prompt_len :],
-                live.answer.end_token_ids,
-                live.request.grammar,
-            )
-            for live in sampling
-        ]
-        return list(zip(sampling, sample(logits, inputs), strict=True)) if inputs else []
+        return batch.sample(logits)
 
     def _deliver(self, live: Live, sampled: Sampled) -> None:
         if sampled.token_id is None:
@@ -415,16 +378,3 @@ class Engine:
             _log.exception("request %s: the client's callback failed; the request is dropped", output.request_id)
             return False
         return True
-
-
-def _to_report(chunk: Chunk, live: Live) -> range:
-    """Positions of the chunk whose next token is one of the prompt that has no report yet."""
-    if live.request.sampling.prompt_logprobs is None:
-        return range(0)
-    end = min(chunk.start + chunk.length, chunk.sequence.prompt_len - 1)
-    return range(min(end, max(chunk.start, len(live.prompt_reports))), end)
-
-
-def _notify(announced: list[Announcement], layer: int, ready: object) -> None:
-    for one in announced:
-        one.notify(layer, ready)
