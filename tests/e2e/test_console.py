@@ -1,6 +1,6 @@
 """The console in front of real workers, and the pictures of it in the documentation.
 
-KVBELT_UPDATE_SCREENSHOTS=1 loads the deployment for some minutes first, so that the plots are full, and writes the
+KVBELT_UPDATE_SCREENSHOTS=1 loads the deployment for a minute first, so that the plots are full, and writes the
 pictures to docs/images; otherwise they are made and looked at by the test alone.
 """
 
@@ -21,7 +21,7 @@ from tests.e2e.prompts import long_text
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 UPDATE = bool(os.environ.get("KVBELT_UPDATE_SCREENSHOTS"))
-SECONDS = 150
+SECONDS = 70
 SCREENS: dict[str, dict[str, Any]] = {
     "console-light": {"scheme": "light"},
     "console-dark": {"scheme": "dark"},
