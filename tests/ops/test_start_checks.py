@@ -74,7 +74,7 @@ def test_a_full_disk_is_refused_before_a_model_is_made(tmp_path):
 @pytest.mark.parametrize(
     ("role", "left", "said"),
     [
-        ("decode", [], "decode-0 was the only decode worker: requests get 503"),
+        ("decode", [], "decode-0 was the only decode worker: until it is back prefill workers answer alone"),
         ("prefill", [], "prefill-0 was the only prefill worker: decode workers compute"),
         ("decode", ["decode-1"], "1 decode worker serves on: decode-1"),
         ("proxy", [], "no client can connect"),

@@ -59,7 +59,7 @@ def test_the_last_worker_of_a_role_is_drained_only_by_force(served, key_file, ca
     assert workers(served, key_file, "drain", first) == 0
     for verb in ("drain", "remove"):
         assert workers(served, key_file, verb, last) == 2
-        assert "the last ready decode worker: requests get 503" in capsys.readouterr().err
+        assert "the last ready decode worker: until it is back prefill workers answer alone" in capsys.readouterr().err
     assert workers(served, key_file, "drain", "--force", last) == 0
     assert f"kvbelt workers undrain {last}" in capsys.readouterr().out
 

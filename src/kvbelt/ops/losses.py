@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 _ALONE = {
-    "decode": "requests get 503 until it is back",
+    "decode": "until it is back prefill workers answer alone where placement lets them, else requests get 503",
     "both": "requests get 503 until it is back",
     "prefill": "decode workers compute prompts themselves until it is back, and answers beside a long prompt slow down",
 }
