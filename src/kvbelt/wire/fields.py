@@ -38,8 +38,7 @@ FIELDS: Mapping[str, Field] = {
     ),
     **_fields(
         _PROMPT,
-        "prompt messages add_special_tokens add_generation_prompt continue_final_message documents chat_template "
-        "chat_template_kwargs",
+        "prompt messages add_special_tokens continue_final_message documents chat_template chat_template_kwargs",
     ),
     **_fields(
         _TOKEN,
@@ -53,6 +52,7 @@ FIELDS: Mapping[str, Field] = {
         "truncate_prompt_tokens truncation_side return_tokens_as_token_ids kv_transfer_params best_of reasoning_effort "
         "include_reasoning stream_interval session_id request_id",
     ),
+    "add_generation_prompt": Field(_ANSWER),  # without it, vLLM's answer has the role of the last message
     "priority": Field(_TOKEN, (0,)),
     "audio": Field(_ANSWER, (None,)),
     "function_call": Field(_ANSWER, (None, "none")),
