@@ -98,7 +98,7 @@ def test_the_script_serves_and_leaves_nothing(script, tmp_path):
         lambda: lines_with(f"request_id={asked}", tmp_path / "proxy.log"), what="its log line, written after the answer"
     )
     assert "TTFT" in line
-    assert "transfer_id=" in line
+    assert "KV exposed" in line
     found = children(process.pid)
     decode = {ports[name] for name in ("decode", "init", "alloc", "liveness")}
     own = {"--role prefill": {ports["prefill"]}, "--role decode": decode}
