@@ -9,7 +9,11 @@ DOCS = ROOT / "docs"
 PAGES = sorted(
     [
         *DOCS.glob("*.md"),
-        *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/gpu/README.md")),
+        *DOCS.glob("zh/*.md"),
+        *(
+            ROOT / name
+            for name in ("README.md", "README.zh.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/gpu/README.md")
+        ),
     ]
 )
 
