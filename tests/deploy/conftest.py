@@ -51,7 +51,8 @@ def renderings(deploy, tmp_path_factory) -> dict[str, Rendering]:
     one["components"].append("../../components/hpa")
     (kubernetes / "overlays/hpa").mkdir()
     (kubernetes / "overlays/hpa/kustomization.yaml").write_text(yaml.safe_dump(one))
-    made = {f"kustomize/{name}": kustomized(kubernetes / "overlays" / name) for name in CHARTS}
+    secrets = kustomized(keys)
+    made = {f"kustomize/{name}": kustomized(kubernetes / "overlays" / name) + secrets for name in CHARTS}
     made["kustomize/one-pod"] = kustomized(kubernetes / "one-pod")
     charts = CHARTS | MORE_CHARTS
     made |= {f"helm/{name}": helmed(deploy / "helm/kvbelt", keys, *settings) for name, settings in charts.items()}

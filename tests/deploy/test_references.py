@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from kvbelt.cli import build_parser
 from kvbelt.settings import belt_for, load_belt_file
 from kvbelt.vllm.settings import load_settings
 from kvbelt.wire.health import Role
-from tests.deploy.rendering import OURS, PROXY, ROOT, containers, matches
+from tests.deploy.rendering import OURS, PROXY, ROOT, containers, kustomized, matches
 
 #: What may follow ``kvbelt`` in a shell block; elsewhere it is a user's or a release's name.
 COMMANDS = ("deploy", "doctor", "keys", "proxy", "up", "why", "worker", "workers")
@@ -181,6 +182,26 @@ def test_queries_ask_for_metrics_that_exist(rendering):
     assert names or not triggers
     for name in names:
         assert f'"{name}"' in code
+
+
+@pytest.mark.parametrize("name", ["overlays/1p1d", "overlays/2p2d", "overlays/multi-node", "one-pod"])
+def test_an_overlay_works_from_a_clone_with_images_of_ones_own(name, tmp_path):
+    """It renders before there are keys, and names each image that its containers have."""
+    shutil.copytree(
+        ROOT / "deploy/kubernetes", tmp_path / "kubernetes", ignore=shutil.ignore_patterns("*.key*", "trusted")
+    )
+    overlay = tmp_path / "kubernetes" / name
+    file = overlay / "kustomization.yaml"
+    file.write_text(file.read_text().replace("newName: kvbelt/", "newName: registry.example:5000/mine/"))
+    pods = [one["spec"]["template"] for one in kustomized(overlay) if one["kind"] == "Deployment"]
+    images = {container["image"].rpartition("/")[0] for pod in pods for container in containers(pod)}
+    assert images == {"registry.example:5000/mine"}
+
+
+def test_new_keys_of_a_generated_overlay_replace_its_pods(renderings):
+    """Its Secrets are named by their content."""
+    names = renderings["generated/4p8d"].of_kind("Secret")
+    assert all(re.fullmatch(r"kvbelt-[a-z-]+-[0-9a-z]{10}", name) for name in names)
 
 
 @pytest.mark.parametrize("page", ["kubernetes.md", "deployment.md"])

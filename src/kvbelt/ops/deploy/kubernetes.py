@@ -91,6 +91,9 @@ def overlay_files(plan: OverlaySpec, source: Path) -> dict[str, str]:
         for file in sorted((source / part).rglob("*.yaml")):
             text = _NAMESPACE.sub(rf"\g<1>{plan.namespace}", file.read_text(encoding="utf-8"))
             files[str(file.relative_to(source))] = text
+    # Keys are applied with the rest here, so that Secrets can have names by their content: new keys replace the Pods.
+    keys = files["keys/kustomization.yaml"]
+    files["keys/kustomization.yaml"] = keys[keys.index("apiVersion:") :].replace("  disableNameSuffixHash: true\n", "")
     files["keys/.gitignore"] = (source / "keys" / ".gitignore").read_text(encoding="utf-8")
     if plan.rdma is not None:
         name = "components/rdma/kustomization.yaml"
