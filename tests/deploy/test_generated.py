@@ -74,3 +74,12 @@ def test_unusual_settings_give_warnings(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "8p1d has more prefill than decode workers" in said
     assert "without --rdma" in said
+
+
+def test_images_that_no_registry_has_are_said(tmp_path, capsys):
+    """Until both are named where they were pushed to."""
+    assert main([*GIVEN, "--worker-image", "mine/vllm:1", "--output", str(tmp_path / "one")]) == 0
+    assert "no registry has kvbelt/kvbelt-proxy:" in capsys.readouterr().err
+    both = ["--worker-image", "mine/vllm:1", "--proxy-image", "mine/proxy:1"]
+    assert main([*GIVEN, *both, "--output", str(tmp_path / "both")]) == 0
+    assert "registry" not in capsys.readouterr().err

@@ -32,6 +32,18 @@ def test_the_dockerfile_has_no_lint():
     assert (ran.returncode, ran.stdout) == (0, "")
 
 
+def test_images_are_built_as_documented():
+    """The page has the Dockerfile's own lines, and each target is a stage, the last one without being named."""
+    dockerfile = (DEPLOY / "docker/Dockerfile").read_text()
+    line = re.compile(r"docker build -f deploy/docker/Dockerfile( +--target (\w+))? +-t (\S+) \.")
+    told = [found.groups()[1:] for found in line.finditer(dockerfile)]
+    page = (ROOT / "docs/deployment.md").read_text()
+    assert told == [found.groups()[1:] for found in line.finditer(page)]
+    stages = re.findall(r"^FROM \S+ AS (\w+)$", dockerfile, re.MULTILINE)
+    assert [target or stages[-1] for target, _ in told] == ["proxy", "vllm", "embedded"]
+    assert set(stages) == {"source", "proxy", "vllm", "embedded"}
+
+
 def test_the_dockerfile_copies_what_is_there():
     """Each source of a COPY exists, and .dockerignore lets it through, but no key."""
     ignored = (ROOT / ".dockerignore").read_text().split()

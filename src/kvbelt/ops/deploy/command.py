@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kvbelt.ops.arguments import positive_int, positive_number
 from kvbelt.ops.deploy.gpus import gpu_named
-from kvbelt.ops.deploy.kubernetes import GIB, OverlaySpec, write_overlay
+from kvbelt.ops.deploy.kubernetes import GIB, PROXY_IMAGE, WORKER_IMAGE, OverlaySpec, write_overlay
 from kvbelt.ops.parser import add_examples
 from kvbelt.ops.topology import Topology
 
@@ -39,10 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--autoscale", choices=["keda", "hpa"], help="between the topology and four times its size (default: no)"
     )
     k8s.add_argument("--no-monitoring", action="store_true", help="write no ServiceMonitor and PodMonitor")
-    k8s.add_argument(
-        "--worker-image", default="kvbelt/kvbelt-vllm:0.2.0", metavar="IMAGE", help="of prefill and decode workers"
-    )
-    k8s.add_argument("--proxy-image", default="kvbelt/kvbelt-proxy:0.2.0", metavar="IMAGE", help="of the proxy")
+    k8s.add_argument("--worker-image", default=WORKER_IMAGE, metavar="IMAGE", help="of prefill and decode workers")
+    k8s.add_argument("--proxy-image", default=PROXY_IMAGE, metavar="IMAGE", help="of the proxy")
     k8s.add_argument("--output", type=Path, metavar="DIR", help="a new folder (default: kvbelt-XpYd)")
     add_examples(
         k8s,
@@ -91,4 +89,10 @@ def warnings(plan: OverlaySpec) -> list[str]:
         found.append(f"{plan.topology} has more prefill than decode workers: answers will queue. Usual are 1:1 and 1:2")
     if plan.rdma is None:
         found.append("without --rdma KV crosses from Pod to Pod over TCP, even on one node (docs/kubernetes.md)")
+    built = [image for image in (plan.worker_image, plan.proxy_image) if image in (WORKER_IMAGE, PROXY_IMAGE)]
+    if built:
+        found.append(
+            f"no registry has {' and '.join(built)}: build them, push them to yours, and name them there with "
+            "--worker-image and --proxy-image (docs/deployment.md)"
+        )
     return found

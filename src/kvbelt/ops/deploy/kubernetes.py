@@ -18,6 +18,10 @@ from kvbelt.settings import parse_belt_file
 
 GIB = 1 << 30
 
+#: Those of the base. No registry has them: they are built (docs/deployment.md).
+WORKER_IMAGE = "kvbelt/kvbelt-vllm:0.2.0"
+PROXY_IMAGE = "kvbelt/kvbelt-proxy:0.2.0"
+
 #: A namespace of Kubernetes (RFC 1123).
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _MODEL = re.compile(r"[A-Za-z0-9._/-]+")
@@ -46,8 +50,8 @@ class OverlaySpec:
     rdma: str | None = None  #: a network card's resource
     autoscale: Literal["keda", "hpa"] | None = None
     monitoring: bool = True
-    worker_image: str = "kvbelt/kvbelt-vllm:0.2.0"
-    proxy_image: str = "kvbelt/kvbelt-proxy:0.2.0"
+    worker_image: str = WORKER_IMAGE
+    proxy_image: str = PROXY_IMAGE
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -62,8 +66,8 @@ class OverlaySpec:
             ("--model", self.model, _MODEL, "a name of a model hub, or a path inside the workers"),
             ("--model-claim", self.model_claim, _LABEL, "lower-case letters, digits and '-', at most 63"),
             ("--rdma", self.rdma, _RESOURCE, "a resource of a device plugin, such as rdma/ib"),
-            ("--worker-image", self.worker_image, _IMAGE, "an image, such as kvbelt/kvbelt-vllm:0.2.0"),
-            ("--proxy-image", self.proxy_image, _IMAGE, "an image, such as kvbelt/kvbelt-proxy:0.2.0"),
+            ("--worker-image", self.worker_image, _IMAGE, f"an image, such as {WORKER_IMAGE}"),
+            ("--proxy-image", self.proxy_image, _IMAGE, f"an image, such as {PROXY_IMAGE}"),
         ):
             if value is not None and not form.fullmatch(value):
                 raise SettingsError(f"{option} is {value!r}; it must be {what}")
