@@ -29,7 +29,7 @@ def proxy_answers(evidence: Evidence) -> Iterator[Finding]:
             "no_decode_worker",
             Severity.ERROR,
             "no decode worker is ready",
-            "every request is answered with 503",
+            "requests are answered with 503, or whole by prefill workers",
             "start a decode worker, then: kvbelt workers add decode HOST:PORT (or undrain one that is drained)",
             tuple(
                 f"{worker.name}: {worker.state}, {worker.standing} {worker.detail}".rstrip()
@@ -130,8 +130,8 @@ def _dead(worker: WorkerSeen, evidence: Evidence) -> Finding:
         Severity.ERROR,
         f"{worker.role} worker {worker.name} {what}",
         _without(worker, evidence),
-        f"{look}start it again: kvbelt worker --role {worker.role} --port {port} … (kvbelt up that was "
-        f"started with --restart does so by itself), or remove it: kvbelt workers remove {worker.name}",
+        f"{look}start it again: kvbelt worker --role {worker.role} --port {port} … (where kvbelt up runs it: kvbelt "
+        f"workers restart {worker.role}-N), or remove it: kvbelt workers remove {worker.name}",
         (worker.answer, *([f"the proxy says: {worker.state}, {worker.detail}"] if worker.detail else [])),
     )
 
