@@ -7,7 +7,7 @@ from typing import Any
 #: These differ between any two answers.
 _OWN = frozenset({"id", "created", "system_fingerprint", "kv_transfer_params", "request_id"})
 _CALL_IDS = frozenset({"id"})
-#: Strings that come in parts. All others are said once, or said again.
+#: Strings that a stream sends in parts, to be joined. Other values replace earlier ones.
 _PARTS = frozenset({"text", "content", "reasoning", "reasoning_content", "refusal", "arguments"})
 
 

@@ -113,6 +113,6 @@ def refused(evidence: Evidence) -> Iterator[Finding]:
             f"{' and '.join(found)} refuse messages on their control sockets",
             "a process that is not trusted sends them, or one with a wrong key or of another version",
             "kvbelt_refused_messages_total and kvbelt_transfers_ended_total have the reasons; docs/security.md has the "
-            "keys. Close the ports to whoever does not belong to the deployment",
+            "keys. Close the ports to hosts outside the deployment",
             tuple(f"{name}: {count:g} in {seconds:.0f} s" for name, count in found.items()),
         )
