@@ -23,6 +23,7 @@ HANDOFF = "kv_transfer_params"
 #: What the embedded engine takes, and vLLM with its defaults.
 _MOST_CHOICES = 128
 _MOST_LOGPROBS = 20
+_SEED_BITS = 63  # and a sign
 #: vLLM takes lower temperatures for 0, with which it makes one choice only.
 _GREEDY = 1e-5
 
@@ -128,6 +129,7 @@ class Fields:
                 logprobs is not None and (isinstance(logprobs, bool) is not chat or not 0 <= logprobs <= _MOST_LOGPROBS)
             )
             or (top is not None and (not 0 <= top <= _MOST_LOGPROBS or (top > 0 and not logprobs)))
+            or (view.seed is not None and not -(1 << _SEED_BITS) <= view.seed < (1 << _SEED_BITS))
             or (least is not None and (least < 0 or (limit is not None and least > limit)))
             or "use_beam_search" in self.names
             or nulls
