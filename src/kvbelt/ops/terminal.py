@@ -125,7 +125,7 @@ class Terminal:
 
     def _write(self, line: str) -> None:
         if (live := self._live) is not None:
-            from rich.text import Text  # noqa: PLC0415
+            from rich.text import Text  # noqa: PLC0415 -- as above
 
             self._until_gone(lambda: live.console.print(Text.from_ansi(line), soft_wrap=True))
         else:
@@ -148,7 +148,7 @@ def _can_redraw(stream: TextIO) -> bool:
 
 
 def _live(stream: TextIO) -> "Live":
-    from rich.console import Console  # noqa: PLC0415
-    from rich.live import Live  # noqa: PLC0415
+    from rich.console import Console  # noqa: PLC0415 -- only a terminal pays for it
+    from rich.live import Live  # noqa: PLC0415 -- as above
 
     return Live(console=Console(file=stream), auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
