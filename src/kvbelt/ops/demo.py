@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import AsyncIterator
@@ -18,6 +19,7 @@ from kvbelt.errors import KVBeltError, StartError
 from kvbelt.http import HttpError, Pool, Response
 from kvbelt.ops import up, waterfall
 from kvbelt.ops.arguments import positive_int
+from kvbelt.ops.control import controlled
 from kvbelt.ops.deployment import Deployment
 from kvbelt.ops.extras import require_engine
 from kvbelt.ops.http_client import Address, Client, NoAnswerError, UnreadableReplyError
@@ -70,6 +72,10 @@ def run(args: argparse.Namespace) -> int:
     terminal = Terminal(show_logs=args.verbose)
 
     async def serve(deployment: Deployment, stop: asyncio.Event) -> int:
+        async with controlled(deployment, terminal, args.model, os.getpid()):
+            return await ask_and_serve(deployment, stop)
+
+    async def ask_and_serve(deployment: Deployment, stop: asyncio.Event) -> int:
         asking = asyncio.create_task(show(deployment, args.prompt, args.max_tokens), name="demo request")
         stopped = asyncio.create_task(stop.wait(), name="demo signals")
         try:
@@ -78,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
                 return 0
             asking.result()
             if not args.once:
-                _print(f"\nServing on {deployment.url} until Ctrl-C.")
+                _print(f"\nServing on {deployment.url} until Ctrl-C; kvbelt why and kvbelt top show more.")
                 await stop.wait()
             return 0
         finally:

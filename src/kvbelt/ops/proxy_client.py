@@ -14,7 +14,7 @@ import msgspec
 from kvbelt.errors import KVBeltError, SettingsError
 from kvbelt.ops.http_client import Address, Client, NoAnswerError, Reply
 from kvbelt.ops.ports import PROXY_PORT
-from kvbelt.ops.running import deployment_at
+from kvbelt.ops.running import deployment_at, running_deployments
 from kvbelt.security.admin_key import load_admin_key
 from kvbelt.wire.json_body import JsonMessage
 from kvbelt.wire.workers import WORKER_LIST, WORKER_ROW, NewWorker, WorkerList, WorkerRow
@@ -48,7 +48,8 @@ def add_url_argument(parser: argparse.ArgumentParser, *, default: str | None = N
     """``url_of`` reads it. ``--proxy`` is the older name."""
     parser.add_argument(
         "--url", type=argument_of, default=default, metavar="URL",
-        help=f"the proxy, as HOST:PORT or a URL (default: ${URL_VARIABLE}, else {DEFAULT_URL})",
+        help=f"the proxy, as HOST:PORT or a URL (default: ${URL_VARIABLE}, else the deployment that you run, else "
+        f"{DEFAULT_URL})",
     )  # fmt: skip
     parser.add_argument("--proxy", dest="url", type=argument_of, default=default, help=argparse.SUPPRESS)
 
@@ -90,12 +91,26 @@ def argument_of(text: str) -> str:
 
 
 def url_of(args: argparse.Namespace) -> str:
-    """The proxy that the arguments or the environment name, else the default one.
+    """The proxy that the arguments or the environment name, else that of the deployment which this user runs.
 
     Raises:
-        SettingsError: the variable is no address.
+        SettingsError: the variable is no address, or several deployments run, none of them at the default address.
     """
-    return args.url or url_of_environment() or DEFAULT_URL
+    return args.url or url_of_environment() or url_of_running()
+
+
+def url_of_running() -> str:
+    """The proxy of this user's ``kvbelt up`` or ``kvbelt demo``; the default one where none runs.
+
+    Raises:
+        SettingsError: several run, none of them at the default address.
+    """
+    urls = [one.url for one in running_deployments()]
+    if not urls or DEFAULT_URL in urls:
+        return DEFAULT_URL
+    if len(urls) > 1:
+        raise SettingsError(f"{len(urls)} deployments run, at {', '.join(urls)}; --url or {URL_VARIABLE} names one")
+    return urls[0]
 
 
 def url_of_environment() -> str | None:

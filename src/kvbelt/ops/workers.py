@@ -1,7 +1,7 @@
 """``kvbelt workers``: list, add, drain, remove and restart the workers of a running proxy.
 
 ``remove`` and ``drain`` return when no request needs the worker, so that it can be stopped. ``restart`` and ``replace``
-are for workers that ``kvbelt up`` has started.
+are for workers that ``kvbelt up`` has started; each command takes the names that it gave them.
 """
 
 import argparse
@@ -20,6 +20,8 @@ from kvbelt.security.admin_key import load_admin_key
 from kvbelt.wire.workers import NewWorker
 
 _DRAINED = "is drained"
+
+_WORKER = "HOST:PORT, as kvbelt workers list shows it; or its name in kvbelt up, such as decode-0"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("undrain", "use a drained worker again", _undrain),
     ):
         changed = verb(name, what, run)
-        changed.add_argument("worker", metavar="HOST:PORT", help="its name in kvbelt workers list")
+        changed.add_argument("worker", metavar="WORKER", help=_WORKER)
         changed.add_argument(
             "--role",
             choices=["prefill", "decode"],
@@ -56,13 +58,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                  help="how long to wait for its requests")  # fmt: skip
             changed.add_argument("--no-wait", action="store_true", help="return at once")
             _add_force(changed)
-        add_examples(changed, (f"kvbelt workers --admin-key-file admin.key {name} 10.0.0.7:7200", what))
+        add_examples(
+            changed,
+            (f"kvbelt workers {name} decode-0", "one of kvbelt up"),
+            (f"kvbelt workers {name} 10.0.0.7:7200 --admin-key-file admin.key", "one of another deployment"),
+        )
     for name, what, run in (
         ("restart", "start a process of kvbelt up again, also one that has died", _restart),
         ("replace", "drain a worker of kvbelt up, restart it and use it again", _replace),
     ):
         started = verb(name, what, run)
-        started.add_argument("worker", metavar="NAME", help="as kvbelt up shows it, such as decode-0; or HOST:PORT")
+        started.add_argument("worker", metavar="WORKER", help=_WORKER)
         started.add_argument("--wait", type=positive_number, default=600.0, metavar="SECONDS",
                              help="how long to wait for its requests, and for it to be ready")  # fmt: skip
         if name == "replace":
@@ -99,14 +105,14 @@ def _add(args: argparse.Namespace) -> int:
 
 
 def _remove(args: argparse.Namespace) -> int:
-    client = ProxyClient.of(args)
+    client = _asked(args)
     _require_another(client, args.worker, args.role, force=args.force)
     client.remove(args.worker, args.role)
     return _until_idle(client, args, "is gone", "is leaving")
 
 
 def _drain(args: argparse.Namespace) -> int:
-    client = ProxyClient.of(args)
+    client = _asked(args)
     _require_another(client, args.worker, args.role, force=args.force)
     client.drain(args.worker, args.role)
     return _until_idle(client, args, _DRAINED, "is draining")
@@ -124,9 +130,22 @@ def _until_idle(client: ProxyClient, args: argparse.Namespace, done: str, under_
 
 
 def _undrain(args: argparse.Namespace) -> int:
-    ProxyClient.of(args).undrain(args.worker, args.role)
+    _asked(args).undrain(args.worker, args.role)
     print(f"{args.worker} takes requests again")
     return 0
+
+
+def _asked(args: argparse.Namespace) -> ProxyClient:
+    """The proxy. A process's name is replaced by its address, which is what the proxy knows."""
+    if ":" not in args.worker:
+        process = _started(args)[1]
+        args.worker, args.role = process.address, args.role or _role(process)
+    return ProxyClient.of(args)
+
+
+def _role(process: RunningWorker) -> str:
+    """What it is to the proxy: a server of both roles is a decode worker."""
+    return "prefill" if process.role == "prefill" else "decode"
 
 
 def _restart(args: argparse.Namespace) -> int:
@@ -141,8 +160,7 @@ def _replace(args: argparse.Namespace) -> int:
     if process.role == "proxy":
         raise SettingsError("the proxy cannot be drained and kept; kvbelt workers restart proxy cuts open requests")
     client = ProxyClient(deployment.url, load_admin_key(Path(deployment.admin_key_file)))
-    # A server of both roles is a decode worker to the proxy.
-    name, role = process.address, "prefill" if process.role == "prefill" else "decode"
+    name, role = process.address, _role(process)
     _require_another(client, name, role, force=args.force)
     client.drain(name, role)
     print(f"{process.name} is draining", flush=True)
@@ -157,21 +175,18 @@ def _replace(args: argparse.Namespace) -> int:
 
 
 def _started(args: argparse.Namespace) -> tuple[RunningDeployment, RunningWorker]:
-    """The named process, of the deployment at the URL; without one: of the only one."""
-    running = running_deployments()
-    named = args.url or proxy_client.url_of_environment()
-    if named is None and len(running) == 1:
-        found = running[0]
-    else:
-        url = proxy_client.url_of(args)
-        at = deployment_at(url)
-        if at is None:
-            others = ", ".join(one.url for one in running) or "none"
-            raise SettingsError(
-                f"no kvbelt up of this user serves {url} (found: {others}); another worker is restarted by what "
-                "started it"
-            )
-        found = at
+    """The named process.
+
+    Raises:
+        SettingsError: this user runs no deployment there, or it has no such process.
+    """
+    url = proxy_client.url_of(args)
+    found = deployment_at(url)
+    if found is None:
+        others = ", ".join(one.url for one in running_deployments()) or "none"
+        raise SettingsError(
+            f"no kvbelt up of this user serves {url} (found: {others}); {args.worker} is not one of its processes"
+        )
     process = found.named(args.worker)
     if process is None:
         known = ", ".join(one.name for one in found.processes)

@@ -19,7 +19,14 @@ from kvbelt.ops.http_client import Address
 from kvbelt.ops.model_dir import find_model
 from kvbelt.ops.parser import add_examples
 from kvbelt.ops.ports import PROXY_PORT
-from kvbelt.ops.proxy_client import URL_VARIABLE, add_key_argument, add_url_argument, key_of, url_of_environment
+from kvbelt.ops.proxy_client import (
+    URL_VARIABLE,
+    add_key_argument,
+    add_url_argument,
+    key_of,
+    url_of_environment,
+    url_of_running,
+)
 from kvbelt.ops.terminal import wants_colour
 from kvbelt.ops.topology import Topology
 
@@ -84,11 +91,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _url_of(args: argparse.Namespace) -> str | None:
-    """The proxy that is named, or that answers at the default address; None: there is none."""
+    """The proxy that is named, or that answers where other commands look for one; None: there is none."""
     if named := args.url or url_of_environment():
         return str(named)
-    here = Address("127.0.0.1", args.port)
-    return f"http://{here}" if asyncio.run(gather.is_proxy(here)) else None
+    url = url_of_running() if args.port == PROXY_PORT else f"http://127.0.0.1:{args.port}"
+    return url if asyncio.run(gather.is_proxy(Address.of_url(url))) else None
 
 
 def _running(args: argparse.Namespace, url: str) -> tuple[list[Finding], str]:
