@@ -1,5 +1,6 @@
 """What is refused before anything is made or started."""
 
+import io
 import json
 
 import pytest
@@ -7,7 +8,17 @@ import pytest
 from kvbelt.errors import StartError
 from kvbelt.ops import model_cache, start_checks
 from kvbelt.ops.losses import meaning
-from kvbelt.ops.start_checks import crowded, require_device, require_memory, require_model, weight_bytes
+from kvbelt.ops.start_checks import (
+    crowded,
+    own_weight_bytes,
+    require_device,
+    require_memory,
+    require_model,
+    weight_bytes,
+)
+from kvbelt.ops.terminal import Terminal
+from kvbelt.ops.tiny_model import tiny_model_dir
+from kvbelt.ops.up import with_model
 
 
 @pytest.fixture
@@ -51,12 +62,30 @@ def test_weights_count_in_the_type_they_are_served_in(folder):
     assert weight_bytes(folder, "bfloat16") == 1000
 
 
-def test_too_little_memory_is_refused_and_little_is_a_warning(spec, folder):
+def test_too_little_memory_is_refused_and_little_is_a_warning(spec):
     """Weights that do not fit are refused; KV that might not fit is a warning."""
     with pytest.raises(StartError, match=r"2 workers need 0\.7 GB .* 0\.1 GB"):
-        require_memory(spec, available=100_000_000)
-    assert "with full KV memory" in (require_memory(spec, available=1_000_000_000) or "")
-    assert require_memory(spec, available=10_000_000_000) is None
+        require_memory(spec, 2000, available=100_000_000)
+    assert "with full KV memory" in (require_memory(spec, 2000, available=1_000_000_000) or "")
+    assert require_memory(spec, 2000, available=10_000_000_000) is None
+
+
+def test_memory_is_checked_before_a_model_is_made(spec, tmp_path, monkeypatch):
+    """The sizes of kvbelt's own models are known without them."""
+    monkeypatch.setenv("KVBELT_CACHE", str(tmp_path))
+    monkeypatch.setattr(start_checks, "_available", lambda: 1_000_000_000)
+    with pytest.raises(StartError, match=r"2 workers need 1\.8 GB"):
+        with_model(spec, "demo", Terminal(io.StringIO()))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_known_sizes_are_those_of_the_models(tmp_path):
+    """As tiny is made; demo's is that of its description."""
+    assert weight_bytes(tiny_model_dir(print), "float32") == pytest.approx(
+        own_weight_bytes("tiny", "float32"), rel=0.01
+    )
+    assert own_weight_bytes("demo", "bfloat16") == 269_030_016
+    assert own_weight_bytes(str(tmp_path), "bfloat16") is None
 
 
 def test_workers_that_share_a_core_are_told(spec, monkeypatch):

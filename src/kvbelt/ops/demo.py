@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from kvbelt.errors import KVBeltError, StartError
@@ -26,6 +27,7 @@ from kvbelt.ops.http_client import Address, Client, NoAnswerError, UnreadableRep
 from kvbelt.ops.parser import add_examples
 from kvbelt.ops.ports import check_free, seed_ports
 from kvbelt.ops.processes import SPLIT_ALL, DeploymentSpec
+from kvbelt.ops.start_checks import require_device
 from kvbelt.ops.terminal import Terminal
 from kvbelt.ops.topology import Topology
 from kvbelt.wire.request_record import REQUEST_RECORD, RequestRecord
@@ -94,16 +96,18 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         require_engine("kvbelt demo", "embedded")
+        require_device(args.device)
         spec = DeploymentSpec(
             topology=Topology.parse(args.topology),
-            model=up.prepare_model(args.model, terminal),
+            model=Path(args.model),
             dtype=args.dtype,
             device=args.device,
             threads=args.threads,
             log_dir=args.log_dir,
             proxy_args=SPLIT_ALL,  # the one request would be answered whole
         )
-        return asyncio.run(up.deploy(_with_free_ports(spec, terminal), terminal, serve))
+        spec = up.with_model(_with_free_ports(spec, terminal), args.model, terminal)
+        return asyncio.run(up.deploy(spec, terminal, serve))
     except KeyboardInterrupt:  # a signal before the loop handles signals
         return 0
     except DemoFailedError as error:

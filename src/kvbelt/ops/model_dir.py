@@ -32,6 +32,9 @@ except Exception:
 #: Models that kvbelt makes on first use.
 _OWN = {"demo": demo_model_dir, "tiny": tiny_model_dir}
 
+#: Their parameters, which are known before they are made.
+PARAMETERS = {"demo": 134_515_008, "tiny": 185_664}
+
 
 def find_model(name: str, progress: Callable[[str], None] = lambda _: None) -> Path:
     """The Hugging Face folder that ``--model`` names; ``demo`` and ``tiny`` are made on first use.

@@ -10,6 +10,7 @@ from typing import Any
 
 from kvbelt.engine.unsupported import unsupported
 from kvbelt.errors import StartError
+from kvbelt.ops.model_dir import PARAMETERS
 from kvbelt.ops.processes import GIB, DeploymentSpec, cpu_cores, resolve_device, visible_gpus
 
 #: What a worker of the embedded engine holds beside weights and KV, in bytes: torch, transformers and NIXL.
@@ -66,11 +67,12 @@ def require_model(folder: Path, engine: str) -> None:
         raise StartError(f"--model {folder}: {problem}; --engine vllm may serve it")
 
 
-def require_memory(spec: DeploymentSpec, available: int | None = None) -> str | None:
+def require_memory(spec: DeploymentSpec, weights: int, available: int | None = None) -> str | None:
     """Refuse workers on the CPU whose weights alone exceed the free memory.
 
     Args:
-        spec: the deployment.
+        spec: the deployment; its model need not be there yet.
+        weights: bytes of the model's weights in each worker.
         available: free bytes; None: this machine's.
 
     Returns:
@@ -83,7 +85,7 @@ def require_memory(spec: DeploymentSpec, available: int | None = None) -> str | 
         return None
     free = _available() if available is None else available
     workers = spec.topology.workers
-    each = _WORKER_BYTES + weight_bytes(spec.model, spec.dtype)
+    each = _WORKER_BYTES + weights
     if workers * each > free:
         raise StartError(
             f"{workers} workers need {workers * each / 1e9:.1f} GB for the model alone, and {free / 1e9:.1f} GB of "
@@ -106,6 +108,12 @@ def crowded(spec: DeploymentSpec) -> str | None:
         return f"{workers} workers share {_count(gpus, 'GPU')}" if 0 < gpus < workers else None
     cores = cpu_cores()
     return f"{workers} workers share {_count(cores, 'CPU core')}; all will be slow" if cores < workers else None
+
+
+def own_weight_bytes(name: str, dtype: str) -> int | None:
+    """As ``weight_bytes``, of a model that kvbelt makes itself; None: it is another one."""
+    parameters = PARAMETERS.get(name)
+    return None if parameters is None else parameters * _STORED_BYTES[dtype]
 
 
 def weight_bytes(folder: Path, dtype: str) -> int:

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 from kvbelt.errors import KVBeltError, SettingsError, StartError
@@ -41,7 +42,14 @@ from kvbelt.ops.parser import add_examples
 from kvbelt.ops.ports import PROXY_PORT, check_free, seed_ports
 from kvbelt.ops.processes import DeploymentSpec, resolve_device
 from kvbelt.ops.running import age, running_deployments
-from kvbelt.ops.start_checks import crowded, require_device, require_memory, require_model
+from kvbelt.ops.start_checks import (
+    crowded,
+    own_weight_bytes,
+    require_device,
+    require_memory,
+    require_model,
+    weight_bytes,
+)
 from kvbelt.ops.supervisor import NotReadyError
 from kvbelt.ops.terminal import Terminal
 from kvbelt.ops.topology import Topology
@@ -207,7 +215,7 @@ def _checked(args: argparse.Namespace, terminal: Terminal) -> DeploymentSpec:
     key_arguments = () if key is None else ("--worker-api-key-file", str(args.worker_api_key_file))
     spec = DeploymentSpec(
         topology=topology,
-        model=prepare_model(args.model, terminal),
+        model=Path(args.model),
         served_name=args.model,
         engine=args.engine,
         vllm_python=python,
@@ -232,10 +240,26 @@ def _checked(args: argparse.Namespace, terminal: Terminal) -> DeploymentSpec:
         proxy_args=(*placement_arguments(args), *key_arguments, *limit_arguments(args), *args.proxy_arg),
         worker_api_key=key,
     )
+    return with_model(spec, args.model, terminal)
+
+
+def with_model(spec: DeploymentSpec, name: str, terminal: Terminal) -> DeploymentSpec:
+    """A deployment of the model that ``--model`` names, which is made only if the memory holds it.
+
+    Raises:
+        KVBeltError: there is no such model, or it cannot be served here.
+        KeyboardInterrupt: a signal came.
+    """
+    own = own_weight_bytes(name, spec.dtype)
+    warnings = [crowded(spec)]
+    if own is not None:
+        warnings.append(require_memory(spec, own))
+    spec = replace(spec, model=prepare_model(name, terminal))
     require_model(spec.model, spec.engine)
-    for warning in (require_memory(spec), crowded(spec)):
-        if warning is not None:
-            terminal.error(warning)
+    if own is None:
+        warnings.append(require_memory(spec, weight_bytes(spec.model, spec.dtype)))
+    for warning in filter(None, warnings):
+        terminal.error(warning)
     return spec
 
 

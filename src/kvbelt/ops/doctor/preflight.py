@@ -18,7 +18,7 @@ from kvbelt.ops.doctor.evidence import GpuSeen
 from kvbelt.ops.doctor.nixl_measurement import NixlMeasurement
 from kvbelt.ops.ports import PROXY_PORT, Ports, PortUse, bind_problem, seed_ports
 from kvbelt.ops.processes import DeploymentSpec, cpu_cores, resolve_device, visible_gpus
-from kvbelt.ops.start_checks import crowded, require_memory
+from kvbelt.ops.start_checks import crowded, require_memory, weight_bytes
 from kvbelt.ops.topology import Topology
 from kvbelt.settings import BeltFile, load_belt_file
 from kvbelt.wire.about import About
@@ -159,8 +159,9 @@ def _fit(options: PreflightOptions, device: str) -> Fit:
     dtype = "float32" if options.dtype == "auto" and device == "cpu" else options.dtype
     spec = DeploymentSpec(options.topology, options.model or Path(), dtype=dtype, device=device)
     fit = Fit(options.topology.workers, cpu_cores(), crowded=crowded(spec) or "")
+    weights = 0 if options.model is None else weight_bytes(options.model, dtype)
     try:
-        return replace(fit, short=require_memory(spec) or "")
+        return replace(fit, short=require_memory(spec, weights) or "")
     except StartError as error:
         return replace(fit, refused=str(error))
 
