@@ -33,7 +33,7 @@ class _Memory(Terminal):
         self.shown = list(lines)
 
 
-def up(_width: int) -> list[str]:
+def up(width: int) -> list[str]:
     """A start, from the first process to the next steps."""
     terminal = _Memory()
     board = StartBoard(["prefill-0", "decode-0", "proxy"], terminal)
@@ -43,7 +43,9 @@ def up(_width: int) -> list[str]:
     key, logs = Path("/run/kvbelt/admin.key"), Path("/run/kvbelt/logs")
     return [
         *terminal.shown,
-        *banner(url=URL, model="demo", topology="1p1d", key=key, logs=logs, drain_seconds=30, seconds=3.4),
+        *banner(
+            url=URL, model="demo", topology="1p1d", key=key, logs=logs, drain_seconds=30, seconds=3.4, width=width
+        ),
     ]
 
 

@@ -3,7 +3,8 @@
 import xml.etree.ElementTree as ET
 
 import pytest
-from tools.draw_screens import NAMES, SIZES, THEMES, drawn
+from rich.text import Text
+from tools.draw_screens import NAMES, PRINTED, SIZES, THEMES, drawn
 
 from tests.docs.pages import DOCS
 
@@ -31,6 +32,13 @@ def test_a_picture_says_what_the_command_says(name: str, today: dict[str, str]) 
     kept = (FOLDER / name).read_text(encoding="utf-8")
     assert said(kept) == said(today[name])
     assert len(kept) < 70_000
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_no_line_of_a_start_breaks_inside_a_word(size: str) -> None:
+    """Every line fits its terminal."""
+    width = SIZES[size][0]
+    assert [line for line in PRINTED["up"](width) if len(Text.from_ansi(line)) > width] == []
 
 
 def test_the_page_leads_to_every_picture() -> None:

@@ -69,7 +69,7 @@ class Terminal:
         self._stream = stream if stream is not None else sys.stderr
         self._colour = wants_colour(self._stream) if colour is None else colour
         self._show_logs = show_logs
-        self._width = 2
+        self._names_width = 2
         self._colours: dict[str, str] = {}
         self._gone = False
         self._live: Live | None = None
@@ -77,14 +77,24 @@ class Terminal:
         self.redraws = _can_redraw(self._stream)
         self.unicode = (getattr(self._stream, "encoding", None) or "utf-8").lower().startswith("utf")
 
+    @property
+    def width(self) -> int | None:
+        """Columns; None: the stream is no terminal."""
+        if not self.redraws:
+            return None
+        try:
+            return os.get_terminal_size(self._stream.fileno()).columns or None
+        except (OSError, ValueError):
+            return None
+
     def register(self, names: list[str]) -> None:
         """Align and colour the lines of these processes."""
-        self._width = max([self._width, *map(len, names)])
+        self._names_width = max([self._names_width, *map(len, names)])
         for name in names:
             self._colours.setdefault(name, _COLOURS[len(self._colours) % len(_COLOURS)])
 
     def prefixed(self, name: str, line: str) -> str:
-        return f"{self.paint(f'{name:<{self._width}} |', self._colours.get(name, _BOLD))} {line}"
+        return f"{self.paint(f'{name:<{self._names_width}} |', self._colours.get(name, _BOLD))} {line}"
 
     def paint(self, text: str, code: str) -> str:
         return f"\033[{code}m{text}\033[0m" if self._colour else text

@@ -170,6 +170,7 @@ def run(args: argparse.Namespace) -> int:
             logs=deployment.logs,
             drain_seconds=args.drain_seconds,
             seconds=time.monotonic() - started,
+            width=terminal.width,
         ):
             terminal.say(line)
         if not sys.stdout.isatty():  # for programs; a person has read it
