@@ -1,6 +1,7 @@
 """The HTTP client: reuse, safe retries, streams, and malformed answers."""
 
 import asyncio
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -176,6 +177,18 @@ async def test_a_closed_port_is_a_connect_error():
     port = free_port()
     with pytest.raises(ConnectError, match=str(port)):
         await Pool("127.0.0.1", port).request("GET", "/")
+
+
+@async_test
+async def test_a_process_that_stood_still_while_it_connected_has_its_connection():
+    """An ordinary timer would end the attempt before the connection is seen."""
+    async with Running(echo) as running:
+        pool = Pool("127.0.0.1", running.port, limits=ClientLimits(connect_seconds=0.1))
+        asking = asyncio.ensure_future(pool.request("GET", "/"))
+        await asyncio.sleep(0)
+        time.sleep(0.3)  # the loop of both
+        assert (await asking).status == 200
+        pool.close()
 
 
 @async_test

@@ -167,10 +167,9 @@ async def shown(url, *, width=80, height=24):
 def test_workers_and_requests_stand_under_the_figures(served):
     async def see():
         async with shown(served.url) as screen:
-            await screen.until(lambda: "good" in screen.text)
-            assert all(name in screen.text for name in names(served))
-            assert "first token" in screen.text
-            assert "no threshold of the alerts is passed" in screen.text
+            # A machine under load passes a threshold for a moment.
+            words = ("good", *names(served), "first token", "no threshold of the alerts is passed")
+            await screen.until(lambda: all(word in screen.text for word in words))
             for hint in ("Open", "Sort", "Other table", "Quit"):
                 assert hint in screen.lines[-1]
 

@@ -8,6 +8,7 @@ from typing import cast
 
 import httptools
 
+from kvbelt import stall_aware_clock
 from kvbelt.http.errors import ConnectError, HttpError, PeerClosedError, ProtocolViolationError
 from kvbelt.http.limits import ClientLimits
 from kvbelt.http.message import Pieces, add_header, encode_lines
@@ -276,7 +277,7 @@ class Pool:
     async def _connect(self) -> ClientConnection:
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(self._limits.connect_seconds):
+            async with stall_aware_clock.timeout(self._limits.connect_seconds):
                 _, connection = await loop.create_connection(
                     lambda: ClientConnection(self, self._limits, self.name, loop), self._host, self._port, ssl=self._tls
                 )
