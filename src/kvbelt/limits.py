@@ -15,21 +15,26 @@ _PIECE = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """``json_parts`` and ``sequences`` hold in the proxy and in workers, the others in embedded workers.
+    """``sequences``, ``json_parts`` and ``fields`` hold in the proxy and in workers, the others in embedded workers.
 
     vLLM has limits of its own, some of them the same.
     """
 
     sequences: int = 1024  #: prompts times n; vLLM's number of prompts
     json_parts: int = 262_144  #: objects, lists and strings in a body, and quarters of its commas
+    fields: int = 1024  #: of the body's object
     messages: int = 16_384
+    message_parts: int = 16_384  #: content parts and tool calls of all messages
     tools: int = 1024
+    documents: int = 1024
+    chat_template_kwargs: int = 128
     stop: int = 4  #: strings; OpenAI's and vLLM's number
     stop_characters: int = 4096  #: in all of them
     stop_token_ids: int = 1024
     logit_bias: int = 4096
     allowed_token_ids: int = 262_144
     bad_words: int = 128  #: vLLM's number
+    bad_words_characters: int = 4096  #: in all of them
 
     def require_sequences(self, prompts: int, n: int) -> None:
         """Raises RequestError 400: one request would become more sequences than a request may."""
@@ -64,16 +69,29 @@ class Limits:
                 )
             yield
 
+    def require_members(self, members: Mapping[str, Any]) -> None:
+        """Raises RequestError 400: the body has more fields than it may."""
+        if len(members) > self.fields:
+            raise RequestError(
+                f"the request body has {len(members)} fields, and {self.fields} are allowed; send fewer, or raise "
+                f"{OPTION} fields=N"
+            )
+
     def require_fields(self, members: Mapping[str, Any]) -> None:
-        """Raises RequestError 400: a field has more entries than it may."""
+        """Raises RequestError 400: there are too many fields, or one has more entries than it may."""
+        self.require_members(members)
         for name in _COUNTED:
             value = members.get(name)
             if isinstance(value, list | dict) and len(value) > (most := getattr(self, name)):
                 raise self._too_many(name, f"{len(value)} entries", most)
-        stop = members.get("stop")
-        size = sum(len(one) for one in (stop if isinstance(stop, list) else [stop]) if isinstance(one, str))
-        if size > self.stop_characters:
-            raise self._too_many("stop", f"{size} characters", self.stop_characters, "stop_characters")
+        parts = _parts_of(members.get("messages"))
+        if parts > self.message_parts:
+            raise self._too_many("messages", f"{parts} parts and tool calls", self.message_parts, "message_parts")
+        for name in ("stop", "bad_words"):
+            value = members.get(name)
+            size = sum(len(one) for one in (value if isinstance(value, list) else [value]) if isinstance(one, str))
+            if size > (most := getattr(self, f"{name}_characters")):
+                raise self._too_many(name, f"{size} characters", most, f"{name}_characters")
 
     def _too_many(self, field: str, has: str, most: int, name: str | None = None) -> RequestError:
         setting = f"{OPTION} {name or field}=N"
@@ -82,8 +100,18 @@ class Limits:
 
 DEFAULTS = Limits()
 
-_COUNTED = ("messages", "tools", "stop", "stop_token_ids", "logit_bias", "allowed_token_ids", "bad_words")
+_COUNTED = (
+    "messages", "tools", "documents", "chat_template_kwargs", "stop", "stop_token_ids", "logit_bias",
+    "allowed_token_ids", "bad_words",
+)  # fmt: skip
 _NAMES = tuple(field.name for field in fields(Limits))
+
+
+def _parts_of(messages: Any) -> int:
+    if not isinstance(messages, list):
+        return 0
+    lists = (one.get(name) for one in messages if isinstance(one, dict) for name in ("content", "tool_calls"))
+    return sum(len(one) for one in lists if isinstance(one, list))
 
 
 def limits_of(given: Sequence[str]) -> Limits:

@@ -92,6 +92,16 @@ async def test_a_body_of_too_many_parts_is_refused():
             assert (await deployment.ask({"prompt": prompt, "max_tokens": 3})).status == 200
 
 
+@pytest.mark.parametrize("prompt", ["x", [5, 6]])
+@async_test
+async def test_a_body_of_too_many_fields_is_refused(prompt):
+    """Whatever they are."""
+    async with Deployment(limits=Limits(fields=9)) as deployment:
+        got = await deployment.ask({"prompt": prompt} | {f"a{i}": 0 for i in range(9)})
+        assert (got.status, "10 fields, and 9 are allowed" in got.json["error"]["message"]) == (400, True)
+        assert not deployment.decode[0].requests
+
+
 @pytest.mark.parametrize("where", ["prompt", "messages", "tools", "response_format", "metadata"])
 @async_test
 async def test_json_that_is_nested_too_deeply_is_refused(where):

@@ -198,7 +198,7 @@ def test_a_template_that_fails_is_the_requests_fault(chat):
     [
         ("messages", [{"role": "user", "content": "x"}] * 3), ("tools", [{}] * 3), ("stop", ["a", "b", "c"]),
         ("stop_token_ids", [1, 2, 3]), ("logit_bias", {"1": 1, "2": 1, "3": 1}), ("allowed_token_ids", [1, 2, 3]),
-        ("bad_words", ["a", "b", "c"]),
+        ("bad_words", ["a", "b", "c"]), ("documents", [{}] * 3), ("chat_template_kwargs", {"a": 1, "b": 1, "c": 1}),
     ],
 )  # fmt: skip
 def test_a_field_of_too_many_entries_is_refused(ready, field, value):
@@ -211,13 +211,44 @@ def test_a_field_of_too_many_entries_is_refused(ready, field, value):
     assert f"2 are allowed; send fewer, or raise --limit {field}=N" in error["message"]
 
 
-@pytest.mark.parametrize("stop", ["x" * 11, ["x" * 6, "y" * 5]])
-def test_stop_strings_are_limited_together(ready, stop):
-    """What may become a stop string is held back and compared with each new token."""
-    ready.limits = Limits(stop_characters=10)
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": ["a", {"type": "text", "text": "b"}]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}] * 2},
+    ],
+)
+def test_parts_and_tool_calls_of_all_messages_are_limited_together(ready, message):
+    ready.limits = Limits(message_parts=3)
+    reply = TestClient(make_app(ready)).post(BOTH[1], json={"messages": [message] * 2, "max_tokens": 1})
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (400, "messages")
+    assert "4 parts and tool calls, and 3 are allowed; send fewer, or raise --limit message_parts=N" in error["message"]
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_a_body_of_too_many_fields_is_refused(ready, path):
+    ready.limits = Limits(fields=9)
+    reply = TestClient(make_app(ready)).post(path, json={f"a{i}": 1 for i in range(10)})
+    assert (reply.status_code, "10 fields, and 9 are allowed" in reply.json()["error"]["message"]) == (400, True)
+
+
+@pytest.mark.parametrize("field", ["stop", "bad_words"])
+def test_texts_of_a_list_are_limited_together(ready, field):
+    """Each is compared with every new token, or tokenized."""
+    ready.limits = Limits(stop_characters=10, bad_words_characters=10)
     client = TestClient(make_app(ready))
-    assert client.post(BOTH[0], json={"prompt": [5], "max_tokens": 1, "stop": stop}).status_code == 400
-    assert client.post(BOTH[0], json={"prompt": [5], "max_tokens": 1, "stop": ["x" * 5, "y" * 5]}).status_code == 200
+    for texts, status in ((["x" * 11], 400), (["x" * 6, "y" * 5], 400), (["x" * 5, "y" * 5], 200)):
+        assert client.post(BOTH[0], json={"prompt": [5], "max_tokens": 1, field: texts}).status_code == status
+
+
+@pytest.mark.parametrize("messages", [[("user", "x")] * 33, [("user", "x" * 3000)]])
+def test_messages_that_cannot_fit_are_not_rendered(ready, messages):
+    """Each is a token at least, and a token has so many characters at most."""
+    ready.engine.tokenizer.chat_template = "{{ 1 // 0 }}"
+    sent = [{"role": role, "content": content} for role, content in messages]
+    reply = TestClient(make_app(ready)).post(BOTH[1], json={"messages": sent, "max_tokens": 1})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "context_length_exceeded")
 
 
 def test_limits_are_settings():

@@ -70,8 +70,19 @@ class Prompts:
         """The rendered conversation. Raises RequestError 400: there is no chat template, or it refuses the messages."""
         self._check_template(request)
         size = sum(len(text_of(message)) for message in request.messages)
+        self._check_size(request, size)
         own = _own_template(request) is not None
         return await self._off_loop(lambda: self._named(self._rendered(request), request), _LONG + 1 if own else size)
+
+    def _check_size(self, request: ChatRequest, characters: int) -> None:
+        """What cannot fit is not rendered: a message is a token at least, a token so many characters at most."""
+        if request.truncate_prompt_tokens is not None:
+            return
+        least = len(request.messages)
+        if self._longest_token is not None:
+            least = max(least, -(-characters // self._longest_token))
+        if least > self._max_model_len:
+            raise context_exceeded(self._max_model_len, least, at_least=True)
 
     def _check_template(self, request: ChatRequest) -> None:
         if _own_template(request) is not None and not self._trusts_templates:

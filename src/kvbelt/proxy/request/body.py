@@ -44,17 +44,20 @@ class ClientBody:
             if not body.isascii():
                 body.decode()
             cut = None if chat else splice.cut_numbers(body, b"prompt")
-            if cut is None or not self._take_numbers(*cut):
-                self._take(splice.members_of(body), limits.sequences)
+            if cut is None or not self._take_numbers(*cut, limits):
+                members = splice.members_of(body)
+                limits.require_members(members)
+                self._take(members, limits.sequences)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise RequestError(f"the request body is not a JSON object in UTF-8: {error}") from None
         limits.require_sequences(self.num_prompts, self.fields.view.n or 1)
 
-    def _take_numbers(self, rest: bytes, numbers: memoryview) -> bool:
+    def _take_numbers(self, rest: bytes, numbers: memoryview, limits: Limits) -> bool:
         """Take a prompt of ids, which was cut out of the ``rest``; False: it is another list."""
         fields = _completions.get(rest)
         if fields is None:
             members = splice.members_of(rest)
+            limits.require_members(members)
             prompt = members.pop("prompt", None)
             if prompt is None or bytes(prompt) != splice.PLACEHOLDER:
                 return False
