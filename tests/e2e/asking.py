@@ -22,6 +22,7 @@ class Answer:
     usage: tuple[int, int]
     logprobs: Any = field(default=None, compare=False)
     path: str = field(default="", compare=False)  #: how it was made, as the proxy says
+    cached_tokens: int | None = field(default=None, compare=False)  #: of the prompt, not computed; of a whole answer
 
 
 #: One for all: making a client takes longer than asking. It keeps no connection, whose peer a test may have killed.
@@ -54,6 +55,7 @@ def ask(url: str, body: dict[str, Any], *, stream: bool, timeout: float = 180) -
         usage=(answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]),
         logprobs=[c["logprobs"] for c in choices],
         path=reply.headers.get("x-kvbelt-path", ""),
+        cached_tokens=(answer["usage"].get("prompt_tokens_details") or {}).get("cached_tokens"),
     )
 
 

@@ -60,6 +60,17 @@ def test_a_conversation_sends_its_new_turn(one_p_one_d: SyncDeployment, aggregat
     assert came < reused
 
 
+def test_a_worker_that_has_answered_computes_what_is_new(aggregated: SyncDeployment) -> None:
+    """Of a conversation's next turn, the former prompt and its answer are cached, but for the answer's last token."""
+    prompt, kept = list(range(100, 140)), 0
+    for turn in range(3):
+        body = {"prompt": prompt, "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+        answer = ask(aggregated.url, body, stream=False)
+        assert answer.cached_tokens == kept
+        kept = (len(prompt) + 40 - 1) // 16 * 16
+        prompt = [*prompt, *answer.token_ids[0], *range(600 + turn, 620 + turn)]
+
+
 @pytest.mark.parametrize("fields", [{"temperature": 0}, {"seed": 5}], ids=["first-token", "re-derive"])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_cached_tokens_are_counted_on_every_road(one_p_one_d: SyncDeployment, fields: Any, stream: bool) -> None:

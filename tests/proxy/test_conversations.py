@@ -21,10 +21,10 @@ SETTINGS = {"prefill": 0, "decode": 2, "placement": Mode.ELASTIC}
 class Talk:
     """One conversation, and where its turns were answered."""
 
-    def __init__(self, deployment, subject, **fields):
+    def __init__(self, deployment, subject, *, size=2000, **fields):
         self.deployment, self.fields = deployment, {"max_tokens": 8} | fields
-        self.messages = [{"role": "user", "content": subject * 2000}]
-        self.prompt = subject * 2000
+        self.messages = [{"role": "user", "content": subject * size}]
+        self.prompt = subject * size
 
     async def turn(self, *, chat=False, **asked):
         """The number of the worker that got it."""
@@ -68,6 +68,17 @@ async def test_turns_stay_with_their_worker(chat, stream):
         assert sorted(first) == [0, 1]
         for _ in range(3):
             assert [await talk.turn(chat=chat) for talk in talks] == first
+
+
+@async_test
+async def test_a_conversation_that_begins_short_stays_with_its_worker():
+    """Where its answer lies, from its second turn on."""
+    async with Deployment(**SETTINGS) as deployment:
+        talks, seen = [Talk(deployment, subject, size=9) for subject in "abcdef"], held_of(deployment)
+        first = await asyncio.gather(*(talk.turn(chat=True) for talk in talks))
+        for _ in range(2):
+            assert [await talk.turn(chat=True) for talk in talks] == first
+        assert [len(held) for held in seen] == [0] * 6 + [1] * 12
 
 
 @async_test

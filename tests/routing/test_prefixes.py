@@ -40,6 +40,11 @@ def blocks_in(size):
 
 
 PROMPTS = st.lists(st.integers(0, len(CHUNKS) - 1), max_size=6).map(text)
+CHATS = st.lists(st.integers(0, len(CHUNKS) - 1), max_size=4).map(lambda chunks: [said(CHUNKS[one]) for one in chunks])
+
+
+def said(content, role="user"):
+    return {"role": role, "content": content}
 
 
 @given(st.lists(st.tuples(st.sampled_from(WORKERS), PROMPTS), max_size=12), PROMPTS)
@@ -55,7 +60,7 @@ def test_workers_hold_what_was_sent_to_them(sent, wanted):
         assert blocks_in(most) <= held.get(worker, 0) <= most
 
 
-@given(st.lists(st.tuples(st.sampled_from(WORKERS), PROMPTS, st.integers(0, 3)), max_size=30))
+@given(st.lists(st.tuples(st.sampled_from(WORKERS), PROMPTS | CHATS, st.integers(0, 3)), max_size=30))
 @settings(max_examples=100, deadline=None)
 def test_memory_is_bounded_and_given_back(sent):
     prefixes = fleet(capacity=20_000)
@@ -95,6 +100,50 @@ def test_the_next_turn_of_a_chat_begins_with_the_one_before():
     )
     prefixes.sent(first, "one")
     assert prefixes.held(second)["one"] == int(first.size * second.per_byte)
+
+
+@given(
+    system=st.sampled_from([0, 300, 2100]),
+    asked=st.lists(st.text(max_size=40), min_size=1, max_size=30, unique=True),
+    answer=st.sampled_from([10, 3000]),
+    separators=st.sampled_from([None, (",", ":")]),
+    content_first=st.booleans(),
+)
+@settings(max_examples=100, deadline=None)
+def test_of_many_conversations_each_is_found_with_its_answer(system, asked, answer, separators, content_first):
+    """However short they begin, however many begin alike, and however their client writes JSON."""
+
+    def raw(messages):
+        if content_first:
+            messages = [dict(reversed(one.items())) for one in messages]
+        written = json.dumps(messages, separators=separators).encode()
+        return Prefix(written, len(written))
+
+    prefixes = fleet(*(f"w{number}" for number in range(len(asked))))
+    for number, question in enumerate(asked):
+        first = raw([said("s" * system, "system"), said(question)])
+        prefixes.sent(first, f"w{number}")
+        prefixes.generated(first, f"w{number}", 77)
+    for number, question in enumerate(asked):
+        begun = [said("s" * system, "system"), said(question)]
+        held = prefixes.held(raw([*begun, said("b" * answer, "assistant"), said("and more")]))
+        assert held[f"w{number}"] == raw(begun).size + 77
+        assert all(tokens < held[f"w{number}"] for name, tokens in held.items() if name != f"w{number}")
+
+
+def test_a_short_chat_proves_nothing():
+    """It may be shorter than a worker's blocks, which then cannot hold it."""
+    prefixes = fleet()
+    for _ in range(5):
+        assert answer(prefixes, prefix([said("hello")]), "one", 0) == 0
+    assert prefixes.useful
+
+
+def test_a_text_that_looks_like_messages_has_none():
+    prefixes = fleet()
+    quoted = 'Hello {},{"role":"user","content":"x"'
+    prefixes.sent(prefix([said("Hello {")]), "one")
+    assert prefixes.held(prefix([said(quoted)])) == {}
 
 
 def test_prompts_beside_other_tools_share_nothing():

@@ -4,13 +4,15 @@ A prompt is cut into blocks of bytes, at the same places in every prompt. A bloc
 equal hashes mean equal beginnings. A prompt of 30 KB has 9 blocks, one of 1 MB has 20: later blocks are longer.
 
 What comes after a prompt's last whole block is its rest, a block as well. The answer's tokens count with it: the next
-turn of a conversation begins with the former prompt and the answer that a worker has generated to it.
+turn of a conversation begins with the former prompt and the answer that a worker has generated to it. A rest is found
+where a message ends, or at the lengths that the latest prompts had there.
 
 A worker is believed to hold what was sent to it last, up to its bound, which is its KV capacity at most. When a worker
 had to compute what it was believed to hold, its bound becomes half of that; when it was believed rightly, the bound
 grows. So a worker without a prefix cache is soon believed to hold nothing.
 """
 
+import re
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
@@ -40,6 +42,15 @@ _BLANKS = b" \t\r\n"  # in JSON
 #: Rests after one block that can be found: those of the latest prompts.
 _RESTS = 4
 
+#: The end of a message that another one follows. Inside a text the quotes would be escaped.
+_MESSAGE_END = re.compile(rb'\}(?=\s*,\s*\{\s*"(?:role|content)")')
+
+#: Ends of messages, the last ones, at which a rest is looked for.
+_MESSAGES = 4
+
+#: Bytes after a message's end that tell it.
+_TELLING = 32
+
 
 def _ends() -> Iterator[int]:
     end = 0
@@ -61,7 +72,7 @@ class Prefix:
         beside: everything else that must be equal before two prompts share KV.
     """
 
-    __slots__ = ("blocks", "per_byte", "prompt", "size")
+    __slots__ = ("blocks", "per_byte", "prompt", "root", "size")
 
     def __init__(self, prompt: bytes | memoryview, tokens: int, beside: bytes = b"") -> None:
         # A view: copies of long prompts would be kept for as long as their requests.
@@ -71,13 +82,26 @@ class Prefix:
         while size > 1 and view[size - 1] in _BLANKS:
             size -= 1
         whole = bisect_right(_ENDS, size) - 1
-        blocks, chained = [], hash_of(beside)
+        self.root = chained = hash_of(beside)
+        blocks = []
         for cut in _CUTS[:whole]:
             chained = hash_of(view[cut], chained)
             blocks.append(chained)
         blocks.append(hash_of(view[_ENDS[whole] : size], chained))
         self.blocks = blocks  #: their hashes; the last one's is the rest's
         self.size = size  #: bytes of all of them
+
+    @property
+    def is_chat(self) -> bool:
+        return self.prompt[:2].tobytes() == b"[{"
+
+    def ends_after(self, whole: int) -> Iterator[int]:
+        """Bytes from the first ``whole`` blocks to the ends of messages in the next block."""
+        start = _ENDS[whole]
+        most = min(_ENDS[whole + 1], self.size) - start
+        window = self.prompt[start : start + most + _TELLING]
+        ends = [found.end() for found in _MESSAGE_END.finditer(window)]
+        return (end for end in ends[-_MESSAGES:] if end <= most)
 
     def tokens_like(self, other: "Prefix") -> int:
         """Tokens with which both begin, as far as blocks tell."""
@@ -170,7 +194,7 @@ class Prefixes:
             if not mask:
                 break
             masks.append(mask)
-        if not masks:
+        if not masks and not prefix.is_chat:
             return {}
         named, seen = self._held_with_rest(prefix, len(masks))
         for whole in range(len(masks), 0, -1):
@@ -188,8 +212,8 @@ class Prefixes:
         """The same for workers that hold more than the ``whole`` first blocks; and the workers' bits."""
         named: dict[str, int] = {}
         seen = 0
-        last, end = prefix.blocks[whole - 1], _ENDS[whole]
-        for length in sorted(self._rests.get(last, ()), reverse=True):
+        last, end = prefix.blocks[whole - 1] if whole else prefix.root, _ENDS[whole]
+        for length in sorted({*self._rests.get(last, ()), *prefix.ends_after(whole)}, reverse=True):
             rest = hash_of(prefix.prompt[end : end + length], last)
             fresh = self._holders.get(rest, 0) & ~seen
             seen |= fresh
@@ -220,7 +244,8 @@ class Prefixes:
             The tokens that it should have held already, those of prompts that it has not answered left out.
         """
         worker, blocks = self._workers.get(incarnation), prefix.blocks
-        if worker is None or worker.bound < LEAST_BOUND or len(blocks) == 1:
+        short = len(blocks) == 1
+        if worker is None or worker.bound < LEAST_BOUND or (short and not prefix.is_chat):
             return 0
         self._clock = now = self._clock + 1
         before = len(worker.blocks)
@@ -234,13 +259,19 @@ class Prefixes:
             worker.num_bytes += prefix.size - _ENDS[known]
             worker.promised.update(new)
             self._add_holder(worker, new)
-            lengths, length = self._rests.get(blocks[-2], ()), prefix.size - _ENDS[len(blocks) - 1]
-            if length not in lengths:
-                self._rests[blocks[-2]] = (length, *lengths[: _RESTS - 1])
+            if not short:
+                self._remember_rest(blocks[-2], prefix.size - _ENDS[len(blocks) - 1])
         worker.per_byte += (prefix.per_byte - worker.per_byte) / (16 if worker.prompts else 1)
         worker.prompts.append((now, blocks, prefix.size))
         self._fit(worker)
+        if short:
+            return 0  # it may be shorter than a worker's blocks
         return int((prefix.size if settled == len(blocks) else _ENDS[settled]) * prefix.per_byte)
+
+    def _remember_rest(self, before: int, length: int) -> None:
+        lengths = self._rests.get(before, ())
+        if length not in lengths:
+            self._rests[before] = (length, *lengths[: _RESTS - 1])
 
     def _add_holder(self, worker: _Worker, blocks: list[int]) -> None:
         """``blocks`` are those of one prompt from one on: if the first has no holder, none of them has."""
