@@ -64,6 +64,12 @@ FEATURES = (
         "test_serving_degrees.py::test_prompts_through_the_proxy",
     ),
     Feature(
+        "`MultiConnector` with `OffloadingConnector` beside kvbelt",
+        CROSSES,
+        NEWEST,
+        "test_beside.py::test_what_the_other_connector_loads_is_sent",
+    ),
+    Feature(
         "a LoRA adapter that one side lacks", WHOLE, NEWEST, "test_lora.py::test_an_adapter_of_one_side_is_served_whole"
     ),
     Feature(
@@ -80,6 +86,12 @@ FEATURES = (
         "test_fields.py::test_an_answer_has_plain_vllm_s_fields",
     ),
     Feature("KV that does not come", WHOLE, ALL, "test_serving_failures.py::test_unknown_transfer_is_recomputed"),
+    Feature(
+        "KV that does not come inside `MultiConnector`",
+        WHOLE,
+        NEWEST,
+        "test_beside.py::test_kv_that_never_comes_is_computed",
+    ),
     Feature("drafts by a draft model", REFUSED, UNIT, "test_refusals.py::test_drafts_of_a_model_are_refused"),
     Feature(
         "several engines behind one port",

@@ -2,7 +2,8 @@
 
 ``KVBELT_VLLM_SHAPE`` is ``1p1d`` (default) or ``2p2d``; ``KVBELT_VLLM_ARGUMENTS`` goes to every server, for other block
 and chunk sizes, and ``KVBELT_VLLM_PREFILL_ARGUMENTS`` and ``KVBELT_VLLM_DECODE_ARGUMENTS`` to those of one side;
-``KVBELT_VLLM_HOST_GB`` gives prefill servers host memory. ``scripts/test-vllm`` runs combinations.
+``KVBELT_VLLM_HOST_GB`` gives prefill servers host memory; ``KVBELT_VLLM_BESIDE=offloading`` puts the connector of each
+into a ``MultiConnector``, with vLLM's ``OffloadingConnector`` beside it. ``scripts/test-vllm`` runs combinations.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from kvbelt.security.keys import secret_file, trusted_folder, write_new_keys
 from tests.channels.memory import MemoryNetwork
 from tests.http.support import free_port
 from tests.vllm.belts import BeltServer
-from tests.vllm.servers import Fleet, Server, Traces, kvbelt
+from tests.vllm.servers import Fleet, Server, Traces, beside_offloading, kvbelt
 
 if TYPE_CHECKING:
     from tests.vllm.collector import Collector
@@ -93,12 +94,13 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         told = proxied | keys_for("prefill", keys)
         if host_gb := float(os.environ.get("KVBELT_VLLM_HOST_GB", "0")):
             told |= {"local_cpu": True, "max_local_cpu_size": host_gb}
+        connectors = beside_offloading if os.environ.get("KVBELT_VLLM_BESIDE") == "offloading" else lambda belt: belt
         # Long prompts take several steps, so that one can be seen in vLLM's metrics while it is computed.
         chunks = () if "--max-num-batched-tokens" in extra else ("--max-num-batched-tokens", "256")
         prefill = [
             fleet.start(
                 f"prefill{i}",
-                kvbelt("kv_producer", **told),
+                connectors(kvbelt("kv_producer", **told)),
                 *of_prefill,
                 *chunks,
                 core=i % cores,
@@ -111,7 +113,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         decode = [
             fleet.start(
                 f"decode{i}",
-                kvbelt("kv_consumer", **proxied, **keys_for("decode", keys)),
+                connectors(kvbelt("kv_consumer", **proxied, **keys_for("decode", keys))),
                 *of_decode,
                 core=(i + 1) % cores,
                 traces=by_http(collector),

@@ -189,3 +189,19 @@ def kvbelt(role: str, **extra: Any) -> dict[str, Any]:
         "kv_role": role,
         "kv_connector_extra_config": {"pd_buffer_size": 256 << 20, **extra},
     }
+
+
+def beside_offloading(belt: dict[str, Any], *, gigabytes: float = 0.25) -> dict[str, Any]:
+    """``--kv-transfer-config`` of a server with this connector, and after it vLLM's own that keeps KV in memory."""
+    store = {
+        "spec_name": "HostStore",
+        "spec_module_path": "tests.vllm.offload_on_cpu",
+        "cpu_bytes_to_use": int(gigabytes * (1 << 30)),
+    }
+    offloading = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": store}
+    return {
+        "kv_connector": "MultiConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"connectors": [belt, offloading]},
+    }

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvbelt.vllm.refusals import drafts_problem, engines_problem, policy_problem
+from kvbelt.vllm.refusals import drafts_problem, engines_problem, is_alone, policy_problem
 
 
 def parallel(*, size: int = 1, index: int = 0, external: bool = False) -> SimpleNamespace:
@@ -40,6 +40,12 @@ def test_one_engine_behind_each_port_is_fine(settings: SimpleNamespace, engine_i
 def transfer(connector: str, policy: str = "fail") -> SimpleNamespace:
     """What is read of a ``KVTransferConfig``; vLLM's default policy is ``fail``."""
     return SimpleNamespace(kv_connector=connector, kv_load_failure_policy=policy)
+
+
+@pytest.mark.parametrize(("outer", "alone"), [("KVBeltConnector", True), ("MultiConnector", False), (None, True)])
+def test_a_multi_connector_is_seen(outer: str | None, alone: bool) -> None:
+    """What is loaded before a step would be stored by the others before its failure is known."""
+    assert is_alone(transfer("KVBeltConnector"), transfer(outer) if outer else None) is alone
 
 
 def test_inside_a_multi_connector_the_outer_policy_must_recompute() -> None:

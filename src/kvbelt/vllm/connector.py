@@ -38,7 +38,7 @@ from kvbelt.vllm.pacing import Pacing, StepLimits
 from kvbelt.vllm.prometheus import BeltProm, BeltStats
 from kvbelt.vllm.rank import RankProcess, start_rank, without_belt
 from kvbelt.vllm.reasoning import ReasoningOfPrompts, keeps_special_tokens
-from kvbelt.vllm.refusals import drafts_problem, engines_problem, policy_problem, store_problem
+from kvbelt.vllm.refusals import drafts_problem, engines_problem, is_alone, policy_problem, store_problem
 from kvbelt.vllm.requests import PromptTokens
 from kvbelt.vllm.scheduler_side import SchedulerSide
 from kvbelt.vllm.settings import load_settings
@@ -72,6 +72,7 @@ class RankMetadata(KVConnectorHandshakeMetadata):
     """From a worker to the scheduler, once, when its belt runs."""
 
     identity: RankIdentity
+    alone: bool = True  #: no other connector stores what this one loads
 
 
 class KVBeltConnector(KVConnectorBase_V1):
@@ -98,6 +99,10 @@ class KVBeltConnector(KVConnectorBase_V1):
         self._local: Loading | None = None  # the scheduler's: of the worker in this process, if it is the only one
         self._rank: RankProcess | None = None
         self._identity: RankIdentity | None = None
+        # Only where vLLM makes the worker's side does it tell the whole server's configuration.
+        server = get_current_vllm_config_or_none() if role is KVConnectorRole.WORKER else None
+        outer = server.kv_transfer_config if server is not None else None
+        self._alone = is_alone(transfer, outer)
         self._cache_hit_source = hit_source(receives=self._settings.receives, keeps=bool(self._settings.host_bytes))
         if role is KVConnectorRole.SCHEDULER:
             # KV that does not come is computed here. vLLM's other policy fails the request.
@@ -115,11 +120,8 @@ class KVBeltConnector(KVConnectorBase_V1):
             self._scheduler = SchedulerSide(block_size, partial(describe, facts), pacing, time.monotonic, self._groups)
             if self._groups.problem:
                 log.warning("this server takes and sends no KV, and answers whole requests: %s", self._groups.problem)
-        elif self._settings.receives or self._settings.host_bytes:
-            # Only where vLLM makes the worker's side does it tell the whole server's configuration.
-            server = get_current_vllm_config_or_none()
-            if problem := policy_problem(transfer, server.kv_transfer_config if server is not None else None):
-                raise StartError(problem)
+        elif (self._settings.receives or self._settings.host_bytes) and (problem := policy_problem(transfer, outer)):
+            raise StartError(problem)
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
@@ -139,7 +141,7 @@ class KVBeltConnector(KVConnectorBase_V1):
         _LOADINGS[self._rank.identity.engine_id] = self._rank.worker.loading
 
     def get_handshake_metadata(self) -> RankMetadata | None:
-        return RankMetadata(self._identity) if self._identity is not None else None
+        return RankMetadata(self._identity, self._alone) if self._identity is not None else None
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
@@ -217,15 +219,17 @@ class KVBeltConnector(KVConnectorBase_V1):
     # The scheduler's process.
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
-        ranks = [rank.identity for _, rank in sorted(metadata.items()) if isinstance(rank, RankMetadata)]
-        if not ranks:
+        found = [rank for _, rank in sorted(metadata.items()) if isinstance(rank, RankMetadata)]
+        if not found:
             return
+        ranks = [rank.identity for rank in found]
         server = together(ranks)
         settings = self._settings
         # Received KV must lie in the memory where the model runs, so that a step may wait for its copy.
         near = settings.buffer_device == self._vllm_config.device_config.device_type and not settings.overflow_bytes
-        # And a step cannot take back a request of several groups.
-        if len(ranks) == 1 and settings.receives and near and not self._groups.several:
+        # A step cannot take back a request of several groups, nor what another connector has stored of its blocks.
+        alone = found[0].alone and not self._groups.several
+        if len(ranks) == 1 and settings.receives and near and alone:
             self._local = _LOADINGS.get(server.engine_id)
         if server.host_places:
             log.info("%d blocks fit into host memory", server.host_places)

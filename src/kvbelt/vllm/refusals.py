@@ -28,16 +28,24 @@ def engines_problem(parallel_config: Any, engine_id: str | None) -> str | None:
     )
 
 
-def policy_problem(transfer: Any, kv_transfer_config: Any | None) -> str | None:
-    """Why KV that does not come would fail its request; None: the prompt is computed instead.
-
-    vLLM reads the policy of the outer configuration, which a connector inside ``MultiConnector`` cannot set.
+def is_alone(transfer: Any, kv_transfer_config: Any | None) -> bool:
+    """Whether the connector is the server's only one; else it stands in a ``MultiConnector``.
 
     Args:
         transfer: the connector's ``KVTransferConfig``.
         kv_transfer_config: the server's; None: not known.
     """
-    if kv_transfer_config is None or kv_transfer_config.kv_connector == transfer.kv_connector:
+    return kv_transfer_config is None or kv_transfer_config.kv_connector == transfer.kv_connector
+
+
+def policy_problem(transfer: Any, kv_transfer_config: Any | None) -> str | None:
+    """Why KV that does not come would fail its request; None: the prompt is computed instead.
+
+    vLLM reads the policy of the outer configuration, which a connector inside ``MultiConnector`` cannot set.
+
+    The arguments are those of ``is_alone``.
+    """
+    if kv_transfer_config is None or is_alone(transfer, kv_transfer_config):
         return None
     name, policy = kv_transfer_config.kv_connector, kv_transfer_config.kv_load_failure_policy
     if policy == "recompute":
