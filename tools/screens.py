@@ -43,9 +43,7 @@ def up(width: int) -> list[str]:
     key, logs = Path("/run/kvbelt/admin.key"), Path("/run/kvbelt/logs")
     return [
         *terminal.shown,
-        *banner(
-            url=URL, model="demo", topology="1p1d", key=key, logs=logs, drain_seconds=30, seconds=3.4, width=width
-        ),
+        *banner(url=URL, model="demo", topology="1p1d", key=key, logs=logs, drain_seconds=30, seconds=3.4, width=width),
     ]
 
 
