@@ -186,7 +186,7 @@ async def test_a_process_that_stood_still_while_it_connected_has_its_connection(
         pool = Pool("127.0.0.1", running.port, limits=ClientLimits(connect_seconds=0.1))
         asking = asyncio.ensure_future(pool.request("GET", "/"))
         await asyncio.sleep(0)
-        time.sleep(0.3)  # the loop of both
+        asyncio.get_running_loop().call_soon(time.sleep, 0.3)  # the loop of both stands still
         assert (await asking).status == 200
         pool.close()
 

@@ -11,7 +11,6 @@
 The page's files hold no data. ``access.py`` says who may read the rest.
 """
 
-import asyncio
 import hashlib
 import time
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from urllib.parse import unquote
 
 import msgspec
 
-from kvbelt import __version__
+from kvbelt import __version__, stall_aware_clock
 from kvbelt.errors import RequestError
 from kvbelt.http import JSON, Exchange, HttpError
 from kvbelt.proxy.admin.access import Access
@@ -231,7 +230,7 @@ class Console:
 async def _transport_of(worker: Worker) -> str | None:
     """As ``"cma/memory"``, with the scope of each where there are several. None: unknown; vLLM has no such route."""
     try:
-        async with asyncio.timeout(_ABOUT_SECONDS):
+        async with stall_aware_clock.timeout(_ABOUT_SECONDS):
             response = await worker.call("GET", "/kvbelt/about")
             about = ABOUT.parse(await response.read(_MAX_ABOUT_BYTES), worker.name)
     except (TimeoutError, HttpError, MessageError):
