@@ -12,7 +12,7 @@ from time import monotonic
 import uvloop
 
 from kvbelt.proxy import Address, Proxy, ProxySettings
-from kvbelt.proxy.app import calm_collector
+from kvbelt.proxy.app import calm_collector, keep_freed_memory
 from kvbelt.proxy.observe.metrics import Metrics
 from kvbelt.proxy.observe.records import Attempt, Leg, Record, Records
 from kvbelt.wire.notification import Notification
@@ -65,6 +65,7 @@ async def main(port: int, prefill: int, decode: int) -> None:
         context.records = records(settings.records_kept)
 
     switch()
+    keep_freed_memory()
     await proxy.start()
     calm_collector()
     stop = asyncio.Event()

@@ -1,6 +1,7 @@
 """The proxy's routes, and the start and end of its parts."""
 
 import asyncio
+import ctypes
 import gc
 import logging
 import re
@@ -297,6 +298,23 @@ def calm_collector() -> None:
     gc.set_threshold(10_000, 20, 50)
 
 
+#: Freed bytes that stay with the process, and the size from which a block is mapped apart, and so given back at once.
+_KEPT_BYTES, _LARGE_BYTES = 64 << 20, 4 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what requests free, for the next ones. Other C libraries have no such setting.
+
+    By default it gives more than 128 KiB of free memory back to the system, which the next bodies take again: that was
+    2 to 10 page faults a request of 30 KB, each of one or two microseconds.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+
+
 async def serve(settings: ProxySettings) -> None:
     """Serve until told to stop. Told again, it cuts what is open. Raises StartError: a port is taken."""
     stop = asyncio.Event()
@@ -310,6 +328,7 @@ async def serve(settings: ProxySettings) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told)
+    keep_freed_memory()
     await proxy.start()
     calm_collector()
     try:
