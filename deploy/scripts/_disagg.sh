@@ -1,8 +1,9 @@
 # Shared by disagg_1p1d.sh and disagg_2p2d.sh. Sourced, with bash.
 #
 # ENGINE            vllm, or embedded: kvbelt's own workers (default: vllm)
-# MODEL             default: meta-llama/Llama-3.1-8B-Instruct; with ENGINE=embedded a folder, demo or tiny
-# DEVICE            cuda or cpu; with cuda each worker has one GPU: 0, 1, … (default: cuda)
+# MODEL             default: meta-llama/Llama-3.1-8B-Instruct; with ENGINE=embedded demo
+# DEVICE            cuda or cpu; with cuda each worker has one GPU: 0, 1, …
+#                   (default: cuda; with ENGINE=embedded cpu where there is no GPU)
 # BUFFER_DEVICE     where KV is staged (default: $DEVICE)
 # DIR               where logs and configuration files go (default: the current folder)
 # WORKER_ARGS       more arguments for every worker
@@ -12,6 +13,10 @@
 #                   the first of each kind (default: 9100 7100 7200 7300 7400 7500 7700)
 
 ENGINE=${ENGINE:-vllm}
+if [ "$ENGINE" = embedded ]; then
+    MODEL=${MODEL:-demo}
+    [ -e /dev/nvidia0 ] || DEVICE=${DEVICE:-cpu}
+fi
 MODEL=${MODEL:-meta-llama/Llama-3.1-8B-Instruct}
 DEVICE=${DEVICE:-cuda}
 BUFFER_DEVICE=${BUFFER_DEVICE:-$DEVICE}
@@ -148,14 +153,28 @@ all_alive() {
     done
 }
 
-# serve FIRST-PORT... : wait until every worker and the proxy are ready, say so, and serve until Ctrl-C.
+# serve PORT... : wait until every worker and the proxy are ready, say so, and serve until Ctrl-C.
+# The ports are in the order in which the workers were started.
 serve() {
-    local port
-    for port in "$@" "$PROXY_PORT"; do
-        until [ "$(status "$port" /health)" = 200 ]; do
-            all_alive || exit 1
-            sleep 0.2
+    local ports=("$@" "$PROXY_PORT") late=("${names[@]}") ready=() index shown=$SECONDS began=$SECONDS
+    echo "$0: starting ${names[*]} of $MODEL on $DEVICE; logs are $DIR/NAME.log" >&2
+    while [ ${#late[@]} -gt 0 ]; do
+        all_alive || exit 1
+        late=()
+        for index in "${!ports[@]}"; do
+            [ -z "${ready[index]:-}" ] || continue
+            if [ "$(status "${ports[index]}" /health)" = 200 ]; then
+                ready[index]=1
+                echo "$0: ${names[index]} is ready after $((SECONDS - began)) s" >&2
+            else
+                late+=("${names[index]}")
+            fi
         done
+        if [ ${#late[@]} -gt 0 ] && [ $((SECONDS - shown)) -ge 2 ]; then
+            echo "$0: $((SECONDS - began)) s: waiting for ${late[*]}" >&2
+            shown=$SECONDS
+        fi
+        sleep 0.2
     done
     echo "disaggregated prefill is ready on http://127.0.0.1:$PROXY_PORT"
     wait -n "${pids[@]}"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # 1 prefill worker, 1 decode worker and a proxy on this machine, until Ctrl-C. Settings: see _disagg.sh. For example
 #   HF_TOKEN=hf_… deploy/scripts/disagg_1p1d.sh                               # two GPUs, vLLM
-#   ENGINE=embedded MODEL=tiny DEVICE=cpu deploy/scripts/disagg_1p1d.sh       # a laptop
+#   ENGINE=embedded deploy/scripts/disagg_1p1d.sh                             # a laptop, with the demo model
 set -u
 . "$(dirname "${BASH_SOURCE[0]}")/_disagg.sh"
 

@@ -96,6 +96,48 @@ def test_scripts_have_no_lint(script):
     assert (ran.returncode, ran.stdout) == (0, "")
 
 
+def sourced(tmp_path, code, **env):
+    """Run code with the scripts' common part loaded and nothing of kvbelt behind it."""
+    env = {**os.environ, "ENGINE": "embedded", "KVBELT": "true", "DIR": str(tmp_path), **env}
+    argv = ["bash", "-uc", f". deploy/scripts/_disagg.sh; {code}", "script"]
+    return subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+def test_a_start_says_every_two_seconds_what_it_waits_for(tmp_path):
+    """And what is ready. Here each look takes a second."""
+    ran = sourced(
+        tmp_path,
+        """
+        unset SECONDS; SECONDS=0  # a variable like any other then
+        names=(prefiller decoder proxy)
+        all_alive() { :; }
+        sleep() { SECONDS=$((SECONDS + 1)); }
+        status() { [ $SECONDS -lt $(($1 % 100)) ] || echo 200; }
+        PROXY_PORT=9104
+        serve 7101 7203
+        """,
+        MODEL="tiny",
+        DEVICE="cpu",
+    )
+    said = [line.removeprefix("script: ") for line in ran.stderr.splitlines()]
+    assert said == [
+        f"starting prefiller decoder proxy of tiny on cpu; logs are {tmp_path}/NAME.log",
+        "prefiller is ready after 1 s",
+        "2 s: waiting for decoder proxy",
+        "decoder is ready after 3 s",
+        "proxy is ready after 4 s",
+    ]
+    assert ran.stdout == "disaggregated prefill is ready on http://127.0.0.1:9104\n"
+
+
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has a GPU")
+def test_the_embedded_engine_takes_the_cpu_where_there_is_no_gpu(tmp_path):
+    """With the demo model; what is set counts."""
+    unset = {"MODEL": "", "DEVICE": ""}
+    assert sourced(tmp_path, 'echo "$MODEL $DEVICE"', **unset).stdout == "demo cpu\n"
+    assert sourced(tmp_path, 'echo "$MODEL $DEVICE"', MODEL="tiny", DEVICE="cuda").stdout == "tiny cuda\n"
+
+
 def test_a_wrong_engine_is_refused(tmp_path):
     """The error is one line, and nothing is started."""
     env = {**os.environ, "ENGINE": "triton", "DIR": str(tmp_path)}
