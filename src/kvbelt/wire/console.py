@@ -32,6 +32,7 @@ class Percentiles(msgspec.Struct, frozen=True):
     count: int
     p50: float | None
     p99: float | None
+    p90: float | None = None
 
 
 class LegRates(msgspec.Struct, frozen=True):

@@ -133,7 +133,7 @@ def _percentiles(values: list[float], scale: float) -> Percentiles:
     def at(percent: int) -> float | None:
         return round(values[-(-count * percent // 100) - 1] * scale, 3) if count else None
 
-    return Percentiles(count, at(50), at(99))
+    return Percentiles(count, at(50), at(99), at(90))
 
 
 def _last_errors(recent: Iterable[Record]) -> list[LastError]:
