@@ -409,6 +409,19 @@ async def test_a_draining_worker_gets_nothing_new():
         assert states == ["ready", "unready", "ready"]
 
 
+@async_test
+async def test_a_worker_that_becomes_ready_is_used_before_the_next_interval():
+    """A worker that is still loading is asked often, whatever the interval."""
+    async with Deployment(health_interval_seconds=3600) as deployment:
+        loading = deployment.decode[0]
+        loading.script.health_status = 503
+        worker = deployment.worker(loading)
+        worker.suspect()
+        await eventually(lambda: not worker.ready)
+        loading.script.health_status = 200
+        await eventually(lambda: worker.ready)
+
+
 # The client fails, or takes too long.
 
 

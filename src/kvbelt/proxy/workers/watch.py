@@ -35,6 +35,9 @@ _NEED_KEY = frozenset({401, 403})
 
 _MAX_HEALTH_BYTES = 64 * 1024
 
+#: At most, between two questions to a worker that answers but is not ready: it loads its model and is awaited.
+_UNREADY_SECONDS = 0.1
+
 _LOST = Health.LOST  # fast to read
 
 
@@ -263,8 +266,9 @@ class Worker:
             self._ask_now.clear()
             await self.check()
             self._known.set()
+            unready = self.endpoint.report.health is Health.UNREADY
             try:
-                async with asyncio.timeout(self._interval):
+                async with asyncio.timeout(min(_UNREADY_SECONDS, self._interval) if unready else self._interval):
                     await self._ask_now.wait()
             except TimeoutError:
                 continue
