@@ -85,8 +85,7 @@ class PagedModel:
         if device.type == "cpu" and self.dtype is torch.float32:
             _store_inputs_first(self._model)
         try:
-            self._prove()
-            self._prove_rows()
+            self._prove_rows(self._prove())
             _return_freed_memory()
         except ModelError as error:
             raise ModelError(f"the model in {model_dir} cannot be served: {error}") from error
@@ -133,61 +132,66 @@ class PagedModel:
         return logits
 
     @torch.inference_mode()
-    def _prove(self) -> None:
-        tokens = [(7 + 13 * i) % self.vocab_size for i in range(_PROOF_TOKENS)]
-        layout = self.layout(_PROOF_BLOCK)
-        try:
-            expected = self._model(torch.tensor([tokens], device=self.device), use_cache=False).logits[0].float()
-            self._model.set_attn_implementation(attention.NAME)
+    def _prove(self) -> torch.Tensor:
+        """Returns the test's logits, as transformers' own attention computes them."""
+        tokens = _proof_tokens(self.vocab_size)
+        half = _PROOF_TOKENS // 2
+        pool = KVPool(self.layout(_PROOF_BLOCK), 8, self.device)
+
+        def twice(start: int) -> torch.Tensor:
             # Once with blocks out of order, which tests gathering as well.
-            pool = KVPool(layout, 8, self.device)
-            half = _PROOF_TOKENS // 2
-            parts = [
-                self.forward(pool, [Segment(blocks, start, half)], tokens[start : start + half], range(half))
-                for blocks in ([5, 2, 4], [0, 1, 2])
-                for start in (0, half)
-            ]
+            segments = [Segment(blocks, start, half) for blocks in ([5, 2, 4], [0, 1, 3])]
+            return self.forward(pool, segments, tokens[start : start + half] * 2, range(2 * half))
+
+        try:
+            expected: torch.Tensor = (
+                self._model(torch.tensor([tokens], device=self.device), use_cache=False).logits[0].float()
+            )
+            self._model.set_attn_implementation(attention.NAME)
+            actual = torch.cat([twice(0), twice(half)])
         except ModelError:
             raise
         except Exception as error:  # whatever an unknown model raises
             raise ModelError(
                 f"{type(self._model).__name__} does not run on the embedded engine's attention: {error}"
             ) from error
-        expected, actual = torch.cat([expected, expected]), torch.cat(parts)
-        spread = (expected.max() - expected.min()).item()
-        difference = (expected - actual).abs().max().item()
-        if not difference <= _PROOF_TOLERANCE[self.dtype] * max(spread, 1e-6):
+        first, second = expected[:half], expected[half:]
+        if (found := _deviation(torch.cat([first, first, second, second]), actual, self.dtype)) is not None:
             raise ModelError(
                 f"{type(self._model).__name__} computes other logits on the embedded engine's attention than on "
-                f"transformers' own (largest difference {difference:.3g}, spread {spread:.3g}): its attention does "
-                "something this engine does not know"
+                f"transformers' own ({found}): its attention does something this engine does not know"
             )
+        return expected
 
     @torch.inference_mode()
-    def _prove_rows(self) -> None:
+    def _prove_rows(self, expected: torch.Tensor) -> None:
         """A token far behind must not change what the model computes of another request's first tokens."""
-        tokens = [(7 + 13 * i) % self.vocab_size for i in range(_PROOF_TOKENS)]
+        tokens = _proof_tokens(self.vocab_size)
         pool = KVPool(self.layout(_PROOF_BLOCK), 4, self.device)
-
-        def near(*beside: Segment) -> torch.Tensor:
-            rows = range(len(beside), len(beside) + _PROOF_TOKENS)
-            return self.forward(
-                pool, [*beside, Segment([0, 1, 2], 0, _PROOF_TOKENS)], tokens[: len(beside)] + tokens, rows
-            )
-
-        alone = near()
-        spread = (alone.max() - alone.min()).item()
         for switch in (*switches(self.config), self.context - 1):
             position = min(switch, self.context - 1, _PROOF_FARTHEST)
             # One block many times over: what the far token sees does not matter.
             far = Segment([3] * pool.layout.blocks(position + 1), position, 1)
-            difference = (alone - near(far)).abs().max().item()
-            if not difference <= _PROOF_TOLERANCE[self.dtype] * max(spread, 1e-6):
+            near = Segment([0, 1, 2], 0, _PROOF_TOKENS)
+            actual = self.forward(pool, [far, near], tokens[:1] + tokens, range(1, 1 + _PROOF_TOKENS))
+            if (found := _deviation(expected, actual, self.dtype)) is not None:
                 raise ModelError(
                     f"{type(self._model).__name__} computes other logits of one request when another has a token at "
-                    f"position {position} (largest difference {difference:.3g}, spread {spread:.3g}): something in it "
-                    "follows the longest request of a step"
+                    f"position {position} ({found}): something in it follows the longest request of a step"
                 )
+
+
+def _proof_tokens(vocab_size: int) -> list[int]:
+    return [(7 + 13 * i) % vocab_size for i in range(_PROOF_TOKENS)]
+
+
+def _deviation(expected: torch.Tensor, actual: torch.Tensor, dtype: torch.dtype) -> str | None:
+    """How far the test's logits are off, in words, if it is too far."""
+    spread = (expected.max() - expected.min()).item()
+    difference = (expected - actual).abs().max().item()
+    if difference <= _PROOF_TOLERANCE[dtype] * max(spread, 1e-6):  # which NaN is not
+        return None
+    return f"largest difference {difference:.3g}, spread {spread:.3g}"
 
 
 def _store_inputs_first(model: torch.nn.Module) -> None:
