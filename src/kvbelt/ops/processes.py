@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -139,6 +140,11 @@ def visible_gpus() -> list[str]:
     return sorted((name for name in found if name.isdigit()), key=int)
 
 
+@cache
+def _installed_torch() -> str:
+    return metadata.version("torch")
+
+
 def resolve_device(device: str, torch: str | None = None) -> str:
     """The device that ``auto`` means here: ``cuda`` with a GPU and a torch that can use it.
 
@@ -147,7 +153,7 @@ def resolve_device(device: str, torch: str | None = None) -> str:
     if device != "auto":
         return device
     try:
-        torch = torch or metadata.version("torch")
+        torch = torch or _installed_torch()
     except metadata.PackageNotFoundError:
         return "cpu"
     return "cuda" if not torch.endswith("+cpu") and visible_gpus() else "cpu"
