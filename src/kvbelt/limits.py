@@ -1,16 +1,17 @@
 """What one request may ask for, so that it takes nothing that others need (``docs/limits.md``). Pure."""
 
+from codecs import utf_8_decode
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from kvbelt.errors import RequestError, SettingsError
+from kvbelt.errors import RequestError, SettingsError, context_exceeded
 
 OPTION = "--limit"
 
 _NUMBERS_A_PART = 4  #: numbers cost less to read than the other parts of a body, and prompts consist of them
-#: Bytes of a body that are looked through before others get their turn, in about two milliseconds.
-_PIECE = 1024 * 1024
+#: Bytes of a body that are looked through before others get their turn, in about a millisecond.
+_PIECE = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +47,23 @@ class Limits:
                 param="prompt" if prompts > 1 else "n",
             )
 
-    def counting(self, body: bytes) -> Iterator[None]:
+    def is_small(self, body: bytes) -> bool:
+        """Whether it is read in no time, whatever its parts are."""
+        return len(body) <= self.json_parts
+
+    def looking_through(self, body: bytes) -> Iterator[None]:
         """Stops between pieces, so that others can have their turn.
 
-        Raises RequestError 400: a body of so many parts would take too long to read.
+        A small body is left to its parser. Raises RequestError 400: it is not UTF-8, or a body of so many parts would
+        take too long to read.
         """
-        if len(body) <= self.json_parts:
+        if self.is_small(body):
             return
+        yield from self._counting(body)
+        if not body.isascii():
+            yield from _decoding(body)
+
+    def _counting(self, body: bytes) -> Iterator[None]:
         # A byte of each part. Brackets and commas of texts count as well: texts have few, and to leave them out is to
         # parse. Quotes of texts are escaped.
         marks, quotes, commas = 0, 0, 0
@@ -105,6 +116,34 @@ _COUNTED = (
     "allowed_token_ids", "bad_words",
 )  # fmt: skip
 _NAMES = tuple(field.name for field in fields(Limits))
+
+
+def require_ids_fit(ids: memoryview, context: int | None) -> None:
+    """``ids``: a flat JSON list of numbers. Raises RequestError 400: they are more than the context, if it is known.
+
+    They are counted, not read: most lists that are too long are so by far.
+    """
+    if context is not None and len(ids) > 2 * context:  # a number and a comma each
+        count = bytes(ids).count(b",") + 1
+        if count > context:
+            raise context_exceeded(context, count)
+
+
+def not_an_object(error: Exception) -> RequestError:
+    return RequestError(f"the request body is not a JSON object in UTF-8: {error}")
+
+
+def _decoding(body: bytes) -> Iterator[None]:
+    start = 0
+    while start < len(body):
+        yield
+        end = start + _PIECE
+        try:
+            _, read = utf_8_decode(memoryview(body)[start:end], "strict", end >= len(body))
+        except UnicodeDecodeError as error:
+            at = start + error.start
+            raise not_an_object(UnicodeDecodeError("utf-8", body, at, start + error.end, error.reason)) from None
+        start += read
 
 
 def _parts_of(messages: Any) -> int:

@@ -13,6 +13,7 @@ from kvbelt.proxy.request.body import ClientBody
 from kvbelt.proxy.request.fields import KnownFields
 from kvbelt.proxy.request.prefill_answer import PrefillAnswer
 from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff, ReceiverAddress
+from kvbelt.wire.json_body import PLACEHOLDER, cut_numbers
 
 PREFILL = PrefillHandoff("t1", ReceiverAddress("e", "h", 1, 2), 5.0)
 DECODE = DecodeHandoff("t1", 5.0)
@@ -124,6 +125,18 @@ def test_too_many_answers_are_refused(more, param):
     assert (caught.value.status, caught.value.param) == (400, param)
 
 
+@pytest.mark.parametrize(("more", "fits"), [({}, False), ({"truncate_prompt_tokens": 2}, True)])
+def test_ids_beyond_the_longest_context_are_refused_without_a_look_at_each(more, fits):
+    """Unless the worker is to truncate them."""
+    body = json.dumps({"prompt": [5] * 9} | more).encode()
+    ClientBody(body, chat=False, context=9)
+    if fits:
+        ClientBody(body, chat=False, context=8)
+        return
+    with pytest.raises(RequestError, match="context length is 8 tokens; the prompt has 9"):
+        ClientBody(body.replace(b"5]", b"five]"), chat=False, context=8)
+
+
 @pytest.mark.parametrize("separators", [None, (",", ":")])
 @settings(deadline=None)
 @given(
@@ -179,15 +192,15 @@ def test_no_body_breaks_the_parser(body):
 def test_cutting_a_list_and_putting_it_back_changes_nothing(ids, separators):
     """The rest parses without it, and the list parses by itself."""
     body = written({"a": 1, "ids": ids, "b": [2]}, separators)
-    rest, numbers = splice.cut_numbers(body, b"ids")
+    rest, numbers = cut_numbers(body, b"ids")
     assert json.loads(bytes(numbers)) == ids
-    assert json.loads(rest) == {"a": 1, "ids": json.loads(splice.PLACEHOLDER), "b": [2]}
+    assert json.loads(rest) == {"a": 1, "ids": json.loads(PLACEHOLDER), "b": [2]}
 
 
 @pytest.mark.parametrize("value", ['"a]b"', '["a]", 1]', "[[1]]", "[{}]", "null", "[1", '{"ids": [1]}'])
 def test_only_flat_lists_without_text_are_cut(value):
     """A value that could hide a bracket is left to the parser."""
-    assert splice.cut_numbers(b'{"ids": ' + value.encode() + b"}", b"ids") is None
+    assert cut_numbers(b'{"ids": ' + value.encode() + b"}", b"ids") is None
 
 
 def prefill_body(**choice):

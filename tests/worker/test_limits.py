@@ -136,6 +136,22 @@ def test_too_many_token_ids_are_refused_before_they_are_hashed(ready):
     assert (reply.status_code, reply.json()["error"]["code"]) == (400, "context_length_exceeded")
 
 
+def test_of_a_long_list_the_ids_are_counted_before_they_are_read(ready):
+    """One of them is no number."""
+    ready.limits = Limits(json_parts=100)
+    reply = TestClient(make_app(ready)).post(BOTH[0], content=b'{"prompt":[' + b"5," * 100 + b"five]}")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+@pytest.mark.parametrize("last", ["7", "7.0"])
+def test_a_long_list_of_ids_is_read_as_a_short_one(ready, last):
+    """Numbers without a fraction are integers in either."""
+    ready.limits = Limits(json_parts=100)
+    body = '{"prompt":[' + "5," * 100 + last + '],"truncate_prompt_tokens":3,"max_tokens":1,"return_token_ids":true}'
+    reply = TestClient(make_app(ready)).post(BOTH[0], content=body)
+    assert (reply.status_code, reply.json()["choices"][0]["prompt_token_ids"]) == (200, [5, 5, 7])
+
+
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
 

@@ -19,6 +19,7 @@ from kvbelt.proxy.workers.warm_up import Warmer
 from kvbelt.proxy.workers.watch import Worker
 from kvbelt.routing.output_lengths import OutputLengths
 from kvbelt.routing.token_count import TokenCounts
+from kvbelt.turns import Turns
 from kvbelt.wire import reasons
 from kvbelt.wire.health import Role
 from kvbelt.wire.ids import EngineId
@@ -72,6 +73,7 @@ class Context:
             lambda: self.dispatcher.placement.waiting,
             self.shadow.now,
         )
+        self.turns = Turns()  #: of large bodies
         self.token_counts = TokenCounts()
         self.output_lengths = OutputLengths()
         #: Engine id, model and LoRA adapter: under this name this decode worker has the adapter.

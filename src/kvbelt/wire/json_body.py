@@ -2,13 +2,26 @@
 
 A field that the type does not have is ignored, because a newer process may send it. A missing or a wrong one is an
 error.
+
+A long list of numbers, a prompt as token ids, is expensive even to skip: about 30 µs for 7,500 ids, against 2 µs to
+find its end. ``cut_numbers`` cuts it out before parsing. This is safe:
+
+* ``"name"`` before a colon is a key wherever it stands in valid JSON, unless the quote before ``name`` is escaped. The
+  caller checks that the key it meant has the placeholder, and that there is no second one.
+* The cut contains no quote and no second opening bracket or brace. So the first ``]`` is its end, and nothing in it
+  closes anything else when it is written into another object.
 """
 
+import re
 from typing import Any, Generic, TypeVar
 
 import msgspec
 
 T = TypeVar("T")
+
+#: Stands where numbers were cut. A client that sends this string only spoils its own request.
+PLACEHOLDER = b'"\\u0000kvbelt cut\\u0000"'
+_BEFORE_LIST = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*(?=\[)")
 
 
 class JsonDecoder(Generic[T]):
@@ -54,3 +67,27 @@ class JsonMessage(Generic[T]):
             return msgspec.convert(content, self.shape)
         except ValueError as error:
             raise MessageError(f"{self.name} of {sender}: {error}") from None
+
+
+def cut_numbers(body: bytes, name: bytes) -> tuple[bytes, memoryview] | None:
+    """Cut a flat list of numbers that follows ``"name":``.
+
+    Returns:
+        The body with a placeholder in its place, and the list with its brackets; None if the first ``name``
+        is followed by anything else, or there is a second one behind it.
+    """
+    quoted = b'"%b"' % name
+    at = body.find(quoted)
+    if at < 0:
+        return None
+    before = _BEFORE_LIST.match(body, at + len(quoted))
+    if before is None:
+        return None
+    start = before.end()
+    end = body.find(b"]", start) + 1
+    if end == 0:
+        return None
+    others = max(body.find(b'"', start, end), body.find(b"{", start, end), body.find(b"[", start + 1, end))
+    if others >= 0 or body.find(quoted, end) >= 0:
+        return None
+    return b"".join((body[:start], PLACEHOLDER, body[end:])), memoryview(body)[start:end]

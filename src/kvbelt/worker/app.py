@@ -25,6 +25,7 @@ from starlette.types import Receive, Scope, Send
 from kvbelt.engine.api import FinishReason, Output
 from kvbelt.errors import RequestError
 from kvbelt.telemetry import get_logger
+from kvbelt.turns import Work, at_once
 from kvbelt.wire.api_error import error_body
 from kvbelt.wire.handoff import PrefillHandoff
 from kvbelt.wire.json_body import MessageError
@@ -46,8 +47,8 @@ from kvbelt.worker.requests import (
 )
 from kvbelt.worker.sampling import echoes_only, samplings_of
 from kvbelt.worker.service import Service
-from kvbelt.worker.structure import form_of
-from kvbelt.worker.tools import Reader, tools_of
+from kvbelt.worker.structure import Form, form_of
+from kvbelt.worker.tools import Reader, Tools, tools_of
 
 log = get_logger(__name__)
 
@@ -126,13 +127,9 @@ class GenerateEndpoint:
     async def _serve(self, scope: Scope, receive: Receive, send: Send, body: bytes, request_id: str) -> None:
         service = self._service
         service.require_ready()
-        for _ in service.limits.counting(body):
-            await asyncio.sleep(0)
-        request = (parse_chat if self._chat else parse_completion)(body, service.limits)
-        service.require_model(request.model)
-        form = form_of(request)
-        tools = tools_of(request, form)
-        form = form if tools is None else tools.form
+        reading = self._read(body)
+        small = service.limits.is_small(body)
+        request, form, tools = at_once(reading) if small else await service.turns.take(reading)
         handoff = parse_handoff(request.kv_transfer_params)
         itl_seconds = parse_level(Request(scope).headers.get(ITL_HEADER))
         bad_words = await service.prompts.bad_words_of(request)
@@ -177,6 +174,19 @@ class GenerateEndpoint:
                 await (await run.whole())(scope, receive, send)
         finally:
             generation.cancel()
+
+    def _read(self, body: bytes) -> Work[tuple[CompletionRequest | ChatRequest, Form | None, Tools | None]]:
+        """The request, its form, and its tools. Raises RequestError."""
+        service = self._service
+        yield from service.limits.looking_through(body)
+        yield
+        parse = parse_chat if self._chat else parse_completion
+        request = parse(body, service.limits, service.engine.max_model_len)
+        service.require_model(request.model)
+        yield
+        form = form_of(request)
+        tools = tools_of(request, form)
+        return request, form if tools is None else tools.form, tools
 
     def _shape(
         self, request: CompletionRequest | ChatRequest, request_id: str, *, tool_is_named: bool

@@ -13,10 +13,10 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from kvbelt.errors import RequestError
-from kvbelt.limits import DEFAULTS, Limits
+from kvbelt.limits import DEFAULTS, Limits, require_ids_fit
 from kvbelt.wire.fields import INSTEAD, refused
 from kvbelt.wire.handoff import Handoff, handoff_of
-from kvbelt.wire.json_body import JsonDecoder
+from kvbelt.wire.json_body import PLACEHOLDER, JsonDecoder, cut_numbers
 from kvbelt.wire.lenient import fields_relaxed
 from kvbelt.wire.requests import ChatRequest, CompletionRequest
 
@@ -33,13 +33,23 @@ MAX_CHOICES = 128  #: likewise
 T = TypeVar("T", CompletionRequest, ChatRequest)
 
 _members = JsonDecoder[dict[str, Any]](dict[str, Any])
+_token_ids = JsonDecoder[list[int]](list[int])
+_PLACEHOLDER = msgspec.json.decode(PLACEHOLDER)
 
 
-def _decode(shape: type[T], body: bytes, limits: Limits) -> T:
+def _decode(shape: type[T], body: bytes, limits: Limits, context: int | None) -> T:
     """The request, once it asks for nothing that this engine does not compute."""
+    ids: list[int] | None = None
     try:
-        members = _members.decode(body)
+        members, numbers = _taken_apart(body, limits) if shape is CompletionRequest else (_members.decode(body), None)
         limits.require_fields(members)
+        if numbers is not None:
+            if members.get("truncate_prompt_tokens") is None:
+                require_ids_fit(numbers, context)
+            try:
+                ids = _token_ids.decode(numbers)
+            except msgspec.ValidationError:
+                members["prompt"] = msgspec.json.decode(numbers)
         try:
             request = msgspec.convert(members, shape)
         except msgspec.ValidationError:
@@ -56,6 +66,8 @@ def _decode(shape: type[T], body: bytes, limits: Limits) -> T:
         ) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise RequestError(f"the request body is not valid JSON: {error}") from None
+    if ids is not None:
+        request = msgspec.structs.replace(request, prompt=ids)
     _check_common(request, members, limits)
     name = refused(members, chat=shape is ChatRequest)
     if name is not None:
@@ -69,9 +81,22 @@ def _decode(shape: type[T], body: bytes, limits: Limits) -> T:
     return request
 
 
-def parse_completion(body: bytes, limits: Limits = DEFAULTS) -> CompletionRequest:
-    """Check all that does not need the model. Raises RequestError 400, with the field at fault."""
-    request = _decode(CompletionRequest, body, limits)
+def _taken_apart(body: bytes, limits: Limits) -> tuple[dict[str, Any], memoryview | None]:
+    """A completion's members. A long prompt of ids is apart, as JSON: in its place is ``_PLACEHOLDER``."""
+    cut = None if limits.is_small(body) else cut_numbers(body, b"prompt")
+    if cut is not None:
+        members = _members.decode(cut[0])
+        if members.get("prompt") == _PLACEHOLDER:
+            return members, cut[1]
+    return _members.decode(body), None
+
+
+def parse_completion(body: bytes, limits: Limits = DEFAULTS, context: int | None = None) -> CompletionRequest:
+    """Check all that does not need the model but its ``context``, in tokens.
+
+    Raises RequestError 400, with the field at fault.
+    """
+    request = _decode(CompletionRequest, body, limits, context)
     if request.best_of not in (None, request.n):
         raise RequestError(
             f"best_of is {request.best_of}; only best_of equal to n is supported, leave it out", param="best_of"
@@ -80,8 +105,8 @@ def parse_completion(body: bytes, limits: Limits = DEFAULTS) -> CompletionReques
     return request
 
 
-def parse_chat(body: bytes, limits: Limits = DEFAULTS) -> ChatRequest:
-    request = _decode(ChatRequest, body, limits)
+def parse_chat(body: bytes, limits: Limits = DEFAULTS, context: int | None = None) -> ChatRequest:
+    request = _decode(ChatRequest, body, limits, context)
     _require_range("top_logprobs", request.top_logprobs, 0, MAX_LOGPROBS)
     if request.top_logprobs and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")

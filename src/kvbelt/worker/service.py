@@ -15,6 +15,7 @@ from kvbelt.errors import RequestError, context_exceeded
 from kvbelt.limits import DEFAULTS, Limits
 from kvbelt.metrics import gauge, process_families, render
 from kvbelt.transfer.belt import Belt
+from kvbelt.turns import Turns
 from kvbelt.wire.about import About
 from kvbelt.wire.health import Role, WorkerHealth
 from kvbelt.wire.ids import EngineId
@@ -46,6 +47,7 @@ class Service:
         self.engine_id = engine_id
         self.model_name = model_name
         self.limits = limits
+        self.turns = Turns()  #: of large bodies
         self._names = {"", model_name, *aliases}
         self.state = State.LOADING
         self._started = int(time.time())

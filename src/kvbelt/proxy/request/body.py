@@ -10,11 +10,11 @@ import msgspec
 
 from kvbelt.errors import RequestError
 from kvbelt.http import Pieces
-from kvbelt.limits import DEFAULTS, Limits
+from kvbelt.limits import DEFAULTS, Limits, not_an_object, require_ids_fit
 from kvbelt.proxy.request import splice
 from kvbelt.proxy.request.fields import HANDOFF, KnownFields
 from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff
-from kvbelt.wire.json_body import JsonDecoder
+from kvbelt.wire.json_body import PLACEHOLDER, JsonDecoder, cut_numbers
 
 _LIST_OF_PROMPTS = re.compile(rb"""\[[ \t\r\n]*["\[]""")
 _LIST_OF_LISTS = re.compile(rb"\[[ \t\r\n]*\[")
@@ -35,33 +35,44 @@ class ClientBody:
 
     __slots__ = ("_before", "_body", "chat", "fields", "num_prompts", "prompt")
 
-    def __init__(self, body: bytes, *, chat: bool, limits: Limits = DEFAULTS) -> None:
-        """Parse. Raises RequestError: 400; not UTF-8, not a JSON object, a wrong field, or too many answers."""
+    def __init__(self, body: bytes, *, chat: bool, limits: Limits = DEFAULTS, context: int | None = None) -> None:
+        """Parse.
+
+        Raises RequestError: 400; not UTF-8, not a JSON object, a wrong field, too many answers or ids.
+
+        Args:
+            body: one that is not small for ``limits`` has been looked through.
+            chat: it has messages.
+            limits: of a request.
+            context: the longest one of a worker, in tokens; None: it is not known.
+        """
         self.chat = chat
         self._body = body
         self.num_prompts = 1
         try:
-            if not body.isascii():
+            if limits.is_small(body) and not body.isascii():
                 body.decode()
-            cut = None if chat else splice.cut_numbers(body, b"prompt")
-            if cut is None or not self._take_numbers(*cut, limits):
+            cut = None if chat else cut_numbers(body, b"prompt")
+            if cut is None or not self._take_numbers(*cut, limits, context):
                 members = splice.members_of(body)
                 limits.require_members(members)
                 self._take(members, limits.sequences)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise RequestError(f"the request body is not a JSON object in UTF-8: {error}") from None
+            raise not_an_object(error) from None
         limits.require_sequences(self.num_prompts, self.fields.view.n or 1)
 
-    def _take_numbers(self, rest: bytes, numbers: memoryview, limits: Limits) -> bool:
+    def _take_numbers(self, rest: bytes, numbers: memoryview, limits: Limits, context: int | None) -> bool:
         """Take a prompt of ids, which was cut out of the ``rest``; False: it is another list."""
         fields = _completions.get(rest)
         if fields is None:
             members = splice.members_of(rest)
             limits.require_members(members)
             prompt = members.pop("prompt", None)
-            if prompt is None or bytes(prompt) != splice.PLACEHOLDER:
+            if prompt is None or bytes(prompt) != PLACEHOLDER:
                 return False
             fields = _completions.of(members, rest)
+        if "truncate_prompt_tokens" not in fields.names:
+            require_ids_fit(numbers, context)
         self.fields, self.prompt, self._before = fields, numbers, b'{"prompt":'
         return True
 

@@ -30,6 +30,7 @@ from kvbelt.routing.decider import why_not_split
 from kvbelt.routing.exactness import ResponseMode
 from kvbelt.routing.prefixes import Prefix
 from kvbelt.routing.token_count import PromptSize
+from kvbelt.turns import Work
 from kvbelt.wire.handoff import DecodeHandoff
 from kvbelt.wire.health import Role
 
@@ -65,6 +66,7 @@ class RequestHandler:
         self._client: ClientBody
         self._levels = context.levels
         self._size: PromptSize
+        self._booked = 1  # prompt tokens that a worker is expected to compute
         self._prefix: Prefix | None = None
         self._unfit: str | None = None  # why the client cannot have the prefill worker's first token
         self._why_whole: str | None = None  # why the request cannot be split
@@ -96,9 +98,10 @@ class RequestHandler:
         self._calls = calls
         try:
             with Deadline(calls.remaining()):
-                for _ in self._settings.limits.counting(self._exchange.request.body):
-                    await asyncio.sleep(0)
-                self._parse()
+                if self._settings.limits.is_small(self._exchange.request.body):
+                    self._parse()
+                else:
+                    await self._context.turns.take(self._parsing())
                 await self._perform(self._plan.begin())
         except TimeoutError:
             await self._perform(self._plan.handle(calls.overdue()))
@@ -115,13 +118,22 @@ class RequestHandler:
             calls.close()
             self._selection.release()
 
+    def _parsing(self) -> Work[None]:
+        yield from self._settings.limits.looking_through(self._exchange.request.body)
+        yield
+        self._parse()
+
     def _parse(self) -> None:
-        client = self._client = ClientBody(self._exchange.request.body, chat=self._chat, limits=self._settings.limits)
-        fields, prompt, context = client.fields, client.prompt, self._context
+        context, longest = self._context, self._context.fleet.longest_context
+        client = self._client = ClientBody(
+            self._exchange.request.body, chat=self._chat, limits=self._settings.limits, context=longest
+        )
+        fields, prompt = client.fields, client.prompt
         self._record.stream = fields.stream
         if self._settings.record_prompts:
             self._record.prompt = client.excerpt(self._settings.record_prompts)
         self._size = context.token_counts.size_of(fields.model, prompt)
+        self._booked = _computed(self._size.tokens, longest)
         if client.num_prompts == 1 and context.dispatcher.wants_prefixes():
             self._prefix = Prefix(prompt, self._size.tokens, fields.beside_prompt)
         first = fields.first_of(client.num_prompts)
@@ -162,7 +174,7 @@ class RequestHandler:
         may_prefill = plan.may_prefill and not step.continues
         one_token = self._one_token and may_prefill
         return Demand(
-            tokens=self._size.tokens,
+            tokens=self._booked,
             output=1 if one_token else context.output_lengths.expected(client.fields.model, client.fields.limit),
             arrived=self._record.began,
             levels=self._levels,
@@ -375,3 +387,10 @@ class RequestHandler:
         Do.REPLY_ERROR: _fail,
         Do.BREAK_STREAM: _fail,
     }
+
+
+def _computed(tokens: int, longest: int | None) -> int:
+    """Prompt tokens that a worker computes: one that is far beyond the longest context is refused."""
+    if longest is None or tokens <= longest:
+        return tokens
+    return longest if tokens < 2 * longest else 1

@@ -11,7 +11,7 @@ import msgspec
 from kvbelt.proxy.request import splice
 from kvbelt.proxy.request.usage import count_of
 from kvbelt.wire.handoff import HandoffState
-from kvbelt.wire.json_body import JsonDecoder
+from kvbelt.wire.json_body import PLACEHOLDER, JsonDecoder, cut_numbers
 
 _REPLACEMENT = "\ufffd"  # a tokenizer's output for an incomplete character
 _NULL = msgspec.Raw(b"null")
@@ -77,7 +77,7 @@ class PrefillAnswer:
 
     def __init__(self, body: bytes) -> None:
         """Parse. Raises ValueError: not such an answer (msgspec's errors are ValueErrors)."""
-        cut = splice.cut_numbers(body, b"prompt_token_ids")
+        cut = cut_numbers(body, b"prompt_token_ids")
         self._rest = body if cut is None else cut[0]
         answer = _decoder.decode(self._rest)
         if not answer.choices:
@@ -93,7 +93,7 @@ class PrefillAnswer:
         ids: bytes | memoryview = bytes(choice.prompt_token_ids)
         if ids == b"null":
             ids = bytes(answer.prompt_token_ids)
-        if cut is not None and ids == splice.PLACEHOLDER:
+        if cut is not None and ids == PLACEHOLDER:
             ids = cut[1]
         self.prompt_token_ids = ids if _FLAT_LIST.match(ids) else None
         self.finish_reason, self.stop_reason = choice.finish_reason, bytes(choice.stop_reason)

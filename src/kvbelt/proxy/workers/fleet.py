@@ -47,8 +47,7 @@ class Fleet:
         self._ending: set[asyncio.Task[None]] = set()  # cancelled watches
         self._seeds_logged: set[frozenset[str | None]] = set()
         self._running = False
-        self._shortest: int | None = None  # context, if it was asked for since the last change
-        self._shortest_known = False
+        self._contexts: tuple[int | None, int | None] | None = None  # if they were asked for since the last change
         self.pairs = Pairs()
         if not settings.discover:  # else they are names, and discovery.py adds the workers
             for role, addresses in ((Role.PREFILL, settings.prefill), (Role.DECODE, settings.decode)):
@@ -90,11 +89,20 @@ class Fleet:
     @property
     def shortest_context(self) -> int | None:
         """Tokens of the shortest context that a worker has said; None: none has."""
-        if not self._shortest_known:
+        return self._extreme_contexts()[0]
+
+    @property
+    def longest_context(self) -> int | None:
+        """Tokens of the longest context; None: a worker has not said its own."""
+        return self._extreme_contexts()[1]
+
+    def _extreme_contexts(self) -> tuple[int | None, int | None]:
+        if self._contexts is None:
             said = [one.endpoint.report.max_model_len for one in self]
-            self._shortest = min((tokens for tokens in said if tokens is not None), default=None)
-            self._shortest_known = True
-        return self._shortest
+            known = [tokens for tokens in said if tokens is not None]
+            longest = max(known) if known and len(known) == len(said) else None
+            self._contexts = min(known, default=None), longest
+        return self._contexts
 
     def with_engine(self, engine: EngineId) -> Worker | None:
         """The worker whose latest healthy incarnation has this engine_id."""
@@ -147,11 +155,11 @@ class Fleet:
     def _join(self, role: Role, address: Address) -> Worker:
         worker = Worker(address, role, self._settings, self._events)
         self._of[role][worker.name] = worker
-        self._shortest_known = False
+        self._contexts = None
         return worker
 
     def _changed(self, worker: Worker) -> None:
-        self._shortest_known = False
+        self._contexts = None
         self._on_changed(worker)
 
     def _watch(self, worker: Worker) -> None:
@@ -196,7 +204,7 @@ class Fleet:
     def _forget(self, worker: Worker) -> None:
         if self._of[worker.role].pop(worker.name, None) is not worker:
             return
-        self._shortest_known = False
+        self._contexts = None
         watch = self._watches.pop(worker, None)
         if watch is not None:
             self._end(watch)
