@@ -77,6 +77,14 @@ def test_commands_with_commands_of_their_own_list_them(capsys: pytest.CaptureFix
     assert "drain" in capsys.readouterr().out
 
 
+def test_what_may_be_left_out_is_not_demanded(capsys: pytest.CaptureFixture[str]) -> None:
+    """A topology, and the names of keys."""
+    assert build_parser().parse_args(["up"]).topology == "1p1d"
+    with pytest.raises(SystemExit):
+        main(["keys", "new", "--help"])
+    assert "kvbelt keys new [options] DIR [NAME …]" in capsys.readouterr().out
+
+
 def test_help_loads_no_command() -> None:
     """That is what makes it quick."""
     heavy = "{'asyncio', 'kvbelt.ops.up', 'kvbelt.routing', 'kvbelt.settings'} & sys.modules.keys()"

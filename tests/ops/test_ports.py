@@ -1,5 +1,6 @@
 """Ports: the seed's numbers, free ones, and busy ones."""
 
+import dataclasses
 import socket
 
 import pytest
@@ -35,6 +36,15 @@ def test_worker_port_is_moved_by_auto_ports(listener):
     """The flag for worker ports is --auto-ports."""
     with pytest.raises(StartError, match=r"for prefill-0 .*--auto-ports"):
         check_free([PortUse(listener, "prefill-0", "--auto-ports")])
+
+
+def test_the_notification_port_is_moved_by_auto_ports():
+    """The error says with which option another one is chosen."""
+    notify = free_ports(Topology(1, 1)).notify
+    with socket.create_server(("127.0.0.1", notify)):
+        ports = dataclasses.replace(free_ports(Topology(1, 1)), notify=notify)
+        with pytest.raises(StartError, match=rf"port {notify} for the proxy's notifications .* with --auto-ports$"):
+            check_free(list(ports.uses("127.0.0.1")))
 
 
 def test_two_owners_of_one_port_are_both_named():

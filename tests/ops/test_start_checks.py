@@ -2,12 +2,18 @@
 
 import io
 import json
+import os
+import socket
+import time
 
 import pytest
 
+from kvbelt.cli import main
 from kvbelt.errors import StartError
-from kvbelt.ops import model_cache, start_checks
+from kvbelt.ops import model_cache, start_checks, up
 from kvbelt.ops.losses import meaning
+from kvbelt.ops.ports import free_ports
+from kvbelt.ops.running import RunningDeployment, announced
 from kvbelt.ops.start_checks import (
     crowded,
     own_weight_bytes,
@@ -18,7 +24,6 @@ from kvbelt.ops.start_checks import (
 )
 from kvbelt.ops.terminal import Terminal
 from kvbelt.ops.tiny_model import tiny_model_dir
-from kvbelt.ops.up import with_model
 
 
 @pytest.fixture
@@ -75,8 +80,30 @@ def test_memory_is_checked_before_a_model_is_made(spec, tmp_path, monkeypatch):
     monkeypatch.setenv("KVBELT_CACHE", str(tmp_path))
     monkeypatch.setattr(start_checks, "_available", lambda: 1_000_000_000)
     with pytest.raises(StartError, match=r"2 workers need 1\.8 GB"):
-        with_model(spec, "demo", Terminal(io.StringIO()))
+        up.with_model(spec, "demo", Terminal(io.StringIO()))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ports_are_checked_before_a_model_is_made(tmp_path, monkeypatch, capsys):
+    """The one that is taken is named with its option; and what runs already, with how it is stopped."""
+    monkeypatch.setenv("KVBELT_CACHE", str(tmp_path))
+    (tmp_path / "control").touch()
+    runs = RunningDeployment(
+        pid=os.getpid(), url="http://127.0.0.1:9100", topology="1p1d", model="demo", started=time.time() + 3600,
+        admin_key_file="", control=str(tmp_path / "control"), processes=(),
+    )  # fmt: skip
+    monkeypatch.setattr(up, "seed_ports", lambda topology, proxy: free_ports(topology, proxy=proxy))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = ["up", "--model", "tiny", "--port", str(port)]
+        assert main(command) == 2
+        assert f"port {port} for the proxy on 127.0.0.1: already in use" in capsys.readouterr().err
+        with announced(runs):
+            assert main(command) == 2
+            said = capsys.readouterr().err
+    assert "choose another with --port N or --auto-ports. A deployment runs already since 0 s: 1p1d at" in said
+    assert f"stop it with: kill {os.getpid()}" in said
+    assert not list(tmp_path.glob("tiny*"))
 
 
 def test_the_known_sizes_are_those_of_the_models(tmp_path):

@@ -180,6 +180,14 @@ def test_another_server_is_an_error(capsys, flags):
     assert url in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_without_the_key_the_answer_says_how_it_is_given(served, capsys):
+    """Not in HTTP's words."""
+    name = f"127.0.0.1:{served.deployment.decode[0].port}"
+    assert main(["workers", "--url", served.url, "drain", name]) == 2
+    said = capsys.readouterr().err
+    assert f"the proxy at {served.url} wants its admin key: --admin-key-file FILE, or $KVBELT_ADMIN_KEY_FILE" in said
+
+
 def test_the_key_file_may_be_named_by_the_environment(served, key_file, monkeypatch):
     """The variable replaces the flag."""
     monkeypatch.setenv("KVBELT_ADMIN_KEY_FILE", str(key_file))
