@@ -16,11 +16,12 @@ _PIECE = 256 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """``sequences``, ``json_parts`` and ``fields`` hold in the proxy and in workers, the others in embedded workers.
+    """The first four hold in the proxy and in workers, the others in embedded workers.
 
     vLLM has limits of its own, some of them the same.
     """
 
+    body_bytes: int = 16 * 1024 * 1024  #: a million tokens take 9 MB at most, as ids or as escaped text
     sequences: int = 1024  #: prompts times n; vLLM's number of prompts
     json_parts: int = 262_144  #: objects, lists and strings in a body, and quarters of its commas
     fields: int = 1024  #: of the body's object

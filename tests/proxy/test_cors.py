@@ -3,6 +3,7 @@
 import pytest
 
 from kvbelt.cli import build_parser
+from kvbelt.limits import Limits
 from tests.http.support import Raw
 from tests.proxy.support import Deployment, async_test
 
@@ -42,7 +43,7 @@ async def test_every_answer_to_a_page_may_be_read(more):
 
 @async_test
 async def test_a_refusal_before_routing_may_be_read_too():
-    async with Deployment(max_body_bytes=10) as deployment, Raw(deployment.proxy.port) as raw:
+    async with Deployment(limits=Limits(body_bytes=10)) as deployment, Raw(deployment.proxy.port) as raw:
         raw.send(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nOrigin: http://a\r\nContent-Length: 11\r\n\r\n")
         answer = await raw.until_closed()
         assert answer.startswith(b"HTTP/1.1 413")

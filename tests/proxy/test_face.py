@@ -54,7 +54,7 @@ async def test_a_wrong_body_is_400_and_the_next_request_is_unharmed(body):
 @async_test
 async def test_too_large_a_body_is_413():
     """A body above the limit gets 413."""
-    async with Deployment(max_body_bytes=100) as deployment:
+    async with Deployment(limits=Limits(body_bytes=100)) as deployment:
         assert (await deployment.ask({"prompt": "x" * 200})).status == 413
 
 

@@ -242,6 +242,20 @@ def test_parts_and_tool_calls_of_all_messages_are_limited_together(ready, messag
     assert "4 parts and tool calls, and 3 are allowed; send fewer, or raise --limit message_parts=N" in error["message"]
 
 
+def test_too_large_a_body_is_413(ready):
+    """In the proxy's words."""
+    ready.limits = Limits(body_bytes=100)
+    reply = TestClient(make_app(ready)).post(BOTH[0], json={"prompt": "x" * 200})
+    assert (reply.status_code, "larger than the limit of 100 bytes" in reply.json()["error"]["message"]) == (413, True)
+
+
+def test_a_model_of_a_long_name_is_refused(ready):
+    """Errors name the model."""
+    reply = TestClient(make_app(ready)).post(BOTH[0], json={"prompt": [5], "model": "m" * 1025})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "model")
+    assert len(reply.content) < 300
+
+
 @pytest.mark.parametrize("path", BOTH)
 def test_a_body_of_too_many_fields_is_refused(ready, path):
     ready.limits = Limits(fields=9)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class ServerLimits:
     #: Request line and headers. nginx takes 32 KiB, Node 16 KiB.
     head_bytes: int = 32 * 1024
-    #: A body; larger ones get 413. 32 MiB holds a million-token prompt as text or ids.
+    #: A body; larger ones get 413.
     body_bytes: int = 32 * 1024 * 1024
     #: From the first byte of a head to its last.
     head_seconds: float = 10.0

@@ -58,7 +58,7 @@ class Proxy:
         self.notification_port = 0  #: set by ``start``
         self._server = Server(
             self._handle,
-            limits=ServerLimits(body_bytes=settings.max_body_bytes),
+            limits=ServerLimits(body_bytes=settings.limits.body_bytes),
             refusal=self._refusal,
         )
         self._cors = Cors(settings.allowed_origins)

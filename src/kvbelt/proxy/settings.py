@@ -51,7 +51,6 @@ class ProxySettings:
     late_seconds: float = 0.5  #: a worker silent for longer is passed over while there is another one
     warm_seconds: float = 2.0  #: how long a new worker's connections may take before it gets requests
     rewarm_seconds: float = 240.0  #: between two checks of these connections
-    max_body_bytes: int = 32 * 1024 * 1024
     max_answer_bytes: int = 256 * 1024 * 1024  #: of a worker's answer that is not streamed
     placement: Mode = Mode.ELASTIC
     min_prompt_tokens: int = 0  #: shorter prompts are not split
@@ -107,7 +106,7 @@ class ProxySettings:
                 raise SettingsError(f"a {role} worker is given twice: {names}")
         for name in (
             "deadline_seconds", "kv_wait_seconds", "max_attempts", "connect_seconds", "health_interval_seconds",
-            "health_timeout_seconds", "late_seconds", "warm_seconds", "rewarm_seconds", "max_body_bytes",
+            "health_timeout_seconds", "late_seconds", "warm_seconds", "rewarm_seconds",
             "max_answer_bytes", "slo_ttft_ms", "records_kept", "discover_seconds", "max_waiting", "max_wait_seconds",
         ):  # fmt: skip
             if not getattr(self, name) > 0:

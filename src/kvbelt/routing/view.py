@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import msgspec
 
 from kvbelt.wire.lenient import NO_TEXT
+from kvbelt.wire.requests import ModelName
 
 _Count = Annotated[int, NO_TEXT]
 
@@ -20,7 +21,7 @@ class StreamOptions(msgspec.Struct, frozen=True):
 class RequestView(msgspec.Struct, frozen=True, kw_only=True):
     """A completion or chat request. ``None``: the client left the field out, or sent null."""
 
-    model: str | None = None
+    model: ModelName | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None

@@ -29,10 +29,11 @@ class ResponseFormat(msgspec.Struct, frozen=True):
 
 
 Count = Annotated[int, NO_TEXT]
+ModelName = Annotated[str, Meta(max_length=1024)]  #: errors name it, and the proxy keeps what it learns by it
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    model: str | None = None
+    model: ModelName | None = None
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None

@@ -39,7 +39,6 @@ from kvbelt.worker.messages import continued_text
 from kvbelt.worker.metrics import Gaps
 from kvbelt.worker.requests import (
     ITL_HEADER,
-    MAX_BODY_BYTES,
     parse_chat,
     parse_completion,
     parse_handoff,
@@ -68,7 +67,7 @@ class _ClientGoneError(Exception):
     """The client closed its connection."""
 
 
-async def _body_of(receive: Receive, max_bytes: int = MAX_BODY_BYTES) -> bytes:
+async def _body_of(receive: Receive, max_bytes: int) -> bytes:
     parts: list[bytes] = []
     size = 0
     while True:
@@ -78,7 +77,7 @@ async def _body_of(receive: Receive, max_bytes: int = MAX_BODY_BYTES) -> bytes:
         parts.append(message.get("body", b""))
         size += len(parts[-1])
         if size > max_bytes:
-            raise RequestError(f"the request body is larger than {max_bytes} bytes; send less", status=413)
+            raise RequestError(f"the request's body is larger than the limit of {max_bytes} bytes", status=413)
         if not message.get("more_body", False):
             return b"".join(parts)
 
@@ -100,7 +99,7 @@ class GenerateEndpoint:
         if not _REQUEST_ID.match(request_id):
             request_id = uuid.uuid4().hex
         try:
-            body = await _body_of(receive)
+            body = await _body_of(receive, self._service.limits.body_bytes)
         except RequestError as error:
             await error_response(error)(scope, receive, send)
             return

@@ -26,7 +26,6 @@ _MISSING = re.compile(r"Object missing required field `(\w+)`\Z")
 
 ITL_HEADER = "x-kvbelt-itl-ms"  #: the level between tokens that the proxy wants for a request
 
-MAX_BODY_BYTES = 32 * 1024 * 1024  #: larger bodies are refused; a 1 M token prompt as ids has about 8 MB
 MAX_LOGPROBS = 20  #: OpenAI's limit
 MAX_CHOICES = 128  #: likewise
 

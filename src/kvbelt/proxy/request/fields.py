@@ -77,7 +77,7 @@ class Fields:
 
     def __init__(self, members: Mapping[str, splice.Value], *, chat: bool) -> None:
         """Raises RequestError 400: a field is wrong."""
-        self.names = frozenset(name for name, value in members.items() if bytes(value) != splice.NULL)
+        self.names = frozenset(name for name, value in members.items() if memoryview(value) != splice.NULL)
         read = VIEWED if chat else VIEWED - CHAT_ONLY
         try:
             view = self.view = _viewed(splice.object_of({name: members[name] for name in members if name in read}))
