@@ -9,6 +9,7 @@ from kvbelt.errors import SettingsError
 from kvbelt.ops.arguments import placement_arguments
 from kvbelt.proxy.settings import Address, ProxySettings
 from kvbelt.routing.levels import ServiceLevels
+from kvbelt.routing.placement import Mode
 from tests.proxy.support import Deployment, async_test
 
 BODY = {"prompt": "hello", "max_tokens": 12, "temperature": 0}
@@ -64,3 +65,17 @@ def test_kvbelt_up_hands_every_level_on():
     given += ["--min-prompt-tokens", "7"]
     for command in (["proxy"], ["up", "1p1d"]):
         assert list(placement_arguments(build_parser().parse_args([*command, *given]))) == given
+
+
+@pytest.mark.parametrize(
+    ("settings", "itl"),
+    [
+        ({"prefill": (Address("a", 2),)}, 0.05),
+        ({}, None),
+        ({"prefill": (Address("a", 2),), "placement": Mode.WHOLE}, None),
+        ({"placement": Mode.WHOLE, "slo_itl_ms": 30.0}, 0.03),
+    ],
+)
+def test_only_where_requests_can_be_split_is_there_a_level_between_tokens_by_default(settings, itl):
+    """Prompts that are cut take longer, and whole requests must take no longer than on plain servers."""
+    assert ProxySettings(decode=(Address("a", 1),), **settings).levels.itl == itl

@@ -100,9 +100,9 @@ def limit_arguments(args: argparse.Namespace) -> tuple[str, ...]:
 _LEVELS: dict[str, dict[str, Any]] = {
     "ttft": {"type": positive_number, "default": 500.0, "help": "level to first token"},
     "itl": {
-        "type": level, "default": 50.0,
+        "type": level,
         "help": "level between two tokens, for 99 of 100: prompts beside running requests are cut to it "
-        "(default: %(default)g; 0: none)",
+        "(default: 50; none with --placement whole or without prefill workers; 0: none)",
     },
     "tpot": {"type": level, "default": 0.0, "help": "level between tokens on average (default: none)"},
 }  # fmt: skip
@@ -122,5 +122,6 @@ def add_placement(parser: _Options) -> None:
 
 def placement_arguments(args: argparse.Namespace) -> tuple[str, ...]:
     """The command line of what ``add_placement`` has read."""
-    levels = [word for name in _LEVELS for word in (f"--slo-{name}-ms", f"{getattr(args, f'slo_{name}_ms'):g}")]
+    given = {name: getattr(args, f"slo_{name}_ms") for name in _LEVELS}
+    levels = [word for name, ms in given.items() if ms is not None for word in (f"--slo-{name}-ms", f"{ms:g}")]
     return ("--placement", args.placement, *levels, "--min-prompt-tokens", str(args.min_prompt_tokens))

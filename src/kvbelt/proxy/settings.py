@@ -12,6 +12,7 @@ from kvbelt.security.keys import Keys
 from kvbelt.security.loopback import require_keys_beyond_loopback
 from kvbelt.wire.hosts import is_host, is_port
 
+SPLIT_ITL_MS = 50.0  #: the level between tokens where requests can be split
 MAX_RECORDED_PROMPT = 10_000  #: characters of a prompt that a record may hold
 
 
@@ -56,7 +57,9 @@ class ProxySettings:
     min_prompt_tokens: int = 0  #: shorter prompts are not split
     # The service levels, in milliseconds, of requests that do not say their own.
     slo_ttft_ms: float = 500.0
-    slo_itl_ms: float = 50.0  #: 0: none. A vLLM server is to keep it by computing less of a prompt at once
+    #: 0: none; None: 50 where requests can be split, else none. Workers keep it by computing less of a prompt at once,
+    #: which costs TTFT: a deployment of whole requests must not be slower than plain servers.
+    slo_itl_ms: float | None = None
     slo_tpot_ms: float = 0.0  #: 0: none
     max_waiting: int = 1024  #: requests that may wait for a worker; a further one is refused
     max_wait_seconds: float = 30.0  #: for a worker
@@ -94,7 +97,7 @@ class ProxySettings:
         if self.otlp_endpoint and not self.otlp_endpoint.startswith(("http://", "https://")):
             raise SettingsError(f"otlp_endpoint is {self.otlp_endpoint!r}; say http://HOST:4318, OTLP over HTTP")
         for name in ("slo_itl_ms", "slo_tpot_ms"):
-            if not 0.0 <= getattr(self, name) < inf:
+            if not 0.0 <= (getattr(self, name) or 0.0) < inf:
                 raise SettingsError(f"{name} is {getattr(self, name)}; give milliseconds between tokens, or 0 for none")
         if not 0.0 <= self.trace_ratio <= 1.0:
             raise SettingsError(f"trace_ratio is {self.trace_ratio}; it lies between 0 and 1")
@@ -115,7 +118,10 @@ class ProxySettings:
     @property
     def levels(self) -> ServiceLevels:
         """Of requests that do not say their own."""
-        return ServiceLevels(self.slo_ttft_ms / 1e3, self.slo_itl_ms / 1e3 or None, self.slo_tpot_ms / 1e3 or None)
+        itl_ms = self.slo_itl_ms
+        if itl_ms is None:
+            itl_ms = SPLIT_ITL_MS if self.prefill and self.placement is not Mode.WHOLE else 0.0
+        return ServiceLevels(self.slo_ttft_ms / 1e3, itl_ms / 1e3 or None, self.slo_tpot_ms / 1e3 or None)
 
 
 def addresses_of(kind: str, hosts: Sequence[str], ports: Sequence[int], count: int | None) -> tuple[Address, ...]:

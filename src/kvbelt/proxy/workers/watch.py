@@ -143,7 +143,7 @@ class Worker:
         self._timeout = settings.health_timeout_seconds
         self._late = settings.late_seconds
         self._events = events
-        self._describe = vllm_dialect.describe_question(settings.slo_itl_ms / 1e3)
+        self._describe = vllm_dialect.describe_question(settings.levels.itl or 0.0)
         self._ask_now = asyncio.Event()
         self._known = asyncio.Event()
         self._lives: EngineId | None = None  # the engine that its answers are of
