@@ -96,6 +96,20 @@ def test_a_frame_fits_its_terminal(state, width):
     assert max(map(len, frame_of(state, url="u" * 200, width=width))) <= width
 
 
+def test_a_frame_says_all_of_what_is_wrong_on_a_narrow_terminal(state):
+    """Sentences are wrapped, and columns left out whole."""
+    state["alarms"] = [
+        {"severity": "warning", "subject": "first_token_ms", "alert": "DisaggHighTTFT",
+         "what": "the slowest first tokens take 783 ms", "change": "kvbelt why of a slow request; kvbelt doctor"}
+    ]  # fmt: skip
+    lines = frame_of(state, url="u", width=60)
+    assert "warning: the slowest first tokens take 783 ms; kvbelt why of a slow request; kvbelt doctor" in " ".join(
+        line.strip() for line in lines
+    )
+    (head,) = [line for line in lines if line.startswith("WORKER")]
+    assert head.split() == ["WORKER", "ROLE", "STATE", "RUN", "WAIT", "KV", "USED"]
+
+
 def test_without_a_terminal_it_prints_one_frame(served, capsys):
     """As in a pipe."""
     assert main(["top", "--url", served.url]) == 0

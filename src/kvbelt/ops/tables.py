@@ -1,5 +1,6 @@
-"""Tables for terminals; ``table`` is also valid Markdown. Pure."""
+"""Tables and sentences for terminals; ``table`` is also valid Markdown. Pure."""
 
+import textwrap
 from collections.abc import Collection, Sequence
 
 
@@ -28,6 +29,12 @@ def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[
         ).rstrip()
         for row in rows
     ]
+
+
+def wrapped(line: str, width: int) -> list[str]:
+    """A line broken at words, with the later lines under the first one."""
+    indent = " " * (len(line) - len(line.lstrip()))
+    return [line] if len(line) <= width else textwrap.wrap(line, width, subsequent_indent=f"{indent}  ")
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> str:

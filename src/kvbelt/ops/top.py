@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(proxy.pretty(place))
     elif args.once or not (sys.stdin.isatty() and sys.stdout.isatty()):
-        width = shutil.get_terminal_size((100, 24)).columns
+        width = shutil.get_terminal_size((120, 40)).columns
         print("\n".join(frame(proxy.get(place, CONSOLE_STATE), url=proxy.url, width=width)))
     else:
         from kvbelt.ops.top_app import TopApp, light_terminal  # noqa: PLC0415 -- Textual is only for this

@@ -4,11 +4,9 @@ import time
 from collections.abc import Iterator
 
 from kvbelt.ops.bars import bytes_of, milliseconds
-from kvbelt.ops.tables import aligned
+from kvbelt.ops.tables import aligned, wrapped
 from kvbelt.ops.top_view import NONE, WORKERS, rate, uptime
 from kvbelt.wire.console import ConsoleState, LastError, LiveStats
-
-_RIGHT = frozenset(index for index, column in enumerate(WORKERS) if column.right)
 
 
 def frame(state: ConsoleState, *, url: str, width: int = 100) -> list[str]:
@@ -17,7 +15,7 @@ def frame(state: ConsoleState, *, url: str, width: int = 100) -> list[str]:
     Args:
         state: what the proxy answered.
         url: of the proxy, for the first line.
-        width: of the terminal, in characters; longer lines are cut.
+        width: of the terminal, in characters. Sentences are wrapped, and columns for which there is no room left out.
     """
     proxy, live = state.proxy, state.live
     clock = time.strftime("%H:%M:%S UTC", time.gmtime(proxy.time))
@@ -28,6 +26,9 @@ def frame(state: ConsoleState, *, url: str, width: int = 100) -> list[str]:
         f"{rate(live.tokens_per_second)} tokens/s",
         f"{rate(live.errors_per_second)} errors/s",
     )
+    columns = [column for column in WORKERS if column.least_width <= width]
+    right = {index for index, column in enumerate(columns) if column.right}
+    rows = [[column.shown(worker) for column in columns] for worker in state.workers]
     lines = [
         f"kvbelt {proxy.version} at {url}, {model}, up {uptime(proxy.uptime_seconds)}, {clock}",
         f"last {live.seconds:.0f} s: {', '.join(rates)}",
@@ -36,18 +37,13 @@ def frame(state: ConsoleState, *, url: str, width: int = 100) -> list[str]:
         "",
         *aligned([("", "P50", "P99"), *_times(live)], {1, 2}),
         "",
-        *aligned([[column.title for column in WORKERS], *_rows(state)], _RIGHT),
+        *aligned([[column.title for column in columns], *rows], right),
     ]
     lines += [f"{worker.worker}: {worker.detail}" for worker in state.workers if worker.detail]
     if live.last_errors:
         lines += ["", "LAST ERRORS"]
         lines += [_error(error) for error in live.last_errors]
-    return [line[:width] for line in lines]
-
-
-def _rows(state: ConsoleState) -> Iterator[list[str]]:
-    for worker in state.workers:
-        yield [column.shown(worker) for column in WORKERS]
+    return [piece[:width] for line in lines for piece in wrapped(line, width) or [""]]
 
 
 def _times(live: LiveStats) -> Iterator[tuple[str, ...]]:

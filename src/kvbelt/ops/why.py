@@ -7,7 +7,6 @@ Without an id it shows the last request; with ``--list`` the last ones, one per 
 import argparse
 import shutil
 import sys
-import textwrap
 import time
 from collections.abc import Sequence
 from urllib.parse import quote
@@ -17,7 +16,7 @@ from kvbelt.ops import proxy_client, waterfall
 from kvbelt.ops.arguments import positive_int
 from kvbelt.ops.bars import milliseconds
 from kvbelt.ops.parser import add_examples
-from kvbelt.ops.tables import table
+from kvbelt.ops.tables import table, wrapped
 from kvbelt.wire import reasons
 from kvbelt.wire.request_record import REQUEST_LIST, REQUEST_RECORD, DoneTransfer, RequestRecord
 
@@ -85,13 +84,7 @@ def describe(record: RequestRecord, *, width: int = 100, plain: bool = False) ->
         lines.append(f"  KV: {record.kv}")
     if record.prompt is not None:
         lines.append(f"  prompt: {record.prompt}")
-    return [piece for line in (*lines, *chart) for piece in _wrapped(line, width)]
-
-
-def _wrapped(line: str, width: int) -> list[str]:
-    """At words, with the later lines under the first one."""
-    indent = " " * (len(line) - len(line.lstrip()))
-    return [line] if len(line) <= width else textwrap.wrap(line, width, subsequent_indent=f"{indent}  ")
+    return [piece for line in (*lines, *chart) for piece in wrapped(line, width)]
 
 
 def _decision(record: RequestRecord) -> list[str]:
