@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import re
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -108,3 +109,16 @@ def test_progress_is_redrawn_in_place_on_a_terminal(monkeypatch):
         "up | a ready after 2.0 s",
         "up | proxy ready after 2.0 s",
     ]
+
+
+def test_a_redrawn_line_stays_one_line_on_a_narrow_terminal(monkeypatch):
+    """Its end is left out."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    tty = TtyStream()
+    board = StartBoard(["a", "proxy"], Terminal(tty, colour=False))
+    board.show(["ready", f"waiting: 127.0.0.1:7200: {'x' * 40}"], 1.0)
+    board.close()
+    shown = re.split(r"[\r\n]", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", tty.getvalue()))
+    assert max(map(len, shown)) <= 40
+    assert {line[-1] for line in shown if "waiting" in line} == {"…"}

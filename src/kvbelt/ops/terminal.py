@@ -118,6 +118,7 @@ class Terminal:
         from rich.text import Text  # noqa: PLC0415 -- only a terminal pays for it
 
         shown = Text("\n").join(map(Text.from_ansi, lines))
+        shown.no_wrap, shown.overflow = True, "ellipsis"
 
         def draw() -> None:
             if self._live is None:

@@ -130,8 +130,8 @@ def _dead(worker: WorkerSeen, evidence: Evidence) -> Finding:
         Severity.ERROR,
         f"{worker.role} worker {worker.name} {what}",
         _without(worker, evidence),
-        f"{look}start it again: kvbelt worker --role {worker.role} --port {port} … (where kvbelt up runs it: kvbelt "
-        f"workers restart {worker.role}-N), or remove it: kvbelt workers remove {worker.name}",
+        f"{look}start it again: kvbelt workers restart {worker.name} if kvbelt up runs it, else kvbelt worker --role "
+        f"{worker.role} --port {port} …; or remove it: kvbelt workers remove {worker.name}",
         (worker.answer, *([f"the proxy says: {worker.state}, {worker.detail}"] if worker.detail else [])),
     )
 
