@@ -32,12 +32,12 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
-    Command("demo", _START, "start 1p1d, ask one question, show where its time went", "demo"),
+    Command("demo", _START, "start a prefill and a decode worker, ask one question, show where its time went", "demo"),
     Command("up", _START, "start a whole deployment: workers, belt and proxy", "up"),
     Command("doctor", _START, "find what is wrong, causes first: before a start, or while it runs", "doctor.command"),
     Command("top", _WATCH, "watch workers, rates and times in the terminal", "top"),
     Command("why", _WATCH, "show where one request's time went, and why it took its path", "why"),
-    Command("workers", _WATCH, "list, add, drain and remove workers", "workers"),
+    Command("workers", _WATCH, "list, add, drain, remove, restart and replace workers", "workers"),
     Command("proxy", _PARTS, "the OpenAI API in front of prefill and decode workers", "proxy_command"),
     Command("worker", _PARTS, "one prefill or decode worker with the embedded engine", "worker_command"),
     Command("keys", _PARTS, "make keys for the control sockets", "keys_command"),
@@ -60,7 +60,7 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
         groups.setdefault(command.group, []).append(command.name)
     parser = GroupedParser(
         prog="kvbelt",
-        description="Disaggregated prefill for LLM serving.",
+        description="Serves a language model on prefill workers and decode workers, behind one OpenAI API.",
         epilog="kvbelt COMMAND --help has examples. Documentation: https://github.com/kvbelt/kvbelt/tree/main/docs",
         usage="kvbelt COMMAND …",
         groups=groups,

@@ -57,7 +57,7 @@ def origins(text: str) -> tuple[str, ...]:
 
 def count(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of workers")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
     return int(text)
 
 
@@ -98,13 +98,13 @@ def limit_arguments(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 _LEVELS: dict[str, dict[str, Any]] = {
-    "ttft": {"type": positive_number, "default": 500.0, "help": "level to first token"},
+    "ttft": {"type": positive_number, "default": 500.0, "help": "service level: time to the first token"},
     "itl": {
         "type": level,
-        "help": "level between two tokens, for 99 of 100: prompts beside running requests are cut to it "
-        "(default: 50; none with --placement whole or without prefill workers; 0: none)",
+        "help": "service level: time between two tokens, for 99 of 100; prompts are computed in pieces so that "
+        "requests beside them keep it (default: 50; none with --placement whole or without prefill workers; 0: none)",
     },
-    "tpot": {"type": level, "default": 0.0, "help": "level between tokens on average (default: none)"},
+    "tpot": {"type": level, "default": 0.0, "help": "service level: mean time between tokens (default: none)"},
 }  # fmt: skip
 
 

@@ -62,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--once", action="store_true", help="exit after the answer")
     parser.add_argument("--prompt", default=QUESTION, metavar="TEXT", help="the question")
     parser.add_argument("--max-tokens", type=positive_int, default=60, metavar="N", help="longest answer, in tokens")
-    parser.add_argument("--verbose", action="store_true", help="show the workers' logs")
+    parser.add_argument("--logs", action="store_true", help="show what the processes log")
+    parser.add_argument("--verbose", dest="logs", action="store_true", help=argparse.SUPPRESS)  # the older name
     add_examples(
         parser,
         ("kvbelt demo", "ask, show where the time went, and serve on until Ctrl-C"),
@@ -71,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    terminal = Terminal(show_logs=args.verbose)
+    terminal = Terminal(show_logs=args.logs)
 
     async def serve(deployment: Deployment, stop: asyncio.Event) -> int:
         async with controlled(deployment, terminal, args.model, os.getpid()):

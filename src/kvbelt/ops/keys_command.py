@@ -10,7 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     words = parser.add_subparsers(required=True, metavar="COMMAND")
     new = words.add_parser("new", help="make keys: DIR/NAME.key_secret for each process, DIR/trusted for all")
     new.add_argument("dir", type=Path, metavar="DIR", help="the folder to write to")
-    about = "one for each process (default: proxy prefill decode); the proxy's is proxy"
+    about = "a name for each process; the proxy's must be proxy (default: proxy prefill decode)"
     new.add_argument("names", nargs="*", metavar="NAME", help=about)
     new.usage = "%(prog)s [options] DIR [NAME …]"  # Python before 3.13 writes that one name is needed
     add_examples(

@@ -57,7 +57,7 @@ def add_url_argument(parser: argparse.ArgumentParser, *, default: str | None = N
 def add_key_argument(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
     parser.add_argument(
         "--admin-key-file", type=Path, default=default, metavar="FILE",
-        help=f"the proxy's admin key (default: ${KEY_VARIABLE})",
+        help=f"the proxy's admin key (default: ${KEY_VARIABLE}, else that of the deployment that you run)",
     )  # fmt: skip
 
 

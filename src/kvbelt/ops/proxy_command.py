@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     keys = parser.add_argument_group("keys")
     add_worker_key(keys)
     add = keys.add_argument
-    add("--key-file", type=Path, metavar="FILE", help="this proxy's secret key, of kvbelt keys new (default: none)")
+    add(
+        "--key-file", type=Path, metavar="FILE", help="this proxy's secret key, made by kvbelt keys new (default: none)"
+    )
     add("--trusted-keys-dir", type=Path, metavar="DIR", help="the prefill workers' public keys (default: none)")
     add("--insecure", action="store_true", help="accept notifications beyond loopback without keys")
     add(
@@ -71,8 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_addresses(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("addresses").add_argument
-    add("--host", default="127.0.0.1", help="where clients come in")
-    add("--port", type=port, default=9100, help="its port")
+    add("--host", default="127.0.0.1", help="the address to listen on")
+    add("--port", type=port, default=9100, help="the port to listen on")
     # The second names are those of LMCache's proxy.
     for kind, other, word, first in (
         ("prefill", "prefiller", "prefillers", 7100), ("decode", "decoder", "decoders", 7200),
@@ -81,7 +83,7 @@ def _add_addresses(parser: argparse.ArgumentParser) -> None:
             help=f"the {kind} workers' hosts")  # fmt: skip
         add(f"--{kind}-port", f"--{other}-port", type=ports, default=[first], metavar="PORT[,PORT]",
             help="one for all of them, or one for each")  # fmt: skip
-        add(f"--num-{word}", type=count, metavar="N", help="on consecutive ports (default: 1)")
+        add(f"--num-{word}", type=count, metavar="N", help="how many, on consecutive ports (default: 1)")
     add(
         "--discover", action="store_true", help="the hosts are DNS names, looked up regularly; each address is a worker"
     )
@@ -89,7 +91,7 @@ def _add_addresses(parser: argparse.ArgumentParser) -> None:
         about = "taken for LMCache's command lines (default: what decode workers tell, which is always used)"
         add(f"--decoder-{name}-port", type=ports, metavar="PORT[,PORT]", help=about)
     add("--notify-host", "--proxy-host", default="127.0.0.1", metavar="HOST", help="where workers report transfers")
-    add("--notify-port", "--proxy-port", type=port, default=7500, metavar="PORT", help="its port")
+    add("--notify-port", "--proxy-port", type=port, default=7500, metavar="PORT", help="and at which port")
 
 
 def _add_records(parser: argparse.ArgumentParser) -> None:

@@ -68,8 +68,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     levels = parser.add_argument_group("service levels")
     add = levels.add_argument
     add("--slo-ttft-ms", type=positive_number, default=500.0, metavar="MS", help="default: %(default)g")
-    add("--slo-itl-ms", type=positive_number, default=50.0, metavar="MS", help="of B (default: %(default)g)")
-    add("--slo-tpot-ms", type=positive_number, default=25.0, metavar="MS", help="of A (default: %(default)g)")
+    add(
+        "--slo-itl-ms",
+        type=positive_number,
+        default=50.0,
+        metavar="MS",
+        help="between two tokens, for 99 of 100; with TTFT it is B (default: %(default)g)",
+    )
+    add(
+        "--slo-tpot-ms",
+        type=positive_number,
+        default=25.0,
+        metavar="MS",
+        help="between tokens, on average; with TTFT it is A (default: %(default)g)",
+    )
     add("--keep", choices=("itl", "tpot"), default="itl", help="the level that placement keeps (default: %(default)s)")
     workers = parser.add_argument_group("workers")
     add = workers.add_argument

@@ -22,7 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--role", choices=[role.value for role in Role], help="what it does (default: as pd_role of the file says)")
     add("--model", required=True, metavar="DIR", help="a Hugging Face folder, or 'demo'")
     add("--served-model-name", metavar="NAME", help="what requests call the model (default: the folder's name)")
-    add("--config", type=Path, metavar="FILE.yaml", help="how KV travels (default: $LMCACHE_CONFIG_FILE)")
+    add(
+        "--config",
+        type=Path,
+        metavar="FILE.yaml",
+        help="the file with its role and how KV travels (default: $LMCACHE_CONFIG_FILE)",
+    )
     add("--host", default="127.0.0.1", help="where the proxy reaches it")
     add("--port", type=port, default=None, help="its port (default: 7100 prefill, 7200 decode)")
     add("--log-json", action="store_true", help="write the log as JSON, one object a line")
@@ -36,12 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--max-batch-tokens", type=positive_int, metavar="TOKENS",
-        help="tokens of a step, prefill chunks included (default: 512)",
+        help="most tokens of a step, prefill chunks included (default: 512)",
     )  # fmt: skip
-    add("--max-running", type=positive_int, metavar="N", help="requests of a step (default: 64)")
+    add("--max-running", type=positive_int, metavar="N", help="most requests that run at once (default: 64)")
     add(
         "--slo-itl-ms", type=positive_number, metavar="MS",
-        help="level between tokens of requests that name none: prompts beside them are cut to it (default: none)",
+        help="service level of requests that name none: time between tokens; prompts are computed in pieces so that "
+        "requests beside them keep it (default: none)",
     )  # fmt: skip
     add("--threads", type=positive_int, metavar="N", help="CPU threads of the model (default: torch's choice)")
     add("--no-prefix-caching", action="store_true", help="compute every prompt in full; reuse no cached prefix")

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--minutes", type=positive_number, default=default.seconds / 60, metavar="N", help="duration of the load")
     add("--seed", type=int, help="for faults and questions (default: a new one, which is printed)")
     add("--rate", type=positive_number, help="requests a second (default: by the machine's speed)")
-    add("--questions", type=positive_int, default=default.questions, metavar="N", help="how many different ones")
+    add("--questions", type=positive_int, default=default.questions, metavar="N", help="how many different prompts")
     add("--longest", type=positive_int, default=default.longest, metavar="TOKENS", help="longest prompts")
     add = parser.add_argument_group("faults").add_argument
     add("--every", type=positive_number, default=default.every, metavar="SECONDS", help="time between faults")

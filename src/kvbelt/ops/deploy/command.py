@@ -19,7 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     k8s.add_argument("--model", required=True, help="a model hub's name, or a path inside the workers")
     k8s.add_argument("--gpu", required=True, help="a100, b200, h100, h200, l4, l40s, or any")
     k8s.add_argument(
-        "--gpus-per-worker", type=positive_int, default=1, metavar="N", help="of each worker: its tensor parallelism"
+        "--gpus-per-worker",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="GPUs of each worker, which are its tensor-parallel degree",
     )
     k8s.add_argument("--namespace", default="inference", metavar="NAME", help="where everything runs")
     k8s.add_argument(
@@ -29,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--send-buffer-gb", type=positive_number, default=1.0, metavar="GIB", help="staging memory of a prefill worker"
     )
     k8s.add_argument(
-        "--receive-buffer-gb", type=positive_number, default=2.0, metavar="GIB", help="and of a decode worker"
+        "--receive-buffer-gb",
+        type=positive_number,
+        default=2.0,
+        metavar="GIB",
+        help="staging memory of a decode worker",
     )
     k8s.add_argument("--model-claim", metavar="PVC", help="a PersistentVolumeClaim to mount at /models (default: none)")
     k8s.add_argument(

@@ -33,10 +33,10 @@ from kvbelt.ops.topology import Topology
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Find what is wrong with the deployment that runs. With a topology, files or a model, or where none runs: "
-        "check this machine, the files and the ports before a start."
+        "Find what is wrong with the deployment that runs. With a topology, files or a model, or where\n"
+        "none runs: check this machine, the files and the ports before a start."
     )
-    parser.add_argument("topology", nargs="?", help="XpYd, as for kvbelt up: check its ports and its ratio")
+    parser.add_argument("topology", nargs="?", help="XpYd, as for kvbelt up: check its ports, memory and cores")
     add_url_argument(parser)
     parser.add_argument("--config", type=Path, action="append", default=[], metavar="FILE", nargs="+",
                         help="the YAML files of the workers")  # fmt: skip
