@@ -18,7 +18,7 @@ def test_a_small_body_is_left_to_its_parser():
     assert list(Limits().looking_through(b"\xff[[[" * 1000)) == []
 
 
-@pytest.mark.parametrize("part", [b"{", b"[", b'"a"', b"1,1,1,1,"])
+@pytest.mark.parametrize("part", [b"{", b"[", b'"a"', b"1,1,1,1,1,1,1,1,"])
 def test_parts_are_counted_across_pieces(part):
     """So many are allowed; one more is refused, before what follows is looked at."""
     body = b" " * (PIECE - 2) + part * 4

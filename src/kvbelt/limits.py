@@ -9,7 +9,7 @@ from kvbelt.errors import RequestError, SettingsError, context_exceeded
 
 OPTION = "--limit"
 
-_NUMBERS_A_PART = 4  #: numbers cost less to read than the other parts of a body, and prompts consist of them
+_NUMBERS_A_PART = 8  #: numbers cost less to read than the other parts of a body, and prompts consist of them
 #: Bytes of a body that are looked through before others get their turn, in about a millisecond.
 _PIECE = 256 * 1024
 
@@ -23,10 +23,10 @@ class Limits:
 
     body_bytes: int = 16 * 1024 * 1024  #: a million tokens take 9 MB at most, as ids or as escaped text
     sequences: int = 1024  #: prompts times n; vLLM's number of prompts
-    json_parts: int = 262_144  #: objects, lists and strings in a body, and quarters of its commas
+    json_parts: int = 131_072  #: objects, lists and strings in a body, and eighths of its commas
     fields: int = 1024  #: of the body's object
     messages: int = 16_384
-    message_parts: int = 16_384  #: content parts and tool calls of all messages
+    message_parts: int = 4096  #: content parts and tool calls of all messages
     tools: int = 1024
     documents: int = 1024
     chat_template_kwargs: int = 128

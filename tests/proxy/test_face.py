@@ -83,7 +83,7 @@ async def test_a_body_of_another_type_is_refused(kind, status):
 async def test_a_body_of_too_many_parts_is_refused():
     """Before it is parsed, whatever the parts are."""
     async with Deployment(limits=Limits(json_parts=100)) as deployment:
-        wrong = {"tools": [{}] * 101}, {f"a{i}": 0 for i in range(101)}, {"x": [[]] * 101}, {"x": [1] * 1700}
+        wrong = {"tools": [{}] * 101}, {f"a{i}": 0 for i in range(101)}, {"x": [[]] * 101}, {"x": [1] * 2500}
         for more in wrong:
             got = await deployment.ask({"prompt": "x", "max_tokens": 3} | more)
             assert (got.status, "--limit json_parts=N" in got.json["error"]["message"]) == (400, True)
