@@ -134,8 +134,10 @@ def test_a_topology_with_many_more_prefill_workers(seen) -> None:
 
 def test_kvbelt_up_warns_of_such_a_topology(capsys) -> None:
     """Kvbelt up warns before it loads a model."""
-    assert main(["up", "3p1d", "--model", "/nowhere"]) == 2
-    assert "3 prefill workers feed 1 decode worker" in capsys.readouterr().err
+    assert main(["up", "5p1d", "--auto-ports", "--model", "/nowhere"]) == 2
+    said = capsys.readouterr().err
+    assert "5 prefill workers feed 1 decode worker" in said
+    assert "such as 3p3d" in said
     assert main(["up", "2p1d", "--model", "/nowhere"]) == 2
     assert "prefill workers feed" not in capsys.readouterr().err
 

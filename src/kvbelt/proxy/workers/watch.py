@@ -133,7 +133,7 @@ class Worker:
         self.in_flight = 0
         self._pool = Pool(address.host, address.port, limits=limits)
         # Apart from the requests' connections, which are closed when the worker is lost.
-        # The stall-aware timeout ends a health check; the connection's ordinary timer must not be the first.
+        # The timeout of a whole health check ends it; that of the connection must not be the first.
         self._health_pool = Pool(
             address.host, address.port, limits=ClientLimits(connect_seconds=10 * settings.health_timeout_seconds)
         )
@@ -376,6 +376,8 @@ class Worker:
             log.info("worker %s (%s) is %s %s", self.name, self.role, report.health, report.detail)
         elif before is Health.UNKNOWN:
             log.info("worker %s (%s) does not answer yet: %s", self.name, self.role, report.detail)
+        elif self.endpoint.standing is not Standing.ACTIVE and not self.in_flight:
+            log.info("worker %s (%s), which was drained, has ended: %s", self.name, self.role, report.detail)
         else:
             log.warning("worker %s (%s) is lost: %s", self.name, self.role, report.detail)
 
