@@ -103,7 +103,7 @@ def test_a_flipped_byte_never_raises_anything_else(make, message, data):
 
 def test_another_version_is_named():
     """The version is readable whatever follows it."""
-    with pytest.raises(codec.VersionError, match="version 9; this side speaks 5") as caught:
+    with pytest.raises(codec.VersionError, match="version 9; this side speaks 6") as caught:
         codec.handshakes().decode(b"KB\x09whatever follows")
     assert caught.value.theirs == 9
 

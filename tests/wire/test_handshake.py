@@ -28,8 +28,8 @@ def test_every_field_is_compared(field, value):
     assert difference == (field, str(getattr(FIT, field)), str(value))
 
 
-#: The first is told before all others, and the other says only what may differ.
-UNLIKE = ("dtype", "tokens_outside")
+#: The first is told before all others, and the others say only what may differ.
+UNLIKE = ("dtype", "tokens_outside", "draft_layers", "drafter")
 
 
 @pytest.mark.parametrize("field", [name for name in LAYOUT.__struct_fields__ if name not in UNLIKE])
@@ -119,3 +119,34 @@ def test_blocks_that_cannot_be_cut_differ_in_their_size():
     small = sized(16, rank(0, 1))
     assert first_difference(sized(64, rank(0, 1), apart=False), small) == ("layout.block_size", "64", "16")
     assert first_difference(sized(48, rank(0, 1)), sized(32, rank(0, 1))) == ("layout.block_size", "48", "32")
+
+
+def drafting(drafter: str, layers: int = 2) -> Compatibility:
+    """The same with a drafter's layers behind the model's."""
+    one = rank(0, 1)
+    layout = msgspec.structs.replace(
+        one.layout, num_layers=one.layout.num_layers + layers, draft_layers=layers, drafter=drafter
+    )
+    return msgspec.structs.replace(one, layout=layout)
+
+
+def test_the_layers_of_one_drafter_travel():
+    """Both sides have it."""
+    assert first_difference(drafting("a"), drafting("a")) is None
+    assert share(drafting("a"), drafting("a"), sends=True) == Share(drafting("a").layout)
+
+
+@pytest.mark.parametrize("other", [rank(0, 1), drafting("b"), drafting("b", 1)])
+def test_without_a_common_drafter_the_model_s_layers_travel(other: Compatibility):
+    """One side has none, or another one."""
+    for ours, theirs in ((drafting("a"), other), (other, drafting("a"))):
+        assert first_difference(ours, theirs) is None
+        assert share(ours, theirs, sends=True) == Share(rank(0, 1).layout)
+
+
+def test_a_drafter_changes_nothing_else():
+    """Models with other layers still differ, and ranks may have half of the heads."""
+    fewer = drafting("a")
+    fewer = msgspec.structs.replace(fewer, layout=msgspec.structs.replace(fewer.layout, draft_layers=1))
+    assert first_difference(fewer, rank(0, 1)).field == "layout.num_layers"
+    assert share(drafting("a"), rank(1, 2), sends=True) == Share(rank(1, 2).layout, range(2, 4))

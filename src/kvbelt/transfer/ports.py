@@ -85,10 +85,11 @@ class PagedCopy(Protocol):
     def digest_received(self, offset: int, cells: Cells, region: int = 0) -> Digest:
         """Sum blocks that a peer has written."""
 
-    def cut(self, heads: range | None, per_block: int, layout: KVLayout) -> "PagedCopy":
-        """The same of these heads alone, and of smaller blocks, over the same memory.
+    def cut(self, num_layers: int, heads: range | None, per_block: int, layout: KVLayout) -> "PagedCopy":
+        """The same of these layers and heads alone, and of smaller blocks, over the same memory.
 
         Args:
+            num_layers: so many, from the first on.
             heads: None: all.
             per_block: what each block is cut into; block *i* becomes ``i * per_block`` and those after it.
             layout: of the whole blocks.

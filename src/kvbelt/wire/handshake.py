@@ -6,7 +6,7 @@ Rules:
 2. Everything that must fit is in ``Compatibility`` and nowhere else. A refusal names the first field that differs, with
    both values. All fields must be equal, except that each side may have its own tensor-parallel degree: the two ranks
    must then have heads for each other (``shards``), and blocks of these heads must be equal. Block sizes may be
-   multiples of each other, where the larger blocks can be cut.
+   multiples of each other, where the larger blocks can be cut. Drafters may differ.
 3. Both sides compare: the receiver before it tells where its memory is, the sender before it writes.
 4. The exchange may be repeated at any time and then changes nothing.
 
@@ -21,7 +21,7 @@ from kvbelt.wire.ids import EngineId
 from kvbelt.wire.layout import KVLayout
 from kvbelt.wire.shards import heads_of, pieces_for
 
-PROTOCOL_VERSION = 5  #: grows with every change of a message; part of every frame (codec.py)
+PROTOCOL_VERSION = 6  #: grows with every change of a message; part of every frame (codec.py)
 
 
 class Compatibility(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -119,6 +119,8 @@ def _layout_difference(ours: KVLayout, theirs: KVLayout) -> Difference | None:
 def _least(layout: KVLayout, *both: KVLayout) -> KVLayout:
     """The least blocks of both that one of them can have, as far as it can."""
     tokens, heads = min(each.block_size for each in both), min(each.num_kv_heads for each in both)
+    for each in both:
+        layout = layout.beside(each)
     layout = layout.of_tokens(tokens) or layout
     layout = layout.of_heads(heads) or layout
     # It says what can be cut, and so nothing that must be equal.
@@ -141,7 +143,7 @@ def share(ours: Compatibility, theirs: Compatibility, *, sends: bool) -> Share |
     if piece is None:
         return Difference("tp_rank", *(f"{side.tp_rank} of {side.tp_size}" for side in (ours, theirs)))
     sizes = ours.layout.block_size, theirs.layout.block_size
-    layout = ours.layout.of_tokens(min(sizes))
+    layout = ours.layout.beside(theirs.layout).of_tokens(min(sizes))
     if layout is None:
         return Difference("layout.block_size", *map(str, sizes))
     per_block = ours.layout.block_size // layout.block_size

@@ -14,6 +14,9 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     With tensor parallelism a block has the heads of one rank. All of them follow each other ``head_runs`` times in it
     (once for each token, for example). So some heads can be cut out of a block, and make a block of fewer heads.
 
+    The last ``draft_layers`` of the layers are a drafter's (speculative decoding). Between servers without the same
+    drafter they do not travel.
+
     Several groups of layers may share these tensors, each with blocks of its own. A prompt's blocks are those of the
     first group, which are all that it has, and after them those of each other one, from ``first_kept`` on.
     """
@@ -30,6 +33,15 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     windows: tuple[int, ...] = ()  #: of each group after the first, how far its layers look back, in tokens; 0: to all
     head_runs: int = 0  #: 0: one head's bytes cannot be told from another's
     tokens_outside: bool = False  #: a block is a run of blocks of fewer tokens
+    draft_layers: int = 0
+    drafter: str = ""  #: fingerprint of what drafts with these layers
+
+    def beside(self, other: "KVLayout") -> "KVLayout":
+        """Of the layers that may travel between the two."""
+        if (self.drafter, self.draft_layers) == (other.drafter, other.draft_layers):
+            return self
+        num_layers = self.num_layers - self.draft_layers
+        return msgspec.structs.replace(self, num_layers=num_layers, draft_layers=0, drafter="")
 
     def of_heads(self, count: int) -> "KVLayout | None":
         """Of so many of these heads; None: a block cannot be cut."""

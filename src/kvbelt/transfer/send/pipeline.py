@@ -108,13 +108,15 @@ class WritePipeline:
     def begin(self, transfer: SenderSession, target: Target) -> None:
         load = transfer.load
         load.target = target
-        load.parts = [PartLoad(part.num_blocks * self._layout.num_layers) for part in target.shape.parts()]
+        load.parts = [PartLoad(part.num_blocks * target.shape.layout.num_layers) for part in target.shape.parts()]
         handed, load.handed = load.handed, []
         self._sort(load, target.shape, handed)
 
     @staticmethod
     def _sort(load: Load, shape: SlotShape, runs: Sequence[Run]) -> None:
         for run in runs:
+            if run.layer >= shape.layout.num_layers:
+                continue  # it does not travel to this peer
             for number, piece in by_part(run.in_blocks_of(shape), shape):
                 load.parts[number].pending.append(piece)
 
