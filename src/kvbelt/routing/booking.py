@@ -150,8 +150,10 @@ class WorkerBook:
         self.pace = Pace()
         self._costs = DEFAULT_COSTS
         self._cut: dict[float, int] = {}  # prompt tokens of a step beside the decodes, by ITL level
-        # A lower bound of the decodes' slacks at a moment. It saves a look at each decode in most decisions.
-        self._least_slack, self._slack_at, self._longest = inf, 0.0, 0
+        self._own = 0.0  # seconds of all prompts
+        # A lower bound of the decodes' slacks at a moment. It saves a look at each decode in most decisions. It is -inf
+        # until somebody asks.
+        self._least_slack, self._slack_at, self._longest = -inf, 0.0, 0
         self._slacks: list[float] | None = None  # of all, at that moment
 
     def learn(self, steps: StepsNow) -> None:
@@ -178,8 +180,9 @@ class WorkerBook:
 
     def add_prompt(self, booking: Booking, now: float) -> None:
         if not self.prompts:
-            self.begun = self.free_at = now
-        self.free_at += booking.own
+            self.begun, self._own = now, 0.0
+        self._own += booking.own
+        self.free_at = self.begun + self._own
         self.prompts.append(booking)
 
     def remove_prompt(self, booking: Booking, now: float) -> None:
@@ -187,8 +190,9 @@ class WorkerBook:
         if booking is self.prompts[0]:
             self.begun = now
         self.prompts.remove(booking)
-        # Summed anew each time, so that small errors of predictions do not add up.
-        self.free_at = self.begun + sum([one.own for one in self.prompts])
+        self._own -= booking.own
+        # From the present prompt's begin, so that small errors of predictions do not add up.
+        self.free_at = self.begun + self._own
 
     def computed(self, booking: Booking, now: float) -> None:
         """Learn from the duration of the worker's first prompt."""
@@ -219,19 +223,21 @@ class WorkerBook:
         self.decodes.add(booking)
         self.kv_tokens += booking.kv_tokens
         self._decodes_changed()
-        self._longest = max(self._longest, booking.demand.output)
-        self._least_slack -= now - self._slack_at + self._longest * max(0.0, self.step - before)
-        self._slack_at = now
         if allowed is not None:
             booking.allowed = TPOT_AIM * allowed
-            self._least_slack = min(self._least_slack, booking.slack(now, self.step))
+        if self._least_slack == -inf:
+            return
+        self._longest = max(self._longest, booking.demand.output)
+        self._least_slack -= now - self._slack_at + self._longest * max(0.0, self.step - before)
+        self._least_slack = min(self._least_slack, booking.slack(now, self.step))
+        self._slack_at = now
 
     def remove_decode(self, booking: Booking) -> None:
         self.decodes.remove(booking)
         self.kv_tokens -= booking.kv_tokens
         self._decodes_changed()
         if not self.decodes:
-            self._least_slack, self._longest = inf, 0
+            self._least_slack = -inf
 
     def _decodes_changed(self) -> None:
         costs = self._costs

@@ -70,13 +70,21 @@ class Choice:
         self._decoders.drop(book)
         self._work.leave(book)
 
-    def moved(self, prefill: WorkerBook, decode: WorkerBook, *, used: bool = False) -> None:
-        """The bookings of these workers have changed. ``used``: others with an equal key are the next."""
-        self._free[decode.lean].moved(decode, used=used)
+    def moved(self, prefill: WorkerBook, decode: WorkerBook) -> None:
+        """The bookings of these workers have changed."""
+        self._free[decode.lean].changed.add(decode)
         if decode.lean is _DECODE:
-            self._decoders.moved(decode, used=used)
+            self._decoders.changed.add(decode)
         if prefill is not decode:
-            self._prefills.moved(prefill, used=used)
+            self._prefills.changed.add(prefill)
+
+    def _used(self, prefill: WorkerBook, decode: WorkerBook) -> None:
+        """Others with an equal key are the next."""
+        self._free[decode.lean].used(decode)
+        if decode.lean is _DECODE:
+            self._decoders.used(decode)
+        if prefill is not decode:
+            self._prefills.used(prefill)
 
     def booked(self, demand: Demand, plan: Plan, now: float) -> None:
         """The request has got these workers."""
@@ -85,8 +93,10 @@ class Choice:
             self._work.add(plan.prefill, plan.own, now)
             self._work.add(decode, demand.output * decode.step / (1 + len(decode.decodes)), now)
         self._probe_credit = min(1.0, self._probe_credit + self.rules.probes)
+        self.moved(plan.prefill, decode)
         # A second try takes no turn. Otherwise, if one of two workers fails, each would get one kind of try only.
-        self.moved(plan.prefill, decode, used=not demand.exclude)
+        if not demand.exclude:
+            self._used(plan.prefill, decode)
 
     @property
     def first_free(self) -> WorkerBook | None:

@@ -1,6 +1,6 @@
 """Sorted workers. A change of one worker moves only that one."""
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from itertools import count
 from math import inf
@@ -30,11 +30,13 @@ class Ranking:
 
     def __init__(self, key: Callable[[WorkerBook], tuple[float, int]]) -> None:
         self._key = key
-        self._order: list[tuple[float, int, int, WorkerBook]] = []
-        self._places: dict[WorkerBook, tuple[float, int, int, WorkerBook]] = {}  # as in the order
+        self._order: list[tuple[float, int, int]] = []
+        self._sorted: list[WorkerBook] = []  # in that order
+        self._places: dict[WorkerBook, tuple[float, int, int]] = {}  # as in the order
         self._books: dict[str, WorkerBook] = {}
-        self._turns: dict[WorkerBook, int] = {}  # unique, so that a sort never compares two workers
-        self._changed: set[WorkerBook] = set()
+        self._turns: dict[WorkerBook, int] = {}  # unique
+        #: Workers whose key may be another one now; those that are not here count for nothing.
+        self.changed: set[WorkerBook] = set()
         self._alone = False  # the order has one worker, and no other one has joined
         self._turn = count()
 
@@ -44,21 +46,20 @@ class Ranking:
             self.drop(book)
             self._books[book.incarnation], self._turns[book] = book, next(self._turn)
             self._alone = False
-        self._changed.add(book)
+        self.changed.add(book)
 
-    def moved(self, book: WorkerBook, *, used: bool = False) -> None:
-        """Mark the worker as changed, if it is here. ``used``: move it behind workers with an equal key."""
+    def used(self, book: WorkerBook) -> None:
+        """Move the worker behind those with an equal key, if it is here."""
         if book in self._turns:
-            if used:
-                self._turns[book] = next(self._turn)
-            self._changed.add(book)
+            self._turns[book] = next(self._turn)
+            self.changed.add(book)
 
     def drop(self, book: WorkerBook) -> None:
         """Remove the worker of that incarnation."""
         before = self._books.pop(book.incarnation, None)
         if before is not None:
             del self._turns[before]
-            self._changed.add(before)
+            self.changed.add(before)
             self._alone = False
 
     def __len__(self) -> int:
@@ -67,31 +68,34 @@ class Ranking:
     @property
     def head(self) -> WorkerBook | None:
         """The first one."""
-        if self._changed and not self._alone:
+        if self.changed and not self._alone:
             self._sort()
-        return self._order[0][3] if self._order else None
+        return self._sorted[0] if self._sorted else None
 
     def first(self, number: int, also: Iterable[str] = ()) -> list[WorkerBook]:
         """The first workers, then those of ``also`` that are here."""
-        if self._changed and not self._alone:
+        if self.changed and not self._alone:
             self._sort()
-        books = [place[3] for place in self._order[:number]]
-        if also and len(self._order) > number:
+        books = self._sorted[:number]
+        if also and len(self._sorted) > number:
             here = [self._books[name] for name in also if name in self._books]
             books += [book for book in here if book not in books]
         return books
 
     def _sort(self) -> None:
-        order, places, turns = self._order, self._places, self._turns
-        for book in self._changed:
+        order, books, places, turns = self._order, self._sorted, self._places, self._turns
+        for book in self.changed:
             before, turn = places.pop(book, None), turns.get(book)
-            place = (*self._key(book), turn, book) if turn is not None else None
-            if place != before or place is None:
+            place = (*self._key(book), turn) if turn is not None else None
+            if place != before:
                 if before is not None:
-                    del order[bisect_left(order, before)]
+                    at = bisect_left(order, before)
+                    del order[at], books[at]
                 if place is not None:
-                    insort(order, place)
+                    at = bisect_left(order, place)
+                    order.insert(at, place)
+                    books.insert(at, book)
             if place is not None:
                 places[book] = place
-        self._changed.clear()
+        self.changed.clear()
         self._alone = len(order) == 1
