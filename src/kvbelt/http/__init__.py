@@ -21,7 +21,7 @@ from kvbelt.http.errors import (
 )
 from kvbelt.http.exchange import Exchange
 from kvbelt.http.limits import ClientLimits, ServerLimits
-from kvbelt.http.message import JSON, Headers, Pieces, Request
+from kvbelt.http.message import JSON, Headers, Pieces, Request, encode_lines
 from kvbelt.http.response import Response
 from kvbelt.http.server import Handler, Server
 
@@ -43,4 +43,5 @@ __all__ = [
     "Server",
     "ServerLimits",
     "TooLargeError",
+    "encode_lines",
 ]

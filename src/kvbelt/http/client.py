@@ -3,7 +3,6 @@
 import asyncio
 import socket
 import ssl
-from collections.abc import Sequence
 from typing import cast
 
 import httptools
@@ -11,7 +10,7 @@ import httptools
 from kvbelt import stall_aware_clock
 from kvbelt.http.errors import ConnectError, HttpError, PeerClosedError, ProtocolViolationError
 from kvbelt.http.limits import ClientLimits
-from kvbelt.http.message import Pieces, add_header, encode_lines
+from kvbelt.http.message import HeadersToSend, Pieces, add_header, encode_lines
 from kvbelt.http.response import DATA, END, HEAD, Response
 
 _MOST_BEGUN = 64
@@ -28,6 +27,8 @@ class ClientConnection(asyncio.Protocol):
         self._limits = limits
         self._name = name  # the peer, for messages
         self._loop = loop
+        self._body: list[bytes] = []  # pieces that the response does not have yet
+        self.on_body = self._body.append  # called by the parser: a stream has many pieces
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport
         self._response: Response | None = None
@@ -112,6 +113,7 @@ class ClientConnection(asyncio.Protocol):
             return
         except httptools.HttpParserError as error:
             if not response.complete:
+                self._hand_over(response)
                 self.fail(ProtocolViolationError(f"{self._name} did not answer in HTTP/1.1: {error}"))
                 return
             self._close()  # what follows the complete answer is malformed; the answer itself is good
@@ -123,7 +125,10 @@ class ClientConnection(asyncio.Protocol):
             return
         if response.complete:
             response.reached(END)
-        elif response.buffered:
+            return
+        if self._body:
+            self._hand_over(response)
+        if response.buffered:
             response.reached(DATA)
             if response.buffered > response.pause_bytes and not self._paused:
                 self._paused = True
@@ -158,16 +163,11 @@ class ClientConnection(asyncio.Protocol):
         headers = response.headers
         self._until_eof = b"content-length" not in headers and b"chunked" not in headers.get(b"transfer-encoding", b"")
 
-    def on_body(self, body: bytes) -> None:
-        response = self._response
-        if response is not None:
-            response.chunks.append(body)
-            response.buffered += len(body)
-
     def on_message_complete(self) -> None:
         response = self._response
         if response is None or not response.head_complete:
             return
+        self._hand_over(response)
         response.complete = True
         self._response = None
         self.resume()
@@ -175,6 +175,11 @@ class ClientConnection(asyncio.Protocol):
             self._pool.reusable(self)
         else:
             self._close()
+
+    def _hand_over(self, response: Response) -> None:
+        response.chunks += self._body
+        response.buffered += sum(map(len, self._body))
+        self._body.clear()
 
     def _close(self) -> None:
         self.closed = True
@@ -203,7 +208,7 @@ class Pool:
         self._closed = False
 
     async def request(
-        self, method: str, target: str, headers: Sequence[tuple[bytes, bytes]] = (), body: bytes | Pieces | None = None
+        self, method: str, target: str, headers: HeadersToSend = (), body: bytes | Pieces | None = None
     ) -> Response:
         """Send a request and wait for the head of its answer. HEAD is not supported: its answers look incomplete.
 
@@ -222,7 +227,7 @@ class Pool:
         return response
 
     async def send(
-        self, method: str, target: str, headers: Sequence[tuple[bytes, bytes]] = (), body: bytes | Pieces | None = None
+        self, method: str, target: str, headers: HeadersToSend = (), body: bytes | Pieces | None = None
     ) -> Response:
         """Send a request, once, and return without waiting for the answer.
 
@@ -247,9 +252,7 @@ class Pool:
     def __repr__(self) -> str:
         return f"<Pool {self.name} {len(self._open)} open, {len(self._idle)} idle>"
 
-    def _encode(
-        self, method: str, target: str, headers: Sequence[tuple[bytes, bytes]], body: bytes | Pieces | None
-    ) -> bytes:
+    def _encode(self, method: str, target: str, headers: HeadersToSend, body: bytes | Pieces | None) -> bytes:
         begin = self._begun.get((method, target))
         if begin is None:
             begin = encode_lines(
@@ -257,7 +260,7 @@ class Pool:
             )
             if len(self._begun) < _MOST_BEGUN:  # targets may come from clients
                 self._begun[method, target] = begin
-        lines = encode_lines(b"", headers)
+        lines = headers if isinstance(headers, bytes) else encode_lines(b"", headers)
         if body is None:
             return b"".join((begin, lines, b"\r\n"))
         pieces = body if isinstance(body, tuple) else (body,)

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from email.utils import formatdate
 from http import HTTPStatus
@@ -12,6 +12,9 @@ from kvbelt.http.errors import BadRequestError
 
 #: Names are lower case; a repeated header's values are joined by ``", "`` (RFC 9110, 5.3).
 Headers = dict[bytes, bytes]
+
+#: Pairs, or their lines as ``encode_lines`` makes them, for several requests with the same.
+HeadersToSend = Sequence[tuple[bytes, bytes]] | bytes
 
 #: A body in pieces, which are copied once, when it is sent.
 Pieces = tuple[bytes | memoryview, ...]

@@ -178,8 +178,10 @@ class Choice:
     def _pair(self, demand: Demand, now: float) -> tuple[WorkerBook, WorkerBook] | None:
         prefills = self._first(_PREFILL, demand)
         decoders = self._decoders_for(demand) if prefills else []
-        if decoders and (probed := self._to_probe(self._decodes, demand, now)) is not None:
-            decoders.insert(0, probed)
+        if self._probe_credit >= 1.0 and decoders:
+            probed = self._to_probe(self._decodes, demand, now)
+            if probed is not None:
+                decoders.insert(0, probed)
         for prefill in prefills:
             for decode in decoders:
                 if self._can_send(prefill, decode):

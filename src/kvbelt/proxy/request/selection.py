@@ -19,7 +19,8 @@ class WorkerSelection:
 
     async def place(self, demand: Demand) -> Booking:
         """Give the present place back, and await another one. Raises NotPlacedError."""
-        self.release()
+        if self._place is not None:
+            self.release()
         place = self._place = await self._dispatcher.place(demand)
         self.decode = place.decode
         self.prefill = place.decode if place.prefill is None else place.prefill

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from time import monotonic
 
-from kvbelt.http import JSON, ConnectError, HttpError, PeerClosedError, Pieces, Response
+from kvbelt.http import JSON, ConnectError, HttpError, PeerClosedError, Pieces, Response, encode_lines
 from kvbelt.proxy.context import Context, KVLostError, Waiting
 from kvbelt.proxy.observe.records import Attempt, Record
 from kvbelt.proxy.observe.trace_context import new_span_id
@@ -63,11 +63,12 @@ class UpstreamCalls:
         self._deadline = record.began + deadline_seconds
         self._margin = min(MARGIN_SECONDS, deadline_seconds / 10)
         self._open: list[Response] = []
-        self._headers: list[tuple[bytes, bytes]] = [JSON, (b"x-request-id", record.request_id.encode())]
+        headers = [JSON, (b"x-request-id", record.request_id.encode())]
         if itl is not None:
-            self._headers.append((b"x-kvbelt-itl-ms", b"%g" % (1e3 * itl)))
+            headers.append((b"x-kvbelt-itl-ms", b"%g" % (1e3 * itl)))
         if authorization is not None:
-            self._headers.append((b"authorization", authorization))
+            headers.append((b"authorization", authorization))
+        self._headers = encode_lines(b"", headers)  # of every call
         self._attempt: Attempt  # the latest call
         self._sending: Attempt  # the latest call that sends KV
         self._reads_kv = False  # the latest decode call
@@ -176,10 +177,9 @@ class UpstreamCalls:
     def _prefill_failed(self, error: HttpError, *, may_repeat: bool = False) -> Result:
         if may_repeat and _was_stale(error):
             return self._failed(Outcome.STALE, "stale_connection", str(error))
-        if isinstance(error, ConnectError):
-            return self._failed(Outcome.PREFILL_FAILED, "prefill_unreachable", str(error))
         self._selection.prefill.worker.suspect()
-        return self._failed(Outcome.PREFILL_FAILED, "prefill_lost", str(error))
+        reason = "prefill_unreachable" if isinstance(error, ConnectError) else "prefill_lost"
+        return self._failed(Outcome.PREFILL_FAILED, reason, str(error))
 
     def failed_transfer(self, first: PrefillAnswer) -> str | None:
         """Why the latest transfer has failed, by the prefill worker's answer or its notification; None: it has not."""
@@ -341,13 +341,13 @@ class UpstreamCalls:
             return _STREAM
         return Outcome.WHOLE if response.status == 200 else Outcome.REFUSED
 
-    def _headers_of(self, attempt: Attempt) -> list[tuple[bytes, bytes]]:
+    def _headers_of(self, attempt: Attempt) -> bytes:
         """A call's headers, with its place in the request's trace."""
         trace = self._record.trace
         if trace is None:
             return self._headers
         attempt.span_id = new_span_id() if trace.recorded else trace.span_id
-        return [*self._headers, *trace.headers(attempt.span_id)]
+        return self._headers + encode_lines(b"", trace.headers(attempt.span_id))
 
     async def _read(self, response: Response) -> bytes:
         return await response.read(self._settings.max_answer_bytes)

@@ -9,12 +9,12 @@ another worker, one that is slow to answer, or not connected to the other side y
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
 
 from kvbelt import stall_aware_clock
-from kvbelt.http import JSON, ClientLimits, ConnectError, HttpError, PeerClosedError, Pieces, Pool, Response
+from kvbelt.http import JSON, ClientLimits, HttpError, PeerClosedError, Pieces, Pool, Response
 from kvbelt.proxy.settings import Address, ProxySettings
 from kvbelt.proxy.workers import vllm_dialect
 from kvbelt.routing.endpoint import Endpoint, Health, Report, Standing
@@ -231,13 +231,9 @@ class Worker:
 
     # Requests to it
 
-    async def post(self, target: str, headers: Sequence[tuple[bytes, bytes]], body: bytes | Pieces) -> Response:
+    def post(self, target: str, headers: bytes, body: Pieces) -> Awaitable[Response]:
         """Send a client's request; returns before its answer has come. Raises ConnectError: nothing was sent."""
-        try:
-            return await self._pool.send("POST", target, headers, body)
-        except ConnectError:
-            self.suspect()
-            raise
+        return self._pool.send("POST", target, headers, body)
 
     async def call(
         self, method: str, target: str, headers: Sequence[tuple[bytes, bytes]] = (), body: bytes | None = None
