@@ -292,9 +292,9 @@ async def test_the_first_event_leaves_before_the_decode_worker_answers():
         *(
             ({"prompt": "x", "max_tokens": 4} | wrong, False, "may_be_refused")
             for wrong in (
-                {"n": 0}, {"n": 129}, {"n": 2, "temperature": 0}, {"best_of": 3}, {"logprobs": 21}, {"logprobs": -1},
-                {"logprobs": True}, {"min_tokens": -1}, {"min_tokens": 9}, {"max_tokens": MAX_MODEL_LEN},
-                {"use_beam_search": True}, {"seed": 1 << 63}, {"seed": -(1 << 63) - 1},
+                {"n": 0}, {"n": 129}, {"n": 2, "temperature": 0}, {"best_of": 3}, {"best_of": [None]},
+                {"logprobs": 21}, {"logprobs": -1}, {"logprobs": True}, {"min_tokens": -1}, {"min_tokens": 9},
+                {"max_tokens": MAX_MODEL_LEN}, {"use_beam_search": True}, {"seed": 1 << 63}, {"seed": -(1 << 63) - 1},
             )
         ),
         *(

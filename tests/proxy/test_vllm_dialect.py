@@ -11,7 +11,7 @@ from kvbelt.wire.ids import EngineId, TransferId
 from kvbelt.wire.load import NO_LOAD, Load
 from kvbelt.wire.notification import OutcomeReport
 from tests.metrics.scrape import value_in
-from tests.proxy.support import Deployment, async_test, eventually
+from tests.proxy.support import Deployment, async_test, eventually, generated
 
 METRICS = """\
 # HELP vllm:num_requests_running Number of requests in model execution batches.
@@ -66,6 +66,39 @@ async def test_the_queue_of_vllm_servers_is_in_the_proxy_s_metrics() -> None:
         assert value_in(text, "lmcache_prefill_queue_size") == value_in(text, "kvbelt_decode_queue_size") == 13
         assert value_in(text, "kvbelt_proxy_worker_kv_free_ratio", role="decode") == 0.625
         assert all(view.ready for view in views)
+
+
+CHAT = {"messages": [{"role": "user", "content": "a prompt of some length"}], "temperature": 0}
+
+
+@pytest.mark.parametrize(
+    ("defaults", "asked", "allowed"),
+    [({"unless_asked": 5}, None, 4), ({"unless_asked": 5}, 7, 6), ({"unless_asked": 5, "most": 5}, 7, 4)],
+    ids=["unless asked", "asked for more", "at most"],
+)
+@async_test
+async def test_a_continuation_may_have_what_the_server_s_generation_config_leaves(
+    defaults: dict, asked: int | None, allowed: int
+) -> None:
+    """The first token is one of them, which the decode server does not know."""
+    async with of_vllm_with(defaults) as deployment:
+        await deployment.ask(CHAT | {"max_tokens": asked} if asked else CHAT, chat=True)
+        assert [body["max_tokens"] for body in generated(deployment.decode[0])] == [allowed]
+
+
+@async_test
+async def test_the_decode_server_gives_all_tokens_where_its_generation_config_penalizes() -> None:
+    """Else the first token, which is in the prompt of its call, would not be penalized."""
+    async with of_vllm_with({"penalties": True}) as deployment:
+        assert (await deployment.ask(CHAT | {"max_tokens": 6}, chat=True)).path == "re-derive; reason=penalty"
+
+
+def of_vllm_with(defaults: dict) -> Deployment:
+    """1p1d whose decode server has these defaults of answers."""
+    deployment = Deployment()
+    deployment.decode[0].script.vllm_metrics = ""
+    deployment.decode[0].more_health = {"defaults": defaults}
+    return deployment
 
 
 BODY = {"prompt": "a prompt of some length", "max_tokens": 6, "temperature": 0}

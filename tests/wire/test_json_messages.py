@@ -40,7 +40,7 @@ OPTIONAL = {
     "reason", "device", "buffer_device", "buffer_bytes", "bytes_per_token", "max_model_len", "compatibility",
     "backends", "plugins", "roads", "links", "complaints", "bytes_in_flight", "count", "total",
     "operations", "steps", "sigma", "samples", "most_kv_tokens", "placing", "placement", "transfer_exposed_ms",
-    "alarms", "doctor", "open_requests", "p90",
+    "alarms", "doctor", "open_requests", "p90", "defaults", "unless_asked", "most", "penalties",
 }  # fmt: skip
 
 

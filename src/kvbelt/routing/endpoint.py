@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from kvbelt.wire.handoff import ReceiverAddress
-from kvbelt.wire.health import Role
+from kvbelt.wire.health import NO_DEFAULTS, AnswerDefaults, Role
 from kvbelt.wire.ids import EngineId
 from kvbelt.wire.load import NO_LOAD, Buffers, Load
 from kvbelt.wire.steps import StepsNow
@@ -47,6 +47,7 @@ class Report:
     hash_seed: str | None = None  #: its PYTHONHASHSEED; None: it does not report it
     device: str = ""  #: ``cpu``, or ``cuda:`` and the GPU of its host; empty: it does not report it
     steps: StepsNow | None = None  #: as this incarnation said last; None: it has not said
+    defaults: AnswerDefaults = NO_DEFAULTS
 
 
 NOT_ASKED = Report(Health.UNKNOWN, "no health check has ended yet")

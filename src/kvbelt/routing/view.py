@@ -28,7 +28,7 @@ class RequestView(msgspec.Struct, frozen=True, kw_only=True):
     max_completion_tokens: int | None = None
     min_tokens: int | None = None
     n: int | None = None
-    best_of: int | None = None
+    best_of: Any = None  #: vLLM ignores it
     echo: bool | None = None
     logprobs: bool | int | None = None
     top_logprobs: _Count | None = None

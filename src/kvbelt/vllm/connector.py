@@ -29,6 +29,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from kvbelt.belt_setup import BeltOptions
 from kvbelt.errors import StartError
 from kvbelt.vllm.adapters import UNKNOWN, adapter_of, salt_of
+from kvbelt.vllm.answer_defaults import answer_defaults
 from kvbelt.vllm.chunk_limit import ChunkLimit
 from kvbelt.vllm.figures import figures_of, host_families
 from kvbelt.vllm.groups import Groups, groups_of
@@ -108,7 +109,7 @@ class KVBeltConnector(KVConnectorBase_V1):
             # KV that does not come is computed here. vLLM's other policy fails the request.
             transfer.kv_load_failure_policy = "recompute"
             block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-            facts = ServerFacts(self._settings.role, self._model_name, model.max_model_len)
+            facts = ServerFacts(self._settings.role, self._model_name, model.max_model_len, answer_defaults(model))
             config = vllm_config.scheduler_config
             self._chunks = ChunkLimit(config)
             self._reasoning = ReasoningOfPrompts(vllm_config)

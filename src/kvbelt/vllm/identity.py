@@ -16,7 +16,7 @@ from kvbelt.errors import StartError
 from kvbelt.fingerprint import fingerprint
 from kvbelt.wire.about import About
 from kvbelt.wire.handoff import RankAddress, ReceiverAddress
-from kvbelt.wire.health import Role, ServerDescription
+from kvbelt.wire.health import NO_DEFAULTS, AnswerDefaults, Role, ServerDescription
 from kvbelt.wire.ids import EngineId
 from kvbelt.wire.steps import StepsNow
 
@@ -46,6 +46,7 @@ class ServerFacts:
     role: Role
     model: str
     max_model_len: int
+    defaults: AnswerDefaults = NO_DEFAULTS
 
 
 def kv_heads_of(on_rank: int, num_ranks: int, of_model: int) -> int:
@@ -89,6 +90,7 @@ def describe(
         receiver=server.receiver if server is not None else None,
         about=about,
         steps=steps,
+        defaults=facts.defaults,
     )
 
 

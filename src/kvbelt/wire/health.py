@@ -48,6 +48,24 @@ class WorkerHealth(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
                 raise ValueError(f"Object missing field `{name}`, which a ready worker has")
 
 
+class AnswerDefaults(msgspec.Struct, frozen=True):
+    """What a vLLM server's generation config says of answers."""
+
+    unless_asked: int | None = None  #: their most tokens, unless the request says how many
+    most: int | None = None  #: their most tokens, whatever the request says
+    penalties: bool = False  #: for presence or frequency, which count the answer's tokens
+
+    def limit(self, asked: int | None, room: int) -> int:
+        """The most tokens of an answer for which a request asks; ``room`` is what the context has left for one."""
+        most = room if self.most is None else min(room, self.most)
+        if asked is None:
+            return most if self.unless_asked is None else min(most, self.unless_asked)
+        return asked if self.most is None else min(asked, self.most)
+
+
+NO_DEFAULTS = AnswerDefaults()
+
+
 class ServerDescription(msgspec.Struct, frozen=True, kw_only=True):
     """What a vLLM server with our connector answers to ``{"kvbelt": "describe"}``: its ``/health`` has no body."""
 
@@ -60,6 +78,7 @@ class ServerDescription(msgspec.Struct, frozen=True, kw_only=True):
     hash_seed: str | None = None
     about: About | None = None  #: for ``kvbelt doctor``; None: its belt does not run yet
     steps: StepsNow | None = None  #: None: an older version
+    defaults: AnswerDefaults = NO_DEFAULTS
 
 
 class NotificationPort(msgspec.Struct, frozen=True):

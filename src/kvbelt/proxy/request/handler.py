@@ -223,11 +223,13 @@ class RequestHandler:
         return _FIRST_TOKEN if unfit is None else Result(Outcome.UNFIT, unfit)
 
     def _why_not_continue(self, first: PrefillAnswer) -> str | None:
-        limit, context = self._client.fields.limit, self._selection.decode.worker.endpoint.report.max_model_len
+        report = self._selection.decode.worker.endpoint.report
+        context, defaults = report.max_model_len, report.defaults
         if context is None:
             return "unknown_context"
-        if limit is None:
-            limit = context - first.prompt_tokens
+        if defaults.penalties:
+            return "penalty"
+        limit = defaults.limit(self._client.fields.limit, context - first.prompt_tokens)
         if limit < 1 or first.prompt_tokens + limit > context:
             return "context_exceeded"  # the decode worker refuses or shortens it, as one server does
         self._limit = limit

@@ -18,7 +18,7 @@ from kvbelt.http import JSON, ClientLimits, HttpError, PeerClosedError, Pieces, 
 from kvbelt.proxy.settings import Address, ProxySettings
 from kvbelt.proxy.workers import vllm_dialect
 from kvbelt.routing.endpoint import Endpoint, Health, Report, Standing
-from kvbelt.wire.health import WORKER_HEALTH, Role, ServerDescription, WorkerHealth
+from kvbelt.wire.health import NO_DEFAULTS, WORKER_HEALTH, Role, ServerDescription, WorkerHealth
 from kvbelt.wire.ids import EngineId
 from kvbelt.wire.json_body import MessageError
 from kvbelt.wire.load import NO_LOAD, Buffers, Load
@@ -73,6 +73,7 @@ def _report(said: WorkerHealth | ServerDescription, wanted: Role, load: Load, be
         hash_seed=said.hash_seed[:32] if said.hash_seed is not None else None,
         device=_device_of(said)[:64],
         steps=said.steps,
+        defaults=said.defaults if isinstance(said, ServerDescription) else NO_DEFAULTS,
     )
 
 
