@@ -222,6 +222,29 @@ def test_abort_in_every_phase(tiny_llama: Path, phase: str) -> None:
         assert len(Client(engine, PROMPTS[0]).token_ids) == 24
 
 
+def test_a_request_of_many_sequences_lets_others_go_first(tiny_llama: Path) -> None:
+    """Its first turn is served as it came, and its later ones behind a request that came after all of them."""
+    ended: list[str] = []
+
+    def submit(engine: Engine, name: str, turn: int) -> Client:
+        client = Client(engine, PROMPTS[0], replace(GREEDY, max_tokens=1), name=name, submit=False)
+
+        def on_output(output: Output) -> None:
+            ended.append(name)
+            client._on_output(output)
+
+        engine.submit(replace(client.request, on_output=on_output, turn=turn))
+        return client
+
+    with engine_of(tiny_llama, max_running=1) as engine:
+        with between_steps(engine):
+            clients = [submit(engine, f"{turn}", turn) for turn in range(4)]
+            clients += [submit(engine, "later", 0)]
+        for client in clients:
+            client.wait()
+    assert ended == ["0", "later", "1", "2", "3"]
+
+
 def test_abort_of_unknown_and_finished_requests_is_ignored(tiny_llama: Path) -> None:
     """An abort that comes too late does nothing."""
     with engine_of(tiny_llama) as engine:

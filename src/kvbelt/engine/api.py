@@ -199,6 +199,7 @@ class GenerationRequest:
     prefix: PrefixHashes | None = None  #: None: its blocks are not shared
     grammar: AnswerGrammar | None = None  #: None: any tokens
     itl_seconds: float | None = None  #: that its tokens should not be apart by more; None: the engine's setting
+    turn: int = 0  #: of a client's request with many sequences; in later turns, requests that come later go first
 
 
 @dataclass(frozen=True, slots=True)

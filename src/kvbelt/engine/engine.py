@@ -44,7 +44,7 @@ from kvbelt.engine.outgoing import Holds
 from kvbelt.engine.pace import Pace
 from kvbelt.engine.pool import KVPool
 from kvbelt.engine.sampling import Sampled
-from kvbelt.engine.scheduler import Chunk, Load, Scheduler, StepPlan
+from kvbelt.engine.scheduler import Chunk, Load, Scheduler, StepPlan, place_of
 from kvbelt.engine.sequence import Sequence
 from kvbelt.engine.settings import EngineSettings
 from kvbelt.engine.sizing import bound_length, choose_device, choose_dtype, count_blocks
@@ -140,7 +140,7 @@ class Engine:
                 )
             self._arrivals += 1
             live = Live(
-                Sequence(request, self._arrivals, max_tokens),
+                Sequence(request, place_of(self._arrivals, request.turn), max_tokens),
                 answer,
                 secrets.randbits(63) if seed is None else seed,
                 self._clock(),

@@ -5,6 +5,8 @@ Rules:
 1. Running requests come first: those that decode (one token each), then prompts under way, oldest first. New requests
    follow in the order of their arrival, as long as tokens, places and blocks last. None overtakes the queue's head,
    but for requests with ``incoming`` KV, where only tokens are missing: they need none, and their answers have begun.
+   A later turn of a client's request counts as if ``LATER`` others had arrived before it, so that one client's thousand
+   sequences do not go before everybody.
 2. A new request gets all blocks of its prompt at once, so a prompt under way never waits for memory. It shares those of
    its first blocks that the prefix cache has. Its last token is always computed, because its logits are needed.
 3. A request whose KV leaves (``outgoing``) also gets the blocks of its longest possible answer at once: it is never
@@ -38,6 +40,10 @@ from kvbelt.engine.sequence import Sequence, SequenceState
 from kvbelt.pacing.costs import DEFAULT_COSTS, StepCosts
 
 S = SequenceState
+
+#: Rule 1.
+LATER = 64
+_TURNS = 1 << 20  # more than there are; so no two sequences have the same place
 
 #: Rule 9.
 MOST_REPORTED = 256
@@ -312,6 +318,11 @@ class Scheduler:
 
     def _blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
+
+
+def place_of(arrivals: int, turn: int) -> int:
+    """A sequence's ``arrival``: that of the ``arrivals``-th one of all."""
+    return (arrivals + LATER * turn) * _TURNS + turn
 
 
 def _arrival(sequence: Sequence) -> int:

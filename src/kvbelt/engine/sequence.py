@@ -28,7 +28,7 @@ TRANSITIONS: Mapping[SequenceState, frozenset[SequenceState]] = {
 @dataclass(slots=True, eq=False)
 class Sequence:
     request: GenerationRequest
-    arrival: int
+    arrival: int  #: its place in queues, which no other sequence has
     max_tokens: int  #: of the answer, the model's context included
     token_ids: list[int] = field(init=False)  #: of the prompt and of the answer so far
     state: SequenceState = S.WAITING

@@ -101,6 +101,7 @@ class Generation:
                                 prefix=prompt.prefix,
                                 itl_seconds=self._itl_seconds,
                                 grammar=self._grammars[index] if self._grammars else None,
+                                turn=submitted // _SUBMITTED_AT_ONCE,
                             )
                         )
                     except InvalidRequestError as error:
