@@ -44,6 +44,12 @@ FEATURES = (
         "test_mixed_storage.py::test_forgotten_prompts_are_loaded",
     ),
     Feature(
+        "prompts and answers in host memory on the decode side",
+        CROSSES,
+        NEWEST,
+        "test_mixed_storage.py::test_a_decode_server_finds_the_turn_before",
+    ),
+    Feature(
         "seeds, `n`, penalties, stop strings, tools, structured outputs", CROSSES, ALL, "test_options.py::test_options"
     ),
     Feature("logprobs", CROSSES, ALL, "test_options.py::test_logprobs"),

@@ -44,7 +44,7 @@ class BeltOptions:
     keys: Keys | None = None
     insecure: bool = False  #: without keys, listen beyond loopback all the same
     overflow_bytes: int = 0  #: of host memory, for KV that finds the buffer full
-    host_bytes: int = 0  #: of host memory, for KV blocks of prompts that a vLLM server computes; 0: none
+    host_bytes: int = 0  #: of host memory, for KV blocks of a vLLM server's prompts and answers; 0: none
     verify: Verify = "sample"  #: which digests of what lands are compared
     lease_seconds: float = LEASE_SECONDS
 

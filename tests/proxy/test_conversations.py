@@ -121,10 +121,11 @@ async def test_a_worker_that_says_that_it_had_nothing_is_believed():
         assert [len(held) for held in seen] == [0, 1, 0]
 
 
-@pytest.mark.parametrize(("room", "held"), [(100, 0), (10_000, 1)])
+@pytest.mark.parametrize(("room", "host", "held"), [(100, 0, 0), (10_000, 0, 1), (100, 9900, 1)])
 @async_test
-async def test_a_worker_holds_no_more_than_it_has_room_for(room, held):
-    async with slow(most_kv_tokens=room) as deployment:
+async def test_a_worker_holds_no_more_than_it_has_room_for(room, host, held):
+    """In the engine's memory and in host memory."""
+    async with slow(most_kv_tokens=room, host_kv_tokens=host) as deployment:
         talk, seen = Talk(deployment, "a"), held_of(deployment)
         for _ in range(2):
             await talk.turn()

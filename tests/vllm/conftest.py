@@ -91,9 +91,9 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         ending.callback(fleet.stop)
         plain = fleet.start("plain", None, *extra, core=0)
         proxied: dict[str, object] = {"pd_proxy_host": "127.0.0.1", "pd_proxy_port": notify}
-        told = proxied | keys_for("prefill", keys)
         if host_gb := float(os.environ.get("KVBELT_VLLM_HOST_GB", "0")):
-            told |= {"local_cpu": True, "max_local_cpu_size": host_gb}
+            proxied |= {"local_cpu": True, "max_local_cpu_size": host_gb}
+        told = proxied | keys_for("prefill", keys)
         connectors = beside_offloading if os.environ.get("KVBELT_VLLM_BESIDE") == "offloading" else lambda belt: belt
         # Long prompts take several steps, so that one can be seen in vLLM's metrics while it is computed.
         chunks = () if "--max-num-batched-tokens" in extra else ("--max-num-batched-tokens", "256")

@@ -114,7 +114,7 @@ def come(side: SchedulerSide, name: str, tokens: range, salt: str = "") -> None:
 
 
 def test_whole_blocks_are_kept_as_steps_complete_them(side: SchedulerSide) -> None:
-    """Neither the half-filled last block nor generated blocks are kept."""
+    """Neither the half-filled last block is kept, nor, by a step, a generated one."""
     come(side, "a", range(10))
     first = side.take_step([ScheduledPrompt("a", [5, 6], 0, 6)], ())
     second = side.take_step([ScheduledPrompt("a", [7], 6, 4)], ())
@@ -135,9 +135,80 @@ def test_a_prompt_finds_what_another_has_left(side: SchedulerSide) -> None:
     come(side, "c", range(14))
     assert side.loadable("c", 4).tokens == 8
     side.on_allocated("c", [1, 2, 3, 4], 8)
-    (restore,) = side.take_step([], ()).restores
+    (restore,) = side.take_step([], ()).copies
     assert (restore.block_ids, restore.places) == ((2, 3), keep.places[1:])
     assert side.take_step([ScheduledPrompt("c", [1, 2, 3, 4], 12, 2)], ()).keeps == ()
+
+
+def end(side: SchedulerSide, name: str, num_tokens: int, block_ids: list[int]) -> bool:
+    """The request ends, and so many tokens of it were computed. Whether its blocks are still read."""
+    return side.on_finished(name, PromptTokens(range(num_tokens)), block_ids)[0]
+
+
+def test_an_answer_is_kept_when_it_ends(side: SchedulerSide) -> None:
+    """The next turn finds its whole blocks after those of the prompt."""
+    come(side, "a", range(10))
+    side.take_step([ScheduledPrompt("a", [5, 6, 7], 0, 10)], ())
+    assert end(side, "a", 17, [5, 6, 7, 8, 9])
+    (keep,) = side.take_step([], ()).copies
+    assert (keep.request_id, keep.block_ids, keep.to_host) == ("a", (7, 8), True)
+    come(side, "b", range(20))
+    assert side.loadable("b", 0).tokens == 16
+
+
+def arrive(side: SchedulerSide, name: str, num_tokens: int) -> None:
+    """A request whose KV comes over the belt, and is loaded."""
+    to_load = {"transfer_id": name, "deadline_seconds": 30.0}
+    side.on_new_request(name, to_load, num_tokens, PromptTokens(range(num_tokens)))
+    side.on_allocated(name, [5, 6, 7], side.loadable(name, 0).tokens or 0)
+    side.take_step([], ())
+
+
+def test_what_came_over_the_belt_is_kept_when_its_answer_ends(side: SchedulerSide) -> None:
+    """Prompt and answer at once, in a step of their own."""
+    arrive(side, "a", 10)
+    assert side.take_step([ScheduledPrompt("a", [5, 6, 7], 9, 1)], ()).keeps == ()
+    assert end(side, "a", 13, [5, 6, 7, 8])
+    (keep,) = side.take_step([], ()).copies
+    assert keep.block_ids == (5, 6, 7)
+    assert side.host is not None
+    assert side.host.tokens_asked == 0
+
+
+def test_what_may_not_have_come_is_not_kept(side: SchedulerSide) -> None:
+    """A request that ends during its load, or before it has generated anything."""
+    arrive(side, "a", 10)
+    assert not end(side, "a", 9, [5, 6, 7])
+    arrive(side, "b", 10)
+    side.take_step([ScheduledPrompt("b", [5, 6, 7], 9, 1)], ())
+    assert not end(side, "b", 9, [5, 6, 7])
+    assert side.take_step([], ()).copies == ()
+
+
+def test_what_may_not_have_been_restored_is_not_kept(side: SchedulerSide) -> None:
+    """A preempted request that ends while it gets back what it had."""
+    come(side, "a", range(10))
+    side.take_step([ScheduledPrompt("a", [5, 6, 7], 0, 10)], ())
+    side.take_step([], ("a",))
+    side.on_allocated("a", [1, 2, 3, 4], side.loadable("a", 0).tokens or 0)
+    side.take_step([], ())
+    end(side, "a", 16, [1, 2, 3, 4])
+    assert side.take_step([], ()).copies == ()
+
+
+def test_copies_are_made_in_the_order_of_their_decisions(side: SchedulerSide) -> None:
+    """A place is read before it gets another block."""
+    come(side, "a", range(8))
+    side.take_step([ScheduledPrompt("a", [5, 6], 0, 8)], ())
+    side.on_new_request("long", None, 38, PromptTokens(range(100, 138)))
+    side.take_step([ScheduledPrompt("long", range(10, 20), 38, 0)], ())
+    come(side, "b", range(9))
+    side.on_allocated("b", [1, 2, 3], side.loadable("b", 0).tokens or 0)
+    tokens = [*range(100, 138), *range(200, 207)]
+    side.on_finished("long", PromptTokens(tokens), [*range(10, 22)])
+    restore, keep = side.take_step([], ()).copies
+    assert (restore.to_host, keep.to_host) == (False, True)
+    assert set(restore.places) & set(keep.places)
 
 
 def test_loaded_blocks_are_sent_and_reported(side: SchedulerSide) -> None:
@@ -172,7 +243,7 @@ def test_a_preempted_prompt_is_read_no_more_and_begins_again(side: SchedulerSide
     side.take_step([ScheduledPrompt("a", [5], 0, 4)], ())
     assert side.take_step([], ("a",)).preempted == ("a",)
     side.on_allocated("a", [1, 2, 3], side.loadable("a", 0).tokens or 0)
-    assert side.take_step([], ()).restores[0].block_ids == (1,)
+    assert side.take_step([], ()).copies[0].block_ids == (1,)
     assert side.take_step([ScheduledPrompt("a", [1, 2, 3], 4, 8)], ()).keeps[0].block_ids == (2, 3)
 
 

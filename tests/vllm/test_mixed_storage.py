@@ -1,4 +1,4 @@
-"""Prefill servers that keep KV in host memory: they forget their prefixes, and give the same answers from there."""
+"""Servers that keep KV in host memory: they forget their prefixes, and give the same answers from there."""
 
 import os
 import uuid
@@ -10,6 +10,7 @@ import pytest
 from tests.e2e.prompts import long_text
 from tests.vllm.asking import a_step, all_free, ask, forget_prefixes, prefill_leg
 from tests.vllm.conftest import Deployment, wait_until
+from tests.vllm.servers import Server
 
 pytestmark = [
     pytest.mark.e2e,
@@ -38,9 +39,9 @@ def forget(deployment: Deployment) -> None:
         a_step(server)
 
 
-def hits(deployment: Deployment) -> float:
-    """Prompt tokens that the prefill servers restored from host memory."""
-    return sum(server.metric(HITS) for server in deployment.prefill)
+def hits(servers: list[Server]) -> float:
+    """Prompt tokens that the servers restored, from host memory or over the belt."""
+    return sum(server.metric(HITS) for server in servers)
 
 
 def test_forgotten_prompts_are_loaded(deployment: Deployment) -> None:
@@ -52,11 +53,11 @@ def test_forgotten_prompts_are_loaded(deployment: Deployment) -> None:
         for _ in deployment.prefill:
             ask(deployment.proxy, body)
     forget(deployment)
-    before = hits(deployment)
+    before = hits(deployment.prefill)
     answers = [ask(deployment.proxy, body) for body in prompts]
     assert [parts for _, _, parts in answers] == expected
     assert not [way for way, _, _ in answers if way.startswith("local")]
-    assert hits(deployment) - before >= 4 * 128
+    assert hits(deployment.prefill) - before >= 4 * 128
 
 
 def test_eight_at_a_time(deployment: Deployment) -> None:
@@ -84,6 +85,27 @@ def test_the_answer_says_what_was_loaded(deployment: Deployment) -> None:
     assert (
         deployment.prefill[0].metric("kvbelt_host_loaded_tokens_total") >= second["kv_transfer_params"]["loaded_tokens"]
     )
+
+
+def _ids(server: Server, body: dict[str, Any]) -> list[int]:
+    return ask(server, body)[1]["choices"][0]["token_ids"]
+
+
+@pytest.mark.parametrize("split", [True, False], ids=["split", "whole"])
+def test_a_decode_server_finds_the_turn_before(deployment: Deployment, *, split: bool) -> None:
+    """Prompt and answer, whether the prompt's KV came over the belt or was computed there."""
+    prompt = list(range(1000 + split, 1236 + split))  # the answer completes a block of any size
+    first = {"prompt": prompt, "max_tokens": 40, "ignore_eos": True}
+    said = _ids(deployment.plain, first)
+    second = {**first, "prompt": [*prompt, *said, *range(2000, 2030)]}
+    expected = _ids(deployment.plain, second)
+    for server in deployment.decode:
+        assert _ids(deployment.proxy if split else server, first) == said
+    forget(deployment)
+    before = hits(deployment.decode)
+    for server in deployment.decode:
+        assert _ids(server, second) == expected
+    assert hits(deployment.decode) - before >= 256
 
 
 def test_nothing_is_held_afterwards(deployment: Deployment) -> None:

@@ -109,11 +109,11 @@ def test_keys_and_the_explicit_word_are_taken(tmp_path: Path) -> None:
         ("kv_both", {"local_cpu": True, "max_local_cpu_size": 0.5}, 0.5),
         ("kv_producer", {"local_cpu": False, "max_local_cpu_size": 2}, 0),
         ("kv_producer", {}, 0),
-        ("kv_consumer", {"local_cpu": True}, 0),
+        ("kv_consumer", {"local_cpu": True, "max_local_cpu_size": 2}, 2),
     ],
 )
 def test_host_memory_is_asked_for(role: str, extra: dict[str, object], gib: float) -> None:
-    """Only a server that computes prompts keeps blocks in host memory, and only if it is told to."""
+    """A server of any role keeps blocks in host memory, but only if it is told to."""
     assert load_settings(role, extra, "cpu", {}).host_bytes == gib * (1 << 30)
 
 

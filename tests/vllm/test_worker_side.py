@@ -130,17 +130,17 @@ def test_a_mismatch_is_refused_and_recomputed(prefill: BeltServer, decode: BeltS
 
 def test_blocks_from_host_memory_are_sent(prefill: BeltServer, decode: BeltServer) -> None:
     """A prompt with a restored head arrives whole, and its blocks come back once they are read."""
-    prefill.step(StepCommands(keeps=(HostCopy("old", (7, 2), (0, 1)),)))
+    prefill.step(StepCommands(keeps=(HostCopy("old", (7, 2), (0, 1), to_host=True),)))
     until(lambda: prefill.side.finished({"old"})[0] or prefill.side.finished(set())[0])
     kept = {name: kv[[7, 2]].clone() for name, kv in prefill.kv.items()}
     for kv in prefill.kv.values():
         kv[[7, 2]] = 0
-    prefill.step(StepCommands(restores=(HostCopy("a", (10, 12), (0, 1)),)))
+    prefill.step(StepCommands(copies=(HostCopy("a", (10, 12), (0, 1)),)))
     assert loaded(prefill) == {"a"}
     orders = StepCommands(
         sends=(send(decode, "a", 40),),
         written=(Written("a", 0, (10, 12, 3), True),),
-        keeps=(HostCopy("a", (3,), (2,)),),
+        keeps=(HostCopy("a", (3,), (2,), to_host=True),),
     )
     prefill.step(orders)
     decode.step(StepCommands(claims=(claim("a"),), loads=(Load("a", 0, (4, 5, 9), 40),)))
@@ -149,6 +149,17 @@ def test_blocks_from_host_memory_are_sent(prefill: BeltServer, decode: BeltServe
         assert torch.equal(ours[[4, 5]], kept[name])
         assert torch.equal(ours[9], prefill.kv[name][3])
     assert prefill.side.finished({"a"})[0] or until(lambda: prefill.side.finished(set())[0]) == {"a"}
+
+
+def test_blocks_of_a_request_that_has_ended_are_kept(prefill: BeltServer) -> None:
+    """They are copied with the step that ends it, and given back after that."""
+    kept = {name: kv[[7, 2]].clone() for name, kv in prefill.kv.items()}
+    prefill.step(StepCommands(copies=(HostCopy("old", (7, 2), (0, 1), to_host=True),)))
+    assert prefill.side.finished({"old"})[0] or until(lambda: prefill.side.finished(set())[0]) == {"old"}
+    prefill.step(StepCommands(copies=(HostCopy("a", (10, 12), (0, 1)),)))
+    assert loaded(prefill) == {"a"}
+    for name, kv in prefill.kv.items():
+        assert torch.equal(kv[[10, 12]], kept[name])
 
 
 def test_a_decode_server_is_connected_to_before_a_prompt_comes(prefill: BeltServer, decode: BeltServer) -> None:

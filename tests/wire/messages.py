@@ -70,6 +70,7 @@ STEPS = StepsNow(
     most_prompt_tokens=8192,
     most_requests=256,
     most_kv_tokens=780_000,
+    host_kv_tokens=90_000,
 )
 LOAD = Load(running=1, waiting=2, blocks_total=10, blocks_free=7, blocks_cached=3)
 

@@ -39,8 +39,8 @@ OPTIONAL = {
     "hash_seed", "belt", "about", "detail", "public_key", "ranks", "transport", "channel", "write", "read", "num_bytes",
     "reason", "device", "buffer_device", "buffer_bytes", "bytes_per_token", "max_model_len", "compatibility",
     "backends", "plugins", "roads", "links", "complaints", "bytes_in_flight", "count", "total",
-    "operations", "steps", "sigma", "samples", "most_kv_tokens", "placing", "placement", "transfer_exposed_ms",
-    "alarms", "doctor", "open_requests", "p90", "defaults", "unless_asked", "most", "penalties",
+    "operations", "steps", "sigma", "samples", "most_kv_tokens", "host_kv_tokens", "placing", "placement",
+    "transfer_exposed_ms", "alarms", "doctor", "open_requests", "p90", "defaults", "unless_asked", "most", "penalties",
 }  # fmt: skip
 
 

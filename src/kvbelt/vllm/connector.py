@@ -294,9 +294,11 @@ class KVBeltConnector(KVConnectorBase_V1):
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Whether the request's blocks are still read, and the ``kv_transfer_params`` of its answer."""
-        computed = _tokens_of(request) if self._side.ledger is not None else None
+        computed = _tokens_of(request) if self._side.remembers else None
         if computed is not None:
-            computed = PromptTokens(request.all_token_ids[: request.num_computed_tokens], computed.salt)
+            # The last token's KV is certain only with the next step; scheduled ahead, it may be counted already.
+            certain = min(request.num_computed_tokens, len(request.all_token_ids) - 1)
+            computed = PromptTokens(request.all_token_ids[:certain], computed.salt)
         read, answer = self._side.on_finished(request.request_id, computed, block_ids)
         if isinstance(answer, HandoffState):
             answer = msgspec.structs.replace(
@@ -348,8 +350,8 @@ def _require_possible(vllm_config: Any, kv_cache_config: Any, groups: Groups) ->
         raise StartError("a server with KVBeltConnector cannot sleep: leave out --enable-sleep-mode")
 
 
-def _scheduled(output: Any, followed: Container[str] | None, groups: Groups) -> Iterable[ScheduledPrompt]:
-    """The requests of a step that are new, are given blocks, or are ``followed``; with None all of them."""
+def _scheduled(output: Any, followed: Container[str], groups: Groups) -> Iterable[ScheduledPrompt]:
+    """The requests of a step that are new, are given blocks, or are ``followed``."""
     tokens = output.num_scheduled_tokens
     for new in output.scheduled_new_reqs:
         lead, others = groups.lead(new.block_ids), groups.others(new.block_ids)
@@ -358,7 +360,7 @@ def _scheduled(output: Any, followed: Container[str] | None, groups: Groups) -> 
     for request_id, blocks, computed in zip(
         cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
     ):
-        if blocks or followed is None or request_id in followed:
+        if blocks or request_id in followed:
             lead, others = (groups.lead(blocks), groups.others(blocks)) if blocks else ((), ())
             yield ScheduledPrompt(request_id, lead, computed, tokens[request_id], others)
 

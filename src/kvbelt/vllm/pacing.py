@@ -52,6 +52,7 @@ class Pacing:
 
     def __init__(self, limits: StepLimits, clock: Callable[[], float]) -> None:
         self.level = 0.0  #: seconds between tokens that steps should keep; 0: any
+        self.host_kv_tokens = 0  #: that fit host memory
         self._limits = limits
         self._clock = clock
         self._learner = StepLearner()
@@ -161,6 +162,7 @@ class Pacing:
             most_prompt_tokens=self._limits.prompt_tokens,
             most_requests=self._limits.requests,
             most_kv_tokens=self._limits.kv_tokens,
+            host_kv_tokens=self.host_kv_tokens,
         )
 
     def take_report(self) -> StepsNow | None:

@@ -9,7 +9,7 @@ path that is exactly the prefill worker's prompt; on the re-derive path the last
 first token can be sampled after it. If the KV does not come, vLLM is told that the blocks are invalid, and computes
 them.
 
-Every other request may find blocks in host memory, and leave some there (``host_scheduler``).
+Every other request may find blocks in host memory. All leave some there (``host_scheduler``).
 The hashes that a decode server's prefix cache holds are told to its workers (``held_prefixes``); those blocks need not
 be sent again.
 
@@ -113,10 +113,16 @@ class SchedulerSide:
         self._server = server
         if server.host_places:
             self.host = HostScheduler(self._block_size, server.host_places)
+            self.pacing.host_kv_tokens = server.host_places * self._block_size
 
     def watch_prefix_cache(self, content_of: Callable[[int], Any]) -> None:
         """Tell the workers what vLLM's prefix cache holds; ``content_of`` a block is None where nothing is cached."""
         self._content_of = content_of
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it matters which tokens a request that ends has computed."""
+        return self.ledger is not None or self.host is not None
 
     @property
     def num_requests(self) -> int:
@@ -147,14 +153,13 @@ class SchedulerSide:
             self._on_params(request_id, params, num_tokens, adapter, generates=generates)
         request = self._requests.get(request_id)
         self.pacing.on_new_request(request_id, num_tokens, loads=isinstance(request, Incoming), generates=generates)
-        uses_hashes = self.ledger if isinstance(request, Incoming) else self.host
-        if prompt is None or (uses_hashes is None and not isinstance(request, Outgoing)):
+        if prompt is None or (self.host is None and not isinstance(request, Outgoing | Incoming)):
             return
         hashes = block_hashes(prompt.token_ids, self._block_size, prompt.salt)
         if isinstance(request, Outgoing | Incoming):
             request.hashes = hashes
-        if self.host is not None and not isinstance(request, Incoming):
-            self.host.on_new_request(request_id, num_tokens, hashes)
+        if self.host is not None:
+            self.host.on_new_request(request_id, num_tokens, () if isinstance(request, Incoming) else hashes)
 
     def _on_params(
         self, request_id: str, params: Mapping[str, Any], num_tokens: int, adapter: str, *, generates: bool
@@ -284,9 +289,9 @@ class SchedulerSide:
         return commands
 
     @property
-    def followed(self) -> Container[str] | None:
-        """Requests that ``take_step`` must be told of also when they are given no blocks; None: all."""
-        return self._requests if self.host is None else None
+    def followed(self) -> Container[str]:
+        """Requests that ``take_step`` must be told of also when they are given no blocks."""
+        return self._requests if self.host is None else self._requests.keys() | self.host.computing
 
     def take_step(self, scheduled: Iterable[ScheduledPrompt], preempted: Iterable[str]) -> StepCommands:
         """What the worker must know for the step that has just been scheduled."""
@@ -318,7 +323,7 @@ class SchedulerSide:
             view=view,
             steps=self.pacing.take_report(),
             outcomes=tuple(outcomes),
-            restores=host.restores,
+            copies=host.copies,
             keeps=host.keeps,
         )
 
@@ -365,9 +370,13 @@ class SchedulerSide:
             Whether its blocks are still read, and the ``kv_transfer_params`` of its answer.
         """
         self.pacing.on_finished(request_id)
-        if self.ledger is not None and computed is not None:
-            self.ledger.holds(block_hashes(computed.token_ids, self._block_size, computed.salt), block_ids)
-        read, loaded_tokens = self.host.on_finished(request_id) if self.host is not None else (False, 0)
+        tokens = computed or PromptTokens(())
+        hashes = block_hashes(tokens.token_ids, self._block_size, tokens.salt)
+        if self.ledger is not None:
+            self.ledger.holds(hashes, block_ids)
+        read, loaded_tokens = False, 0
+        if self.host is not None:
+            read, loaded_tokens = self.host.on_finished(request_id, hashes, len(tokens.token_ids), block_ids)
         match request := self._requests.pop(request_id, None):
             case BadHandoff():
                 return read, request
@@ -386,5 +395,5 @@ class SchedulerSide:
                     self._drop(request_id)
                 if self._loaders.get(request.handoff.transfer_id) is request:
                     del self._loaders[request.handoff.transfer_id]
-                return False, request.told
+                return read, request.told
         return read, None

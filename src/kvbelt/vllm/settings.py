@@ -78,9 +78,8 @@ def load_settings(
                 "give a list of as many, or leave it out"
             )
     # The file format's default of 5 GB applies only where local_cpu was asked for.
-    keeps = given.get("local_cpu") and role is not Role.DECODE
     return replace(
         options_of(file, role, "127.0.0.1", keys_of(file, source)),
-        host_bytes=int(file.max_local_cpu_size * (1 << 30)) if keeps else 0,
+        host_bytes=int(file.max_local_cpu_size * (1 << 30)) if given.get("local_cpu") else 0,
         lease_seconds=LEASE_SECONDS,
     )

@@ -77,6 +77,7 @@ class HostCopy:
     request_id: str
     block_ids: tuple[int, ...]
     places: tuple[int, ...]
+    to_host: bool = False  #: else from there
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +96,8 @@ class StepCommands:
     view: bool = False  #: report a ``BeltView``
     steps: StepsNow | None = None  #: tell the proxy
     outcomes: tuple[DecodeOutcome, ...] = ()  #: likewise
-    restores: tuple[HostCopy, ...] = ()  #: places to blocks, beside this step
-    keeps: tuple[HostCopy, ...] = ()  #: blocks to places, after this step
+    copies: tuple[HostCopy, ...] = ()  #: beside this step, begun in this order
+    keeps: tuple[HostCopy, ...] = ()  #: blocks that this step completes, to places
 
 
 @dataclass(frozen=True, slots=True)

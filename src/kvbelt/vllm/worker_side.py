@@ -24,7 +24,7 @@ from kvbelt.vllm.compute import CpuCompute, CudaCompute
 from kvbelt.vllm.held_prefixes import HeldPrefixes
 from kvbelt.vllm.host_worker import HostWorker
 from kvbelt.vllm.loading import Loading
-from kvbelt.vllm.step_messages import Send, StepCommands, StepReport, Written
+from kvbelt.vllm.step_messages import HostCopy, Send, StepCommands, StepReport, Written
 from kvbelt.wire.handoff import ReceiverAddress
 from kvbelt.wire.ids import EngineId
 from kvbelt.wire.shards import Piece, pieces_for, pieces_from, transfer_of
@@ -108,9 +108,9 @@ class WorkerSide:
             self._belt.tell_outcome(outcome)
         if commands.view and self._views is not None:
             self._views.begin()
-        if self._host is not None:
-            for restore in commands.restores:
-                self._host.restore(restore)
+        mark = self._compute.mark() if commands.copies else None
+        for copy in commands.copies:
+            self._copy(copy, mark)
 
     def layer_written(self, layer: int, group: int = 0) -> None:
         """Inside the forward pass: this layer's keys and values have been computed, or queued on the device.
@@ -131,12 +131,8 @@ class WorkerSide:
         if not step.written and not step.keeps:
             return
         mark = self._compute.mark()
-        if self._host is not None:
-            for keep in step.keeps:
-                if keep.request_id not in self._outgoing:
-                    self._outgoing[keep.request_id] = read_only = Outgoing()
-                    read_only.blocks_free.set()
-                self._host.keep(keep, mark)
+        for keep in step.keeps:
+            self._copy(keep, mark)
         if step.written:
             # A pass that was replayed as one graph calls no hook in its layers.
             for layer, sharing in enumerate(self._sharing):
@@ -148,6 +144,16 @@ class WorkerSide:
                 for sending in outgoing.sendings:
                     self._compute.after(mark, sending.computed)
         self._step = StepCommands()
+
+    def _copy(self, copy: HostCopy, mark: Any) -> None:
+        assert self._host is not None, "a server without host memory was told to use it"
+        if not copy.to_host:
+            self._host.restore(copy)
+            return
+        if copy.request_id not in self._outgoing:
+            self._outgoing[copy.request_id] = read_only = Outgoing()
+            read_only.blocks_free.set()
+        self._host.keep(copy, mark)
 
     def finished(self, finished_ids: set[str]) -> tuple[set[str], set[str]]:
         """After each step; vLLM has finished these requests. Returns (blocks no longer read, loads ended)."""

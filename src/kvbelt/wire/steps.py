@@ -19,6 +19,12 @@ class StepsNow(msgspec.Struct, frozen=True, kw_only=True):
     most_prompt_tokens: _Limit  #: in one step, when no decode is running
     most_requests: _Limit  #: that run at once
     most_kv_tokens: _Limit | None = None  #: that fit its KV memory; None: an older version
+    host_kv_tokens: _Amount = 0  #: that fit the host memory from which it loads prompts
+
+    @property
+    def most_held_tokens(self) -> int | None:
+        """Tokens of prompts and answers that it can remember; None: unknown."""
+        return None if self.most_kv_tokens is None else self.most_kv_tokens + self.host_kv_tokens
 
     def __post_init__(self) -> None:
         """Require costs that can be added and compared."""

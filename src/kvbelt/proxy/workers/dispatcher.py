@@ -81,7 +81,7 @@ class Dispatcher:
         book = self._books.get(worker)
         if book is not None and worker.steps is not None and book.incarnation == worker.endpoint.incarnation:
             book.learn(worker.steps)
-            self._prefixes.join(book.incarnation, worker.steps.most_kv_tokens)
+            self._prefixes.join(book.incarnation, worker.steps.most_held_tokens)
 
     def _take_in_changes(self) -> None:
         # In the order in which they joined, so that turns do not depend on which health check ended first.
