@@ -14,7 +14,7 @@ _BEGIN, _END = "<!-- drawn: python -m tools.draw_vllm_features docs/vllm.md -->\
 CROSSES, WHOLE, REFUSED = "crosses exactly", "served whole", "refused at start"
 
 #: Versions with whose real servers the test has passed; a refusal needs none.
-ALL, NEWEST, UNIT = "0.27.1, 0.31, 0.32", "0.32", "any"
+ALL, NEWEST, UNIT, NOT_TRIED = "0.27.1, 0.31, 0.32", "0.32", "any", "not tried"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,9 @@ FEATURES = (
     ),
     Feature(
         "reasoning parsers", CROSSES, NEWEST, "test_parsed_chats.py::test_a_streamed_chat_is_parsed_as_by_one_server"
+    ),
+    Feature(
+        "images, audio and video in chats", CROSSES, NOT_TRIED, "test_prompts.py::test_media_share_nothing_and_are_told"
     ),
     Feature("LoRA adapters", CROSSES, NEWEST, "test_lora.py::test_an_adapter_of_both_sides_crosses"),
     Feature(

@@ -9,7 +9,9 @@ from pathlib import Path
 CONNECTOR = Path(__file__).parents[1] / "src/kvbelt/vllm"
 
 #: The modules that see vLLM's objects.
-MODULES = ("connector", "rank", "chunk_limit", "prometheus", "plugin", "refusals", "groups", "answer_defaults")
+MODULES = (
+    "connector", "prompts", "rank", "chunk_limit", "prometheus", "plugin", "refusals", "groups", "answer_defaults",
+)  # fmt: skip
 
 BASE = "distributed/kv_transfer/kv_connector/v1/base.py"
 _METRICS = "distributed/kv_transfer/kv_connector/v1/metrics.py"

@@ -183,6 +183,21 @@ async def test_special_tokens_that_the_prefill_worker_keeps_are_kept_in_the_rest
 
 
 @async_test
+async def test_a_prompt_with_images_reaches_the_decode_worker_as_it_is():
+    """Its token ids do not tell which images: without the KV they would be another prompt, or another one's KV."""
+    look = [
+        {"type": "text", "text": "What is it?"},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}},
+    ]
+    body = {"messages": [{"role": "user", "content": look}], "max_tokens": 9}
+    async with Deployment() as deployment:
+        deployment.prefill[0].script.transfer_state = {"transfer_id": "t", "state": "open", "media": True}
+        assert (await deployment.ask(body, chat=True)).path == "re-derive; reason=media"
+        (leg,) = generated(deployment.decode[0])
+        assert leg["messages"] == body["messages"]
+
+
+@async_test
 async def test_an_adapter_s_first_token_is_shown_once_both_workers_have_proved_to_have_it():
     """Under one name they may have different ones. Until it is known, the decode worker gives the first token."""
     body = {"prompt": "x", "max_tokens": 9}

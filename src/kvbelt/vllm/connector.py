@@ -28,7 +28,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvbelt.belt_setup import BeltOptions
 from kvbelt.errors import StartError
-from kvbelt.vllm.adapters import UNKNOWN, adapter_of, salt_of
+from kvbelt.vllm.adapters import adapter_of
 from kvbelt.vllm.answer_defaults import answer_defaults
 from kvbelt.vllm.chunk_limit import ChunkLimit
 from kvbelt.vllm.figures import figures_of, host_families
@@ -37,6 +37,7 @@ from kvbelt.vllm.identity import Rank, RankIdentity, ServerFacts, describe, toge
 from kvbelt.vllm.loading import Loading
 from kvbelt.vllm.pacing import Pacing, StepLimits
 from kvbelt.vllm.prometheus import BeltProm, BeltStats
+from kvbelt.vllm.prompts import has_media, tokens_of
 from kvbelt.vllm.rank import RankProcess, start_rank, without_belt
 from kvbelt.vllm.reasoning import ReasoningOfPrompts, keeps_special_tokens
 from kvbelt.vllm.refusals import drafts_problem, engines_problem, is_alone, policy_problem, store_problem
@@ -247,7 +248,7 @@ class KVBeltConnector(KVConnectorBase_V1):
         generates = request.max_tokens > 1
         adapter = adapter_of(request.lora_request)
         self._side.on_new_request(
-            request.request_id, params, num_tokens, _tokens_of(request), generates=generates, adapter=adapter
+            request.request_id, params, num_tokens, tokens_of(request), generates=generates, adapter=adapter
         )
         # vLLM 0.32 on a CPU ends when a prompt of several steps has a seed.
         if _has_seed(request) and self._vllm_config.device_config.device_type == "cpu":
@@ -294,7 +295,7 @@ class KVBeltConnector(KVConnectorBase_V1):
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Whether the request's blocks are still read, and the ``kv_transfer_params`` of its answer."""
-        computed = _tokens_of(request) if self._side.remembers else None
+        computed = tokens_of(request) if self._side.remembers else None
         if computed is not None:
             # The last token's KV is certain only with the next step; scheduled ahead, it may be counted already.
             certain = min(request.num_computed_tokens, len(request.all_token_ids) - 1)
@@ -307,6 +308,7 @@ class KVBeltConnector(KVConnectorBase_V1):
                 reasoning=self._reasoning.of(request.prompt_token_ids),
                 tp_size=self._num_ranks,
                 special_tokens=keeps_special_tokens(request.sampling_params),
+                media=has_media(request),
             )
         self._uncut.discard(request.request_id)
         self._tell_local()
@@ -367,18 +369,6 @@ def _scheduled(output: Any, followed: Container[str], groups: Groups) -> Iterabl
 
 def _has_seed(request: Any) -> bool:
     return request.sampling_params is not None and request.sampling_params.seed is not None
-
-
-def _tokens_of(request: Any) -> PromptTokens | None:
-    """The prompt, if its KV depends on tokens and a known adapter alone, and may be taken from a cache."""
-    if request.mm_features or request.prompt_embeds is not None:
-        return None
-    adapter = adapter_of(request.lora_request)
-    if adapter == UNKNOWN:
-        return None
-    if request.prompt_token_ids is None or request.skip_reading_prefix_cache:
-        return None
-    return PromptTokens(request.prompt_token_ids, salt_of(request.cache_salt or "", adapter))
 
 
 def _log_like_vllm() -> None:

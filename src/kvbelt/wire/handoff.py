@@ -101,6 +101,7 @@ class HandoffState(msgspec.Struct, frozen=True):
     adapter: str = ""  #: which LoRA adapter the prompt was computed with: equal for equal weights; empty: none
     special_tokens: bool = False  #: the server keeps them in this answer's text
     tp_size: int | None = None  #: tensor-parallel ranks that send; None: the worker does not say
+    media: bool = False  #: the prompt has images, audio, video or embeddings, which its token ids do not tell
 
 
 class DecodeOutcome(msgspec.Struct, frozen=True, omit_defaults=True):

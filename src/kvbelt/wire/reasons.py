@@ -87,6 +87,7 @@ REASONS: tuple[Reason, ...] = (
     Reason(
         "parsed_message", _CHOICE, "the first token was parsed, or the rest of the answer may be: reasoning, tool calls"
     ),
+    Reason("media", _CHOICE, "the prompt has images, audio, video or embeddings, and its token ids do not tell which"),
     Reason("new_adapter", _CHOICE, "whether both workers have the same LoRA adapter under this name is to be seen"),
     Reason("incomplete_text", _CHOICE, "the first token ends inside a character"),
     # Legs.

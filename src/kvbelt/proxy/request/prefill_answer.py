@@ -114,6 +114,8 @@ class PrefillAnswer:
         """
         if self.token_id is None or self.prompt_token_ids is None:
             return "no_token_ids"
+        if self.handoff is not None and self.handoff.media:
+            return "media"
         message = self._message
         if message is not None and (message.reasoning or message.reasoning_content or message.tool_calls):
             return "parsed_message"
