@@ -1,0 +1,1 @@
+"""vLLM's own tests, taken from its source distribution and asked of servers that run."""
