@@ -4,6 +4,7 @@ import io
 import json
 import os
 import socket
+import sys
 import time
 
 import pytest
@@ -125,6 +126,23 @@ def test_a_full_disk_is_refused_before_a_model_is_made(tmp_path):
     """The message has both sizes."""
     with pytest.raises(StartError, match="needs 1000000000000 MB"):
         model_cache.make_once(tmp_path / "m", ["false"], "the model", print, needed_bytes=10**18)
+
+
+def test_a_model_that_takes_long_to_make_says_what_is_done(tmp_path, monkeypatch):
+    """Without a terminal the child's last step comes again as a line."""
+    monkeypatch.setattr(model_cache, "_LINE_SECONDS", 0.01)
+    seen, said = tmp_path / "seen", []
+    child = "import os, sys; print('melting', flush=True)\nwhile not os.path.exists(sys.argv[1]): pass"
+
+    def progress(line):
+        said.append(line)
+        if line.startswith("melting, "):
+            seen.touch()
+
+    command = [sys.executable, "-c", child, str(seen)]
+    model_cache.make_once(tmp_path / "m", command, "the model", progress, needed_bytes=0)
+    assert [said[0].partition(" in ")[0], said[-1]] == ["making the model", "the model: ready"]
+    assert seen.exists()
 
 
 @pytest.mark.parametrize(

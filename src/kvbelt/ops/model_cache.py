@@ -10,10 +10,16 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvbelt.errors import StartError
+from kvbelt.ops.terminal import Terminal
+
+#: Between two signs of life while a model is made: on a terminal, which redraws one line, and elsewhere.
+_REDRAW_SECONDS = 0.2
+_LINE_SECONDS = 15.0
 
 
 def cache_dir() -> Path:
@@ -32,7 +38,8 @@ def make_once(
 
     Args:
         target: the folder.
-        command: writes everything into the folder that is its last argument.
+        command: writes everything into the folder that is its last argument, and the steps that it takes, a line
+            each, to standard output.
         what: the model's description, for people.
         progress: gets one line for each slow step.
         needed_bytes: of free disk, while it is made.
@@ -49,7 +56,7 @@ def make_once(
             if not target.is_dir():
                 _require_disk(target.parent, needed_bytes, what)
                 progress(f"making {what} in {target}")
-                _make(target, command, what)
+                _make(target, command, what, progress)
                 progress(f"{what}: ready")
     except OSError as error:
         raise StartError(
@@ -75,17 +82,42 @@ def _acquire(fd: int, what: str, progress: Callable[[str], None]) -> None:
         fcntl.flock(fd, fcntl.LOCK_EX)
 
 
-def _make(target: Path, command: Sequence[str], what: str) -> None:
+def _make(target: Path, command: Sequence[str], what: str, progress: Callable[[str], None]) -> None:
     # Beside the target, so that the rename stays within one file system.
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        child = subprocess.run(
-            [*command, str(scratch)], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-        )
-        if child.returncode != 0:
-            tail = " | ".join(child.stderr.strip().splitlines()[-3:])
-            raise StartError(f"making {what} failed (status {child.returncode}): {tail}")
+        _run([*command, str(scratch)], what, progress)
         scratch.chmod(0o755)
         scratch.rename(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _run(command: Sequence[str], what: str, progress: Callable[[str], None]) -> None:
+    board = Terminal()
+    pause = _REDRAW_SECONDS if board.redraws else _LINE_SECONDS
+    began = time.monotonic()
+    with (
+        tempfile.TemporaryFile() as steps,
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=steps, stderr=errors) as child,
+    ):
+        try:
+            while True:
+                try:
+                    child.wait(pause)
+                    break
+                except subprocess.TimeoutExpired:
+                    line = f"{(_lines(steps.fileno()) or ['starting'])[-1]}, {time.monotonic() - began:.0f} s"
+                    board.redraw([line]) if board.redraws else progress(line)
+        finally:
+            child.kill()  # if it was interrupted
+            board.stop_redrawing()
+        if child.returncode != 0:
+            tail = " | ".join(_lines(errors.fileno())[-3:])
+            raise StartError(f"making {what} failed (status {child.returncode}): {tail}")
+
+
+def _lines(fd: int) -> list[str]:
+    # pread leaves alone the place where the child goes on writing, which it shares.
+    return os.pread(fd, 1 << 20, 0).decode(errors="replace").strip().splitlines()
