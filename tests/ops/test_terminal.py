@@ -97,17 +97,20 @@ def test_progress_is_redrawn_in_place_on_a_terminal(monkeypatch):
     tty, file = TtyStream(), io.StringIO()
     for stream in (tty, file):
         board = StartBoard(["a", "proxy"], Terminal(stream, colour=False))
+        board.show(["starting", "starting"], 0.0)
         board.show(["loading", "waiting: a: 503"], 1.0)
         board.show(["ready", "ready"], 2.0)
         board.show(["ready", "ready"], 3.0)
         board.close()
     assert "\033[1A" in tty.getvalue()
-    assert "✔ a      ready  2 s" in tty.getvalue().rpartition("\033[1A")[2]
+    assert "✔ a      ready  2 s  (starting 1.0 s, loading the model 1.0 s)" in tty.getvalue().rpartition("\033[1A")[2]
     assert file.getvalue().splitlines() == [
+        "up | a starting, 0.0 s",
+        "up | proxy starting, 0.0 s",
         "up | a loading the model, 1.0 s",
         "up | proxy waiting for workers, 1.0 s",
-        "up | a ready after 2.0 s",
-        "up | proxy ready after 2.0 s",
+        "up | a ready after 2.0 s (starting 1.0 s, loading the model 1.0 s)",
+        "up | proxy ready after 2.0 s (starting 1.0 s, waiting for workers 1.0 s)",
     ]
 
 
