@@ -150,7 +150,7 @@ def _role(process: RunningWorker) -> str:
 
 def _restart(args: argparse.Namespace) -> int:
     deployment, process = _started(args)
-    control.restart(deployment, process.name, args.wait)
+    _restart_process(deployment, process.name, args.wait)
     print(f"{process.name} is ready")
     return 0
 
@@ -167,11 +167,18 @@ def _replace(args: argparse.Namespace) -> int:
     try:
         client.wait_until_idle(name, role, args.wait)
         print(f"{process.name} {_DRAINED}; restarting it", flush=True)
-        control.restart(deployment, process.name, args.wait)
+        _restart_process(deployment, process.name, args.wait)
     finally:
         client.undrain(name, role)
     print(f"{process.name} is ready and used again")
     return 0
+
+
+def _restart_process(deployment: RunningDeployment, name: str, seconds: float) -> None:
+    from rich.console import Console  # noqa: PLC0415 -- only this command pays for it
+
+    with Console(stderr=True).status(f"{name} is starting"):  # moves on a terminal, and is silent elsewhere
+        control.restart(deployment, name, seconds)
 
 
 def _started(args: argparse.Namespace) -> tuple[RunningDeployment, RunningWorker]:
