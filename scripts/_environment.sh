@@ -67,8 +67,10 @@ step() {
 # pip_install ARGUMENTS...: install into the environment, with the versions of constraints.txt; with uv where it is there.
 pip_install() {
     if have uv; then
-        # As pip does, take the best version of all indexes, not those of the first that has the package.
-        uv pip install --python "$VENV_PYTHON" --index-strategy unsafe-best-match -c constraints.txt "$@" && return
+        # As pip does, take the best version of all indexes, not those of the first that has the package, trust the
+        # system's certificates, and compile: otherwise the first start would.
+        UV_SYSTEM_CERTS=true uv pip install --compile-bytecode --python "$VENV_PYTHON" \
+            --index-strategy unsafe-best-match -c constraints.txt "$@" && return
         echo "uv failed, as it does where only pip knows the index; trying pip"
     fi
     "$VENV_PYTHON" -m pip --disable-pip-version-check --no-input install --progress-bar off -c constraints.txt "$@"
@@ -160,8 +162,9 @@ choose_torch() {
 
 make_environment() {
     python=$(find_python) || exit 1
-    say "making $VENV with $("$python" --version)"
-    "$python" -m venv --clear "$VENV"
+    rm -rf "$VENV"
+    mkdir "$VENV" # for step's log
+    step "making $VENV with $("$python" --version)" "$python" -m venv "$VENV" # uv's own would lack pip
 }
 
 prepare() {
