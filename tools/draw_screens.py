@@ -9,7 +9,7 @@ import asyncio
 import io
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -18,13 +18,20 @@ from rich.text import Text
 
 from kvbelt.ops.proxy_client import ProxyClient
 from kvbelt.ops.top_app import TopApp
+from kvbelt.wire.console import ConsoleState
 from tools import screens
 
 #: Columns and lines. What a command prints may be longer than its terminal.
 SIZES = {"60": (60, 24), "80": (80, 24), "120": (120, 40)}
 THEMES = {"light": DEFAULT_TERMINAL_THEME, "dark": MONOKAI}
+#: Of a deployment, as ``kvbelt top`` shows them at 80 columns.
+STATES = ("calm", "overloaded", "dead-worker", "empty")
 PRINTED = {"up": screens.up, "why": screens.why, "doctor": screens.doctor}
 NAMES = (*PRINTED, "top")
+FILES = (
+    *(f"{name}-{size}-{theme}.svg" for name in NAMES for size in SIZES for theme in THEMES),
+    *(f"top-{state}.svg" for state in STATES),
+)
 
 #: As rich's own, without a window's frame and without a font from elsewhere.
 _SVG = """\
@@ -52,8 +59,10 @@ font-size: {char_height}px; line-height: {line_height}px; }}
 class _Example(TopApp):
     """Has its answers from the example."""
 
+    answers: Sequence[ConsoleState] = ()
+
     async def poll(self) -> None:
-        for state in screens.top():
+        for state in self.answers:
             self.show(state)
 
 
@@ -88,9 +97,10 @@ def printed(name: str, size: str, theme: str) -> str:
     return _exported(console, name, theme)
 
 
-async def top(size: str, theme: str) -> str:
+async def top(size: str, theme: str, answers: Sequence[ConsoleState]) -> str:
     """The program in memory, after it has had all its answers."""
     app = _Example(ProxyClient(screens.URL), window=10, interval=1, light=theme == "light")
+    app.answers = answers
     async with app.run_test(size=SIZES[size]) as pilot:
         await pilot.pause()
         await app.workers.wait_for_complete()
@@ -106,7 +116,9 @@ def drawn() -> Iterator[tuple[str, str]]:
         for theme in THEMES:
             for name in PRINTED:
                 yield f"{name}-{size}-{theme}.svg", printed(name, size, theme)
-            yield f"top-{size}-{theme}.svg", asyncio.run(top(size, theme))
+            yield f"top-{size}-{theme}.svg", asyncio.run(top(size, theme, screens.top()))
+    for state, answer in screens.console().items():
+        yield f"top-{state}.svg", asyncio.run(top("80", "dark", [answer]))
 
 
 def main(argv: list[str]) -> None:

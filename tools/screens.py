@@ -13,8 +13,9 @@ from kvbelt.ops.start_board import StartBoard
 from kvbelt.ops.terminal import Terminal
 from kvbelt.ops.why import describe
 from kvbelt.proxy.observe.alarms import alarms
-from kvbelt.wire.console import CONSOLE_STATE, ConsoleState, DoctorFinding, LegRates, Percentiles
+from kvbelt.wire.console import CONSOLE_STATE, ConsoleState, DoctorFinding, LegRates, Percentiles, RecordCounts
 from kvbelt.wire.request_record import REQUEST_RECORD
+from kvbelt.wire.workers import WorkerRow
 from tools.screens_data import record, state
 
 URL = "http://127.0.0.1:9100"
@@ -94,8 +95,25 @@ def console() -> dict[str, ConsoleState]:
         "dead-worker": msgspec.structs.replace(
             dead, doctor=DoctorFinding("critical", "decode worker 127.0.0.1:7201 does not answer", restart)
         ),
-        "empty": msgspec.structs.replace(calm, live=quiet, requests=[]),
+        "empty": msgspec.structs.replace(
+            calm,
+            live=quiet,
+            requests=[],
+            workers=[_idle(one) for one in calm.workers],
+            proxy=msgspec.structs.replace(calm.proxy, in_flight=0, requests=0, records=RecordCounts(0, 1000)),
+        ),
     }
+
+
+def _idle(one: WorkerRow) -> WorkerRow:
+    load = one.load
+    return msgspec.structs.replace(
+        one, in_flight=0,
+        load=msgspec.structs.replace(load, running=0, waiting=0, blocks_free=load.blocks_total, blocks_cached=0),
+        buffers=None if one.buffers is None else msgspec.structs.replace(
+            one.buffers, bytes_reserved=0, bytes_committed=0,
+        ),
+    )  # fmt: skip
 
 
 def _judged(said: dict[str, Any]) -> ConsoleState:

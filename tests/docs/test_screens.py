@@ -4,12 +4,11 @@ import xml.etree.ElementTree as ET
 
 import pytest
 from rich.text import Text
-from tools.draw_screens import NAMES, PRINTED, SIZES, THEMES, drawn
+from tools.draw_screens import FILES, PRINTED, SIZES, STATES, drawn
 
 from tests.docs.pages import DOCS
 
 FOLDER = DOCS / "images" / "terminal"
-FILES = {f"{name}-{size}-{theme}.svg" for name in NAMES for size in SIZES for theme in THEMES}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def test_no_line_of_a_start_breaks_inside_a_word(size: str) -> None:
 
 def test_the_page_leads_to_every_picture() -> None:
     page = (DOCS / "screens.md").read_text(encoding="utf-8")
-    assert {file.name for file in FOLDER.iterdir()} == FILES
+    assert {file.name for file in FOLDER.iterdir()} == set(FILES)
     assert [name for name in FILES if f"(images/terminal/{name})" not in page] == []
 
 
@@ -53,3 +52,11 @@ def test_light_and_dark_terminals_show_the_same(name: str, today: dict[str, str]
     light, dark = today[f"{name}-80-light.svg"], today[f"{name}-80-dark.svg"]
     assert said(light) == said(dark)
     assert light != dark
+
+
+def test_each_state_of_a_deployment_is_told_apart(today: dict[str, str]) -> None:
+    """As in the console's pictures."""
+    shown = {state: "\n".join(said(today[f"top-{state}.svg"])) for state in STATES}
+    assert [state for state in STATES if "no\xa0threshold" in shown[state].replace(" ", "\xa0")] == ["calm", "empty"]
+    assert "lost" in shown["dead-worker"]
+    assert len(set(shown.values())) == len(STATES)
