@@ -29,7 +29,7 @@ def _worker_states(workers: Sequence[WorkerRow]) -> Iterator[Alarm]:
     for one in workers:
         if one.state == "lost":
             what = f"{one.role} worker {one.worker} does not answer"
-            change = f"start it again, or remove it: kvbelt workers remove {one.worker}"
+            change = f"start it again (of kvbelt up: kvbelt workers restart {one.worker}), or kvbelt workers remove it"
             yield Alarm(_CRITICAL, "state", "KVBeltWorkerLost", what, change, one.worker, one.role)
         elif one.state != "ready" or one.shown_state == "warming":
             what, change = f"{one.role} worker {one.worker} is not ready", "kvbelt workers list says why"
