@@ -23,7 +23,7 @@ from kvbelt.vllm.host_memory import host_memory
 from kvbelt.vllm.host_worker import HostWorker
 from kvbelt.vllm.identity import Rank, RankIdentity
 from kvbelt.vllm.pacing import Pacing, StepLimits
-from kvbelt.vllm.pages import pages_of
+from kvbelt.vllm.pages import pages_of, with_drafter
 from kvbelt.vllm.step_messages import Claim, Send, StepCommands
 from kvbelt.vllm.worker_side import WorkerSide
 from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff
@@ -33,6 +33,7 @@ from kvbelt.wire.shards import heads_of
 from tests.channels.memory import MemoryChannel, MemoryNetwork
 
 LAYERS, BLOCKS, BLOCK, WIDTH = 3, 20, 16, 8
+DRAFT_LAYERS = 2
 
 
 def pacing() -> Pacing:
@@ -54,6 +55,7 @@ class BeltServer:
         tokens_first: bool = False,
         block: int = BLOCK,
         backend: str = "test",
+        drafter: str = "",
         **settings: Any,
     ) -> None:
         kv_heads = 2 * rank.size if kv_heads is None else kv_heads
@@ -68,10 +70,15 @@ class BeltServer:
         self.kv = {f"model.layers.{i}.attn": layer() for i in range(LAYERS)}
         block_bytes = heads * block * WIDTH * 4
         pages = pages_of(self.kv, BLOCKS, block_bytes, backend, heads)
-        cuts = pages.head_runs, pages.tokens_outside
-        layout = KVLayout(LAYERS, heads, WIDTH // 2, block, "float32", pages.order, block_bytes, windows, *cuts)
+        if drafter:
+            drafts = {f"draft_model.layers.{i}.attn": layer() for i in range(DRAFT_LAYERS)}
+            pages = with_drafter(pages, drafts, BLOCKS, backend, heads)
+            self.kv |= drafts
+        cuts = pages.head_runs, pages.tokens_outside, pages.draft_layers, drafter
+        shape = len(pages.rows), heads, WIDTH // 2, block, "float32", pages.order, block_bytes, windows
+        layout = KVLayout(*shape, *cuts)
         self.layout, self._groups = layout, 1 + len(windows)
-        staging = torch.zeros(LAYERS * BLOCKS * block_bytes, dtype=torch.uint8)
+        staging = torch.zeros(len(pages.rows) * BLOCKS * block_bytes, dtype=torch.uint8)
         region = Region(staging.data_ptr(), staging.numel(), "cpu")
         sends = role == "prefill"
         copy = TorchPagedCopy(pages.rows, staging if sends else None, None if sends else staging)
@@ -82,9 +89,9 @@ class BeltServer:
         send, receive = (region, None) if sends else (None, region)
         self.belt = Belt(identity, BeltSettings(**settings), channel, copy, send, receive, prefix=held)
         self.belt.start()
-        self.host = HostWorker(host_memory(pages.rows, LAYERS * block_bytes * 10)) if sends else None
+        self.host = HostWorker(host_memory(pages.rows, len(pages.rows) * block_bytes * 10)) if sends else None
         views = Background(partial(view_of, self.belt, NixlChannel(engine_id)))
-        self.side = WorkerSide(self.belt, CpuCompute(), self.host, held, views, [self._groups] * LAYERS)
+        self.side = WorkerSide(self.belt, CpuCompute(), self.host, held, views, [self._groups] * len(pages.rows))
         self.identity = RankIdentity(engine_id, self.belt.receiver_address(), 0, of_this_process(role))
 
     def step(self, commands: StepCommands, *, hooks: bool = True) -> None:
@@ -92,7 +99,7 @@ class BeltServer:
         self.side.begin_step(commands)
         if hooks:
             for group in range(self._groups):
-                for layer in range(LAYERS):
+                for layer in range(self.layout.num_layers):
                     self.side.layer_written(layer, group)
         self.side.end_step()
 

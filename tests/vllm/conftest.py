@@ -1,9 +1,10 @@
 """One fleet of real vLLM servers for all tests of this folder that ask for it. Skipped where vLLM is not installed.
 
 ``KVBELT_VLLM_SHAPE`` is ``1p1d`` (default) or ``2p2d``; ``KVBELT_VLLM_ARGUMENTS`` goes to every server, for other block
-and chunk sizes, and ``KVBELT_VLLM_PREFILL_ARGUMENTS`` and ``KVBELT_VLLM_DECODE_ARGUMENTS`` to those of one side;
-``KVBELT_VLLM_HOST_GB`` gives prefill servers host memory; ``KVBELT_VLLM_BESIDE=offloading`` puts the connector of each
-into a ``MultiConnector``, with vLLM's ``OffloadingConnector`` beside it. ``scripts/test-vllm`` runs combinations.
+and chunk sizes, and ``KVBELT_VLLM_PREFILL_ARGUMENTS``, ``KVBELT_VLLM_DECODE_ARGUMENTS`` and
+``KVBELT_VLLM_PLAIN_ARGUMENTS`` to some of them; ``KVBELT_VLLM_HOST_GB`` gives prefill servers host memory;
+``KVBELT_VLLM_BESIDE=offloading`` puts the connector of each into a ``MultiConnector``, with vLLM's
+``OffloadingConnector`` beside it. ``scripts/test-vllm`` runs combinations.
 """
 
 import contextlib
@@ -89,7 +90,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     with contextlib.ExitStack() as ending:
         collector = ending.enter_context(collecting())
         ending.callback(fleet.stop)
-        plain = fleet.start("plain", None, *extra, core=0)
+        plain = fleet.start("plain", None, *extra, *_arguments("PLAIN_"), core=0)
         proxied: dict[str, object] = {"pd_proxy_host": "127.0.0.1", "pd_proxy_port": notify}
         if host_gb := float(os.environ.get("KVBELT_VLLM_HOST_GB", "0")):
             proxied |= {"local_cpu": True, "max_local_cpu_size": host_gb}

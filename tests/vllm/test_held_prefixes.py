@@ -192,3 +192,11 @@ def test_what_has_been_evicted_meanwhile_is_computed(prefill: BeltServer, decode
     assert decode.side.take_bad_blocks() == {4, 3, 9}
     assert decode.side.take_report().received == {"a": "prefix_evicted"}
     until(lambda: decode.belt.snapshot().bytes_committed == 0)
+
+
+@pytest.mark.parametrize(("held", "used"), [((), 0), ((b"a",), 0), ((b"a", b"b"), 1), ((b"a", b"c"), 0)])
+def test_a_block_that_is_computed_again_travels(held: tuple[bytes, ...], used: int) -> None:
+    """A drafter of hidden states wants those of the last block that is held."""
+    prefixes = HeldPrefixes(unused=1)
+    prefixes.update(held, ())
+    assert prefixes.held((b"a", b"b", b"c")) == used

@@ -63,11 +63,12 @@ def test_alone_the_connector_sets_the_policy_itself() -> None:
     assert policy_problem(own, None) is None
 
 
-def test_drafts_of_a_model_are_refused() -> None:
+def test_other_ways_of_drafting_are_refused() -> None:
     """The error names the method, and those that would do."""
     assert drafts_problem(None) is None
-    assert drafts_problem(SimpleNamespace(method="ngram")) is None
-    problem = drafts_problem(SimpleNamespace(method="eagle3"))
+    for method in ("ngram", "draft_model", "eagle3", "mtp"):
+        assert drafts_problem(SimpleNamespace(method=method)) is None
+    problem = drafts_problem(SimpleNamespace(method="extract_hidden_states"))
     assert problem is not None
-    assert "method eagle3" in problem
-    assert "use ngram or suffix" in problem
+    assert "method extract_hidden_states" in problem
+    assert "eagle3, medusa, mtp, ngram" in problem

@@ -164,8 +164,9 @@ class KVBeltConnector(KVConnectorBase_V1):
         attn_metadata: Any,  # noqa: ARG002
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
-        if self._rank is not None:
-            self._rank.worker.layer_written(self._rank.layer_of[layer_name], self._rank.group_of.get(layer_name, 0))
+        layer = self._rank.layer_of.get(layer_name) if self._rank is not None else None
+        if self._rank is not None and layer is not None:  # a drafter's layer may stay
+            self._rank.worker.layer_written(layer, self._rank.group_of.get(layer_name, 0))
 
     def wait_for_save(self) -> None:
         """End the step. Nothing is waited for: blocks are kept until they have been read."""

@@ -79,9 +79,13 @@ class PrefixLedger:
 
 
 class HeldPrefixes:
-    """The worker's side: the belt's ``PrefixIndex``. The belt's thread reads, and the model runner's writes."""
+    """The worker's side: the belt's ``PrefixIndex``. The belt's thread reads, and the model runner's writes.
 
-    def __init__(self) -> None:
+    ``unused``: how many of the held blocks, from the last one on, vLLM computes again all the same.
+    """
+
+    def __init__(self, unused: int = 0) -> None:
+        self._unused = unused
         self._lock = threading.Lock()
         self._hashes: set[bytes] = set()
 
@@ -91,9 +95,7 @@ class HeldPrefixes:
             self._hashes.update(held)
 
     def held(self, hashes: Sequence[bytes]) -> int:
-        """How many blocks, from the first on, are held."""
+        """How many blocks, from the first on, are held and used."""
         with self._lock:
-            for number, block_hash in enumerate(hashes):
-                if block_hash not in self._hashes:
-                    return number
-            return len(hashes)
+            held = sum(1 for _ in itertools.takewhile(self._hashes.__contains__, hashes))
+        return max(held - self._unused, 0)

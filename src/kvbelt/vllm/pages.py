@@ -4,14 +4,17 @@ The order of keys and values inside a row depends on the attention backend (on C
 compares it as ``order``; it is never interpreted.
 """
 
+import logging
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from kvbelt.errors import StartError
+
+log = logging.getLogger("kvbelt.vllm")
 
 _NAMES = ("blocks", "heads", "tokens", "content")
 
@@ -29,7 +32,8 @@ class Pages:
         rows: one tensor a layer, ``uint8 [num_blocks, block_bytes]``, over vLLM's own memory.
         layer_of: vLLM's name of a layer to its place in ``rows``; layers that share memory share the place.
         order: backend, type and dimensions of a block, for the handshake; all of them where layers differ.
-        head_runs, tokens_outside: of ``wire.layout.KVLayout``.
+        head_runs, tokens_outside, draft_layers: of ``wire.layout.KVLayout``.
+        draft_order: of the drafter's layers, as ``order``.
     """
 
     rows: list[torch.Tensor]
@@ -37,6 +41,8 @@ class Pages:
     order: str
     head_runs: int = 0
     tokens_outside: bool = False
+    draft_layers: int = 0
+    draft_order: str = ""
 
     def sharing(self, group_of: Mapping[str, int]) -> list[int]:
         """How many groups have a layer at each place; ``group_of`` a layer is the first where it is not named."""
@@ -76,6 +82,35 @@ def pages_of(
     if not rows:
         raise StartError("vLLM has registered no KV cache; a model without attention cannot be disaggregated")
     return Pages(rows, layer_of, "; ".join(orders), *(cuts.pop() if len(cuts) == 1 else (0, False)))
+
+
+def with_drafter(
+    pages: Pages, kv_caches: Mapping[str, torch.Tensor], num_blocks: int, backend: str, num_kv_heads: int
+) -> Pages:
+    """The same, followed by the layers of a drafter as far as their blocks are like the others'."""
+    place_of_address = {row.data_ptr(): place for place, row in enumerate(pages.rows)}
+    shared = {name: place_of_address.get(tensor.data_ptr()) for name, tensor in kv_caches.items()}
+    layer_of = pages.layer_of | {name: place for name, place in shared.items() if place is not None}
+    own = {name: tensor for name, tensor in kv_caches.items() if shared[name] is None}
+    pages = replace(pages, layer_of=layer_of)
+    if not own:
+        return pages
+    first, block_bytes = len(pages.rows), pages.rows[0].shape[1]
+    try:
+        more = pages_of(own, num_blocks, block_bytes, backend, num_kv_heads)
+    except StartError as error:
+        log.warning("the drafter's KV does not travel, so fewer drafts are accepted: %s", error)
+        return pages
+    if (more.head_runs, more.tokens_outside) != (pages.head_runs, pages.tokens_outside):
+        log.warning("the drafter's KV does not travel, so fewer drafts are accepted: its blocks are %s", more.order)
+        return pages
+    return replace(
+        pages,
+        rows=[*pages.rows, *more.rows],
+        layer_of=layer_of | {name: first + place for name, place in more.layer_of.items()},
+        draft_layers=len(more.rows),
+        draft_order=more.order,
+    )
 
 
 def _inside(tensor: torch.Tensor, num_blocks: int, num_kv_heads: int) -> tuple[str, int, bool]:

@@ -13,6 +13,7 @@ from kvbelt.belt_setup import BeltOptions, channel_for, make_belt
 from kvbelt.security.keys import new_engine_id
 from kvbelt.transfer.belt import Belt
 from kvbelt.transfer.settings import BeltIdentity
+from kvbelt.vllm import drafter
 from kvbelt.vllm.background import Background
 from kvbelt.vllm.compute import CpuCompute, CudaCompute
 from kvbelt.vllm.figures import REPORT_SECONDS, Figure, families_of, figures_of
@@ -21,7 +22,7 @@ from kvbelt.vllm.held_prefixes import HeldPrefixes
 from kvbelt.vllm.host_memory import host_memory
 from kvbelt.vllm.host_worker import HostWorker
 from kvbelt.vllm.identity import Rank, RankIdentity, kv_heads_of, model_fingerprint
-from kvbelt.vllm.pages import pages_of
+from kvbelt.vllm.pages import Pages, pages_of, with_drafter
 from kvbelt.vllm.proof import prove
 from kvbelt.vllm.worker_side import WorkerSide
 from kvbelt.wire.layout import KVLayout
@@ -68,10 +69,14 @@ def start_rank(  # noqa: PLR0917 -- what vLLM knows, and what we do
     group_of = {
         layer: number for number, group in enumerate(kv_cache_config.kv_cache_groups) for layer in group.layer_names
     }
-    name, first = next(iter(kv_caches.items()))
+    model, speculative = vllm_config.model_config, vllm_config.speculative_config
+    of_model, of_drafter = drafter.parted(kv_caches, vllm_config)
+    name, first = next(iter(of_model.items()))
+    spec = getattr(spec, "kv_cache_specs", {}).get(name, spec)  # of layers of unequal size each has one
     num_blocks, num_kv_heads = kv_cache_config.num_blocks, getattr(spec, "num_kv_heads", 1)
-    backend = _backend(vllm_config, name)
-    pages = pages_of(kv_caches, num_blocks, spec.page_size_bytes, backend, num_kv_heads)
+    pages = pages_of(of_model, num_blocks, spec.page_size_bytes, _backend(vllm_config, name), num_kv_heads)
+    if of_drafter:
+        pages = with_drafter(pages, of_drafter, num_blocks, _backend(vllm_config, min(of_drafter)), num_kv_heads)
     with torch.inference_mode():  # so that the memory may be written, however vLLM has allocated it
         prove(kv_caches, pages)
     layout = KVLayout(
@@ -85,8 +90,9 @@ def start_rank(  # noqa: PLR0917 -- what vLLM knows, and what we do
         windows=groups.windows,
         head_runs=pages.head_runs,
         tokens_outside=pages.tokens_outside,
+        draft_layers=pages.draft_layers,
+        drafter=_drafter(vllm_config, pages),
     )
-    model = vllm_config.model_config
     weights = model_fingerprint(
         model.model,
         model.revision,
@@ -94,7 +100,7 @@ def start_rank(  # noqa: PLR0917 -- what vLLM knows, and what we do
         {"quantization": model.quantization, "dtype": model.dtype},
     )
     engine_id = new_engine_id(settings.keys)
-    device, held = first.device, HeldPrefixes()
+    device, held = first.device, HeldPrefixes(unused=int(drafter.drops_a_block(speculative)))
     channel = channel_for(settings, engine_id, device)
     kv_heads = kv_heads_of(layout.num_kv_heads, rank.size, 1 if model.use_mla else model.get_total_num_kv_heads())
     who = BeltIdentity(engine_id, settings.role, model_name, weights, layout, rank.number, rank.size, kv_heads)
@@ -142,3 +148,10 @@ def _backend(vllm_config: Any, layer_name: str) -> str:
     layer = vllm_config.compilation_config.static_forward_context.get(layer_name)
     backend = getattr(layer, "attn_backend", None)
     return str(backend.get_name()) if backend is not None else "unknown"
+
+
+def _drafter(vllm_config: Any, pages: Pages) -> str:
+    if not pages.draft_layers:
+        return ""
+    load_format = str(vllm_config.load_config.load_format)
+    return f"{drafter.fingerprint_of(vllm_config.speculative_config, load_format)} {pages.draft_order}"

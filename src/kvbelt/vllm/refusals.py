@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from kvbelt.vllm import drafter
 from kvbelt.vllm.groups import Groups
 
 #: What vLLM adds to the engine id of each data-parallel rank. For models without experts it forgets all else.
@@ -67,15 +68,12 @@ def store_problem(groups: Groups, host_bytes: int) -> str | None:
     )
 
 
-#: Ways of speculative decoding that find drafts in the tokens themselves.
-_DRAFTS_WITHOUT_KV = ("ngram", "suffix")
-
-
 def drafts_problem(speculative: Any) -> str | None:
-    """Of vLLM's ``SpeculativeConfig``, if there is one: a draft model has KV of its own."""
-    if speculative is None or speculative.method in _DRAFTS_WITHOUT_KV:
+    """Of vLLM's ``SpeculativeConfig``, if there is one: other methods may keep what is no KV in the KV cache."""
+    known = drafter.WITH_KV | drafter.WITHOUT_KV
+    if speculative is None or speculative.method in known:
         return None
     return (
-        f"speculative_config has the method {speculative.method}, whose draft model has KV that the connector does not "
-        f"move: use {' or '.join(_DRAFTS_WITHOUT_KV)}, or leave it out"
+        f"speculative_config has the method {speculative.method}, which the connector does not know: use one of "
+        f"{', '.join(sorted(known))}, or leave it out"
     )
