@@ -60,6 +60,18 @@ FEATURES = (
         "test_serving.py::test_decode_servers_accept_drafts",
     ),
     Feature(
+        "EAGLE on both sides, with its own KV",
+        CROSSES,
+        NEWEST,
+        "test_serving_drafts.py::test_drafts_are_as_good_as_over_a_prompt_that_was_computed_here",
+    ),
+    Feature(
+        "a draft model on the decode side alone",
+        CROSSES,
+        NEWEST,
+        "test_serving_drafts.py::test_twenty_prompts",
+    ),
+    Feature(
         "reasoning parsers", CROSSES, NEWEST, "test_parsed_chats.py::test_a_streamed_chat_is_parsed_as_by_one_server"
     ),
     Feature(
@@ -101,7 +113,12 @@ FEATURES = (
         NEWEST,
         "test_beside.py::test_kv_that_never_comes_is_computed",
     ),
-    Feature("drafts by a draft model", REFUSED, UNIT, "test_refusals.py::test_drafts_of_a_model_are_refused"),
+    Feature(
+        "drafts that leave other things than KV (`extract_hidden_states`)",
+        REFUSED,
+        UNIT,
+        "test_refusals.py::test_other_ways_of_drafting_are_refused",
+    ),
     Feature(
         "several engines behind one port",
         REFUSED,
