@@ -85,6 +85,9 @@ FEATURES = (
         "test_serving_degrees.py::test_prompts_through_the_proxy",
     ),
     Feature(
+        "pipelines, also different ones", CROSSES, NEWEST, "test_serving_degrees.py::test_kv_arrives_from_every_rank"
+    ),
+    Feature(
         "`MultiConnector` with `OffloadingConnector` beside kvbelt",
         CROSSES,
         NEWEST,
@@ -124,6 +127,9 @@ FEATURES = (
         REFUSED,
         UNIT,
         "test_refusals.py::test_several_engines_behind_one_port_are_refused",
+    ),
+    Feature(
+        "pipelines, also different ones", CROSSES, NEWEST, "test_serving_degrees.py::test_kv_arrives_from_every_rank"
     ),
     Feature(
         "`MultiConnector` without `recompute`",

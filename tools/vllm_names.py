@@ -10,7 +10,8 @@ CONNECTOR = Path(__file__).parents[1] / "src/kvbelt/vllm"
 
 #: The modules that see vLLM's objects.
 MODULES = (
-    "connector", "prompts", "rank", "chunk_limit", "prometheus", "plugin", "refusals", "groups", "answer_defaults",
+    "connector", "pipeline", "prompts", "rank", "chunk_limit", "prometheus", "plugin", "refusals", "groups",
+    "answer_defaults",
 )  # fmt: skip
 
 BASE = "distributed/kv_transfer/kv_connector/v1/base.py"

@@ -37,7 +37,7 @@ class BeltOptions:
     buffer_device: Literal["cpu", "cuda"]
     host: str
     channel: ChannelSettings  #: what moves the bytes
-    init_ports: tuple[int, ...] = ()  #: one a tensor-parallel rank; empty: any
+    init_ports: tuple[int, ...] = ()  #: one a rank; empty: any
     alloc_ports: tuple[int, ...] = ()
     liveness_ports: tuple[int, ...] = ()
     notification_endpoint: str | None = None  #: the proxy's port to which rank 0 reports transfers and steps
@@ -144,7 +144,7 @@ def make_belt(
     send = buffer(options.buffer_bytes * options.sends, buffer_device)
     receive = buffer(options.buffer_bytes * options.receives, buffer_device)
     overflow = buffer(options.overflow_bytes * options.receives, torch.device("cpu"))
-    rank = identity.tp_rank
+    rank = identity.rank
     init_port, alloc_port, liveness_port = (
         ports[rank] if ports else 0 for ports in (options.init_ports, options.alloc_ports, options.liveness_ports)
     )

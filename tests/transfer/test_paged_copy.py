@@ -152,7 +152,7 @@ def make_cut(device, heads, width):
     block_bytes = layers[0][0].numel() * 4
     layout = KVLayout(2, 3, width, 16, "int32", "x", block_bytes, head_runs=8)
     whole = TorchPagedCopy(layers, send_staging=send, receive_staging=receive)
-    return layers, send, receive, whole.cut(len(layers), heads, 1, layout)
+    return layers, send, receive, whole.cut(heads, 1, None, layout)
 
 
 @pytest.mark.parametrize("width", [8, 7], ids=["words", "bytes"])

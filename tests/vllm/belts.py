@@ -29,7 +29,7 @@ from kvbelt.vllm.worker_side import WorkerSide
 from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff
 from kvbelt.wire.ids import EngineId, TransferId
 from kvbelt.wire.layout import KVLayout
-from kvbelt.wire.shards import heads_of
+from kvbelt.wire.shards import Ranks, heads_of
 from tests.channels.memory import MemoryChannel, MemoryNetwork
 
 LAYERS, BLOCKS, BLOCK, WIDTH = 3, 20, 16, 8
@@ -61,13 +61,14 @@ class BeltServer:
         kv_heads = 2 * rank.size if kv_heads is None else kv_heads
         self.heads = heads_of(rank.number, rank.size, kv_heads)
         heads = len(self.heads)
+        self.layers = Ranks(rank.size, rank.stages).layers_of(rank.stage, LAYERS)
 
         def layer() -> torch.Tensor:
             if tokens_first:
                 return torch.randn(BLOCKS, block, heads, WIDTH).permute(0, 2, 1, 3)
             return torch.randn(BLOCKS, heads, block, WIDTH)
 
-        self.kv = {f"model.layers.{i}.attn": layer() for i in range(LAYERS)}
+        self.kv = {f"model.layers.{i}.attn": layer() for i in self.layers}
         block_bytes = heads * block * WIDTH * 4
         pages = pages_of(self.kv, BLOCKS, block_bytes, backend, heads)
         if drafter:
@@ -83,7 +84,19 @@ class BeltServer:
         sends = role == "prefill"
         copy = TorchPagedCopy(pages.rows, staging if sends else None, None if sends else staging)
         engine_id = EngineId(uuid.uuid4().hex)
-        identity = BeltIdentity(engine_id, role, "m", "f", layout, rank.number, rank.size, kv_heads)
+        identity = BeltIdentity(
+            engine_id,
+            role,
+            "m",
+            "f",
+            layout,
+            rank.number,
+            rank.size,
+            kv_heads,
+            model_layers=rank.model_layers,
+            stages=rank.stages,
+            stage=rank.stage,
+        )
         channel = MemoryChannel(identity.engine_id, network)
         held = HeldPrefixes()
         send, receive = (region, None) if sends else (None, region)

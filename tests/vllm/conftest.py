@@ -30,7 +30,7 @@ from kvbelt.security.keys import secret_file, trusted_folder, write_new_keys
 from tests.channels.memory import MemoryNetwork
 from tests.http.support import free_port
 from tests.vllm.belts import BeltServer
-from tests.vllm.servers import Fleet, Server, Traces, beside_offloading, kvbelt
+from tests.vllm.servers import Fleet, Server, Traces, beside_offloading, has_ranks, kvbelt
 
 if TYPE_CHECKING:
     from tests.vllm.collector import Collector
@@ -110,7 +110,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
             for i in range(number)
         ]
         # The first loads at once what is at hand; a second one, or one with several ranks, beside its batch.
-        one_process = "--tensor-parallel-size" not in of_decode
+        one_process = not has_ranks(of_decode)
         decode = [
             fleet.start(
                 f"decode{i}",

@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,14 @@ from tests.http.support import free_port
 
 #: Starting takes 26 to 60 s on an idle machine of two cores, and longer beside others.
 START_SECONDS = 300.0
+
+
+PIPELINE = "--pipeline-parallel-size"
+
+
+def has_ranks(arguments: Sequence[str]) -> bool:
+    """Whether a server's command line gives it several ranks."""
+    return PIPELINE in arguments or "--tensor-parallel-size" in arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +141,19 @@ class Fleet:
             "--port",
             str(port),
         ]
-        command += ["--host", host, "--served-model-name", "demo", *self.arguments, *arguments]
+        own = self.arguments
+        if PIPELINE in arguments:
+            # vLLM 0.32 for CPUs makes what a stage gets from the one before only where it warms up to compile.
+            own = tuple(each for each in own if each != "--enforce-eager")
+            own += ("--compilation-config", '{"mode": 1, "backend": "eager"}')
+        command += ["--host", host, "--served-model-name", "demo", *own, *arguments]
         if kv_transfer is not None:
             command += ["--kv-transfer-config", json.dumps(kv_transfer)]
         environment = os.environ | {
             "HF_HUB_OFFLINE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
-            # Tensor-parallel ranks need a core each, so such servers share all there are.
-            "VLLM_CPU_OMP_THREADS_BIND": "0|1" if "--tensor-parallel-size" in arguments else str(core),
+            # Ranks need a core each, so such servers share all there are.
+            "VLLM_CPU_OMP_THREADS_BIND": "0|1" if has_ranks(arguments) else str(core),
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_SERVER_DEV_MODE": "1",  # for /reset_prefix_cache
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",

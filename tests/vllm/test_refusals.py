@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvbelt.vllm.refusals import drafts_problem, engines_problem, is_alone, policy_problem
+from kvbelt.vllm.groups import ONE_GROUP, Groups
+from kvbelt.vllm.refusals import drafts_problem, engines_problem, is_alone, policy_problem, stages_problem
 
 
 def parallel(*, size: int = 1, index: int = 0, external: bool = False) -> SimpleNamespace:
@@ -61,6 +62,15 @@ def test_alone_the_connector_sets_the_policy_itself() -> None:
     own = transfer("KVBeltConnector")
     assert policy_problem(own, own) is None
     assert policy_problem(own, None) is None
+
+
+def test_a_pipeline_of_several_kinds_of_kv_is_refused() -> None:
+    """A stage has layers of some kinds only. With one kind any number of stages is fine."""
+    problem = stages_problem(2, Groups((0, 1), (64,)))
+    assert problem is not None
+    assert "pipeline_parallel_size is 2" in problem
+    assert stages_problem(1, Groups((0, 1), (64,))) is None
+    assert stages_problem(4, ONE_GROUP) is None
 
 
 def test_other_ways_of_drafting_are_refused() -> None:

@@ -1,6 +1,6 @@
-"""Prefill and decode servers with different tensor-parallel degrees, against one plain server: the same answers.
+"""Prefill and decode servers with different parallel degrees, against one plain server: the same answers.
 
-``scripts/test-vllm`` gives each side its ``--tensor-parallel-size``.
+``scripts/test-vllm`` gives each side its ``--tensor-parallel-size`` or ``--pipeline-parallel-size``.
 """
 
 import os
@@ -17,7 +17,7 @@ SIDES = tuple(os.environ.get(f"KVBELT_VLLM_{side}_ARGUMENTS", "") for side in ("
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.timeout(600),
-    pytest.mark.skipif(not any("tensor-parallel-size" in each for each in SIDES), reason="equal degrees"),
+    pytest.mark.skipif(not any("parallel-size" in each for each in SIDES), reason="equal degrees"),
 ]
 
 
@@ -28,9 +28,8 @@ def test_kv_arrives_from_every_rank(deployment: Deployment) -> None:
     told = first["kv_transfer_params"]
     assert told["state"] == "open"
     choice = first["choices"][0]
-    rest = decode_leg(
-        deployment, choice["prompt_token_ids"] + choice["token_ids"], transfer_id, tp_size=told["tp_size"]
-    )
+    ids, ranks = choice["prompt_token_ids"] + choice["token_ids"], {key: told[key] for key in ("tp_size", "stages")}
+    rest = decode_leg(deployment, ids, transfer_id, **ranks)
     assert rest["kv_transfer_params"] == {"transfer_id": transfer_id, "kv": "received"}
     _, _, (_, _, expected) = ask(deployment.plain, {"prompt": prompt})
     assert choice["token_ids"] + rest["choices"][0]["token_ids"] == expected[3]

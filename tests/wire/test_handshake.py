@@ -141,7 +141,8 @@ def test_without_a_common_drafter_the_model_s_layers_travel(other: Compatibility
     """One side has none, or another one."""
     for ours, theirs in ((drafting("a"), other), (other, drafting("a"))):
         assert first_difference(ours, theirs) is None
-        assert share(ours, theirs, sends=True) == Share(rank(0, 1).layout)
+        layers = range(LAYOUT.num_layers) if ours.layout.draft_layers else None
+        assert share(ours, theirs, sends=True) == Share(rank(0, 1).layout, layers=layers)
 
 
 def test_a_drafter_changes_nothing_else():
@@ -149,4 +150,35 @@ def test_a_drafter_changes_nothing_else():
     fewer = drafting("a")
     fewer = msgspec.structs.replace(fewer, layout=msgspec.structs.replace(fewer.layout, draft_layers=1))
     assert first_difference(fewer, rank(0, 1)).field == "layout.num_layers"
-    assert share(drafting("a"), rank(1, 2), sends=True) == Share(rank(1, 2).layout, range(2, 4))
+    layers = range(LAYOUT.num_layers)
+    assert share(drafting("a"), rank(1, 2), sends=True) == Share(rank(1, 2).layout, range(2, 4), layers=layers)
+
+
+def stage(number: int, firsts: tuple[int, ...], of: Compatibility) -> Compatibility:
+    """A pipeline stage of a model with eight layers."""
+    layers = (*firsts, 8)[number + 1] - firsts[number]
+    layout = msgspec.structs.replace(of.layout, num_layers=layers)
+    return msgspec.structs.replace(of, layout=layout, layers=8, stages=firsts, stage=number)
+
+
+def test_two_stages_share_the_layers_that_both_have():
+    """Each says which of its own layers travel."""
+    one, last = stage(0, (0,), rank(0, 1)), stage(1, (0, 3), rank(0, 1))
+    assert first_difference(one, last) is None
+    assert share(one, last, sends=True) == Share(last.layout, layers=range(3, 8))
+    assert share(last, one, sends=False) == Share(last.layout)
+    middle = stage(1, (0, 2, 4), rank(1, 2))
+    assert share(middle, last, sends=True).layers == range(1, 2)
+    assert share(last, middle, sends=False) == Share(share(middle, last, sends=True).layout, range(2, 4), 1, range(1))
+
+
+def test_two_stages_without_a_common_layer_are_refused():
+    """Both are named by their numbers among all ranks."""
+    first, last = stage(0, (0, 3), rank(0, 1)), stage(1, (0, 3), rank(0, 1))
+    assert share(first, last, sends=True) == Difference("tp_rank", "0 of 2", "1 of 2")
+
+
+def test_models_with_other_numbers_of_layers_differ():
+    """However many of them a stage has."""
+    three = msgspec.structs.replace(rank(0, 1), layout=msgspec.structs.replace(LAYOUT, num_layers=3))
+    assert first_difference(three, stage(0, (0, 3), rank(0, 1))) == ("layout.num_layers", "3", "8")

@@ -41,6 +41,7 @@ OPTIONAL = {
     "backends", "plugins", "roads", "links", "complaints", "bytes_in_flight", "count", "total",
     "operations", "steps", "sigma", "samples", "most_kv_tokens", "host_kv_tokens", "placing", "placement",
     "transfer_exposed_ms", "alarms", "doctor", "open_requests", "p90", "defaults", "unless_asked", "most", "penalties",
+    "layers", "stages", "stage",
 }  # fmt: skip
 
 

@@ -86,9 +86,9 @@ class CpuPagedCopy:
             np.take(blocks, ids, axis=0, out=staged, mode="clip")
         return DONE
 
-    def cut(self, num_layers: int, heads: range | None, per_block: int, layout: KVLayout) -> "CpuPagedCopy":
-        layers, send, receive = self._given
-        return CpuPagedCopy(cut(layers[:num_layers], heads, per_block, layout), send, receive)
+    def cut(self, heads: range | None, per_block: int, layers: range | None, layout: KVLayout) -> "CpuPagedCopy":
+        whole, send, receive = self._given
+        return CpuPagedCopy(cut(whole, heads, per_block, layers, layout), send, receive)
 
     def digest_sent(self, offset: int, cells: Cells) -> Digest:
         assert self._send is not None

@@ -93,9 +93,9 @@ class CudaPagedCopy:
         self._kernels: ModuleType | None = None
         self._compile()
 
-    def cut(self, num_layers: int, heads: range | None, per_block: int, layout: KVLayout) -> "CudaPagedCopy":
-        layers, send, receive = self._given
-        return CudaPagedCopy(cut(layers[:num_layers], heads, per_block, layout), send, receive)
+    def cut(self, heads: range | None, per_block: int, layers: range | None, layout: KVLayout) -> "CudaPagedCopy":
+        whole, send, receive = self._given
+        return CudaPagedCopy(cut(whole, heads, per_block, layers, layout), send, receive)
 
     def gather(self, layer: int, block_ids: Sequence[int], offset: int, ready: Any) -> Fence:
         """Copy paged blocks to ``send_staging`` once ``ready`` (a CUDA event, or None) has happened."""

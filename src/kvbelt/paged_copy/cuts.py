@@ -1,4 +1,4 @@
-"""Smaller blocks, and some of the heads of every block, over the same memory."""
+"""Smaller blocks, and some of the heads of every block and some layers, over the same memory."""
 
 from collections.abc import Sequence
 
@@ -8,15 +8,16 @@ from kvbelt.wire.layout import KVLayout
 
 
 def cut(
-    layers: Sequence[torch.Tensor], heads: range | None, per_block: int, layout: KVLayout
+    whole: Sequence[torch.Tensor], heads: range | None, per_block: int, layers: range | None, layout: KVLayout
 ) -> Sequence[torch.Tensor]:
     """Layers of ``[num_blocks, bytes]`` as ``[num_blocks * per_block, bytes]``, or with heads ``[…, runs, bytes]``.
 
-    ``layout`` is that of whole blocks.
+    ``layout`` is that of ``whole``.
     """
-    layers = [layer.view(layer.shape[0] * per_block, -1) for layer in layers]
+    chosen = whole if layers is None else whole[layers.start : layers.stop]
+    rows = [layer.view(layer.shape[0] * per_block, -1) for layer in chosen]
     if heads is None:
-        return layers
+        return rows
     runs = layout.head_runs // per_block
     width = layout.block_bytes // per_block // runs // layout.num_kv_heads
-    return [layer.view(layer.shape[0], runs, -1)[:, :, heads.start * width : heads.stop * width] for layer in layers]
+    return [layer.view(layer.shape[0], runs, -1)[:, :, heads.start * width : heads.stop * width] for layer in rows]

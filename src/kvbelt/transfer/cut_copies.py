@@ -9,10 +9,10 @@ class CutCopies:
     def __init__(self, copy: PagedCopy, layout: KVLayout) -> None:
         self._layout = layout
         self._whole = copy
-        self._cuts: dict[tuple[int, range | None, int], PagedCopy] = {(layout.num_layers, None, 1): copy}
+        self._cuts: dict[tuple[range | None, int, range | None], PagedCopy] = {(None, 1, None): copy}
 
     def of(self, shape: SlotShape) -> PagedCopy:
-        cut = shape.layout.num_layers, shape.heads, shape.per_block
+        cut = shape.heads, shape.per_block, shape.layers
         if cut not in self._cuts:
             self._cuts[cut] = self._whole.cut(*cut, self._layout)
         return self._cuts[cut]

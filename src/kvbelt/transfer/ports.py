@@ -85,13 +85,13 @@ class PagedCopy(Protocol):
     def digest_received(self, offset: int, cells: Cells, region: int = 0) -> Digest:
         """Sum blocks that a peer has written."""
 
-    def cut(self, num_layers: int, heads: range | None, per_block: int, layout: KVLayout) -> "PagedCopy":
-        """The same of these layers and heads alone, and of smaller blocks, over the same memory.
+    def cut(self, heads: range | None, per_block: int, layers: range | None, layout: KVLayout) -> "PagedCopy":
+        """The same of these heads and layers alone, and of smaller blocks, over the same memory.
 
         Args:
-            num_layers: so many, from the first on.
             heads: None: all.
             per_block: what each block is cut into; block *i* becomes ``i * per_block`` and those after it.
+            layers: None: all. Their first becomes layer 0.
             layout: of the whole blocks.
         """
 
@@ -211,6 +211,7 @@ class ReceivedKV(Protocol):
     first_block: int  #: earlier ones were not sent, because this process's engine had them (PrefixIndex)
     whole: bool  #: every byte is there: ``scatter`` takes as long as the copies take
     heads: range | None  #: of this process's heads, that it has; None: all
+    layers: range | None  #: likewise
 
     def scatter(self, block_ids: Sequence[int], first: int | None = None) -> None:
         """Copy every layer's blocks, from the prompt's block ``first`` on, into these; returns when they are in place.

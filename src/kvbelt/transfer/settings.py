@@ -9,6 +9,7 @@ from kvbelt.wire.handshake import PROTOCOL_VERSION, Compatibility
 from kvbelt.wire.ids import EngineId
 from kvbelt.wire.layout import KVLayout
 from kvbelt.wire.reservation import Verify
+from kvbelt.wire.shards import ONE_STAGE, Ranks
 
 LEASE_SECONDS = 2.0
 
@@ -24,6 +25,9 @@ class BeltIdentity:
     tp_size: int = 1
     kv_heads: int = 0  #: of the model; 0: not known, unless there is one rank
     hash_scheme: str = HASH_SCHEME
+    model_layers: int = 0  #: in all pipeline stages; 0: there is one stage
+    stages: tuple[int, ...] = ONE_STAGE  #: the first layer of each
+    stage: int = 0  #: of this process
 
     def compatibility(self, channel: str) -> Compatibility:
         return Compatibility(
@@ -36,12 +40,29 @@ class BeltIdentity:
             hash_scheme=self.hash_scheme,
             channel=channel,
             kv_heads=self.model_heads,
+            layers=self.model_layers,
+            stages=self.stages,
+            stage=self.stage,
         )
 
     @property
     def model_heads(self) -> int:
         """KV heads of all ranks together; 0: not known."""
         return self.kv_heads or (self.layout.num_kv_heads if self.tp_size == 1 else 0)
+
+    @property
+    def layers(self) -> int:
+        """Of all stages together."""
+        return self.model_layers or self.layout.num_layers - self.layout.draft_layers
+
+    @property
+    def ranks(self) -> Ranks:
+        return Ranks(self.tp_size, self.stages)
+
+    @property
+    def rank(self) -> int:
+        """Of all of them."""
+        return self.stage * self.tp_size + self.tp_rank
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,7 @@ class SlotShape:
     part_blocks: int
     heads: range | None = None  #: of this process's blocks, which ``layout`` is of; None: all
     per_block: int = 1  #: blocks of ``layout`` in one of this process's; "block" means the former here
+    layers: range | None = None  #: of this process's layers, which ``layout`` counts; None: all
 
     def __post_init__(self) -> None:
         if not 0 <= self.first_block < self.num_blocks or not 1 <= self.part_blocks <= self.travelling:

@@ -17,7 +17,6 @@ from weakref import WeakValueDictionary
 import msgspec
 import torch
 from vllm.config.vllm import get_current_vllm_config_or_none
-from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -33,14 +32,22 @@ from kvbelt.vllm.answer_defaults import answer_defaults
 from kvbelt.vllm.chunk_limit import ChunkLimit
 from kvbelt.vllm.figures import figures_of, host_families
 from kvbelt.vllm.groups import Groups, groups_of
-from kvbelt.vllm.identity import Rank, RankIdentity, ServerFacts, describe, together
+from kvbelt.vllm.identity import RankIdentity, ServerFacts, describe, together
 from kvbelt.vllm.loading import Loading
 from kvbelt.vllm.pacing import Pacing, StepLimits
+from kvbelt.vllm.pipeline import first_layers, rank_here
 from kvbelt.vllm.prometheus import BeltProm, BeltStats
 from kvbelt.vllm.prompts import has_media, tokens_of
 from kvbelt.vllm.rank import RankProcess, start_rank, without_belt
 from kvbelt.vllm.reasoning import ReasoningOfPrompts, keeps_special_tokens
-from kvbelt.vllm.refusals import drafts_problem, engines_problem, is_alone, policy_problem, store_problem
+from kvbelt.vllm.refusals import (
+    drafts_problem,
+    engines_problem,
+    is_alone,
+    policy_problem,
+    stages_problem,
+    store_problem,
+)
 from kvbelt.vllm.requests import PromptTokens
 from kvbelt.vllm.scheduler_side import SchedulerSide
 from kvbelt.vllm.settings import load_settings
@@ -86,12 +93,13 @@ class KVBeltConnector(KVConnectorBase_V1):
         self._groups = groups_of(kv_cache_config)
         _require_possible(vllm_config, kv_cache_config, self._groups)
         transfer, model = vllm_config.kv_transfer_config, vllm_config.model_config
-        self._num_ranks: int = vllm_config.parallel_config.tensor_parallel_size
+        self._tp_size: int = vllm_config.parallel_config.tensor_parallel_size
+        self._stages = first_layers(vllm_config)
         self._settings: BeltOptions = load_settings(
             transfer.kv_role,
             transfer.kv_connector_extra_config,
             vllm_config.device_config.device_type,
-            num_ranks=self._num_ranks,
+            num_ranks=self._tp_size * len(self._stages),
         )
         if problem := store_problem(self._groups, self._settings.host_bytes):
             raise StartError(problem)
@@ -135,7 +143,7 @@ class KVBeltConnector(KVConnectorBase_V1):
         if self._groups.problem:
             self._identity = without_belt(self._settings, self._vllm_config.device_config.device_type)
             return
-        rank = Rank(get_tensor_model_parallel_rank(), self._num_ranks)
+        rank = rank_here(self._vllm_config)
         self._rank = start_rank(
             self._vllm_config, self._kv_cache_config, kv_caches, self._settings, self._model_name, rank, self._groups
         )
@@ -221,18 +229,19 @@ class KVBeltConnector(KVConnectorBase_V1):
 
     # The scheduler's process.
 
-    def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
         found = [rank for _, rank in sorted(metadata.items()) if isinstance(rank, RankMetadata)]
         if not found:
             return
-        ranks = [rank.identity for rank in found]
-        server = together(ranks)
+        server = together([rank.identity for rank in found], self._stages)
         settings = self._settings
         # Received KV must lie in the memory where the model runs, so that a step may wait for its copy.
         near = settings.buffer_device == self._vllm_config.device_config.device_type and not settings.overflow_bytes
         # A step cannot take back a request of several groups, nor what another connector has stored of its blocks.
         alone = found[0].alone and not self._groups.several
-        if len(ranks) == 1 and settings.receives and near and alone:
+        if len(found) == 1 and settings.receives and near and alone:
             self._local = _LOADINGS.get(server.engine_id)
         if server.host_places:
             log.info("%d blocks fit into host memory", server.host_places)
@@ -307,7 +316,8 @@ class KVBeltConnector(KVConnectorBase_V1):
                 answer,
                 adapter=adapter_of(request.lora_request),
                 reasoning=self._reasoning.of(request.prompt_token_ids),
-                tp_size=self._num_ranks,
+                tp_size=self._tp_size,
+                stages=self._stages,
                 special_tokens=keeps_special_tokens(request.sampling_params),
                 media=has_media(request),
             )
@@ -336,9 +346,8 @@ class KVBeltConnector(KVConnectorBase_V1):
 
 
 def _require_possible(vllm_config: Any, kv_cache_config: Any, groups: Groups) -> None:
-    stages = vllm_config.parallel_config.pipeline_parallel_size
-    if stages != 1:
-        raise StartError(f"pipeline_parallel_size is {stages}; KVBeltConnector runs with 1 for now")
+    if problem := stages_problem(vllm_config.parallel_config.pipeline_parallel_size, groups):
+        raise StartError(problem)
     if problem := drafts_problem(vllm_config.speculative_config):
         raise StartError(problem)
     transfer = vllm_config.kv_transfer_config

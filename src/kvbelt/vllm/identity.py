@@ -18,15 +18,29 @@ from kvbelt.wire.about import About
 from kvbelt.wire.handoff import RankAddress, ReceiverAddress
 from kvbelt.wire.health import NO_DEFAULTS, AnswerDefaults, Role, ServerDescription
 from kvbelt.wire.ids import EngineId
+from kvbelt.wire.shards import ONE_STAGE, Ranks
 from kvbelt.wire.steps import StepsNow
 
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """A tensor-parallel rank. Each has its own belt, over its own part of every block."""
+    """A parallel rank. Each has its own belt, over its own part of every block of its own layers."""
 
-    number: int = 0
+    number: int = 0  #: tensor-parallel, in its stage
     size: int = 1
+    stage: int = 0  #: of its pipeline
+    stages: tuple[int, ...] = ONE_STAGE  #: the first layer of each stage
+    model_layers: int = 0  #: 0: there is one stage
+
+    @property
+    def count(self) -> int:
+        """Of the server's ranks."""
+        return self.size * len(self.stages)
+
+    @property
+    def num_layers(self) -> int:
+        """Of its stage, where there are several."""
+        return len(Ranks(self.size, self.stages).layers_of(self.stage, self.model_layers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +71,20 @@ def kv_heads_of(on_rank: int, num_ranks: int, of_model: int) -> int:
     return of_model if on_rank == max(1, of_model // num_ranks) else 0
 
 
-def together(ranks: Sequence[RankIdentity]) -> RankIdentity:
-    """The whole server, under the name of its rank 0. Raises StartError: some ranks receive and others do not."""
+def together(ranks: Sequence[RankIdentity], stages: tuple[int, ...] = ONE_STAGE) -> RankIdentity:
+    """The whole server, under the name of its rank 0; ``stages``: the first layer of each.
+
+    Raises:
+        StartError: some ranks receive and others do not.
+    """
     first = ranks[0]
     others = [rank.receiver for rank in ranks[1:] if rank.receiver is not None]
     if len(others) != (len(ranks) - 1 if first.receiver is not None else 0):
-        raise StartError(f"of {len(ranks)} tensor-parallel ranks only some receive: {ranks}")
+        raise StartError(f"of {len(ranks)} ranks only some receive: {ranks}")
     receiver = first.receiver
     if receiver is not None:
         addresses = tuple(RankAddress(other.engine_id, other.init_port, other.alloc_port) for other in others)
-        receiver = msgspec.structs.replace(receiver, ranks=addresses)
+        receiver = msgspec.structs.replace(receiver, ranks=addresses, stages=stages)
     # A block lies at the same place on every rank.
     return RankIdentity(first.engine_id, receiver, min(rank.host_places for rank in ranks), first.about)
 

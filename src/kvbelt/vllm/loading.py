@@ -11,13 +11,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 
 from kvbelt.errors import KVBeltError
 from kvbelt.transfer.belt import Belt
 from kvbelt.transfer.ports import Lost, ReceivedKV, SlotGoneError
 from kvbelt.vllm.groups import to_fill
 from kvbelt.vllm.step_messages import Arrived, Claim, Load, StepCommands
-from kvbelt.wire.shards import pieces_for, transfer_of
+from kvbelt.wire.shards import Ranks, pieces_for, ranks_of, transfer_of
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ _LOADERS = 4
 class Incoming:
     """One prompt whose KV comes, from its claim until the end of its load was reported or it was dropped.
 
-    It comes in ``pieces``: one from each rank of the prefill server that has some of the heads that this rank has.
+    It comes in ``pieces``: one from each rank of the prefill server that has something that this rank has.
     """
 
     pieces: int
@@ -39,7 +40,7 @@ class Incoming:
     arrivals: list[ReceivedKV | Lost] = field(default_factory=list)  #: that no loader has
     dropped: bool = False
     ended: int = 0  #: pieces that loaders are done with
-    heads: set[int] = field(default_factory=set)  #: of which the blocks are filled
+    filled: set[tuple[int, int]] = field(default_factory=set)  #: heads of layers of which the blocks are filled
     reason: str = ""  #: why the first piece that was not loaded was not
     looked: threading.Event = field(default_factory=threading.Event)  #: the belt has said what was there at the claim
 
@@ -84,7 +85,12 @@ class Loading:
         incoming.looked.wait(seconds)
         with self._lock:
             arrival = incoming.arrivals[0] if incoming.arrivals and incoming.pieces == 1 else None
-        if arrival is None or isinstance(arrival, Lost) or not arrival.whole or self._heads(arrival) != self._all_heads:
+        if (
+            arrival is None
+            or isinstance(arrival, Lost)
+            or not arrival.whole
+            or not self._parts(arrival) >= self._all_parts
+        ):
             return None
         return Arrived(arrival.num_tokens, arrival.first_block)
 
@@ -112,16 +118,24 @@ class Loading:
         self._threads.shutdown(wait=True)
 
     @property
-    def _all_heads(self) -> range:
-        return range(self._layout.num_kv_heads)
+    def _all_parts(self) -> set[tuple[int, int]]:
+        """Heads of layers that a prompt must have; a drafter's layers need not come."""
+        layers = range(self._layout.num_layers - self._layout.draft_layers)
+        return set(product(layers, range(self._layout.num_kv_heads)))
 
-    def _heads(self, received: ReceivedKV) -> range:
-        return self._all_heads if received.heads is None else received.heads
+    def _parts(self, received: ReceivedKV) -> set[tuple[int, int]]:
+        """Heads of layers that a piece has."""
+        heads = range(self._layout.num_kv_heads) if received.heads is None else received.heads
+        layers = range(self._layout.num_layers) if received.layers is None else received.layers
+        return set(product(layers, heads))
 
     def _claim(self, claim: Claim) -> None:
         handoff, us = claim.handoff, self._belt.identity
-        pieces = pieces_for(us.tp_rank, handoff.tp_size or us.tp_size, us.tp_size, us.model_heads)
-        # A prefill server whose heads cannot be dealt to our ranks sends nothing.
+        senders: Ranks | None = us.ranks
+        if handoff.tp_size is not None:
+            senders = ranks_of(handoff.tp_size * len(handoff.stages), handoff.stages)
+        pieces = pieces_for(us.rank, senders, us.ranks, us.model_heads, us.layers) if senders is not None else []
+        # A prefill server whose heads or layers cannot be dealt to our ranks sends nothing.
         names = [transfer_of(handoff.transfer_id, piece) for piece in pieces] or [handoff.transfer_id]
         self._incoming[claim.request_id] = incoming = Incoming(len(names))
         on_arrival = partial(self._on_arrival, claim.request_id, incoming)
@@ -162,7 +176,7 @@ class Loading:
 
     def _load_piece(self, request_id: str, incoming: Incoming, arrival: ReceivedKV | Lost, load: Load | None) -> None:
         """Loader's thread: fill the blocks, release the slot; with the last piece, report."""
-        reason, heads = "dropped", range(0)
+        reason, parts = "dropped", set[tuple[int, int]]()
         try:
             if isinstance(arrival, Lost):
                 reason = arrival.reason
@@ -170,19 +184,19 @@ class Loading:
                     log.warning("the KV of request %s did not come: %s (%s)", request_id, reason, arrival.detail)
             elif load is not None and not incoming.dropped:
                 reason = self._fill(request_id, arrival, load)
-                heads = self._heads(arrival)
+                parts = self._parts(arrival)
         finally:
             if not isinstance(arrival, Lost):
                 arrival.release()
             with self._lock:
                 incoming.ended += 1
                 incoming.reason = incoming.reason or reason
-                incoming.heads.update(heads)
+                incoming.filled |= parts
                 over = incoming.ended == incoming.pieces
                 if over and load is not None:
                     del self._incoming[request_id]
                     self._loaded.add(request_id)
-                    reason = incoming.reason or ("" if incoming.heads.issuperset(self._all_heads) else "heads_missing")
+                    reason = incoming.reason or ("" if incoming.filled >= self._all_parts else "heads_missing")
                     self._report(load, reason, bad=bool(reason) and not incoming.dropped)
             if reason and not over:
                 incoming.cancel()  # without one piece the others are of no use

@@ -10,6 +10,7 @@ import torch
 from kvbelt import about
 from kvbelt.belt_facts import view_of, with_belt
 from kvbelt.belt_setup import BeltOptions, channel_for, make_belt
+from kvbelt.errors import StartError
 from kvbelt.security.keys import new_engine_id
 from kvbelt.transfer.belt import Belt
 from kvbelt.transfer.settings import BeltIdentity
@@ -103,12 +104,29 @@ def start_rank(  # noqa: PLR0917 -- what vLLM knows, and what we do
     device, held = first.device, HeldPrefixes(unused=int(drafter.drops_a_block(speculative)))
     channel = channel_for(settings, engine_id, device)
     kv_heads = kv_heads_of(layout.num_kv_heads, rank.size, 1 if model.use_mla else model.get_total_num_kv_heads())
-    who = BeltIdentity(engine_id, settings.role, model_name, weights, layout, rank.number, rank.size, kv_heads)
+    if rank.model_layers and len(pages.rows) != rank.num_layers:
+        raise StartError(
+            f"pipeline stage {rank.stage} has {rank.num_layers} layers and KV of {len(pages.rows)}; in a pipeline each "
+            "must have KV of its own: leave out --pipeline-parallel-size"
+        )
+    who = BeltIdentity(
+        engine_id,
+        settings.role,
+        model_name,
+        weights,
+        layout,
+        rank.number,
+        rank.size,
+        kv_heads,
+        model_layers=rank.model_layers,
+        stages=rank.stages,
+        stage=rank.stage,
+    )
     belt = make_belt(settings, who, channel, pages.rows, held)
     belt.start()
     host = None
     if settings.host_bytes:
-        host = HostWorker(host_memory(pages.rows, settings.host_bytes // rank.size))
+        host = HostWorker(host_memory(pages.rows, settings.host_bytes // rank.count))
     compute = CudaCompute(device) if device.type == "cuda" else CpuCompute()
     views = Background(partial(view_of, belt, channel))
     facts = about.of_this_process(settings.role, "vllm", device=str(device))
@@ -131,7 +149,7 @@ def start_rank(  # noqa: PLR0917 -- what vLLM knows, and what we do
         pages.layer_of,
         group_of,
         identity,
-        f"rank {rank.number}",
+        f"rank {who.rank}",
         Background(lambda: figures_of(families_of(belt, channel)), REPORT_SECONDS),
         belt,
         compute,

@@ -58,6 +58,16 @@ def policy_problem(transfer: Any, kv_transfer_config: Any | None) -> str | None:
     )
 
 
+def stages_problem(stages: int, groups: Groups) -> str | None:
+    """Why a pipeline of so many stages cannot be served: each must have the same kinds of layers."""
+    if stages == 1 or not (groups.several or groups.problem):
+        return None
+    return (
+        f"pipeline_parallel_size is {stages}, and this model has more than one kind of KV cache, which stages cannot "
+        "send: leave out --pipeline-parallel-size, or add --disable-hybrid-kv-cache-manager, which may make one kind"
+    )
+
+
 def store_problem(groups: Groups, host_bytes: int) -> str | None:
     """Host memory keeps blocks of which each holds all layers."""
     if not host_bytes or not (groups.several or groups.problem):

@@ -27,7 +27,7 @@ from kvbelt.vllm.loading import Loading
 from kvbelt.vllm.step_messages import HostCopy, Send, StepCommands, StepReport, Written
 from kvbelt.wire.handoff import ReceiverAddress
 from kvbelt.wire.ids import EngineId
-from kvbelt.wire.shards import Piece, pieces_for, pieces_from, transfer_of
+from kvbelt.wire.shards import Piece, pieces_for, pieces_from, ranks_of, transfer_of
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ PREEMPT_SECONDS = 2.0
 
 
 class SplitError(Exception):
-    """Two servers have tensor-parallel degrees between which heads cannot be dealt."""
+    """Two servers have ranks between which heads or layers cannot be dealt."""
 
 
 @dataclass(slots=True, eq=False)
@@ -72,7 +72,7 @@ class WorkerSide:
         """``sharing``: how many groups of layers have a layer in each row of a block; None: one."""
         self.loading = Loading(belt)
         self._belt = belt
-        self._rank = belt.identity.tp_rank
+        self._rank = belt.identity.rank
         self._held = held
         self._views = views
         self._host = host
@@ -215,13 +215,14 @@ class WorkerSide:
         Raises:
             SplitError: the heads cannot be dealt to the ranks of both.
         """
-        us, receivers = self._belt.identity, 1 + len(receiver.ranks)
-        if not pieces_for(0, us.tp_size, receivers, us.model_heads):
+        us, number = self._belt.identity, 1 + len(receiver.ranks)
+        receivers, of_model = ranks_of(number, receiver.stages), (us.model_heads, us.layers)
+        if receivers is None or not pieces_for(0, us.ranks, receivers, *of_model):
             raise SplitError(
-                f"the receiver has {receivers} tensor-parallel ranks, here are {us.tp_size}, and "
-                f"{us.model_heads or 'an unknown number of'} KV heads cannot be dealt to both"
+                f"the receiver has {number} ranks in {len(receiver.stages)} pipeline stages, here are {us.ranks}, "
+                f"and {us.model_heads or 'an unknown number of'} KV heads of {us.layers} layers cannot be dealt to both"
             )
-        pieces = pieces_from(us.tp_rank, us.tp_size, receivers, us.model_heads)
+        pieces = pieces_from(us.rank, us.ranks, receivers, *of_model)
         return [(piece, receiver.of_rank(piece.receiver)) for piece in pieces]
 
     def _warm(self, receiver: ReceiverAddress) -> None:

@@ -13,10 +13,11 @@ import msgspec
 from kvbelt.wire.hosts import is_host, is_port
 from kvbelt.wire.ids import EngineId, TransferId
 from kvbelt.wire.reasons import as_word
+from kvbelt.wire.shards import ONE_STAGE
 
 
 class RankAddress(msgspec.Struct, frozen=True):
-    """Another rank of a tensor-parallel decode worker, on the same host and with the same key as its first."""
+    """Another parallel rank of a decode worker, on the same host and with the same key as its first."""
 
     engine_id: EngineId
     init_port: int
@@ -35,8 +36,9 @@ class ReceiverAddress(msgspec.Struct, frozen=True, omit_defaults=True):
     alloc_port: int
     #: Its CURVE key in Z85, which a sender believes only if it trusts that key already. None: it asks for no keys.
     public_key: str | None = None
-    #: Ranks 1, 2, … where the worker is tensor-parallel; the fields above are rank 0's.
+    #: Ranks 1, 2, … where the worker has several, stage by stage; the fields above are rank 0's.
     ranks: tuple[RankAddress, ...] = ()
+    stages: tuple[int, ...] = ONE_STAGE  #: the first layer of each pipeline stage
 
     def __post_init__(self) -> None:
         if not is_host(self.host):
@@ -46,7 +48,7 @@ class ReceiverAddress(msgspec.Struct, frozen=True, omit_defaults=True):
     def of_rank(self, rank: int) -> "ReceiverAddress":
         """The address of one rank."""
         if rank == 0:
-            return msgspec.structs.replace(self, ranks=())
+            return msgspec.structs.replace(self, ranks=(), stages=ONE_STAGE)
         other = self.ranks[rank - 1]
         return ReceiverAddress(other.engine_id, self.host, other.init_port, other.alloc_port, self.public_key)
 
@@ -73,7 +75,8 @@ class DecodeHandoff(msgspec.Struct, frozen=True, omit_defaults=True):
     transfer_id: TransferId
     deadline_seconds: float
     adapter: str = ""  #: with which the prefill worker has computed it (``HandoffState``)
-    tp_size: int | None = None  #: ranks of the prefill worker (``HandoffState``); None: as many as the reader has
+    tp_size: int | None = None  #: of the prefill worker (``HandoffState``); None: its ranks are as the reader's
+    stages: tuple[int, ...] = ONE_STAGE  #: likewise, where ``tp_size`` is known
 
 
 Handoff = PrefillHandoff | DecodeHandoff
@@ -102,6 +105,7 @@ class HandoffState(msgspec.Struct, frozen=True):
     special_tokens: bool = False  #: the server keeps them in this answer's text
     tp_size: int | None = None  #: tensor-parallel ranks that send; None: the worker does not say
     media: bool = False  #: the prompt has images, audio, video or embeddings, which its token ids do not tell
+    stages: tuple[int, ...] = ONE_STAGE  #: the first layer of each of its pipeline stages
 
 
 class DecodeOutcome(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -4,9 +4,9 @@ Rules:
 
 1. The sender sends ``Hello`` to the receiver's init port; the answer is ``Welcome`` or ``HandshakeRefused``.
 2. Everything that must fit is in ``Compatibility`` and nowhere else. A refusal names the first field that differs, with
-   both values. All fields must be equal, except that each side may have its own tensor-parallel degree: the two ranks
-   must then have heads for each other (``shards``), and blocks of these heads must be equal. Block sizes may be
-   multiples of each other, where the larger blocks can be cut. Drafters may differ.
+   both values. All fields must be equal, except that each side may have its own tensor-parallel degree and pipeline
+   stages: the two ranks must then have heads and layers for each other (``shards``), and blocks of these heads must be
+   equal. Block sizes may be multiples of each other, where the larger blocks can be cut. Drafters may differ.
 3. Both sides compare: the receiver before it tells where its memory is, the sender before it writes.
 4. The exchange may be repeated at any time and then changes nothing.
 
@@ -19,7 +19,7 @@ import msgspec
 
 from kvbelt.wire.ids import EngineId
 from kvbelt.wire.layout import KVLayout
-from kvbelt.wire.shards import heads_of, pieces_for
+from kvbelt.wire.shards import ONE_STAGE, Ranks, heads_of, pieces_for
 
 PROTOCOL_VERSION = 6  #: grows with every change of a message; part of every frame (codec.py)
 
@@ -36,6 +36,23 @@ class Compatibility(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hash_scheme: str
     channel: str
     kv_heads: int  #: of the model, on all ranks together; 0: not known, and only equal degrees fit
+    layers: int = 0  #: of the model, without a drafter's; 0: this rank has all of them
+    stages: tuple[int, ...] = ONE_STAGE  #: the first layer of each pipeline stage
+    stage: int = 0  #: of this rank
+
+    @property
+    def model_layers(self) -> int:
+        return self.layers or self.layout.num_layers - self.layout.draft_layers
+
+    @property
+    def ranks(self) -> Ranks:
+        """All of its server."""
+        return Ranks(self.tp_size, self.stages)
+
+    @property
+    def rank(self) -> int:
+        """Of these."""
+        return self.stage * self.tp_size + self.tp_rank
 
 
 class MemoryRegion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -92,7 +109,7 @@ class Difference(NamedTuple):
 
 def first_difference(ours: Compatibility, theirs: Compatibility) -> Difference | None:
     """The first field in which two servers differ, or None when they fit. Which ranks they are does not matter."""
-    for field in ("protocol", "fingerprint", "layout", "kv_heads", "tp_size", "hash_scheme", "channel"):
+    for field in ("protocol", "fingerprint", "model_layers", "layout", "kv_heads", "tp_size", "hash_scheme", "channel"):
         mine, other = getattr(ours, field), getattr(theirs, field)
         if mine == other or (field == "tp_size" and ours.kv_heads):
             continue
@@ -102,7 +119,7 @@ def first_difference(ours: Compatibility, theirs: Compatibility) -> Difference |
             if difference := _layout_difference(mine, other):
                 return difference
             continue
-        return Difference(field, str(mine), str(other))
+        return Difference("layout.num_layers" if field == "model_layers" else field, str(mine), str(other))
     return None
 
 
@@ -123,8 +140,8 @@ def _least(layout: KVLayout, *both: KVLayout) -> KVLayout:
         layout = layout.beside(each)
     layout = layout.of_tokens(tokens) or layout
     layout = layout.of_heads(heads) or layout
-    # It says what can be cut, and so nothing that must be equal.
-    return msgspec.structs.replace(layout, tokens_outside=False)
+    # These say what can be cut, and what a stage has, and so nothing that must be equal.
+    return msgspec.structs.replace(layout, tokens_outside=False, num_layers=0)
 
 
 class Share(NamedTuple):
@@ -133,26 +150,31 @@ class Share(NamedTuple):
     layout: KVLayout  #: of what travels
     heads: range | None = None  #: of this rank's heads; None: all
     per_block: int = 1  #: blocks of ``layout`` in one of this rank's
+    layers: range | None = None  #: of this rank's layers; None: all
 
 
 def share(ours: Compatibility, theirs: Compatibility, *, sends: bool) -> Share | Difference:
     """Our part of what travels between two ranks whose servers fit; ``sends``: it travels from us to them."""
     sender, receiver = (ours, theirs) if sends else (theirs, ours)
-    pieces = pieces_for(receiver.tp_rank, sender.tp_size, receiver.tp_size, ours.kv_heads)
-    piece = next((piece for piece in pieces if piece.sender == sender.tp_rank), None)
+    pieces = pieces_for(receiver.rank, sender.ranks, receiver.ranks, ours.kv_heads, ours.model_layers)
+    piece = next((piece for piece in pieces if piece.sender == sender.rank), None)
     if piece is None:
-        return Difference("tp_rank", *(f"{side.tp_rank} of {side.tp_size}" for side in (ours, theirs)))
+        return Difference("tp_rank", *(f"{side.rank} of {side.ranks.number}" for side in (ours, theirs)))
     sizes = ours.layout.block_size, theirs.layout.block_size
     layout = ours.layout.beside(theirs.layout).of_tokens(min(sizes))
     if layout is None:
         return Difference("layout.block_size", *map(str, sizes))
     per_block = ours.layout.block_size // layout.block_size
+    # A drafter's layers follow the model's, where there is no pipeline.
+    num_layers, begin = len(piece.layers) + layout.draft_layers, piece.layers.start - ours.stages[ours.stage]
+    layers = None if num_layers == ours.layout.num_layers else range(begin, begin + num_layers)
+    layout = msgspec.structs.replace(layout, num_layers=num_layers)
     if ours.tp_size == theirs.tp_size:
-        return Share(layout, None, per_block)
+        return Share(layout, None, per_block, layers)
     count = len(piece.heads)
     cut = layout.of_heads(count)
     if cut is None:
         return Difference("layout.num_kv_heads", str(ours.layout.num_kv_heads), str(theirs.layout.num_kv_heads))
     first = piece.heads.start - heads_of(ours.tp_rank, ours.tp_size, ours.kv_heads).start
     heads = None if count == ours.layout.num_kv_heads else range(first, first + count)
-    return Share(cut, heads, per_block)
+    return Share(cut, heads, per_block, layers)

@@ -173,7 +173,7 @@ REASONS: tuple[Reason, ...] = (
         "window_edge", _RECEIVE, "a sliding window of the decode worker's begins a block before what was sent", _HERE
     ),
     Reason("wrong_length", _RECEIVE, "the KV has another number of tokens than the prompt"),
-    Reason("heads_missing", _RECEIVE, "not all heads of the KV came (tensor parallelism of different degrees)"),
+    Reason("heads_missing", _RECEIVE, "not all heads or layers of the KV came (parallel servers of different degrees)"),
     Reason("adapter_differs", _RECEIVE, "the prefill worker has another LoRA adapter under this name"),
     Reason("copy_failed", _RECEIVE, "the KV could not be copied into the engine's blocks"),
     Reason("cached", _RECEIVE, "the decode worker's prefix cache has it all, so the KV is not read", _NOTHING),

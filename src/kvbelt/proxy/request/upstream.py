@@ -20,6 +20,7 @@ from kvbelt.wire.handoff import DecodeHandoff, PrefillHandoff
 from kvbelt.wire.ids import TransferId
 from kvbelt.wire.notification import TransferFailed
 from kvbelt.wire.reasons import as_word
+from kvbelt.wire.shards import ONE_STAGE
 
 log = logging.getLogger("kvbelt.proxy")
 
@@ -75,6 +76,7 @@ class UpstreamCalls:
         # Of the latest prefill worker's answer.
         self._adapter = ""
         self._tp_size: int | None = None
+        self._stages = ONE_STAGE
         self._model = ""  # that the client asks for
 
     @property
@@ -145,6 +147,7 @@ class UpstreamCalls:
         self._model = client.fields.model
         told = answer.handoff
         self._adapter, self._tp_size = (told.adapter, told.tp_size) if told is not None else ("", None)
+        self._stages = told.stages if told is not None else ONE_STAGE
         return answer
 
     async def _call_prefill(self, body: Pieces, transfer_id: TransferId, *, may_repeat: bool) -> Response | Result:
@@ -275,7 +278,9 @@ class UpstreamCalls:
         handoff = None
         if kv:
             seconds = min(self._settings.kv_wait_seconds, self._kv_seconds(1.0))
-            handoff = DecodeHandoff(TransferId(self._sending.transfer_id), seconds, self._adapter, self._tp_size)
+            handoff = DecodeHandoff(
+                TransferId(self._sending.transfer_id), seconds, self._adapter, self._tp_size, self._stages
+            )
         response = await worker.post(target, self._headers_of(self._attempt), make_body(handoff))
         self._open.append(response)
         if not kv:

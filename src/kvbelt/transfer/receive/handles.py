@@ -16,7 +16,7 @@ class _Received:
         self.num_tokens = num_tokens
         self.num_blocks = -(-shape.num_blocks // shape.per_block)
         self.first_block = shape.first_block // shape.per_block
-        self.heads = shape.heads
+        self.heads, self.layers = shape.heads, shape.layers
         self._slot = slot
         self._shape = shape
         self._copy = copy

@@ -253,17 +253,17 @@ class IncomingTransfers:
 
     def _shape_for(self, asked: wire.Reserve, share: Share) -> SlotShape:
         """What of a prompt travels, and whether it does so in parts."""
-        layout, heads, per_block = share
+        layout, heads, per_block, layers = share
         # A sender with other blocks has other hashes.
         comparable = asked.prefix and layout.block_size == self._layout.block_size
         # The last block always travels: a slot is never empty.
         first = min(self._held(unpacked(asked.prefix)), asked.num_blocks - 1) if comparable else 0
         travelling = asked.num_blocks - first
         if layout.slot_bytes(travelling) <= max(self.sizes):
-            return SlotShape(layout, asked.num_blocks, first, travelling, heads, per_block)
+            return SlotShape(layout, asked.num_blocks, first, travelling, heads, per_block, layers)
         window = layout.slot_bytes(PLACES)
         blocks = self.sizes[0] // PARTS_SHARE // window or max(self.sizes) // window
-        return SlotShape(layout, asked.num_blocks, first, blocks, heads, per_block)
+        return SlotShape(layout, asked.num_blocks, first, blocks, heads, per_block, layers)
 
     def _unacceptable(self, message: wire.Reserve, layout: KVLayout) -> tuple[str, str] | None:
         if message.receiver != self._engine_id:

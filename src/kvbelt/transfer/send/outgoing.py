@@ -169,9 +169,9 @@ class OutgoingTransfers:
         assert peer is not None
         assert peer.agent is not None  # it was asked for a slot
         try:
-            layout, heads, per_block = transfer.share
+            layout, heads, per_block, layers = transfer.share
             first, part_blocks = granted.first_block, granted.part_blocks
-            shape = SlotShape(layout, transfer.num_blocks, first, part_blocks, heads, per_block)
+            shape = SlotShape(layout, transfer.num_blocks, first, part_blocks, heads, per_block, layers)
             there = peer.regions[granted.region]
         except (ValueError, IndexError):
             return None

@@ -115,9 +115,9 @@ class WritePipeline:
     @staticmethod
     def _sort(load: Load, shape: SlotShape, runs: Sequence[Run]) -> None:
         for run in runs:
-            if run.layer >= shape.layout.num_layers:
-                continue  # it does not travel to this peer
-            for number, piece in by_part(run.in_blocks_of(shape), shape):
+            if (travelling := run.of_layers(shape)) is None:
+                continue
+            for number, piece in by_part(travelling.in_blocks_of(shape), shape):
                 load.parts[number].pending.append(piece)
 
     def parts_taken(self, transfer: SenderSession, taken: int) -> None:

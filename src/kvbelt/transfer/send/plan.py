@@ -27,6 +27,15 @@ class Run:
         skipped = max(start - self.first, 0)
         return Run(self.layer, self.first + skipped, self.block_ids[skipped : max(end - self.first, 0)], self.ready)
 
+    def of_layers(self, shape: SlotShape) -> "Run | None":
+        """Counted in the layers that travel; None: this one does not."""
+        layers = shape.layers
+        if layers is None:
+            return self
+        if self.layer not in layers:
+            return None
+        return Run(self.layer - layers.start, self.first, self.block_ids, self.ready)
+
     def in_blocks_of(self, shape: SlotShape) -> "Run":
         """In the blocks that travel, if each of the engine's is several of them; without those behind the prompt."""
         times = shape.per_block
