@@ -64,7 +64,6 @@ class Supervisor:
         self.children: dict[str, Child] = {}
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._ready = False
-        self._stopping = False
         self._death: asyncio.Future[ChildDiedError] | None = None  # the first one before all were ready
         terminal.register([spec.name for spec in specs])
 
@@ -125,7 +124,6 @@ class Supervisor:
 
     async def stop(self, grace: float = GRACE_SECONDS) -> None:
         """End everything. Idempotent; no child is left when it returns."""
-        self._stopping = True
         for name in list(self._watchers):
             await self._stop_watching(name)
         await asyncio.gather(*(child.stop(grace) for child in self.children.values()))

@@ -49,7 +49,6 @@ class Request:
     gaps: list[tuple[float, int]] = field(default_factory=list)  #: between the engine's tokens
     generated: int = 0
     action: str = ""
-    tries: int = 0
     ended: bool = False
 
 

@@ -120,7 +120,6 @@ class World:
 
     def send(self, request: Request, prefill: SimulatedWorker, decode: SimulatedWorker, now: float) -> None:
         """Have ``prefill`` compute the prompt and ``decode`` generate. Both may be the same worker."""
-        request.tries += 1
         prompt, output = request.prompt + request.generated, request.output - request.generated
         job = Job(request, prompt, output, prefill.held(request), generates=prefill is decode)
         self._bring(_Place(prefill, decode, job), now + self.network.reach)

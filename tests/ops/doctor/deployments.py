@@ -57,7 +57,7 @@ def deployment(prefill: list[WorkerSeen] | None = None, decode: list[WorkerSeen]
     senders = [worker("p:7100", "prefill")] if prefill is None else prefill
     receivers = [worker("d:7200", "decode")] if decode is None else decode
     pairs = tuple(pair(p, d) for p in senders for d in receivers)
-    given = {"workers": (*senders, *receivers), "pairs": pairs, "proxy_state": "ready", "seconds": 3.0}
+    given = {"workers": (*senders, *receivers), "pairs": pairs, "seconds": 3.0}
     return Evidence("http://127.0.0.1:9100", **(given | changes))
 
 

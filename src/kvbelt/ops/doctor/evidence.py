@@ -128,7 +128,6 @@ class Evidence:
     url: str
     proxy_answer: str = ""  #: why the proxy did not answer; empty: it answered
     proxy_about: About | None = None
-    proxy_state: str = ""
     placement: PlacementNow | None = None  #: None: the proxy does not say
     workers: tuple[WorkerSeen, ...] = ()
     pairs: tuple[PairSeen, ...] = ()

@@ -80,7 +80,6 @@ async def gather_evidence(url: str, address: Address, options: GatherOptions) ->
         return Evidence(
             url,
             proxy_about=about,
-            proxy_state=health.state,
             placement=health.placement,
             workers=tuple(observer.result() for observer in observers),
             pairs=tuple(pairs),
