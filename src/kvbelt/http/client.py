@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import ssl
+from time import monotonic
 from typing import cast
 
 import httptools
@@ -267,7 +268,7 @@ class Pool:
         return b"".join((begin, lines, b"content-length: %d\r\n\r\n" % sum(map(len, pieces)), *pieces))
 
     def _take_idle(self) -> ClientConnection | None:
-        oldest = asyncio.get_running_loop().time() - self._limits.idle_seconds
+        oldest = monotonic() - self._limits.idle_seconds
         while self._idle:
             connection, since = self._idle.popitem()
             if connection.closed:
@@ -302,7 +303,7 @@ class Pool:
         if self._closed or len(self._idle) >= self._limits.max_idle_connections:
             connection.abort()
         else:
-            self._idle[connection] = asyncio.get_running_loop().time()
+            self._idle[connection] = monotonic()
 
     def gone(self, connection: ClientConnection) -> None:
         self._open.discard(connection)

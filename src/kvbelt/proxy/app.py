@@ -218,8 +218,8 @@ class Proxy:
             raise RequestError("this proxy is stopping; ask another", status=503, kind="service_unavailable_error")
         context = self.context
         metrics = context.metrics
-        request_id = exchange.request.headers.get(b"x-request-id", b"").decode("latin-1")
-        if not _REQUEST_ID.match(request_id):
+        given = exchange.request.headers.get(b"x-request-id")
+        if given is None or not _REQUEST_ID.match(request_id := given.decode("latin-1")):
             request_id = context.new_id()
         elif request_id in context.records.open:  # engines tell requests apart by this id
             request_id = f"{request_id[:96]}-{context.new_id()}"

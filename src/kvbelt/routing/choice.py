@@ -79,7 +79,7 @@ class Choice:
             self._prefills.changed.add(prefill)
 
     def _used(self, prefill: WorkerBook, decode: WorkerBook) -> None:
-        """Others with an equal key are the next."""
+        """The bookings of these workers have changed, and others with an equal key are the next."""
         self._free[decode.lean].used(decode)
         if decode.lean is _DECODE:
             self._decoders.used(decode)
@@ -93,9 +93,10 @@ class Choice:
             self._work.add(plan.prefill, plan.own, now)
             self._work.add(decode, demand.output * decode.step / (1 + len(decode.decodes)), now)
         self._probe_credit = min(1.0, self._probe_credit + self.rules.probes)
-        self.moved(plan.prefill, decode)
-        # A second try takes no turn. Otherwise, if one of two workers fails, each would get one kind of try only.
-        if not demand.exclude:
+        if demand.exclude:
+            # A second try takes no turn. Otherwise, if one of two workers fails, each would get one kind of try only.
+            self.moved(plan.prefill, decode)
+        else:
             self._used(plan.prefill, decode)
 
     @property
@@ -176,15 +177,15 @@ class Choice:
         return Plan(_WHOLE if prefill is decode else _SPLIT, "", prefill, decode, tokens, wait, own)
 
     def _pair(self, demand: Demand, now: float) -> tuple[WorkerBook, WorkerBook] | None:
-        prefills = self._first(_PREFILL, demand)
-        decoders = self._decoders_for(demand) if prefills else []
-        if self._probe_credit >= 1.0 and decoders:
+        prefills, decoders = self._first(_PREFILL, demand), self._decoders.first(CANDIDATES)
+        if self._probe_credit >= 1.0 and prefills and decoders:
             probed = self._to_probe(self._decodes, demand, now)
             if probed is not None:
                 decoders.insert(0, probed)
+        room, exclude = demand.tokens + demand.output, demand.exclude
         for prefill in prefills:
             for decode in decoders:
-                if self._can_send(prefill, decode):
+                if decode.has_room(room) and decode.incarnation not in exclude and self._can_send(prefill, decode):
                     return prefill, decode
         return None
 

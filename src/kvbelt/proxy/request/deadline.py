@@ -14,10 +14,11 @@ class Deadline:
         self._over = False
 
     def __enter__(self) -> None:
-        task = asyncio.current_task()
+        loop = asyncio.get_running_loop()  # on Python 3.11 this is a system call
+        task = asyncio.current_task(loop)
         assert task is not None
         self._task, self._cancelling = task, task.cancelling()
-        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._end)
+        self._timer = loop.call_later(self._seconds, self._end)
 
     def _end(self) -> None:
         self._over = True

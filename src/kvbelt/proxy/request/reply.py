@@ -132,8 +132,8 @@ class Reply:
         record = self._record
         value = record.action
         if record.predicted is not None:
-            value += f"; predicted-ttft-ms={1e3 * (record.predicted - record.began):.0f}"
-        return (f"{value}; waited-ms={1e3 * record.waited:.0f}" if record.waited else value).encode()
+            value += f"; predicted-ttft-ms={round(1e3 * (record.predicted - record.began))}"
+        return (f"{value}; waited-ms={round(1e3 * record.waited)}" if record.waited else value).encode()
 
     def told_first_token(self) -> None:
         """The first token was written to the client's socket."""
