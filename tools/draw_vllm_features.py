@@ -129,9 +129,6 @@ FEATURES = (
         "test_refusals.py::test_several_engines_behind_one_port_are_refused",
     ),
     Feature(
-        "pipelines, also different ones", CROSSES, NEWEST, "test_serving_degrees.py::test_kv_arrives_from_every_rank"
-    ),
-    Feature(
         "`MultiConnector` without `recompute`",
         REFUSED,
         UNIT,
