@@ -6,7 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.vllm.conftest import Deployment
+
+HERE = Path(__file__).parent
+
+#: Made by ``scripts/test-clients --install``: openai-agents needs a newer ``openai`` than vLLM pins.
+CLIENTS = HERE.parents[1] / ".venv-clients/bin/python"
 
 
 def test_the_anthropic_client(deployment: Deployment) -> None:
@@ -23,6 +30,21 @@ def test_the_anthropic_client(deployment: Deployment) -> None:
         assert message.role == "assistant"
         assert message.stop_reason in ("max_tokens", "end_turn")
         assert 1 <= message.usage.output_tokens <= 8
+
+
+def test_the_responses_model_of_openai_agents(deployment: Deployment) -> None:
+    """An agent says the same as over a plain server, whole and streamed."""
+    if not CLIENTS.exists():
+        pytest.skip("openai-agents is not installed (scripts/test-clients --install)")
+    answers = []
+    for server in (deployment.proxy, deployment.plain):
+        command = [CLIENTS, HERE / "responses_agent.py", server.url, "demo"]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        answers.append(json.loads(ended.stdout))
+    over_proxy, over_plain = answers
+    assert over_proxy == over_plain
+    assert all(over_proxy)
 
 
 def test_vllm_bench_serve(deployment: Deployment, tmp_path: Path) -> None:
