@@ -6,7 +6,8 @@ from pathlib import Path
 
 from kvbelt.ops.proxy_client import DEFAULT_URL
 
-_BODY = """'{"messages":[{"role":"user","content":"Hello!"}]}'"""
+#: Of an answer with an end: a small model may otherwise write on until the context is full.
+_BODY = """'{"prompt":"Once upon a time","max_tokens":60}'"""
 
 _NAME = 11  #: columns of a line's name
 _INDENT = 4  #: of a command that is too long to stand beside its name
@@ -43,7 +44,7 @@ def banner(
         ("admin key", f"{key}   (kvbelt workers finds it)"),
         *([] if logs is None else [("logs", f"{logs}   (--logs shows them here, --log-dir DIR keeps them)")]),
     ]
-    ask = (f"curl {url}/v1/chat/completions", "-H 'content-type: application/json'", f"-d {_BODY}")
+    ask = (f"curl {url}/v1/completions", "-H 'content-type: application/json'", f"-d {_BODY}")
     steps = [
         ("explain", f"kvbelt why{named}"),
         ("watch", f"kvbelt top{named}"),
