@@ -15,6 +15,7 @@ from kvbelt.settings import BeltFile, load_belt_file
 from tests.docs.pages import DOCS, ROOT, cells, links, prose
 from tests.docs.test_findings import findings
 from tests.docs.test_names import METRIC, OPTIONS
+from tests.http.support import free_port
 from tests.test_settings import RECEIVER, SENDER
 
 GUIDE = DOCS / "lmcache-guide.md"
@@ -47,9 +48,10 @@ def commands(text: str) -> list[list[str]]:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current folder with the guide's two files."""
+    """A current folder with the guide's two files. The doctor looks whether their ports are free, so these are."""
+    receiver = RECEIVER.replace("7300", str(free_port())).replace("7400", str(free_port()))
     (tmp_path / "lmcache-prefiller-config.yaml").write_text(SENDER, encoding="utf-8")
-    (tmp_path / "lmcache-decoder-config.yaml").write_text(RECEIVER, encoding="utf-8")
+    (tmp_path / "lmcache-decoder-config.yaml").write_text(receiver, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
