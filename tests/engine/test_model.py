@@ -9,16 +9,20 @@ import torch
 from transformers import (
     BloomConfig,
     DeepseekV3Config,
+    FalconConfig,
     Gemma2Config,
     GPT2Config,
+    GPTNeoConfig,
     GptOssConfig,
     GraniteConfig,
     MambaConfig,
     MistralConfig,
+    MptConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
     T5Config,
+    XGLMConfig,
 )
 
 from kvbelt.engine.api import ModelError
@@ -33,6 +37,8 @@ SERVED = {
     "qwen3": Qwen3Config(**small()),
     "mistral-with-window": MistralConfig(**small(sliding_window=10)),
     "phi3": Phi3Config(**small(pad_token_id=0)),
+    # Scores are small with random weights; a small cap bends them all the same.
+    "gemma2": Gemma2Config(**small(head_dim=8, attn_logit_softcapping=0.05, sliding_window=10)),
     "granite": GraniteConfig(**small(logits_scaling=3.0, attention_multiplier=0.3)),
     "gpt2": GPT2Config(vocab_size=260, n_embd=48, n_layer=3, n_head=6, n_positions=512),
 }
@@ -99,9 +105,15 @@ def test_a_model_that_follows_the_longest_request_of_a_step_is_refused(
 
 
 REFUSED = {
-    "gemma2": (Gemma2Config(**small()), "soft-caps"),
     "gpt-oss": (GptOssConfig(**small(num_local_experts=2, num_experts_per_tok=1)), "s_aux"),
-    "bloom": (BloomConfig(vocab_size=260, hidden_size=48, n_layer=2, n_head=6), "(?i)attention"),
+    "bloom": (BloomConfig(vocab_size=260, hidden_size=48, n_layer=2, n_head=6), "in its own code"),
+    "falcon": (FalconConfig(vocab_size=260, hidden_size=48, num_hidden_layers=2, num_attention_heads=6), "own code"),
+    "gpt-neo": (
+        GPTNeoConfig(vocab_size=260, hidden_size=48, num_layers=2, num_heads=6, attention_types=[[["global"], 2]]),
+        "own code",
+    ),
+    "mpt": (MptConfig(vocab_size=260, d_model=48, n_layers=2, n_heads=6), "own code"),
+    "xglm": (XGLMConfig(vocab_size=260, d_model=48, num_layers=2, attention_heads=6, ffn_dim=64), "own code"),
     "deepseek": (DeepseekV3Config(), "latent attention"),
     "mamba": (MambaConfig(vocab_size=260, hidden_size=48, num_hidden_layers=2, state_size=4), "linear_attention"),
     "t5": (T5Config(), "encoder-decoder"),

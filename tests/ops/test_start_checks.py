@@ -51,7 +51,7 @@ def test_cuda_is_refused_without_a_gpu(monkeypatch):
     [
         ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
         ({"model_type": "llamma"}, "knows no model type 'llamma'"),
-        ({"model_type": "gemma3", "text_config": {"attn_logit_softcapping": 50.0}}, "soft-caps"),
+        ({"model_type": "gemma3", "text_config": {"kv_lora_rank": 8}}, "latent attention"),
     ],
 )
 def test_a_model_that_cannot_be_served_is_refused_by_its_config(folder, config, problem):

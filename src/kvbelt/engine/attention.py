@@ -31,7 +31,7 @@ from kvbelt.engine.pool import KVPool, is_run
 NAME = "kvbelt_paged"
 
 #: Arguments of attention that we do not compute. A model that passes one of them is refused.
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "alibi", "relative_position_bias")
+_UNSUPPORTED = ("s_aux", "position_bias", "alibi", "relative_position_bias")
 
 #: Called after each layer's keys and values were written, with (layer, event, or None on CPU).
 LayerListener = Callable[[int, Any], None]
@@ -94,7 +94,9 @@ class Step:
                 ready.record()
             self.listener(layer, ready)
 
-    def attend(self, layer: int, query: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
+    def attend(
+        self, layer: int, query: torch.Tensor, scale: float, window: int | None, softcap: float | None = None
+    ) -> torch.Tensor:
         """``[1, heads, rows, head_dim]`` queries to ``[1, rows, heads * head_dim]``."""
         kv_heads = self.pool.layout.num_kv_heads
         _, heads, rows, head_dim = query.shape
@@ -105,8 +107,8 @@ class Step:
             grouped = query[0].transpose(0, 1).reshape(rows, kv_heads, group, head_dim)
             for row, segment in enumerate(self.segments[: self.num_decodes]):
                 keys, values = self._read(layer, segment, window)
-                out = scaled_dot_product_attention(
-                    grouped[row : row + 1], keys.unsqueeze(0), values.unsqueeze(0), scale=scale
+                out = _attention(
+                    grouped[row : row + 1], keys.unsqueeze(0), values.unsqueeze(0), scale=scale, softcap=softcap
                 )
                 parts.append(out.reshape(1, heads, head_dim))
         row = self.num_decodes
@@ -114,14 +116,15 @@ class Step:
             queries = query[0, :, row : row + segment.length].view(kv_heads, group, segment.length, head_dim)
             row += segment.length
             keys, values = self._read(layer, segment, None)
-            causal = segment.start == 0 and (window is None or segment.end <= window)
-            out = scaled_dot_product_attention(
+            causal = softcap is None and segment.start == 0 and (window is None or segment.end <= window)
+            out = _attention(
                 queries,
                 keys.unsqueeze(1).expand(-1, group, -1, -1),
                 values.unsqueeze(1).expand(-1, group, -1, -1),
-                attn_mask=None if causal else _mask(segment, window, query),
-                is_causal=causal,
+                mask=None if causal else _mask(segment, window, query),
+                causal=causal,
                 scale=scale,
+                softcap=softcap,
             )
             parts.append(out.permute(2, 0, 1, 3).reshape(segment.length, heads, head_dim))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0)
@@ -139,6 +142,25 @@ class Step:
             segment.ids = torch.tensor(blocks, device=self.pool.storage.device)
         keys, values = self.pool.gather(layer, segment.ids, end)
         return (keys[:, first:], values[:, first:]) if first else (keys, values)
+
+
+def _attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    """torch's, but for soft-capped scores (Gemma 2), which it does not have; those need the mask."""
+    if softcap is None:
+        return scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal, scale=scale)
+    scores = torch.tanh(query @ keys.transpose(-2, -1) * (scale / softcap)) * softcap
+    if mask is not None:
+        scores = scores + mask
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ values
 
 
 def _mask(segment: Segment, window: int | None, query: torch.Tensor) -> torch.Tensor:
@@ -180,6 +202,7 @@ def _paged_attention(  # noqa: PLR0917 - transformers decides what comes by posi
     _attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     step = _current.step
@@ -191,7 +214,7 @@ def _paged_attention(  # noqa: PLR0917 - transformers decides what comes by posi
     layer: int = module.layer_idx  # type: ignore[assignment]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     step.write(layer, key, value)
-    return step.attend(layer, query, scale, sliding_window), None
+    return step.attend(layer, query, scale, sliding_window, softcap), None
 
 
 # transformers' registry is global by design. No mask function is registered beside it, so no mask is built.

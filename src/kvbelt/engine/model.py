@@ -123,6 +123,12 @@ class PagedModel:
                 use_cache=False,
                 logits_to_keep=torch.tensor(logits_rows, dtype=torch.long, device=self.device),
             )
+        if step.layers_seen == 0:
+            raise ModelError(
+                f"model type {self.config.model_type!r} computes attention in its own code, which the embedded engine "
+                "cannot page: transformers lets it replace attention only where a model leaves that to a function. "
+                "Serve it with --engine vllm"
+            )
         if step.layers_seen != pool.layout.num_layers:
             raise ModelError(
                 f"{step.layers_seen} of {pool.layout.num_layers} layers went through paged attention; "

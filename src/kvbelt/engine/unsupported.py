@@ -22,6 +22,4 @@ def unsupported(config: Callable[[str], Any], text: Callable[[str], Any]) -> str
     others = set(text("layer_types") or ()) - _LAYERS
     if others:
         return f"model type {kind!r} has layers of type {sorted(others)}; only attention layers can be served"
-    if text("attn_logit_softcapping"):
-        return f"model type {kind!r} soft-caps its attention, which the embedded engine does not compute"
     return None
