@@ -38,7 +38,7 @@ DIFFERENCES: Mapping[str, Callable[[Drawn, Answer, Answer], bool]] = {
     "several greedy choices": lambda _, ours, theirs: not refused(ours) and "greedy" in _message(theirs),
     "max_tokens beyond the context": lambda _, ours, theirs: _error(ours, "code") == "context_length_exceeded",
     "numbers and texts that JSON does not have": lambda _, ours, theirs: "not a JSON object" in _message(ours),
-    "choices, bad words, stop strings": lambda _, ours, theirs: (
+    "size of bodies, choices, bad words, stop strings, parts of messages": lambda _, ours, theirs: (
         refused(ours) and _param(ours) in ("n", "bad_words", "stop")
     ),
     "large repetition penalties": lambda _, ours, theirs: refused(ours) and _param(ours) == "repetition_penalty",
